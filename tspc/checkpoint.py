@@ -1,0 +1,100 @@
+"""Compressed networks on disk: one safetensors file with the weights and, in its header, how to rebuild the layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tspc import decompositions
+from tspc.compression import set_module
+from tspc.errors import WeightsError
+from tspc.files import write_atomically
+from tspc.layers import DenseLayer, tensorized_layers, untrained
+from tspc.models import NetworkSpec
+from tspc.models.weights import load_state
+
+FORMAT = 1
+"""Version of the header's layout; raised when a reader of the old one would fail."""
+
+
+def save(
+    model: nn.Module, path: str | Path, *, network: NetworkSpec | None = None, info: dict[str, Any] | None = None
+) -> None:
+    """Writes `model` to a safetensors file, atomically.
+
+    The header tells the method, shape and rank of every tensorized layer. With `network`, `tspc.load` can
+    build the architecture by itself. `info` is any JSON data to keep along.
+    """
+    layers = {
+        name: {"method": layer.decomposition.to_dict(), "shape": list(layer.shape), "rank": list(layer.rank)}
+        for name, layer in tensorized_layers(model).items()
+    }
+    header = {
+        "format": FORMAT,
+        "layers": layers,
+        "network": None if network is None else network.to_dict(),
+        "info": info or {},
+    }
+    # Tied tensors share memory, which safetensors refuses: each name gets a copy of its own.
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    metadata = {"tspc": json.dumps(header)}
+    write_atomically(Path(path), lambda temporary: save_file(state, temporary, metadata))
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Reads a network that `save` wrote; runs no code from the file.
+
+    `model` is the dense architecture, with any weights; it is tensorized in place and returned. Without it
+    the architecture is built from the file's own description, where it has one.
+
+    Raises WeightsError if the file is damaged, is not tspc's, or does not fit the architecture.
+    """
+    header, state = read(path)
+    if model is None:
+        model = _described_network(path, header)
+    modules = dict(model.named_modules())
+    for name, layer in header["layers"].items():
+        dense = modules.get(name)
+        if not isinstance(dense, nn.Conv2d | nn.Linear) or list(dense.weight.shape) != layer["shape"]:
+            found = "no such layer" if dense is None else f"{type(dense).__name__}"
+            raise WeightsError(
+                f"{path}: layer {name} was a kernel of shape {layer['shape']}, but the network given has {found} "
+                "there; pass the architecture that was compressed"
+            )
+        method = decompositions.from_dict(layer["method"])
+        set_module(model, name, untrained(cast(DenseLayer, dense), method, tuple(layer["rank"])))
+    load_state(model, state, str(path))
+    return model
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that `save` wrote. Raises WeightsError as `load` does."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); make it again") from error
+    if "tspc" not in metadata:
+        raise WeightsError(f"{path} holds weights, but was not written by tspc: load it into the network itself")
+    header = json.loads(metadata["tspc"])
+    if header["format"] > FORMAT:
+        raise WeightsError(f"{path} has format {header['format']}, this tspc reads up to {FORMAT}: install a newer one")
+    return header, state
+
+
+def _described_network(path: str | Path, header: dict[str, Any]) -> nn.Module:
+    description = header["network"]
+    if description is None or description["family"] == "custom":
+        raise WeightsError(f"{path} does not describe a built-in network: pass the architecture as load(path, model=…)")
+    # The weights come from the file, so the random initial ones need not disturb anybody's seed.
+    with torch.random.fork_rng(devices=[]):
+        return NetworkSpec.from_dict(description).build()

@@ -1,0 +1,51 @@
+"""Data sets by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from tspc.data import small
+from tspc.data.base import Batch, Data, DataSpec
+from tspc.data.folder import image_folder
+from tspc.errors import ConfigError
+
+__all__ = ["KINDS", "Batch", "Data", "DataSpec", "load_data"]
+
+KINDS: dict[str, Callable[[DataSpec, Path | None], Data]] = {
+    "digits": small.digits,
+    "idx": small.idx,
+    "cifar10": small.cifar10,
+    "folder": image_folder,
+    "synthetic": small.synthetic,
+}
+
+
+class _Key:
+    """Hashes a spec by its text, for the options inside are a dict."""
+
+    def __init__(self, spec: DataSpec) -> None:
+        self.spec = spec
+
+    def __hash__(self) -> int:
+        return hash(repr(self.spec))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.spec == other.spec
+
+
+def load_data(spec: DataSpec, data_dir: str | Path | None = None) -> Data:
+    """The data set that `spec` describes. The jobs of a sweep in one process share it.
+
+    Raises ConfigError for an unknown kind, DataError for data that is missing, damaged or unlike the spec.
+    """
+    return _load(_Key(spec), None if data_dir is None else Path(data_dir))
+
+
+@lru_cache(maxsize=2)
+def _load(key: _Key, data_dir: Path | None) -> Data:
+    kind = key.spec.kind
+    if kind not in KINDS:
+        raise ConfigError([f"dataset.kind={kind!r} is unknown; choose one of {', '.join(KINDS)}"])
+    return KINDS[kind](key.spec, data_dir)

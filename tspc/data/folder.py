@@ -1,0 +1,137 @@
+"""Folders of images: `train/` and `val/` or `test/`, each with one folder a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from tspc.data.base import Batch, DataSpec, InMemory, epoch_generator, steps_per_epoch, test_subset
+from tspc.data.small import existing
+from tspc.errors import DataError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+Samples = list[tuple[Path, int]]
+
+
+def image_folder(spec: DataSpec, data_dir: Path | None) -> InMemory | Streaming:
+    """Decodes everything once for small images, streams large ones.
+
+    Raises DataError for missing splits, classes that differ between them or from `num_classes`, and for an
+    image that cannot be read (small images: at once; streamed ones: when it is their turn).
+    """
+    if data_dir is None:
+        raise DataError(f"dataset={spec.name} needs data_dir=FOLDER with train/ and val/ (or test/) inside")
+    root = existing(data_dir)
+    assert root is not None
+    train_dir = root / "train"
+    test_dir = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if not train_dir.is_dir() or test_dir is None:
+        raise DataError(f"data_dir={root}: expected folders train/ and val/ (or test/) of class folders")
+    classes, train = _scan(train_dir)
+    test_classes, test = _scan(test_dir)
+    if classes != test_classes:
+        odd = sorted(set(classes) ^ set(test_classes))
+        raise DataError(f"data_dir={root}: {train_dir.name}/ and {test_dir.name}/ differ in the classes {odd[:5]}")
+    if spec.num_classes not in (None, len(classes)):
+        raise DataError(f"dataset.num_classes={spec.num_classes}, but {train_dir} has {len(classes)} class folders")
+    if spec.in_memory:
+        return InMemory(spec, len(classes), _decode(spec, train), _decode(spec, test))
+    return Streaming(spec, len(classes), train, test)
+
+
+def _scan(folder: Path) -> tuple[list[str], Samples]:
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if not classes:
+        raise DataError(f"{folder} has no class folders")
+    samples = []
+    for label, name in enumerate(classes):
+        paths = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in EXTENSIONS)
+        if not paths:
+            raise DataError(f"{folder / name} has no images ({', '.join(sorted(EXTENSIONS))})")
+        samples += [(path, label) for path in paths]
+    return classes, samples
+
+
+def _open(path: Path, channels: int) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path} is not a readable image ({error}); remove or replace it") from error
+
+
+def _decode(spec: DataSpec, samples: Samples) -> Batch:
+    size = (spec.image_size, spec.image_size)
+
+    def pixels(sample: tuple[Path, int]) -> np.ndarray:
+        image = _open(sample[0], spec.channels)
+        image = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+        return np.asarray(image).reshape(*size, -1)
+
+    with ThreadPoolExecutor() as pool:
+        images = torch.from_numpy(np.stack(list(pool.map(pixels, samples))))
+    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in samples])
+
+
+class _Files(Dataset):
+    def __init__(self, samples: Samples, channels: int, transform: v2.Transform) -> None:
+        self.samples, self.channels, self.transform = samples, channels, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(_open(path, self.channels)), label
+
+
+class Streaming:
+    """Images decoded by worker processes as they are needed: random crop and flip, or resize and centre crop."""
+
+    def __init__(self, spec: DataSpec, num_classes: int, train: Samples, test: Samples) -> None:
+        self.spec, self.num_classes = spec, num_classes
+        self.train_size, self.test_size = len(train), len(test)
+        resize = spec.resize or spec.image_size
+        end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(spec.mean), list(spec.std))]
+        flip = [v2.RandomHorizontalFlip()] if spec.flip else []
+        augment = v2.Compose([v2.RandomResizedCrop(spec.image_size), *flip, *end])
+        centre = v2.Compose([v2.Resize(resize), v2.CenterCrop(spec.image_size), *end])
+        self._train = _Files(train, spec.channels, augment)
+        self._test = _Files(test, spec.channels, centre)
+
+    def steps(self, batch_size: int) -> int:
+        return steps_per_epoch(self.train_size, batch_size)
+
+    def train_batches(self, batch_size: int, seed: int, epoch: int, device: torch.device) -> Iterator[Batch]:
+        generator = epoch_generator(seed, epoch)
+        order = torch.randperm(self.train_size, generator=generator)[: self.steps(batch_size) * batch_size]
+        yield from self._batches(self._train, order, batch_size, device, generator)
+
+    def test_batches(self, batch_size: int, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
+        yield from self._batches(self._test, test_subset(self.test_size, limit), batch_size, device, None)
+
+    def _batches(
+        self, files: _Files, order: Tensor, batch_size: int, device: torch.device, generator: torch.Generator | None
+    ) -> Iterator[Batch]:
+        loader = DataLoader(
+            files,
+            batch_size=batch_size,
+            sampler=order.tolist(),
+            num_workers=self.spec.workers,
+            pin_memory=device.type == "cuda",
+            generator=generator,
+        )
+        try:
+            for images, labels in loader:
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        except DataError as error:
+            # A worker's error arrives with its traceback as the message; the last line is ours.
+            raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from None

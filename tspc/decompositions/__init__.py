@@ -1,0 +1,91 @@
+"""The seven decompositions and their registry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tspc.decompositions.base import Decomposition, Factors, Rank, Shape, is_matrix, kernel_dims
+from tspc.decompositions.cp import CP
+from tspc.decompositions.reshaped import Reshaped
+from tspc.decompositions.svd import SVD
+from tspc.decompositions.tensor_train import TensorTrain
+from tspc.decompositions.tucker import Tucker
+from tspc.errors import ConfigError
+
+__all__ = [
+    "CP",
+    "METHODS",
+    "SVD",
+    "Decomposition",
+    "Factors",
+    "Rank",
+    "Reshaped",
+    "Shape",
+    "TensorTrain",
+    "Tucker",
+    "from_dict",
+    "is_matrix",
+    "kernel_dims",
+    "resolve",
+]
+
+
+def _reshaped(inner: type[CP | Tucker | TensorTrain], default_order: int) -> Callable[..., Reshaped]:
+    def build(order: int = default_order, **settings: Any) -> Reshaped:
+        return Reshaped(inner(**settings), order)
+
+    return build
+
+
+_CLASSES: dict[str, tuple[type[Decomposition], int | None]] = {
+    "svd": (SVD, None),
+    "cp": (CP, None),
+    "tk": (Tucker, None),
+    "tt": (TensorTrain, None),
+    "rcp": (CP, 2),
+    "rtk": (Tucker, 2),
+    "rtt": (TensorTrain, 3),
+}
+
+METHODS: dict[str, Callable[..., Decomposition]] = {
+    name: cls if order is None else _reshaped(cls, order)  # type: ignore[arg-type]
+    for name, (cls, order) in _CLASSES.items()
+}
+"""Name → constructor, whose keyword arguments are the method's settings."""
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings that a method takes, with their defaults."""
+    cls, order = _CLASSES[name]
+    settings = {f.name: f.default for f in dataclasses.fields(cls)}
+    return settings if order is None else settings | {"order": order}
+
+
+def from_dict(data: Mapping[str, Any]) -> Decomposition:
+    """The method described by plain data such as {"name": "rcp", "order": 2}.
+
+    Raises ConfigError for an unknown name or setting; the message lists those that exist.
+    """
+    settings = dict(data)
+    name = settings.pop("name", None)
+    if name not in METHODS:
+        raise ConfigError([f"method {name!r} is unknown; choose one of {', '.join(METHODS)}"])
+    known = settings_of(name)
+    problems = [
+        f"method.{key} is unknown for {name}; its settings are: {', '.join(known) or 'none'}"
+        for key in settings
+        if key not in known
+    ]
+    for key, value in settings.items():
+        if key in known and (isinstance(value, bool) or not isinstance(value, type(known[key]) | int)):
+            problems.append(f"method.{key}={value!r}: expected {type(known[key]).__name__}")
+    if problems:
+        raise ConfigError(problems)
+    return METHODS[name](**settings)
+
+
+def resolve(method: str | Decomposition) -> Decomposition:
+    """A decomposition from its name, or itself."""
+    return from_dict({"name": method}) if isinstance(method, str) else method

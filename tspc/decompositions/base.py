@@ -1,0 +1,187 @@
+"""What a decomposition is: the contract that all seven methods obey, and rank selection under a budget."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tspc.errors import DecompositionError
+
+Shape = tuple[int, ...]
+Rank = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The tensors that replace one kernel.
+
+    `shape` is the kernel's own: (T, S, H, W) for a convolution, (T, S) for a dense layer, where T counts
+    output and S input channels. `rank` has one entry for each bond of the method.
+    """
+
+    tensors: tuple[Tensor, ...]
+    shape: Shape
+    rank: Rank
+
+
+def kernel_dims(shape: Shape) -> tuple[int, int, int, int]:
+    """(T, S, H, W) of a kernel; a dense layer counts as H = W = 1."""
+    if len(shape) == 2:
+        return (*shape, 1, 1)  # pyright: ignore[reportReturnType]
+    if len(shape) == 4:
+        return shape  # pyright: ignore[reportReturnType]
+    raise DecompositionError(f"kernel of shape {shape}: expected (T, S, H, W) of a Conv2d or (T, S) of a Linear")
+
+
+def is_matrix(shape: Shape) -> bool:
+    """Whether the kernel has no spatial extent: a dense layer or a 1×1 convolution."""
+    *_, h, w = kernel_dims(shape)
+    return h * w == 1
+
+
+@dataclass(frozen=True)
+class Decomposition(ABC):
+    """A way to write a kernel as factors. Its fields are the keys of `conf/method/<name>.yaml`.
+
+    Laws, for every kernel K and rank r (they hold in float64, and are tested over all methods and shapes):
+
+    - `reconstruct(decompose(K, max_rank(K.shape))) == K`;
+    - `num_params(K.shape, rank_for(K.shape, budget)) <= budget`, and raising any one entry of that rank
+      (up to `max_rank`) breaks the budget;
+    - the same arguments give the same factors, bit for bit, on the same machine.
+    """
+
+    name: ClassVar[str]
+
+    def for_shape(self, shape: Shape) -> Decomposition:
+        """The decomposition that is really used for a kernel of this shape.
+
+        `cp`, `tk` and `tt` of a kernel without spatial extent are a matrix factorisation, so they answer `svd`.
+        """
+        return self
+
+    @abstractmethod
+    def max_rank(self, shape: Shape) -> Rank:
+        """The rank from which on every kernel of this shape is represented exactly."""
+
+    @abstractmethod
+    def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
+        """Shapes of the factors: the one source of parameter counts."""
+
+    @abstractmethod
+    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+        """Factors of a finite float64 kernel at a valid rank."""
+
+    @abstractmethod
+    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+        """The kernel that the factors stand for; differentiable."""
+
+    def chain_axes(self, shape: Shape) -> tuple[str, ...] | None:
+        """For each factor the spatial axes ("", "h", "w" or "hw") that it convolves over.
+
+        The factors are then, in order, the weights of a chain of ordinary convolutions equal to the layer.
+        None where the method has no such chain and the layer rebuilds its kernel instead.
+        """
+        return None
+
+    def num_params(self, shape: Shape, rank: Rank) -> int:
+        """Number of entries of all factors together."""
+        return sum(math.prod(s) for s in self.factor_shapes(shape, rank))
+
+    def min_params(self, shape: Shape) -> int:
+        """Number of entries at rank 1, the fewest possible."""
+        return self.num_params(shape, (1,) * len(self.max_rank(shape)))
+
+    def rank_for(self, shape: Shape, budget: int) -> Rank:
+        """The largest rank whose factors have at most `budget` entries.
+
+        All entries grow together (each up to its maximum, the rule of arXiv:1805.10352's code), then one
+        at a time for as long as one more fits.
+
+        Raises DecompositionError if even rank 1 exceeds the budget.
+        """
+        top = self.max_rank(shape)
+        if self.min_params(shape) > budget:
+            raise DecompositionError(
+                f"{self.name} of a kernel of shape {shape} needs at least {self.min_params(shape)} parameters, "
+                f"but the budget is {budget}; raise the rate or keep the layer dense"
+            )
+
+        def equal(value: int) -> Rank:
+            return tuple(min(value, limit) for limit in top)
+
+        low, high = 1, max(top)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.num_params(shape, equal(middle)) <= budget else (low, middle - 1)
+        return self._fill(shape, equal(low), budget)
+
+    def _fill(self, shape: Shape, rank: Rank, budget: int) -> Rank:
+        """Raises single entries, smallest first, until none can be raised within the budget."""
+        top = self.max_rank(shape)
+        grown = True
+        while grown:
+            grown = False
+            for i in sorted(range(len(rank)), key=lambda i: rank[i]):
+                raised = (*rank[:i], rank[i] + 1, *rank[i + 1 :])
+                if rank[i] < top[i] and self.num_params(shape, raised) <= budget:
+                    rank, grown = raised, True
+                    break
+        return rank
+
+    def decompose(self, weight: Tensor, rank: Rank) -> Factors:
+        """Factors of `weight`, computed in float64 and returned in its own dtype and on its device.
+
+        Raises DecompositionError for a kernel with NaN or infinite entries, or a rank outside 1…`max_rank`.
+        """
+        shape = tuple(weight.shape)
+        self._check(weight, shape, rank)
+        tensors = self._fit(weight.detach().double(), rank)
+        return Factors(tuple(t.to(weight.dtype).contiguous() for t in tensors), shape, rank)
+
+    def reconstruct(self, factors: Factors) -> Tensor:
+        """The dense kernel that the factors stand for; differentiable in them."""
+        return self._contract(factors.tensors, factors.shape)
+
+    def _check(self, weight: Tensor, shape: Shape, rank: Rank) -> None:
+        top = self.max_rank(shape)
+        if len(rank) != len(top) or any(not 1 <= r <= limit for r, limit in zip(rank, top, strict=True)):
+            raise DecompositionError(
+                f"rank {rank} does not fit {self.name} of a kernel of shape {shape}: "
+                f"it has {len(top)} entries, from 1 up to {top}"
+            )
+        if not torch.isfinite(weight).all():
+            raise DecompositionError(f"the kernel of shape {shape} holds NaN or infinite values; mend the weights first")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method as plain data; `decompositions.from_dict` reads it back."""
+        return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+class TensorFormat(ABC):
+    """A tensor decomposition of a plain tensor with modes `dims`, apart from any meaning as a kernel.
+
+    With `spatial`, the last mode holds the H·W kernel positions. Reshaped methods apply a format to a
+    kernel whose channels were split into several modes.
+    """
+
+    pairs_channels: ClassVar[bool]
+    """Whether input and output sub-modes are merged pairwise (S_l·T_l) or stay separate modes."""
+
+    @abstractmethod
+    def max_rank(self, dims: Shape, spatial: bool) -> Rank: ...
+
+    @abstractmethod
+    def factor_shapes(self, dims: Shape, spatial: bool, rank: Rank) -> tuple[Shape, ...]: ...
+
+    @abstractmethod
+    def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]: ...
+
+    @abstractmethod
+    def contract(self, tensors: Sequence[Tensor]) -> Tensor: ...

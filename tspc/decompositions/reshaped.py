@@ -1,0 +1,106 @@
+"""`rcp`, `rtk`, `rtt`: a tensor format applied to a kernel whose channels are split into several modes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from tspc.decompositions.base import Decomposition, Rank, Shape, kernel_dims
+from tspc.decompositions.cp import CP
+from tspc.decompositions.tensor_train import TensorTrain
+from tspc.decompositions.tucker import Tucker
+from tspc.errors import DecompositionError
+
+
+@lru_cache(maxsize=4096)
+def balanced_factors(number: int, count: int) -> Shape:
+    """`number` as a product of `count` integers, ascending, with the smallest possible sum.
+
+    A prime stays whole: balanced_factors(7, 2) == (1, 7).
+    """
+    if count == 1:
+        return (number,)
+    root = round(number ** (1 / count)) + 1
+    options = [
+        tuple(sorted((d, *balanced_factors(number // d, count - 1)))) for d in range(1, root + 1) if number % d == 0
+    ]
+    return min(options, key=sum)
+
+
+@dataclass(frozen=True)
+class Reshaped(Decomposition):
+    """`inner`'s format on a kernel with S = S1·…·Sm and T = T1·…·Tm (arXiv:1805.10352, section 4).
+
+    - CP: Σ_r of Kronecker products; R(Σ S_l·T_l + HW) parameters.
+    - Tucker: a matrix for every S_l and T_l, the positions stay in the core.
+    - tensor train: cores R_{l-1} × S_l·T_l × R_l, then R_m × HW (Novikov et al., NIPS 2015).
+
+    A kernel without spatial extent has no H·W mode. `order` is m.
+    """
+
+    inner: CP | Tucker | TensorTrain
+    order: int
+
+    def __post_init__(self) -> None:
+        if self.order < 2:
+            raise DecompositionError(f"{self.name}: order={self.order}, but a reshaped kernel has at least 2 modes")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"r{self.inner.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.inner.to_dict() | {"name": self.name, "order": self.order}
+
+    def _channels(self, shape: Shape) -> tuple[Shape, Shape]:
+        """Splits of S and of T; opposite orders, so that the products S_l·T_l come out even."""
+        t, s, *_ = kernel_dims(shape)
+        return balanced_factors(s, self.order), balanced_factors(t, self.order)[::-1]
+
+    def _dims(self, shape: Shape) -> tuple[Shape, bool]:
+        """Modes of the reshaped kernel, and whether the last one holds the kernel positions."""
+        inputs, outputs = self._channels(shape)
+        *_, h, w = kernel_dims(shape)
+        pairs = tuple(s * t for s, t in zip(inputs, outputs, strict=True))
+        channels = pairs if self.inner.format.pairs_channels else inputs + outputs
+        return (*channels, h * w) if h * w > 1 else channels, h * w > 1
+
+    def _split(self, weight: Tensor) -> Tensor:
+        """Kernel → tensor with the modes of `_dims`."""
+        shape = tuple(weight.shape)
+        inputs, outputs = self._channels(shape)
+        m = self.order
+        tensor = weight.reshape(*outputs, *inputs, -1)
+        if self.inner.format.pairs_channels:
+            axes = [axis for i in range(m) for axis in (m + i, i)]
+        else:
+            axes = [*range(m, 2 * m), *range(m)]
+        return tensor.permute(*axes, 2 * m).reshape(self._dims(shape)[0])
+
+    def _join(self, tensor: Tensor, shape: Shape) -> Tensor:
+        """The inverse of `_split`."""
+        inputs, outputs = self._channels(shape)
+        m = self.order
+        if self.inner.format.pairs_channels:
+            pairs = [n for pair in zip(inputs, outputs, strict=True) for n in pair]
+            axes = [*range(1, 2 * m, 2), *range(0, 2 * m, 2)]
+        else:
+            pairs = [*inputs, *outputs]
+            axes = [*range(m, 2 * m), *range(m)]
+        return tensor.reshape(*pairs, -1).permute(*axes, 2 * m).reshape(shape)
+
+    def max_rank(self, shape: Shape) -> Rank:
+        return self.inner.format.max_rank(*self._dims(shape))
+
+    def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
+        return self.inner.format.factor_shapes(*self._dims(shape), rank)
+
+    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+        return self.inner.format.fit(self._split(weight), rank)
+
+    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+        return self._join(self.inner.format.contract(tensors), shape)

@@ -1,0 +1,54 @@
+"""`svd`: the kernel as one matrix, a vertical and a horizontal convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tspc.decompositions.base import Decomposition, Rank, Shape, kernel_dims
+from tspc.decompositions.linalg import truncated_svd
+
+
+@dataclass(frozen=True)
+class SVD(Decomposition):
+    """K(s, h, w, t) = Σ_r A(s, h, r) B(r, w, t); R(SH + WT) parameters.
+
+    Chain: H×1 convolution S → R, then 1×W convolution R → T. Jaderberg et al., BMVC 2014 (scheme 2);
+    arXiv:1805.10352, section 3.
+    """
+
+    name: ClassVar[str] = "svd"
+
+    def max_rank(self, shape: Shape) -> Rank:
+        t, s, h, w = kernel_dims(shape)
+        return (min(s * h, w * t),)
+
+    def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
+        t, s, h, w = kernel_dims(shape)
+        (r,) = rank
+        return ((r, s), (t, r)) if len(shape) == 2 else ((r, s, h, 1), (t, r, 1, w))
+
+    def chain_axes(self, shape: Shape) -> tuple[str, ...]:
+        *_, h, w = kernel_dims(shape)
+        # A strided 1×1 kernel should stride before the second convolution, not in the middle of it.
+        return ("hw", "") if h * w == 1 else ("h", "w")
+
+    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+        shape = tuple(weight.shape)
+        t, s, h, w = kernel_dims(shape)
+        (r,) = rank
+        matrix = weight.reshape(t, s, h, w).permute(1, 2, 3, 0).reshape(s * h, w * t)
+        left, right = truncated_svd(matrix, r)
+        first = left.T
+        second = right.reshape(r, w, t).permute(2, 0, 1)
+        return [f.reshape(k) for f, k in zip((first, second), self.factor_shapes(shape, rank), strict=True)]
+
+    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+        first, second = tensors
+        if len(shape) == 2:
+            return second @ first
+        return torch.einsum("rsh,trw->tshw", first.squeeze(3), second.squeeze(2))

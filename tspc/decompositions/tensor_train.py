@@ -1,0 +1,98 @@
+"""`tt`: tensor-train decomposition by successive truncated SVDs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tspc.decompositions.base import Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
+from tspc.decompositions.linalg import dominant_basis
+from tspc.decompositions.svd import SVD
+
+
+@dataclass(frozen=True)
+class TensorTrainFormat(TensorFormat):
+    """A core R_{k-1} × n_k × R_k for every mode, R_0 = R_m = 1 (Oseledets, SIAM J. Sci. Comput. 2011)."""
+
+    pairs_channels: ClassVar[bool] = True
+
+    def max_rank(self, dims: Shape, spatial: bool) -> Rank:
+        return tuple(min(math.prod(dims[:k]), math.prod(dims[k:])) for k in range(1, len(dims)))
+
+    def factor_shapes(self, dims: Shape, spatial: bool, rank: Rank) -> tuple[Shape, ...]:
+        bonds = (1, *rank, 1)
+        return tuple((bonds[k], n, bonds[k + 1]) for k, n in enumerate(dims))
+
+    def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
+        dims = tuple(tensor.shape)
+        cores = []
+        rest, bond = tensor, 1
+        for n, r in zip(dims, rank, strict=False):
+            matrix = rest.reshape(bond * n, -1)
+            # An earlier, smaller bond can leave fewer dimensions than r; the surplus is padded with zeros.
+            reach = min(r, *matrix.shape)
+            basis = dominant_basis(matrix, reach)
+            rest = _pad(basis.T @ matrix, 0, r)
+            cores.append(_pad(basis, 1, r).reshape(bond, n, r))
+            bond = r
+        cores.append(rest.reshape(bond, dims[-1], 1))
+        return cores
+
+    def contract(self, tensors: Sequence[Tensor]) -> Tensor:
+        result = tensors[0]
+        for core in tensors[1:]:
+            result = torch.tensordot(result, core, dims=1)
+        return result.squeeze(0).squeeze(-1)
+
+
+def _pad(matrix: Tensor, axis: int, size: int) -> Tensor:
+    missing = size - matrix.shape[axis]
+    if missing == 0:
+        return matrix
+    shape = list(matrix.shape)
+    shape[axis] = missing
+    return torch.cat([matrix, matrix.new_zeros(shape)], dim=axis)
+
+
+@dataclass(frozen=True)
+class TensorTrain(Decomposition):
+    """K(s, h, w, t) = Σ A(s, r1) B(r1, h, r2) C(r2, w, r3) D(r3, t); SR1 + R1HR2 + R2WR3 + R3T parameters.
+
+    Chain: 1×1 convolution, H×1, 1×W, 1×1. arXiv:1805.10352, section 3.
+    """
+
+    name: ClassVar[str] = "tt"
+
+    @property
+    def format(self) -> TensorTrainFormat:
+        return TensorTrainFormat()
+
+    def for_shape(self, shape: Shape) -> Decomposition:
+        return SVD() if is_matrix(shape) else self
+
+    def max_rank(self, shape: Shape) -> Rank:
+        t, s, h, w = kernel_dims(shape)
+        return self.format.max_rank((s, h, w, t), True)
+
+    def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
+        t, s, h, w = kernel_dims(shape)
+        r1, r2, r3 = rank
+        return (r1, s, 1, 1), (r2, r1, h, 1), (r3, r2, 1, w), (t, r3, 1, 1)
+
+    def chain_axes(self, shape: Shape) -> tuple[str, ...]:
+        return "", "h", "w", ""
+
+    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+        cores = self.format.fit(weight.permute(1, 2, 3, 0), rank)
+        # A core R × n × R' is the weight R' × R × n of a convolution R → R' (the channel cores have n = 1 tap).
+        tensors = [cores[0][0].T, *(c.permute(2, 0, 1) for c in cores[1:3]), cores[3][:, :, 0].T]
+        return [f.reshape(k) for f, k in zip(tensors, self.factor_shapes(tuple(weight.shape), rank), strict=True)]
+
+    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+        a, b, c, d = tensors
+        return torch.einsum("as,bah,cbw,tc->tshw", a[:, :, 0, 0], b[..., 0], c[:, :, 0], d[:, :, 0, 0])

@@ -1,0 +1,115 @@
+"""`tk`: partial Tucker decomposition over the channel modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tspc.decompositions.base import Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
+from tspc.decompositions.linalg import dominant_basis
+from tspc.decompositions.svd import SVD
+
+
+def _mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """Contracts `mode` of the tensor with the columns of `matrix` (rows become the new mode)."""
+    return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
+
+
+@dataclass(frozen=True)
+class TuckerFormat(TensorFormat):
+    """A core times one n_i × R_i matrix for every mode but the spatial one.
+
+    Factors: the matrices, then the core. HOSVD start, then HOOI sweeps (De Lathauwer, De Moor &
+    Vandewalle, SIAM J. Matrix Anal. Appl. 2000).
+    """
+
+    max_iterations: int
+    tolerance: float
+    pairs_channels: ClassVar[bool] = False
+
+    def max_rank(self, dims: Shape, spatial: bool) -> Rank:
+        size = math.prod(dims)
+        return tuple(min(n, size // n) for n in dims[: len(dims) - spatial])
+
+    def factor_shapes(self, dims: Shape, spatial: bool, rank: Rank) -> tuple[Shape, ...]:
+        matrices = tuple(zip(dims[: len(rank)], rank, strict=True))
+        return (*matrices, (*rank, *dims[len(rank) :]))
+
+    def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
+        bases = [dominant_basis(_unfold(tensor, mode), r) for mode, r in enumerate(rank)]
+        captured = -1.0
+        for _ in range(self.max_iterations):
+            for mode, r in enumerate(rank):
+                projected = self._project(tensor, bases, skip=mode)
+                bases[mode] = dominant_basis(_unfold(projected, mode), r)
+            core = self._project(tensor, bases)
+            energy = float((core * core).sum())
+            if energy <= captured * (1 + self.tolerance):
+                break
+            captured = energy
+        return [*bases, self._project(tensor, bases)]
+
+    def contract(self, tensors: Sequence[Tensor]) -> Tensor:
+        *matrices, result = tensors
+        for mode, matrix in enumerate(matrices):
+            result = _mode_product(result, matrix, mode)
+        return result
+
+    @staticmethod
+    def _project(tensor: Tensor, bases: list[Tensor], skip: int = -1) -> Tensor:
+        for mode, basis in enumerate(bases):
+            if mode != skip:
+                tensor = _mode_product(tensor, basis.T, mode)
+        return tensor
+
+
+def _unfold(tensor: Tensor, mode: int) -> Tensor:
+    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+
+
+@dataclass(frozen=True)
+class Tucker(Decomposition):
+    """K(s, h, w, t) = Σ A(s, r1) G(r1, r2, h, w) B(r2, t); S·R1 + R1·R2·HW + R2·T parameters.
+
+    Chain: 1×1 convolution S → R1, H×W convolution R1 → R2, 1×1 convolution R2 → T. Kim et al., ICLR
+    2016; arXiv:1805.10352, section 3.
+    """
+
+    name: ClassVar[str] = "tk"
+    max_iterations: int = 10
+    tolerance: float = 1e-6
+
+    @property
+    def format(self) -> TuckerFormat:
+        return TuckerFormat(self.max_iterations, self.tolerance)
+
+    def for_shape(self, shape: Shape) -> Decomposition:
+        return SVD() if is_matrix(shape) else self
+
+    def max_rank(self, shape: Shape) -> Rank:
+        t, s, h, w = kernel_dims(shape)
+        return self.format.max_rank((s, t, h * w), True)
+
+    def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
+        t, s, h, w = kernel_dims(shape)
+        r1, r2 = rank
+        return (r1, s, 1, 1), (r2, r1, h, w), (t, r2, 1, 1)
+
+    def chain_axes(self, shape: Shape) -> tuple[str, ...]:
+        return "", "hw", ""
+
+    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+        shape = tuple(weight.shape)
+        t, s, h, w = kernel_dims(shape)
+        inputs, outputs, core = self.format.fit(weight.permute(1, 0, 2, 3).reshape(s, t, h * w), rank)
+        tensors = inputs.T, core.movedim(0, 1), outputs
+        return [f.reshape(k) for f, k in zip(tensors, self.factor_shapes(shape, rank), strict=True)]
+
+    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+        inputs, core, outputs = tensors
+        return torch.einsum("as,bahw,tb->tshw", inputs[:, :, 0, 0], core, outputs[:, :, 0, 0])

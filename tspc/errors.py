@@ -1,0 +1,41 @@
+"""Everything that tspc raises on purpose: one family, whose messages are written for the user."""
+
+
+class TspcError(Exception):
+    """A mistake that the user can mend; the message names the thing, its value and the likely remedy."""
+
+
+class ConfigError(TspcError):
+    """One or more settings are wrong; `problems` has a line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+class InfeasibleRateError(TspcError):
+    """The rate is below what rank-1 factors need; `smallest` is the smallest feasible rate."""
+
+    def __init__(self, message: str, smallest: float) -> None:
+        self.smallest = smallest
+        super().__init__(message)
+
+
+class DecompositionError(TspcError):
+    """A kernel or a rank that a decomposition cannot take."""
+
+
+class WeightsError(TspcError):
+    """A file of weights that cannot be read, or does not fit the network."""
+
+
+class DataError(TspcError):
+    """A data set that is missing, damaged, or not what the configuration says."""
+
+
+class RunError(TspcError):
+    """A run's directory that cannot be used: in use, unwritable, full, or holding something else."""
+
+
+class TrainingError(TspcError):
+    """Training cannot go on, for example because the loss is no longer finite."""

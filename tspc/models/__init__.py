@@ -1,0 +1,84 @@
+"""Networks by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tspc.errors import ConfigError
+from tspc.models.cifar_resnet import CIFAR_RESNETS, cifar_resnet
+from tspc.models.lenet import LeNet5
+from tspc.models.torchvision_zoo import torchvision_network
+
+FAMILIES = ("builtin", "torchvision", "custom")
+BUILTIN = (*CIFAR_RESNETS, "lenet5")
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Which network: enough to build it again.
+
+    `family` is `builtin` (this package's CIFAR ResNets and LeNet-5), `torchvision` (any of its
+    classification networks) or `custom` (`factory` is `package.module:function`, called with `kwargs`).
+    """
+
+    family: str
+    name: str
+    num_classes: int | None = None
+    in_channels: int = 3
+    image_size: int | None = None
+    factory: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> NetworkSpec:
+        return cls(**data)
+
+    def build(self, pretrained: bool = False) -> nn.Module:
+        """The network with initial weights, or with torchvision's published ones.
+
+        Raises ConfigError for an unknown network or a factory that cannot be called, WeightsError if
+        published weights cannot be had.
+        """
+        if pretrained and self.family != "torchvision":
+            raise ConfigError(
+                [f"pretrained=default: {self.name} has no published weights; pass a file, or null to train it"]
+            )
+        if self.family == "custom":
+            return _custom(self.factory, self.kwargs)
+        if self.num_classes is None:
+            raise ConfigError([f"dataset.num_classes is needed to build {self.name}"])
+        if self.family == "torchvision":
+            return torchvision_network(self.name, self.num_classes, self.in_channels, pretrained, self.kwargs)
+        if self.name == "lenet5":
+            return LeNet5(self.num_classes, self.in_channels, self.image_size or 28)
+        if self.name in CIFAR_RESNETS:
+            return cifar_resnet(self.name, self.num_classes, self.in_channels)
+        near = difflib.get_close_matches(str(self.name), BUILTIN, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError([f"model.name={self.name!r} is unknown; built in are {', '.join(BUILTIN)}{hint}"])
+
+
+def _custom(factory: str | None, kwargs: dict[str, Any]) -> nn.Module:
+    module_name, _, function = (factory or "").partition(":")
+    if not module_name or not function:
+        raise ConfigError([f"model.factory={factory!r}: expected package.module:function"])
+    try:
+        build = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError([f"model.factory={factory!r} cannot be imported ({error}); is it on PYTHONPATH?"]) from error
+    try:
+        network = build(**kwargs)
+    except Exception as error:  # the user's own code may raise anything
+        raise ConfigError([f"model.factory={factory!r} failed: {type(error).__name__}: {error}"]) from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError([f"model.factory={factory!r} returned {type(network).__name__}, not a torch.nn.Module"])
+    return network

@@ -1,0 +1,85 @@
+"""Reading weights from files without running anything that they contain."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tspc.errors import WeightsError
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
+_WRAPPERS = ("state_dict", "model")
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from `.safetensors`, or from `.pt`, `.pth`, `.th` (tensors only).
+
+    The dict may lie under `state_dict` or `model`, and its keys may start with `module.`.
+    Raises WeightsError for a file that is missing, damaged, foreign, or would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"pretrained={path}: there is no such file")
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"pretrained={path}: expected a file ending in {', '.join(SUFFIXES)}")
+    data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    for wrapper in _WRAPPERS:
+        if isinstance(data, dict) and isinstance(data.get(wrapper), dict):
+            data = data[wrapper]
+    if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):
+        raise WeightsError(f"pretrained={path} holds no state dict (a dict of tensors, plain or under {_WRAPPERS})")
+    return {str(key).removeprefix("module."): value for key, value in data.items()}
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"pretrained={path} is not a whole safetensors file ({error})") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
+            raise WeightsError(
+                f"pretrained={path} is a pickle that holds more than tensors and could run code; it was not loaded: "
+                "save its state_dict() alone"
+            ) from error
+        raise WeightsError(f"pretrained={path} is truncated or is no PyTorch checkpoint") from error
+    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"pretrained={path} is truncated or is no PyTorch checkpoint") from error
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copies `state` into `model`, all of it or nothing.
+
+    Counters that older files lack (`num_batches_tracked`) may be missing. Raises WeightsError listing what
+    is missing, unexpected, or of another shape.
+    """
+    own = model.state_dict()
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in own]
+    differing = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", differing)]
+    problems = [f"{label}: {_some(names)}" for label, names in parts if names]
+    if problems:
+        raise WeightsError(f"{source} does not fit the network: {'; '.join(problems)}")
+    model.load_state_dict(state, strict=False)
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
