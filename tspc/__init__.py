@@ -1,0 +1,56 @@
+"""tspc: pretrained networks made small by tensor decomposition (arXiv:1805.10352).
+
+    small = tspc.compress(model, method="rcp", rate=0.1)
+    tspc.save(small, "small.safetensors")
+    model = tspc.load("small.safetensors", model=resnet50())
+
+Names are imported on first use, so that the command line answers `--help` without PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tspc.checkpoint import load as load
+    from tspc.checkpoint import save as save
+    from tspc.compression import apply_ as apply_
+    from tspc.compression import compress as compress
+    from tspc.decompositions import CP as CP
+    from tspc.decompositions import SVD as SVD
+    from tspc.decompositions import Reshaped as Reshaped
+    from tspc.decompositions import TensorTrain as TensorTrain
+    from tspc.decompositions import Tucker as Tucker
+    from tspc.errors import TspcError as TspcError
+    from tspc.planning import Plan as Plan
+    from tspc.planning import plan as plan
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "apply_": "compression",
+    "compress": "compression",
+    "CP": "decompositions",
+    "SVD": "decompositions",
+    "Reshaped": "decompositions",
+    "TensorTrain": "decompositions",
+    "Tucker": "decompositions",
+    "TspcError": "errors",
+    "Plan": "planning",
+    "plan": "planning",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tspc' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tspc.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

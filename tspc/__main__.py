@@ -1,0 +1,5 @@
+"""`python -m tspc`."""
+
+from tspc.cli import main
+
+main()

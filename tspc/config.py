@@ -1,0 +1,228 @@
+"""Hydra's untyped configuration → one frozen, checked object. Nothing else here or below knows OmegaConf."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tspc import decompositions
+from tspc.data import DataSpec
+from tspc.decompositions import Decomposition
+from tspc.errors import ConfigError
+from tspc.models import FAMILIES, NetworkSpec
+from tspc.phases.decompose import Selection
+from tspc.phases.distill import Distillation
+from tspc.planning import RATE_DECAYS, RATE_SCOPES
+from tspc.training import Recipe
+
+PHASES = ("pretrain", "decompose", "distill", "finetune")
+"""In the order in which they run."""
+
+TOP_LEVEL = (
+    "method rate rate_decay rate_scope dataset data_dir model pretrained output_dir batch_size epochs phase seed "
+    "device overwrite eval_samples checkpoint_seconds"
+).split()
+DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "pretrain")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. A phase that was not asked for is None."""
+
+    method: Decomposition
+    rate: float
+    rate_decay: str
+    rate_scope: str
+    dataset: DataSpec
+    data_dir: Path | None
+    network: NetworkSpec
+    pretrained: str | None
+    pretrain_recipe: Recipe | None
+    output_dir: Path
+    seed: int
+    device: str
+    overwrite: bool
+    eval_samples: int | None
+    checkpoint_seconds: float
+    phases: tuple[str, ...]
+    decompose: Selection | None
+    distill: Distillation | None
+    finetune: Recipe | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether data is indispensable."""
+        return self.phases != ("decompose",) or self.pretrained is None
+
+
+def read_config(config: DictConfig | dict[str, Any]) -> Config:
+    """Checks a composed configuration. Raises ConfigError with every problem found, not just the first."""
+    reader = _Reader()
+    try:
+        raw = config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([str(error).splitlines()[0]]) from error
+    assert isinstance(raw, dict)
+    reader.known(raw, TOP_LEVEL, "")
+    result = Config(
+        method=reader.method(raw.get("method")),
+        rate=reader.number(raw, "rate", 0, 1, open_low=True),
+        rate_decay=reader.choice(raw, "rate_decay", RATE_DECAYS),
+        rate_scope=reader.choice(raw, "rate_scope", RATE_SCOPES),
+        dataset=reader.dataset(raw.get("dataset") or {}),
+        data_dir=None if raw.get("data_dir") is None else Path(str(raw["data_dir"])),
+        network=reader.network(raw.get("model") or {}, raw.get("dataset") or {}),
+        pretrained=None if raw.get("pretrained") is None else str(raw["pretrained"]),
+        pretrain_recipe=reader.section(Recipe, (raw.get("dataset") or {}).get("pretrain"), "dataset.pretrain"),
+        output_dir=Path(str(raw.get("output_dir"))),
+        seed=int(reader.number(raw, "seed", 0, 2**31 - 1, whole=True)),
+        device=str(raw.get("device")),
+        overwrite=reader.flag(raw, "overwrite"),
+        eval_samples=reader.optional_count(raw, "eval_samples"),
+        checkpoint_seconds=reader.number(raw, "checkpoint_seconds", 0, float("inf")),
+        **reader.phases(raw.get("phase") or {}),
+    )
+    if result.pretrained is None and result.pretrain_recipe is None:
+        reader.problems.append(
+            f"pretrained=null, but dataset {result.dataset.name} has no recipe to train a reference; "
+            "pass pretrained=FILE, default or random"
+        )
+    if result.phases == ("pretrain",) and result.pretrained is not None:
+        reader.problems.append(f"phase=pretrain, but pretrained={result.pretrained} is given: nothing to train")
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return result
+
+
+class _Reader:
+    """Reads sections and remembers what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def known(self, data: dict[str, Any], names: Any, where: str) -> None:
+        names = list(names)
+        for key in data:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1)
+                hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(names)}"
+                self.problems.append(f"{where}{key} is not a setting; {hint}")
+
+    def section(self, cls: type[T], data: dict[str, Any] | None, where: str) -> T:
+        """A dataclass from a mapping: unknown keys, missing keys and wrong types are problems."""
+        if data is None:
+            return None  # type: ignore[return-value]
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        self.known(data, names, f"{where}.")
+        known = {key: value for key, value in data.items() if key in names}
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(_mutable(cls)), known)
+            values = OmegaConf.to_container(merged, throw_on_missing=True)
+            result = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[union-attr]
+        except OmegaConfBaseException as error:
+            self.problems.append(f"{where}: {' '.join(str(error).splitlines()[:2]).replace('    full_key: ', 'in ')}")
+            return None  # type: ignore[return-value]
+        if isinstance(result, Recipe):
+            self.problems += result.problems(where)
+        return result
+
+    def method(self, data: Any) -> Decomposition:
+        try:
+            return decompositions.from_dict(data or {})
+        except ConfigError as error:
+            self.problems += error.problems
+        except decompositions.DecompositionError as error:
+            self.problems.append(str(error))
+        return decompositions.SVD()
+
+    def dataset(self, data: dict[str, Any]) -> DataSpec:
+        own = {key: value for key, value in data.items() if key not in DATASET_EXTRAS}
+        spec = self.section(DataSpec, own, "dataset")
+        if spec is not None:
+            for key in ("mean", "std"):
+                values = getattr(spec, key)
+                if len(values) not in (1, spec.channels) or (key == "std" and min(values, default=0) <= 0):
+                    self.problems.append(f"dataset.{key}={list(values)}: expected {spec.channels} positive numbers")
+        return spec
+
+    def network(self, model: dict[str, Any], dataset: dict[str, Any]) -> NetworkSpec:
+        self.known(model, ("family", "name", "factory", "kwargs"), "model.")
+        family, name = model.get("family"), model.get("name")
+        if family not in FAMILIES:
+            self.problems.append(f"model.family={family!r}: choose one of {', '.join(FAMILIES)}")
+        factory = model.get("factory")
+        if family == "custom":
+            if not factory:
+                self.problems.append("model=custom needs model.factory=package.module:function")
+            name = name or str(factory).rpartition(":")[2]
+        return NetworkSpec(
+            family=str(family),
+            name=str(name),
+            num_classes=dataset.get("num_classes"),
+            in_channels=int(dataset.get("channels") or 3),
+            image_size=dataset.get("image_size"),
+            factory=factory,
+            kwargs=dict(model.get("kwargs") or {}),
+        )
+
+    def phases(self, data: dict[str, Any]) -> dict[str, Any]:
+        self.known(data, PHASES, "phase.")
+        if not any(name in PHASES for name in data):
+            self.problems.append(f"phase={list(data)}: choose one or more of {', '.join(PHASES)}")
+        selection = data.get("decompose")
+        return {
+            "phases": tuple(name for name in PHASES if name in data),
+            "decompose": self.section(Selection, selection, "phase.decompose"),
+            "distill": self.section(Distillation, data.get("distill"), "phase.distill"),
+            "finetune": self.section(Recipe, data.get("finetune"), "phase.finetune"),
+        }
+
+    def number(
+        self, data: dict[str, Any], key: str, low: float, high: float, open_low: bool = False, whole: bool = False
+    ) -> float:
+        value = data.get(key)
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if ok and ((open_low and value == low) or (whole and value != int(value))):  # type: ignore[arg-type]
+            ok = False
+        if not ok:
+            kind = "a whole number" if whole else "a number"
+            limit = "" if high == float("inf") else f" and at most {high}"
+            self.problems.append(f"{key}={value}: expected {kind} {'above' if open_low else 'of at least'} {low}{limit}")
+            return low
+        return value  # type: ignore[return-value]
+
+    def optional_count(self, data: dict[str, Any], key: str) -> int | None:
+        return None if data.get(key) is None else int(self.number(data, key, 1, 2**31 - 1, whole=True))
+
+    def choice(self, data: dict[str, Any], key: str, options: tuple[str, ...]) -> str:
+        if data.get(key) not in options:
+            self.problems.append(f"{key}={data.get(key)}: choose one of {', '.join(options)}")
+        return str(data.get(key))
+
+    def flag(self, data: dict[str, Any], key: str) -> bool:
+        if not isinstance(data.get(key), bool):
+            self.problems.append(f"{key}={data.get(key)}: expected true or false")
+        return bool(data.get(key))
+
+
+def _mutable(cls: type) -> type:
+    """A schema with the fields of a frozen dataclass, in the types that OmegaConf knows."""
+    fields = []
+    for field in dataclasses.fields(cls):
+        kind = str(field.type).replace("tuple[float, ...]", "list[float]").replace("tuple[str, ...]", "list[str]")
+        default: Any = field.default
+        if default is dataclasses.MISSING:
+            default = "???" if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = list(default) if isinstance(default, tuple) else default
+        is_box = isinstance(value, list | dict)
+        made = dataclasses.field(default_factory=lambda v=value: v) if is_box else dataclasses.field(default=value)
+        fields.append((field.name, eval(kind, {"Any": Any}), made))  # noqa: S307  our own annotations
+    return dataclasses.make_dataclass(cls.__name__, fields)

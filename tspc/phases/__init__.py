@@ -1,0 +1,1 @@
+"""The stages of a run, each an ordinary function on networks."""

@@ -1,0 +1,55 @@
+"""What every phase is given: the data, the device, the seed, and somewhere to show and note how it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tspc.data import Data
+from tspc.display import Display
+from tspc.training import Step
+
+
+@dataclass(frozen=True)
+class Context:
+    """`note` receives one dict a measurement, for `metrics.jsonl`."""
+
+    data: Data | None
+    device: torch.device
+    seed: int
+    display: Display
+    note: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
+
+    @property
+    def required_data(self) -> Data:
+        assert self.data is not None, "the pipeline loads data for the phases that train"
+        return self.data
+
+    def watch(self, phase: str, label: str, total: int, **where: Any) -> Watch:
+        """A progress bar that also notes about fifty steps of the phase."""
+        return Watch(self, phase, label, total, where)
+
+
+class Watch:
+    """Passes optimizer steps on to the display and, thinned out, to the metrics."""
+
+    def __init__(self, context: Context, phase: str, label: str, total: int, where: dict[str, Any]) -> None:
+        self._context, self._phase, self._where = context, phase, where
+        self._every = max(1, total // 50)
+        self._bar = context.display.bar(f"{phase:<9} {label}", total)
+
+    def __enter__(self) -> Callable[[Step], None]:
+        self._bar.__enter__()
+        return self._on_step
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.__exit__(*exception)
+
+    def _on_step(self, step: Step) -> None:
+        self._bar.advance(step.number + 1, f"loss {step.loss:.4g}")
+        if step.number % self._every == 0 or step.number + 1 == step.total:
+            record = {"phase": self._phase, "step": step.number + 1, "loss": step.loss}
+            self._context.note(record | self._where | {"learning_rate": step.learning_rate})

@@ -1,0 +1,117 @@
+"""Tables and the result of a run as plain data."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from tspc.planning import LayerPlan, Plan
+
+MAX_ROWS = 60
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def versions() -> dict[str, str]:
+    packages = ("tspc", "torch", "torchvision", "tensorly", "hydra-core")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def plan_table(plan: Plan, bytes_before: int, bytes_after: int) -> Table:
+    """Every layer of the plan, and totals; of a long list the middle is left out."""
+    table = Table(title=_title(plan), title_justify="left", caption=_totals(plan, bytes_before, bytes_after))
+    table.caption_justify = "left"
+    for name, justify in (("layer", "left"), ("kind", "left"), ("shape", "left"), ("ranks", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for name in ("before", "after", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = list(plan.layers)
+    head = rows if len(rows) <= MAX_ROWS else rows[: MAX_ROWS // 2]
+    for layer in head:
+        table.add_row(*_row(layer))
+    if len(rows) > MAX_ROWS:
+        table.add_row(f"… {len(rows) - MAX_ROWS} more …")
+        for layer in rows[-MAX_ROWS // 2 :]:
+            table.add_row(*_row(layer))
+    return table
+
+
+def _title(plan: Plan) -> str:
+    decay = "" if plan.rate_decay == "flat" else f", {plan.rate_decay}"
+    return f"Plan: {plan.method.name} at rate {plan.rate} of {_scope(plan)}{decay}"
+
+
+def _scope(plan: Plan) -> str:
+    return "all parameters" if plan.rate_scope == "network" else "the tensorized layers"
+
+
+def _totals(plan: Plan, bytes_before: int, bytes_after: int) -> Text:
+    rows = [
+        ("tensorized layers", plan.dense_params, plan.params, "parameters"),
+        ("whole network", plan.network_dense_params, plan.network_params, "parameters"),
+        ("on disk", bytes_before, bytes_after, "bytes"),
+    ]
+    return Text("\n".join(f"{n:<18}{a:>14,} → {b:>12,} {unit}  ({b / a:.4f})" for n, a, b, unit in rows), style="")
+
+
+def _row(layer: LayerPlan) -> tuple[str, ...]:
+    shape = "×".join(map(str, layer.shape))
+    before = f"{layer.dense_params:,}"
+    if layer.method is None or layer.rank is None:
+        return layer.name, layer.kind, shape, f"dense: {layer.reason}", before, before, ""
+    rank = f"{layer.method.name} {', '.join(map(str, layer.rank))}"
+    error = "" if layer.error is None else f"{layer.error:.3f}"
+    return layer.name, layer.kind, shape, rank, before, f"{layer.params:,}", error
+
+
+def percent(accuracy: dict[str, Any] | None) -> str:
+    return "not measured" if accuracy is None else f"{100 * accuracy['top1']:.2f} %"
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """Accuracy and seconds after each phase."""
+    table = Table(title="Result", title_justify="left")
+    top5 = any((p["accuracy"] or {}).get("top5") is not None for p in result["phases"].values())
+    table.add_column("phase")
+    table.add_column("top-1", justify="right")
+    if top5:
+        table.add_column("top-5", justify="right")
+    table.add_column("images", justify="right")
+    table.add_column("seconds", justify="right")
+    entries = {"reference": result["reference"]} | result["phases"]
+    for name, entry in entries.items():
+        accuracy = entry["accuracy"]
+        fifth = [f"{100 * accuracy['top5']:.2f} %" if accuracy and accuracy.get("top5") is not None else ""]
+        images = f"{accuracy['images']:,}" if accuracy else ""
+        seconds = "" if entry.get("seconds") is None else f"{entry['seconds']:.1f}"
+        table.add_row(name, percent(accuracy), *(fifth if top5 else []), images, seconds)
+    return table
+
+
+def sweep_table(records: list[dict[str, Any]]) -> Table:
+    """One row a job of a sweep, failed ones included."""
+    table = Table(title="Sweep", title_justify="left")
+    for name in ("job", "run"):
+        table.add_column(name, overflow="fold")
+    for name in ("reached", "reference", "final", "parameters"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for record in records:
+        result = record.get("result")
+        name = " ".join(record["overrides"]) or "(defaults)"
+        if result is None:
+            table.add_row(str(record["job"]), Text(f"{name}\nFAILED: {record['error']}", style="red"))
+            continue
+        parameters = result.get("parameters")
+        cells = ["", ""] if parameters is None else [f"{result['rate_reached']:.4f}", f"{parameters['after']:,}"]
+        final = percent(result["accuracy"]) if result["phases"] else ""
+        row = (cells[0], percent(result["reference"]["accuracy"]), final, cells[1])
+        table.add_row(str(record["job"]), f"{name}\n{result['directory']}", *row)
+    return table
