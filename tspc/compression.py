@@ -22,9 +22,7 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def apply_(
-    model: nn.Module, plan: Plan, on_layer: Callable[[LayerPlan], None] | None = None
-) -> Plan:
+def apply_(model: nn.Module, plan: Plan, on_layer: Callable[[LayerPlan], None] | None = None) -> Plan:
     """Tensorizes `model` in place; returns the plan with the relative error of each layer filled in.
 
     Raises DecompositionError, naming the layer, if a kernel cannot be decomposed (NaN, infinity); the
@@ -32,7 +30,8 @@ def apply_(
     """
     done: dict[str, tuple[TensorizedLayer, LayerPlan]] = {}
     for layer in plan.tensorized:
-        assert layer.method is not None and layer.rank is not None
+        assert layer.method is not None
+        assert layer.rank is not None
         dense = cast(DenseLayer, model.get_submodule(layer.name))
         try:
             small = tensorize(dense, layer.method, layer.rank)

@@ -25,9 +25,9 @@ PHASES = ("pretrain", "decompose", "distill", "finetune")
 """In the order in which they run."""
 
 TOP_LEVEL = (
-    "method rate rate_decay rate_scope dataset data_dir model pretrained output_dir batch_size epochs phase seed "
-    "device overwrite eval_samples checkpoint_seconds"
-).split()
+    *("method", "rate", "rate_decay", "rate_scope", "dataset", "data_dir", "model", "pretrained", "output_dir"),
+    *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "eval_samples", "checkpoint_seconds"),
+)
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "pretrain")
 
 T = TypeVar("T")
@@ -195,7 +195,9 @@ class _Reader:
         if not ok:
             kind = "a whole number" if whole else "a number"
             limit = "" if high == float("inf") else f" and at most {high}"
-            self.problems.append(f"{key}={value}: expected {kind} {'above' if open_low else 'of at least'} {low}{limit}")
+            self.problems.append(
+                f"{key}={value}: expected {kind} {'above' if open_low else 'of at least'} {low}{limit}"
+            )
             return low
         return value  # type: ignore[return-value]
 
@@ -224,5 +226,5 @@ def _mutable(cls: type) -> type:
         value = list(default) if isinstance(default, tuple) else default
         is_box = isinstance(value, list | dict)
         made = dataclasses.field(default_factory=lambda v=value: v) if is_box else dataclasses.field(default=value)
-        fields.append((field.name, eval(kind, {"Any": Any}), made))  # noqa: S307  our own annotations
+        fields.append((field.name, eval(kind, {"Any": Any}), made))
     return dataclasses.make_dataclass(cls.__name__, fields)

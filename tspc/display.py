@@ -67,7 +67,12 @@ class _Timed:
 
 class _LiveBar(_Timed):
     def __enter__(self) -> Bar:
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self._progress = Progress(*columns, *times, console=self._display.console, transient=True)
         self._task = self._progress.add_task(self._label, total=self._total, note="")

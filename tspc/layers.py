@@ -12,6 +12,7 @@ reads a layer's weight directly keeps working.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -30,12 +31,12 @@ class TensorizedLayer(nn.Module):
     shape: Shape
     rank: Rank
 
-    def factor_parameters(self) -> list[nn.Parameter]:
-        """The factors, in the order of the decomposition."""
+    def factor_tensors(self) -> list[Tensor]:
+        """The factors, in the order of the decomposition: the parameters, or views of them."""
         raise NotImplementedError
 
     def factors(self) -> Factors:
-        return Factors(tuple(self.factor_parameters()), self.shape, self.rank)
+        return Factors(tuple(self.factor_tensors()), self.shape, self.rank)
 
     @property
     def weight(self) -> Tensor:
@@ -55,8 +56,8 @@ class Chain(TensorizedLayer, nn.Sequential):
         nn.Sequential.__init__(self, *build(layer, decomposition, shape, rank))  # type: ignore[arg-type]
         self.decomposition, self.shape, self.rank = decomposition, shape, rank
 
-    def factor_parameters(self) -> list[nn.Parameter]:
-        return [cast(nn.Parameter, link.weight) for link in self]
+    def factor_tensors(self) -> list[Tensor]:
+        return [cast(Tensor, link.weight) for link in self]
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -87,18 +88,14 @@ def _chain_conv(layer: nn.Conv2d, decomposition: Decomposition, shape: Shape, ra
         in_channels = n_out if depthwise else n_in
         on = ("h" in covered, "w" in covered)
         pick = lambda values, neutral: tuple(v if o else neutral for v, o in zip(values, on, strict=True))  # noqa: B023, E731
-        padding = layer.padding
-        if isinstance(padding, str):
-            padding = padding if covered else 0
-        else:
-            padding = pick(padding, 0)
+        same = isinstance(layer.padding, str)
         links.append(
             nn.Conv2d(
                 in_channels,
                 n_out,
                 (h, w),
                 stride=pick(layer.stride, 1),
-                padding=padding,
+                padding=(layer.padding if covered else 0) if same else pick(layer.padding, 0),
                 dilation=pick(layer.dilation, 1),
                 groups=n_out if depthwise else 1,
                 bias=layer.bias is not None and i == len(shapes) - 1,
@@ -114,13 +111,15 @@ class _Rebuilt(TensorizedLayer):
         super().__init__()
         self.shape = tuple(layer.weight.shape)
         self.decomposition, self.rank = decomposition, rank
-        shapes = decomposition.factor_shapes(self.shape, rank)
-        self.factor_list = nn.ParameterList(torch.empty(s, **_like(layer)) for s in shapes)
+        self._factor_shapes = decomposition.factor_shapes(self.shape, rank)
+        # Stored as matrices: `model.to(memory_format=torch.channels_last)` takes any 4- or 5-way parameter for images.
+        matrices = [(math.prod(s[:-1]), s[-1]) for s in self._factor_shapes]
+        self.factor_list = nn.ParameterList(torch.empty(m, **_like(layer)) for m in matrices)
         bias = layer.bias is not None
         self.register_parameter("bias", nn.Parameter(torch.empty(self.shape[0], **_like(layer))) if bias else None)
 
-    def factor_parameters(self) -> list[nn.Parameter]:
-        return list(self.factor_list)
+    def factor_tensors(self) -> list[Tensor]:
+        return [matrix.view(s) for matrix, s in zip(self.factor_list, self._factor_shapes, strict=True)]
 
 
 class RebuiltLinear(_Rebuilt):
@@ -181,8 +180,8 @@ def tensorize(layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> Te
     factors = decomposition.decompose(layer.weight, rank)
     result = untrained(layer, decomposition, rank)
     with torch.no_grad():
-        for parameter, value in zip(result.factor_parameters(), factors.tensors, strict=True):
-            parameter.copy_(value)
+        for own, value in zip(result.factor_tensors(), factors.tensors, strict=True):
+            own.copy_(value)
         if layer.bias is not None:
             cast(nn.Parameter, result.bias).copy_(layer.bias)
     for parameter in result.parameters():

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tspc import checkpoint
 from tspc.config import Config
 from tspc.data import Data, load_data
+from tspc.decompositions import METHODS
 from tspc.display import Display
-from tspc.errors import ConfigError, DataError, RunError, TrainingError
-from tspc.files import write_json
+from tspc.errors import ConfigError, DataError
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
-from tspc.phases.decompose import decompose
-from tspc.phases.distill import distill
-from tspc.phases.finetune import train_classifier
 from tspc.planning import Plan, plan
 from tspc.reference import (
     Reference,
@@ -32,11 +25,9 @@ from tspc.reference import (
     train_reference,
     untrained_reference,
 )
-from tspc.report import percent, plan_table, result_table, state_bytes, versions
-from tspc.runs import RunDirectory, differences, fingerprint
-from tspc.training import Progress, evaluate
-
-STAGES = ("decompose", "distill", "finetune")
+from tspc.report import percent
+from tspc.runs import RunDirectory
+from tspc.stages import Stages
 
 
 def run(config: Config, display: Display) -> dict[str, Any]:
@@ -49,6 +40,8 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     spec = network_spec(config, data)
     reference = untrained_reference(config, spec)
     ranks = _plan(config, reference.model) if config.decompose is not None else None
+    if ranks is not None:
+        display.line(_summary(ranks))
     context = Context(data, device, config.seed, display)
     shared = config.output_dir / config.dataset.name / spec.name / "reference"
     if config.pretrained is None:
@@ -61,7 +54,7 @@ def run(config: Config, display: Display) -> dict[str, Any]:
         return {"directory": str(shared), "reference": summary, "phases": {}, "accuracy": accuracy}
     with RunDirectory(run_path(config, spec), _identity(config, spec, reference), config.overwrite) as directory:
         noted = dataclasses.replace(context, note=directory.note)
-        return _Run(config, spec, reference, noted, directory).execute(ranks, summary)
+        return Stages(config, spec, reference.model, noted, directory).execute(ranks, summary)
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,19 +75,12 @@ def pick_device(name: str) -> torch.device:
 def run_path(config: Config, spec: NetworkSpec) -> Path:
     """`<output_dir>/<dataset>/<network>/<method>-<rate>/seed<seed>`, with whatever departs from the defaults."""
     settings = config.method.to_dict()
-    defaults = type(config.method)().to_dict() if config.method.name in ("svd", "cp", "tk", "tt") else None
-    defaults = defaults or _method_defaults(settings["name"])
+    defaults = METHODS[settings["name"]]().to_dict()
     parts = [f"{settings['name']}-{config.rate:g}"]
     parts += [f"{key}{value}" for key, value in settings.items() if value != defaults[key]]
     parts += [config.rate_decay] if config.rate_decay != "flat" else []
     parts += ["network"] if config.rate_scope == "network" else []
     return config.output_dir / config.dataset.name / spec.name / "-".join(parts) / f"seed{config.seed}"
-
-
-def _method_defaults(name: str) -> dict[str, Any]:
-    from tspc.decompositions import METHODS
-
-    return METHODS[name]().to_dict()
 
 
 def _data(config: Config, display: Display) -> Data | None:
@@ -120,6 +106,12 @@ def _plan(config: Config, model: nn.Module) -> Plan:
     )
 
 
+def _summary(ranks: Plan) -> str:
+    before, after = ranks.dense_params, ranks.params
+    count, dense = len(ranks.tensorized), len(ranks.layers) - len(ranks.tensorized)
+    return f"plan       {ranks.method.name}, {count} layers {before:,} → {after:,} parameters, {dense} stay dense"
+
+
 def _identity(config: Config, spec: NetworkSpec, reference: Reference) -> dict[str, Any]:
     """What everything in the run's directory depends on, as plain data."""
     return {
@@ -132,181 +124,3 @@ def _identity(config: Config, spec: NetworkSpec, reference: Reference) -> dict[s
         "reference": reference.identity,
         "seed": config.seed,
     }
-
-
-class _Run:
-    """The stages of one run inside its locked directory."""
-
-    def __init__(
-        self, config: Config, spec: NetworkSpec, reference: Reference, context: Context, directory: RunDirectory
-    ) -> None:
-        self.config, self.spec, self.context, self.directory = config, spec, context, directory
-        self.reference = reference.model.to(context.device).eval()
-        self.bytes_before = state_bytes(self.reference)
-        self.model: nn.Module | None = None
-        self.finished: dict[str, dict[str, Any]] = {}
-
-    def execute(self, ranks: Plan | None, reference: dict[str, Any]) -> dict[str, Any]:
-        requested = [stage for stage in STAGES if stage in self.config.phases]
-        self._collect(before=requested[0])
-        for stage in requested:
-            settings = _plain(getattr(self.config, stage))
-            if not self._skip(stage, settings):
-                self._do(stage, settings, ranks, is_last=stage == requested[-1])
-        self._collect(before=None)
-        return self._finish(reference)
-
-    def _file(self, stage: str) -> Path:
-        return self.directory.file(f"{stage}.safetensors")
-
-    def _collect(self, before: str | None) -> None:
-        """Learns which earlier stages the directory holds; stages after `before` do not matter yet."""
-        self.finished = {}
-        for stage in STAGES:
-            if stage == before:
-                break
-            if self._file(stage).exists():
-                self.finished[stage] = checkpoint.read(self._file(stage))[0]["info"]
-
-    def _after(self) -> str:
-        """Fingerprint of the stage that the next one starts from."""
-        return next(reversed(self.finished.values()))["fingerprint"] if self.finished else ""
-
-    def _skip(self, stage: str, settings: dict[str, Any]) -> bool:
-        """Whether the stage is already there. Raises RunError if it is there with other settings."""
-        path = self._file(stage)
-        if self.config.overwrite or not path.exists():
-            return False
-        info = checkpoint.read(path)[0]["info"]
-        changed = differences(info["settings"], settings, f"phase.{stage}")
-        if info["after"] != self._after():
-            changed.append(f"what {stage} started from")
-        if changed:
-            raise RunError(
-                f"{path} was made with other settings ({'; '.join(changed)}); "
-                "pass another output_dir, or overwrite=true to redo it"
-            )
-        self.finished[stage] = info
-        self.model = None
-        self.context.display.line(f"{stage:<9}  done before: {percent(info['accuracy'])}")
-        return True
-
-    def _do(self, stage: str, settings: dict[str, Any], ranks: Plan | None, is_last: bool) -> None:
-        after = self._after()
-        mark = fingerprint([self.directory.identity, settings, after])
-        progress = Progress(self.directory.file(f"{stage}.progress.pt"), mark, self.config.checkpoint_seconds)
-        self.directory.note({"phase": stage, "event": "start", "seconds_before": progress.seconds})
-        started = time.monotonic()
-        plan_data = None
-        if stage == "decompose":
-            assert ranks is not None
-            plan_data = self._decompose(ranks).to_dict()
-            seconds = time.monotonic() - started
-        else:
-            self._train(stage, progress)
-            seconds = progress.seconds
-        info = {
-            "stage": stage,
-            "settings": settings,
-            "after": after,
-            "fingerprint": mark,
-            "seconds": seconds,
-            "accuracy": self._accuracy(is_last or stage == STAGES[-1]),
-            "plan": plan_data,
-        }
-        assert self.model is not None
-        checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
-        progress.discard()
-        for later in STAGES[STAGES.index(stage) + 1 :]:
-            self._file(later).unlink(missing_ok=True)
-        self.finished[stage] = info
-        self.directory.note({"phase": stage, "event": "end", "seconds": seconds, "accuracy": info["accuracy"]})
-        self.context.display.line(f"{stage:<9}  top-1 {percent(info['accuracy'])}", style="bold")
-
-    def _decompose(self, ranks: Plan) -> Plan:
-        self.model, done = decompose(self.reference, ranks, self.context)
-        self.context.display.show(plan_table(done, self.bytes_before, state_bytes(self.model)))
-        return done
-
-    def _train(self, stage: str, progress: Progress) -> None:
-        model = self._current(stage)
-        try:
-            if stage == "distill":
-                assert self.config.distill is not None
-                distill(model, self.reference, self.config.distill, self.context, progress)
-            else:
-                assert self.config.finetune is not None
-                train_classifier(model, self.config.finetune, self.context, progress, stage)
-        except TrainingError as error:
-            kept = self._file(next(reversed(self.finished)))
-            raise TrainingError(f"{stage}: {error}; the network before it is kept in {kept}") from error
-
-    def _current(self, stage: str) -> nn.Module:
-        """The network that the stage starts from."""
-        if not self.finished:
-            raise RunError(
-                f"phase={stage} needs a decomposed network, and {self.directory.path} has none: "
-                f"run phase=[decompose,{stage}]"
-            )
-        if self.model is None:
-            path = self._file(next(reversed(self.finished)))
-            self.model = checkpoint.load(path, copy.deepcopy(self.reference)).to(self.context.device)
-        return self.model
-
-    def _accuracy(self, whole: bool) -> dict[str, Any] | None:
-        if self.context.data is None or self.config.pretrained == "random" and self.config.phases == ("decompose",):
-            return None
-        assert self.model is not None
-        limit = None if whole else self.config.eval_samples
-        return evaluate(self.model, self.context.data, self.context.device, limit=limit).to_dict()
-
-    def _finish(self, reference: dict[str, Any]) -> dict[str, Any]:
-        """Writes `model.safetensors` and `result.json` from the furthest stage."""
-        last = next(reversed(self.finished))
-        header, _ = checkpoint.read(self._file(last))
-        model = checkpoint.load(self._file(last), copy.deepcopy(self.reference).cpu())
-        target = self.directory.file("model.safetensors")
-        checkpoint.save(model, target, network=self.spec, info={"stage": last, "identity": self.directory.identity})
-        ranks = Plan.from_dict(self.finished["decompose"]["plan"])
-        result = {
-            "directory": str(self.directory.path),
-            "method": self.config.method.to_dict(),
-            "rate": ranks.rate,
-            "rate_reached": ranks.rate_reached,
-            "rate_decay": ranks.rate_decay,
-            "rate_scope": ranks.rate_scope,
-            "dataset": self.config.dataset.name,
-            "network": self.spec.name,
-            "seed": self.config.seed,
-            "reference": reference,
-            "phases": {k: {"accuracy": v["accuracy"], "seconds": v["seconds"]} for k, v in self.finished.items()},
-            "accuracy": header["info"]["accuracy"],
-            "parameters": {
-                "before": ranks.network_dense_params,
-                "after": ranks.network_params,
-                "tensorized_before": ranks.dense_params,
-                "tensorized_after": ranks.params,
-            },
-            "bytes": {"before": self.bytes_before, "after": state_bytes(model), "file": target.stat().st_size},
-            "device": str(self.context.device),
-            "versions": versions(),
-        }
-        write_json(self.directory.file("result.json"), result)
-        self._show(result, target)
-        return result
-
-    def _show(self, result: dict[str, Any], target: Path) -> None:
-        display = self.context.display
-        display.show(result_table(result))
-        before, after = result["parameters"]["before"], result["parameters"]["after"]
-        display.line(f"rate       {result['rate_reached']:.4f} reached, {result['rate']} asked")
-        display.line(f"network    {before:,} → {after:,} parameters, {result['bytes']['file']:,} bytes in {target}")
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    """Settings of a phase as JSON would give them back."""
-    data = dataclasses.asdict(settings)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
-
-
-Runner = Callable[[Config, Display], dict[str, Any]]

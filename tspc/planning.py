@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from tspc.errors import ConfigError, InfeasibleRateError
 
 RATE_DECAYS = ("flat", "linear_inc", "linear_dec")
 RATE_SCOPES = ("layers", "network")
+BISECTIONS = 32
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,7 @@ def plan(
         kept = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no Conv2d or Linear"
         raise ConfigError([f"the network has no layer to tensorize ({kept})"])
     budget = _budget(chosen, rate, rate_scope, network_params)
-    shares = _shares(chosen, _weights(model, chosen, rate_decay), budget)
-    ranked = {layer.name: _rank(layer, share) for layer, share in zip(chosen, shares, strict=True)}
+    ranked = {layer.name: layer for layer in _allocate(chosen, _weights(model, chosen, rate_decay), budget)}
     final = tuple(ranked.get(layer.name, layer) for layer in layers)
     return Plan(method, rate, rate_decay, rate_scope, final, network_params)
 
@@ -231,25 +232,36 @@ def _weights(model: nn.Module, layers: list[LayerPlan], rate_decay: str) -> list
     return [float(d + 1 if rate_decay == "linear_inc" else len(blocks) - d) for d in depths]
 
 
-def _shares(layers: list[LayerPlan], weights: list[float], budget: int) -> list[int]:
-    """Splits the budget by weight × size, each share between its rank-1 form and its dense size."""
+def _allocate(layers: list[LayerPlan], weights: list[float], budget: int) -> list[LayerPlan]:
+    """Ranks for the largest common factor on weight × size at which all layers together keep to the budget.
 
-    def at(scale: float) -> list[int]:
+    Each layer's share lies between its rank-1 form and its dense size. What rounding to whole ranks leaves
+    over in one layer thus goes to all.
+    """
+
+    def at(scale: float) -> list[LayerPlan]:
         return [
-            max(_minimum(layer), min(layer.dense_params, math.floor(scale * weight * layer.dense_params)))
+            _rank(layer, max(_minimum(layer), min(layer.dense_params, math.floor(scale * weight * layer.dense_params))))
             for layer, weight in zip(layers, weights, strict=True)
         ]
 
-    low, high = 0.0, 1.0 / min(weights)
-    if sum(at(high)) <= budget:
-        return at(high)
-    for _ in range(100):
+    best, low, high = at(0.0), 0.0, 1.0 / min(weights)
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(at(middle)) <= budget else (low, middle)
-    return at(low)
+        tried = at(middle)
+        if sum(layer.params for layer in tried) <= budget:
+            best, low = tried, middle
+        else:
+            high = middle
+    return best
 
 
 def _rank(layer: LayerPlan, share: int) -> LayerPlan:
     assert layer.method is not None
-    rank = layer.method.rank_for(layer.shape, share - _bias(layer))
+    rank = _rank_for(layer.method, layer.shape, share - _bias(layer))
     return replace(layer, rank=rank, params=layer.method.num_params(layer.shape, rank) + _bias(layer))
+
+
+@lru_cache(maxsize=65536)
+def _rank_for(method: Decomposition, shape: Shape, budget: int) -> Rank:
+    return method.rank_for(shape, budget)

@@ -20,7 +20,7 @@ from tspc.models.weights import load_state, read_state
 from tspc.phases.context import Context
 from tspc.phases.finetune import train_classifier
 from tspc.runs import RunDirectory, differences, file_digest, fingerprint
-from tspc.training import Progress, evaluate
+from tspc.training import Progress, evaluate, place
 
 
 @dataclass
@@ -95,7 +95,7 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
             reference.seconds = header["info"]["seconds"]
             display.line(f"reference  read from {result}")
             return
-        reference.model.to(context.device)
+        place(reference.model, context.device)
         progress = Progress(run.file("progress.pt"), fingerprint(identity), config.checkpoint_seconds)
         # The reference does not depend on the run's seed: a sweep over seeds shares it.
         shared = dataclasses.replace(context, seed=0, note=run.note)
@@ -120,7 +120,7 @@ def reference_accuracy(reference: Reference, config: Config, context: Context, f
     path = folder / f"accuracy-{fingerprint(identity)}.json"
     if path.exists():
         return read_json(path)
-    reference.model.to(context.device).eval()
+    place(reference.model, context.device).eval()
     accuracy = evaluate(reference.model, context.data, context.device).to_dict()
     try:
         folder.mkdir(parents=True, exist_ok=True)

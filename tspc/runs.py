@@ -82,7 +82,9 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"cannot create {self.path}: {error.strerror or error}; choose another output_dir") from error
+            raise RunError(
+                f"cannot create {self.path}: {error.strerror or error}; choose another output_dir"
+            ) from error
         return missing
 
     def _lock(self) -> None:

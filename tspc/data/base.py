@@ -141,4 +141,4 @@ class InMemory:
         # Grey images for a network that takes colour.
         if images.shape[1] == 1 and self.spec.channels > 1:
             images = images.expand(-1, self.spec.channels, -1, -1)
-        return images.contiguous()
+        return images.contiguous(memory_format=torch.channels_last)

@@ -82,15 +82,22 @@ def _decode(spec: DataSpec, samples: Samples) -> Batch:
 
 
 class _Files(Dataset):
-    def __init__(self, samples: Samples, channels: int, transform: v2.Transform) -> None:
-        self.samples, self.channels, self.transform = samples, channels, transform
+    """Decoded images. With a seed, the augmentation of an image follows from it and the image's index alone."""
+
+    def __init__(self, samples: Samples, channels: int, transform: v2.Transform, seed: int | None = None) -> None:
+        self.samples, self.channels, self.transform, self.seed = samples, channels, transform, seed
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(_open(path, self.channels)), label
+        image = _open(path, self.channels)
+        if self.seed is None:
+            return self.transform(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + index)
+            return self.transform(image), label
 
 
 class Streaming:
@@ -104,7 +111,7 @@ class Streaming:
         flip = [v2.RandomHorizontalFlip()] if spec.flip else []
         augment = v2.Compose([v2.RandomResizedCrop(spec.image_size), *flip, *end])
         centre = v2.Compose([v2.Resize(resize), v2.CenterCrop(spec.image_size), *end])
-        self._train = _Files(train, spec.channels, augment)
+        self._train, self._augment = train, augment
         self._test = _Files(test, spec.channels, centre)
 
     def steps(self, batch_size: int) -> int:
@@ -113,25 +120,25 @@ class Streaming:
     def train_batches(self, batch_size: int, seed: int, epoch: int, device: torch.device) -> Iterator[Batch]:
         generator = epoch_generator(seed, epoch)
         order = torch.randperm(self.train_size, generator=generator)[: self.steps(batch_size) * batch_size]
-        yield from self._batches(self._train, order, batch_size, device, generator)
+        drawn = int(torch.randint(2**31, (1,), generator=generator))
+        files = _Files(self._train, self.spec.channels, self._augment, drawn)
+        yield from self._batches(files, order, batch_size, device)
 
     def test_batches(self, batch_size: int, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
-        yield from self._batches(self._test, test_subset(self.test_size, limit), batch_size, device, None)
+        yield from self._batches(self._test, test_subset(self.test_size, limit), batch_size, device)
 
-    def _batches(
-        self, files: _Files, order: Tensor, batch_size: int, device: torch.device, generator: torch.Generator | None
-    ) -> Iterator[Batch]:
+    def _batches(self, files: _Files, order: Tensor, batch_size: int, device: torch.device) -> Iterator[Batch]:
         loader = DataLoader(
             files,
             batch_size=batch_size,
             sampler=order.tolist(),
             num_workers=self.spec.workers,
             pin_memory=device.type == "cuda",
-            generator=generator,
         )
         try:
             for images, labels in loader:
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+                yield images, labels.to(device, non_blocking=True)
         except DataError as error:
             # A worker's error arrives with its traceback as the message; the last line is ours.
             raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from None

@@ -53,7 +53,7 @@ class Decomposition(ABC):
 
     - `reconstruct(decompose(K, max_rank(K.shape))) == K`;
     - `num_params(K.shape, rank_for(K.shape, budget)) <= budget`, and raising any one entry of that rank
-      (up to `max_rank`) breaks the budget;
+      breaks the budget, or is of no use (`is_useful`);
     - the same arguments give the same factors, bit for bit, on the same machine.
     """
 
@@ -89,6 +89,10 @@ class Decomposition(ABC):
         None where the method has no such chain and the layer rebuilds its kernel instead.
         """
         return None
+
+    def is_useful(self, shape: Shape, rank: Rank) -> bool:
+        """Whether no entry of the rank exceeds what its neighbours can carry; a surplus would only hold zeros."""
+        return True
 
     def num_params(self, shape: Shape, rank: Rank) -> int:
         """Number of entries of all factors together."""
@@ -130,7 +134,8 @@ class Decomposition(ABC):
             grown = False
             for i in sorted(range(len(rank)), key=lambda i: rank[i]):
                 raised = (*rank[:i], rank[i] + 1, *rank[i + 1 :])
-                if rank[i] < top[i] and self.num_params(shape, raised) <= budget:
+                fits = rank[i] < top[i] and self.num_params(shape, raised) <= budget
+                if fits and self.is_useful(shape, raised):
                     rank, grown = raised, True
                     break
         return rank
@@ -156,8 +161,14 @@ class Decomposition(ABC):
                 f"rank {rank} does not fit {self.name} of a kernel of shape {shape}: "
                 f"it has {len(top)} entries, from 1 up to {top}"
             )
+        if not self.is_useful(shape, rank):
+            raise DecompositionError(
+                f"rank {rank} of {self.name}: one entry exceeds what the others can carry; lower it"
+            )
         if not torch.isfinite(weight).all():
-            raise DecompositionError(f"the kernel of shape {shape} holds NaN or infinite values; mend the weights first")
+            raise DecompositionError(
+                f"the kernel of shape {shape} holds NaN or infinite values; mend the weights first"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The method as plain data; `decompositions.from_dict` reads it back."""
@@ -176,6 +187,9 @@ class TensorFormat(ABC):
 
     @abstractmethod
     def max_rank(self, dims: Shape, spatial: bool) -> Rank: ...
+
+    def is_useful(self, dims: Shape, rank: Rank) -> bool:
+        return True
 
     @abstractmethod
     def factor_shapes(self, dims: Shape, spatial: bool, rank: Rank) -> tuple[Shape, ...]: ...

@@ -96,6 +96,9 @@ class Reshaped(Decomposition):
     def max_rank(self, shape: Shape) -> Rank:
         return self.inner.format.max_rank(*self._dims(shape))
 
+    def is_useful(self, shape: Shape, rank: Rank) -> bool:
+        return self.inner.format.is_useful(self._dims(shape)[0], rank)
+
     def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
         return self.inner.format.factor_shapes(*self._dims(shape), rank)
 

@@ -24,6 +24,10 @@ class TensorTrainFormat(TensorFormat):
     def max_rank(self, dims: Shape, spatial: bool) -> Rank:
         return tuple(min(math.prod(dims[:k]), math.prod(dims[k:])) for k in range(1, len(dims)))
 
+    def is_useful(self, dims: Shape, rank: Rank) -> bool:
+        bonds = (1, *rank, 1)
+        return all(bonds[k + 1] <= bonds[k] * n and bonds[k] <= n * bonds[k + 1] for k, n in enumerate(dims))
+
     def factor_shapes(self, dims: Shape, spatial: bool, rank: Rank) -> tuple[Shape, ...]:
         bonds = (1, *rank, 1)
         return tuple((bonds[k], n, bonds[k + 1]) for k, n in enumerate(dims))
@@ -34,11 +38,9 @@ class TensorTrainFormat(TensorFormat):
         rest, bond = tensor, 1
         for n, r in zip(dims, rank, strict=False):
             matrix = rest.reshape(bond * n, -1)
-            # An earlier, smaller bond can leave fewer dimensions than r; the surplus is padded with zeros.
-            reach = min(r, *matrix.shape)
-            basis = dominant_basis(matrix, reach)
-            rest = _pad(basis.T @ matrix, 0, r)
-            cores.append(_pad(basis, 1, r).reshape(bond, n, r))
+            basis = dominant_basis(matrix, r)
+            rest = basis.T @ matrix
+            cores.append(basis.reshape(bond, n, r))
             bond = r
         cores.append(rest.reshape(bond, dims[-1], 1))
         return cores
@@ -48,15 +50,6 @@ class TensorTrainFormat(TensorFormat):
         for core in tensors[1:]:
             result = torch.tensordot(result, core, dims=1)
         return result.squeeze(0).squeeze(-1)
-
-
-def _pad(matrix: Tensor, axis: int, size: int) -> Tensor:
-    missing = size - matrix.shape[axis]
-    if missing == 0:
-        return matrix
-    shape = list(matrix.shape)
-    shape[axis] = missing
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim=axis)
 
 
 @dataclass(frozen=True)
@@ -78,6 +71,10 @@ class TensorTrain(Decomposition):
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)
         return self.format.max_rank((s, h, w, t), True)
+
+    def is_useful(self, shape: Shape, rank: Rank) -> bool:
+        t, s, h, w = kernel_dims(shape)
+        return self.format.is_useful((s, h, w, t), rank)
 
     def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
         t, s, h, w = kernel_dims(shape)

@@ -36,6 +36,10 @@ class TuckerFormat(TensorFormat):
         size = math.prod(dims)
         return tuple(min(n, size // n) for n in dims[: len(dims) - spatial])
 
+    def is_useful(self, dims: Shape, rank: Rank) -> bool:
+        core = math.prod(rank) * math.prod(dims[len(rank) :])
+        return all(r <= core // r for r in rank)
+
     def factor_shapes(self, dims: Shape, spatial: bool, rank: Rank) -> tuple[Shape, ...]:
         matrices = tuple(zip(dims[: len(rank)], rank, strict=True))
         return (*matrices, (*rank, *dims[len(rank) :]))
@@ -94,6 +98,10 @@ class Tucker(Decomposition):
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)
         return self.format.max_rank((s, t, h * w), True)
+
+    def is_useful(self, shape: Shape, rank: Rank) -> bool:
+        t, s, h, w = kernel_dims(shape)
+        return self.format.is_useful((s, t, h * w), rank)
 
     def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
         t, s, h, w = kernel_dims(shape)

@@ -57,8 +57,10 @@ class _BlockOutput:
             handle.remove()
         if not isinstance(self._output, Tensor):
             raise ConfigError(
-                [f"block {self._name} gives {type(self._output).__name__}, not one tensor; name others by "
-                 "phase.distill.blocks='PATTERN'"]
+                [
+                    f"block {self._name} gives {type(self._output).__name__}, not one tensor; name others by "
+                    "phase.distill.blocks='PATTERN'"
+                ]
             )
         return self._output
 

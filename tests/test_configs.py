@@ -1,0 +1,117 @@
+"""Every file in conf/ composes into a valid configuration; wrong values are found, all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from tspc.config import PHASES, TOP_LEVEL, Config, read_config
+from tspc.decompositions import METHODS
+from tspc.errors import ConfigError
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def composed(*overrides: str) -> dict:
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_container(compose("config", list(overrides)), resolve=True)  # type: ignore[return-value]
+
+
+def read(*overrides: str) -> Config:
+    return read_config(composed(*overrides))
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_methods(method):
+    assert read(f"method={method}").method.name == method
+    assert read(f"method={method}").method == METHODS[method](), "the file states the defaults of the code"
+
+
+def test_every_method_has_a_file():
+    assert set(options("method")) == set(METHODS)
+    assert set(options("phase")) == set(PHASES)
+
+
+@pytest.mark.parametrize("dataset", options("dataset"))
+def test_datasets(dataset):
+    extra = ["model=resnet20", "phase=decompose"] if dataset == "none" else []
+    config = read(f"dataset={dataset}", *extra)
+    assert config.dataset.name == dataset
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_models(model):
+    extra = ["model.factory=a.b:net"] if model == "custom" else []
+    expected = {"default": "resnet8", "torchvision": "resnet50", "custom": "net"}.get(model, model)
+    assert read(f"model={model}", *extra).network.name == expected
+
+
+@pytest.mark.parametrize("phase", options("phase"))
+def test_phases(phase):
+    config = read(f"phase={phase}")
+    assert config.phases == (phase,)
+
+
+def test_networks_and_data_sets_imply_each_other():
+    assert read("dataset=imagenet").network.name == "resnet50"
+    assert read("dataset=imagenet").pretrained == "default"
+    assert read("dataset=imagenet", "model.name=resnet18").network.name == "resnet18"
+    assert read("model=torchvision").dataset.name == "imagenet"
+    assert read("model=torchvision", "dataset=cifar10").dataset.name == "cifar10"
+    assert read("dataset=cifar10", "model=resnet20_v2").network.name == "resnet20_v2"
+    assert read("model=custom", "model.factory=a:b").dataset.name == "none"
+
+
+def test_epochs_and_batch_size_reach_both_training_phases():
+    config = read("epochs=17", "batch_size=9", "phase.distill.epochs=3")
+    assert config.distill is not None
+    assert config.finetune is not None
+    assert (config.distill.epochs, config.finetune.epochs) == (3, 17)
+    assert (config.distill.batch_size, config.finetune.batch_size) == (9, 9)
+
+
+def test_top_level_keys():
+    assert set(composed()) == set(TOP_LEVEL)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rate=0"], "rate=0: expected a number above 0 and at most 1"),
+        (["rate=nan"], "rate=nan: expected"),
+        (["rate=half"], "rate=half: expected"),
+        (["rate_decay=up"], "rate_decay=up: choose one of flat, linear_inc, linear_dec"),
+        (["seed=-1"], "seed=-1: expected a whole number of at least 0"),
+        (["seed=0.5"], "seed=0.5"),
+        (["overwrite=perhaps"], "overwrite=perhaps: expected true or false"),
+        (["phase.finetune.learning_rate=-1"], "phase.finetune.learning_rate=-1.0: expected above 0"),
+        (["phase.finetune.optimizer=lion"], "phase.finetune.optimizer=lion: expected one of sgd, adam"),
+        (["phase.distill.batch_norm=off"], "phase.distill.batch_norm="),
+        (["phase.distill.epochs=many"], "phase.distill: Value 'many'"),
+        (["+phase.finetune.learning_rat=1"], "did you mean phase.finetune.learning_rate?"),
+        (["+dataset.colour=1"], "dataset.colour is not a setting"),
+        (["+ratio=1"], "ratio is not a setting; did you mean rate"),
+        (["dataset.std=[0.0]"], r"dataset.std=\[0.0\]"),
+        (["dataset=none", "pretrained=null"], "has no recipe"),
+        (["phase=pretrain", "pretrained=random"], "nothing to train"),
+        (["model=custom"], "model=custom needs model.factory"),
+        (["eval_samples=0"], "eval_samples=0"),
+    ],
+)
+def test_wrong_values(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        read(*overrides)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        read("rate=-1", "seed=-1", "phase.finetune.momentum=2")
+    assert len(caught.value.problems) == 3

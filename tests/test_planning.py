@@ -1,0 +1,142 @@
+"""Rate → ranks: the ceiling, what stays dense and why, decay, scope, and the smallest feasible rate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tspc.compression import apply_, compress
+from tspc.decompositions import METHODS
+from tspc.errors import ConfigError, DecompositionError, InfeasibleRateError
+from tspc.models import NetworkSpec
+from tspc.planning import Plan, plan
+
+
+def resnet(name: str = "resnet20") -> nn.Module:
+    return NetworkSpec("builtin", name, 10).build()
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.7, 1.0])
+@pytest.mark.parametrize("scope", ["layers", "network"])
+def test_rate_is_a_ceiling(name, rate, scope):
+    model = resnet()
+    made = plan(model, name, rate, rate_scope=scope)
+    assert 0.85 * rate < made.rate_reached <= rate
+    apply_(model, made)
+    assert count(model) == made.network_params
+
+
+@pytest.mark.parametrize("decay", ["flat", "linear_inc", "linear_dec"])
+def test_decay_moves_the_rate_but_not_the_total(decay):
+    made = plan(resnet("resnet32"), "svd", 0.2, rate_decay=decay)
+    assert 0.18 < made.rate_reached <= 0.2
+    # The stages have kernels of different sizes, so the rates are compared within one of them.
+    rates = [x.params / x.dense_params for x in made.tensorized if x.name.startswith("layer3") and "conv2" in x.name]
+    if decay == "flat":
+        assert max(rates) - min(rates) < 0.02
+    else:
+        assert rates == sorted(rates, reverse=decay == "linear_dec")
+        assert max(rates) > 1.1 * min(rates)
+
+
+def test_what_stays_dense_and_why():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 16, 3)
+            self.grouped = nn.Conv2d(16, 16, 3, groups=16)
+            self.middle = nn.Conv2d(16, 16, 3)
+            self.skipped = nn.Conv2d(16, 16, 3)
+            self.up = nn.ConvTranspose2d(16, 16, 3)
+            self.tiny = nn.Conv2d(16, 1, 1)
+            self.tied = nn.Linear(16, 16)
+            self.twin = nn.Linear(16, 16)
+            self.twin.weight = self.tied.weight
+            self.special = nn.modules.linear.NonDynamicallyQuantizableLinear(16, 16)
+            self.last = nn.Linear(16, 10)
+
+    made = plan(Net(), "tt", 0.5, exclude=["skip*"])
+    reasons = {layer.name: layer.reason for layer in made.layers}
+    assert reasons["middle"] is None
+    assert reasons["first"] == "first convolution"
+    assert reasons["last"] == "final layer"
+    assert reasons["grouped"] == "grouped convolution (16 groups)"
+    assert reasons["skipped"] == "excluded"
+    assert reasons["up"] == "ConvTranspose2d is not supported"
+    assert "rank 1 needs" in reasons["tiny"]
+    assert "shared" in reasons["tied"]
+    assert "shared" in reasons["twin"]
+    assert "NonDynamicallyQuantizableLinear" in reasons["special"]
+
+
+def test_first_and_last_can_be_tensorized():
+    made = plan(resnet(), "svd", 0.3, keep_first=False, keep_last=False)
+    assert {"conv1", "linear"} <= {layer.name for layer in made.tensorized}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("scope", ["layers", "network"])
+def test_infeasible_rate_names_the_smallest_one(name, scope):
+    with pytest.raises(InfeasibleRateError, match="smallest feasible rate") as caught:
+        plan(resnet(), name, 1e-4, rate_scope=scope)
+    smallest = caught.value.smallest
+    made = plan(resnet(), name, smallest, rate_scope=scope)
+    assert made.rate_reached <= smallest
+    with pytest.raises(InfeasibleRateError):
+        plan(resnet(), name, smallest - 2e-4, rate_scope=scope)
+
+
+def test_a_layer_below_its_rank_one_form_takes_rank_one_and_others_pay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 256, 3), nn.Linear(8, 2))
+    made = plan(model, "svd", 0.09)
+    small, large = made.tensorized
+    assert small.rank == (1,)
+    assert small.params > 0.09 * small.dense_params
+    assert large.params < 0.09 * large.dense_params
+    assert made.rate_reached <= 0.09
+
+
+@pytest.mark.parametrize("rate", [0, -1, 1.5, math.nan, math.inf, "half", True])
+def test_impossible_rates(rate):
+    with pytest.raises(ConfigError, match="rate="):
+        plan(resnet(), "svd", rate)
+
+
+def test_other_wrong_arguments():
+    with pytest.raises(ConfigError, match="rate_decay='up'.*rate_scope='all'"):
+        plan(resnet(), "svd", 0.1, rate_decay="up", rate_scope="all")
+    with pytest.raises(ConfigError, match="no layer to tensorize"):
+        plan(nn.Sequential(nn.ReLU()), "svd", 0.1)
+
+
+def test_plan_round_trip_and_errors():
+    model = resnet("resnet8")
+    done = apply_(model, plan(model, "rtt", 0.3, rate_decay="linear_inc"))
+    assert all(layer.error is not None and 0 < layer.error < 1 for layer in done.tensorized)
+    assert Plan.from_dict(done.to_dict()) == done
+
+
+def test_a_bad_kernel_is_named_and_nothing_changes():
+    model = resnet("resnet8")
+    with torch.no_grad():
+        model.layer3[0].conv2.weight[0] = math.nan
+    with pytest.raises(DecompositionError, match="layer layer3.0.conv2: .*NaN"):
+        apply_(model, plan(model, "svd", 0.3))
+    assert type(model.layer1[0].conv1) is nn.Conv2d
+
+
+def test_compress_copies():
+    model = resnet("resnet8").eval()
+    small = compress(model, "tk", 1.0)
+    assert count(model) == 75290
+    assert count(small) < 75290
+    x = torch.randn(4, 3, 32, 32)
+    assert small(x).shape == model(x).shape
