@@ -43,7 +43,7 @@ def imported(path: Path, lazily: bool = True) -> set[str]:
             full = [alias.name for alias in node.names]
         else:
             continue
-        names |= {name.split(".")[1] for name in full if name.startswith("tspc.")}
+        names |= {name.split(".")[1] for name in full if name.startswith("tspc.")} - {"__version__"}
     return names
 
 

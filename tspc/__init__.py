@@ -43,7 +43,21 @@ _HOMES = {
     "plan": "planning",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "CP",
+    "SVD",
+    "Plan",
+    "Reshaped",
+    "TensorTrain",
+    "TspcError",
+    "Tucker",
+    "__version__",
+    "apply_",
+    "compress",
+    "load",
+    "plan",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-import logging
+import difflib
 import os
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from tspc import __version__
 from tspc.errors import TspcError
 from tspc.sweep import write_record
 
 FAILED, INTERRUPTED = 1, 130
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 a mistake or a failed job (one line on stderr), 130 interrupted."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"tspc {__version__}")
+        return
+    # Hydra would print its errors in a form of its own; with this set it raises them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: list[str] = []
+    try:
+        hydra.main(version_base="1.3", config_path=_config_path(), config_name="config")(_job(failures))()
+    except KeyboardInterrupt:
+        print("tspc: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (HydraException, OmegaConfBaseException) as error:
+        GlobalHydra.instance().clear()
+        failures.append(_plain_hydra_error(str(error)))
+        print(f"tspc: {failures[-1]}", file=sys.stderr)
+    if failures:
+        sys.exit(FAILED)
 
 
 def _config_path() -> str:
@@ -26,21 +52,24 @@ def _config_path() -> str:
     return str(next(p for p in (here / "conf", here.parent / "conf") if p.is_dir()))
 
 
-def _job(config: DictConfig) -> None:
-    hydra_config = HydraConfig.get()
-    is_sweep = hydra_config.mode == hydra.types.RunMode.MULTIRUN
-    overrides = list(hydra_config.overrides.task)
-    try:
-        result = _run(config, f"job {hydra_config.job.num}: {' '.join(overrides)}" if is_sweep else None)
-        error = None
-    except Exception as exception:
-        if not is_sweep:
-            raise
-        # The other jobs of a sweep go on; the table at its end tells which failed, and why.
-        result, error = None, _describe(exception)
-        print(f"tspc: {error}", file=sys.stderr)
-    if is_sweep:
-        write_record(Path(hydra_config.sweep.dir), int(hydra_config.job.num), overrides, result, error)
+def _job(failures: list[str]) -> Any:
+    """The function that Hydra calls for each job; it keeps errors to itself, so that a sweep's other jobs go on."""
+
+    def job(config: DictConfig) -> None:
+        settings = HydraConfig.get()
+        is_sweep = settings.mode == RunMode.MULTIRUN
+        overrides = list(settings.overrides.task)
+        result, error = None, None
+        try:
+            result = _run(config, f"job {settings.job.num}: {' '.join(overrides)}" if is_sweep else None)
+        except Exception as exception:
+            error = _describe(exception)
+            failures.append(error)
+            print(f"tspc: {error}", file=sys.stderr)
+        if is_sweep:
+            write_record(Path(settings.sweep.dir), int(settings.job.num), overrides, result, error)
+
+    return job
 
 
 def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
@@ -51,36 +80,38 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
     display = Display()
     if heading is not None:
         display.heading(heading)
-    try:
-        return run(read_config(config), display)
-    except TspcError:
-        raise
-    except Exception:
-        logging.getLogger("tspc").exception("unexpected error")
-        raise
+    return run(read_config(config), display)
 
 
-def _describe(error: BaseException) -> str:
-    """One readable line: ours as it is, Hydra's folded, anything else with its type."""
+def _describe(error: Exception) -> str:
+    """One line for a mistake of the user's; anything else is ours, and its traceback is shown."""
     if isinstance(error, TspcError):
         return str(error)
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        parts = (line.strip() for line in str(error).splitlines())
-        return " ".join(part for part in parts if part and not part.startswith("Set the environment variable"))
+    traceback.print_exception(error)
     return f"unexpected {type(error).__name__}: {error}"
 
 
-def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a mistake or a failed job (one line on stderr), 130 interrupted."""
-    # With this set, Hydra raises its errors instead of printing them: all errors are then printed in one way.
-    debugging = os.environ.setdefault("HYDRA_FULL_ERROR", "1") == "1" and "TSPC_DEBUG" in os.environ
-    try:
-        hydra.main(version_base="1.3", config_path=_config_path(), config_name="config")(_job)()
-    except KeyboardInterrupt:
-        print("tspc: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except (TspcError, HydraException, OmegaConfBaseException) as error:
-        if debugging:
-            raise
-        print(f"tspc: {_describe(error)}", file=sys.stderr)
-        sys.exit(FAILED)
+def _plain_hydra_error(message: str) -> str:
+    """Hydra's message in one line: what is wrong, and what there is instead."""
+    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message)
+    if unknown:
+        return _unknown_key(unknown.group(1) or unknown.group(2))
+    option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", message)
+    if option:
+        group, name = option.groups()
+        known = sorted(path.stem for path in Path(_config_path(), group).glob("*.yaml"))
+        return f"{group}={name} does not exist; choose one of {', '.join(known)} (or your own: --config-dir)"
+    lines = [line.strip() for line in message.split("Config search path:")[0].splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith("Set the environment variable"))
+
+
+def _unknown_key(key: str) -> str:
+    """The settings beside a key that does not exist."""
+    parent, dot, name = key.rpartition(".")
+    with hydra.initialize_config_dir(_config_path(), version_base="1.3"):
+        node: Any = hydra.compose("config")
+        for part in filter(None, parent.split(".")):
+            node = node.get(part, {})
+    near = difflib.get_close_matches(name, list(node), n=1)
+    hint = f"did you mean {parent}{dot}{near[0]}? " if near else ""
+    return f"{key} is not a setting; {hint}known here: {', '.join(node) or 'nothing'}"

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tspc import decompositions
 from tspc.data import DataSpec
 from tspc.decompositions import Decomposition
-from tspc.errors import ConfigError
+from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
 from tspc.phases.decompose import Selection
 from tspc.phases.distill import Distillation
@@ -70,7 +70,7 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
         raw = config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError([str(error).splitlines()[0]]) from error
-    assert isinstance(raw, dict)
+    raw = cast(dict[str, Any], raw)
     reader.known(raw, TOP_LEVEL, "")
     result = Config(
         method=reader.method(raw.get("method")),
@@ -139,7 +139,7 @@ class _Reader:
             return decompositions.from_dict(data or {})
         except ConfigError as error:
             self.problems += error.problems
-        except decompositions.DecompositionError as error:
+        except DecompositionError as error:
             self.problems.append(str(error))
         return decompositions.SVD()
 

@@ -12,7 +12,7 @@ from typing import Any
 from tspc.errors import RunError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, then renames it; an older file survives any failure.
 
     Raises RunError, naming the file and the cause, if it cannot be written (no space, no permission).
@@ -45,7 +45,8 @@ def _sync_directory(directory: Path) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """`data` as indented JSON, atomically."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=2) + "\n") and None)
+    text = json.dumps(data, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_json(path: Path) -> Any:

@@ -83,30 +83,40 @@ def _chain_conv(layer: nn.Conv2d, decomposition: Decomposition, shape: Shape, ra
     axes = decomposition.chain_axes(shape)
     assert axes is not None
     links: list[nn.Module] = []
+    channels = shape[1]
     for i, ((n_out, n_in, h, w), covered) in enumerate(zip(shapes, axes, strict=True)):
-        depthwise = n_in == 1 and covered == "hw" and i > 0 and shapes[i - 1][0] == n_out
-        in_channels = n_out if depthwise else n_in
-        on = ("h" in covered, "w" in covered)
-        pick = lambda values, neutral: tuple(v if o else neutral for v, o in zip(values, on, strict=True))  # noqa: B023, E731
-        same = isinstance(layer.padding, str)
-        links.append(
-            nn.Conv2d(
-                in_channels,
-                n_out,
-                (h, w),
-                stride=pick(layer.stride, 1),
-                padding=(layer.padding if covered else 0) if same else pick(layer.padding, 0),
-                dilation=pick(layer.dilation, 1),
-                groups=n_out if depthwise else 1,
-                bias=layer.bias is not None and i == len(shapes) - 1,
-                padding_mode=layer.padding_mode if covered else "zeros",
-                **_like(layer),
-            )
+        link = nn.Conv2d(
+            channels,
+            n_out,
+            (h, w),
+            stride=_along(covered, layer.stride, 1),
+            padding=_link_padding(layer, covered),
+            dilation=_along(covered, layer.dilation, 1),
+            groups=channels // n_in,
+            bias=layer.bias is not None and i == len(shapes) - 1,
+            padding_mode=layer.padding_mode if covered else "zeros",
+            **_like(layer),
         )
+        links.append(link)
+        channels = n_out
     return links
 
 
+def _along(covered: str, values: tuple[int, ...], neutral: int) -> tuple[int, int]:
+    """The layer's (vertical, horizontal) values on the axes that are covered, the neutral one elsewhere."""
+    vertical, horizontal = values
+    return vertical if "h" in covered else neutral, horizontal if "w" in covered else neutral
+
+
+def _link_padding(layer: nn.Conv2d, covered: str) -> str | tuple[int, int]:
+    if isinstance(layer.padding, str):
+        return layer.padding if covered else (0, 0)
+    return _along(covered, layer.padding, 0)
+
+
 class _Rebuilt(TensorizedLayer):
+    bias: nn.Parameter | None
+
     def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> None:
         super().__init__()
         self.shape = tuple(layer.weight.shape)

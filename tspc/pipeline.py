@@ -13,7 +13,7 @@ from tspc.config import Config
 from tspc.data import Data, load_data
 from tspc.decompositions import METHODS
 from tspc.display import Display
-from tspc.errors import ConfigError, DataError
+from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
 from tspc.planning import Plan, plan
@@ -43,18 +43,35 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     if ranks is not None:
         display.line(_summary(ranks))
     context = Context(data, device, config.seed, display)
-    shared = config.output_dir / config.dataset.name / spec.name / "reference"
-    if config.pretrained is None:
-        train_reference(reference, config, spec, context, shared)
-    accuracy = reference_accuracy(reference, config, context, shared)
-    source = "random initial weights" if config.pretrained == "random" else config.pretrained or "trained here"
-    display.line(f"reference  {spec.name}, {source}: top-1 {percent(accuracy)}")
-    summary = {"accuracy": accuracy, "seconds": reference.seconds, "source": source}
     if config.phases == ("pretrain",):
-        return {"directory": str(shared), "reference": summary, "phases": {}, "accuracy": accuracy}
-    with RunDirectory(run_path(config, spec), _identity(config, spec, reference), config.overwrite) as directory:
+        summary = _prepare(reference, config, spec, context)
+        return {"directory": str(_shared(config, spec)), "reference": summary, "phases": {}}
+    path = run_path(config, spec)
+    if ranks is None and not (path / "decompose.safetensors").exists():
+        raise RunError(
+            f"phase={','.join(config.phases)} needs a decomposed network, and {path} has none: "
+            f"run phase=[decompose,{','.join(p for p in config.phases if p != 'pretrain')}]"
+        )
+    with RunDirectory(path, _identity(config, spec, reference), config.overwrite) as directory:
+        summary = _prepare(reference, config, spec, context)
         noted = dataclasses.replace(context, note=directory.note)
         return Stages(config, spec, reference.model, noted, directory).execute(ranks, summary)
+
+
+def _shared(config: Config, spec: NetworkSpec) -> Path:
+    """Where the runs of a sweep share their reference network."""
+    return config.output_dir / config.dataset.name / spec.name / "reference"
+
+
+def _prepare(reference: Reference, config: Config, spec: NetworkSpec, context: Context) -> dict[str, Any]:
+    """Trains the reference where none was given, and measures it; returns what the result says of it."""
+    folder = _shared(config, spec)
+    if config.pretrained is None:
+        train_reference(reference, config, spec, context, folder)
+    accuracy = reference_accuracy(reference, config, context, folder)
+    source = "random initial weights" if config.pretrained == "random" else config.pretrained or "trained here"
+    context.display.line(f"reference  {spec.name}, {source}: top-1 {percent(accuracy)}")
+    return {"accuracy": accuracy, "seconds": reference.seconds, "source": source}
 
 
 def pick_device(name: str) -> torch.device:

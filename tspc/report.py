@@ -103,15 +103,17 @@ def sweep_table(records: list[dict[str, Any]]) -> Table:
         table.add_column(name, overflow="fold")
     for name in ("reached", "reference", "final", "parameters"):
         table.add_column(name, justify="right", no_wrap=True)
+    # What all jobs have in common says nothing about one of them.
+    common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
     for record in records:
         result = record.get("result")
-        name = " ".join(record["overrides"]) or "(defaults)"
+        name = " ".join(o for o in record["overrides"] if o not in common) or "(defaults)"
         if result is None:
             table.add_row(str(record["job"]), Text(f"{name}\nFAILED: {record['error']}", style="red"))
             continue
         parameters = result.get("parameters")
         cells = ["", ""] if parameters is None else [f"{result['rate_reached']:.4f}", f"{parameters['after']:,}"]
-        final = percent(result["accuracy"]) if result["phases"] else ""
+        final = percent(result["accuracy"]) if "accuracy" in result else ""
         row = (cells[0], percent(result["reference"]["accuracy"]), final, cells[1])
         table.add_row(str(record["job"]), f"{name}\n{result['directory']}", *row)
     return table

@@ -138,11 +138,6 @@ class Stages:
 
     def _current(self, stage: str) -> nn.Module:
         """The network that the stage starts from."""
-        if not self.finished:
-            raise RunError(
-                f"phase={stage} needs a decomposed network, and {self.directory.path} has none: "
-                f"run phase=[decompose,{stage}]"
-            )
         if self.model is None:
             path = self._file(next(reversed(self.finished)))
             self.model = place(checkpoint.load(path, copy.deepcopy(self.reference)), self.context.device)

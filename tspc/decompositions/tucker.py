@@ -17,7 +17,7 @@ from tspc.decompositions.svd import SVD
 
 def _mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Contracts `mode` of the tensor with the columns of `matrix` (rows become the new mode)."""
-    return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
+    return torch.tensordot(matrix, tensor.movedim(mode, 0), dims=1).movedim(0, mode)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""What the benchmarks on CIFAR-10 share: one run of the pipeline, and a line about the machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from tspc.config import read_config
+from tspc.display import Display
+from tspc.pipeline import run
+from tspc.report import versions
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--data", required=True, help="folder with train/ and test/ of class folders, 32×32 images")
+    result.add_argument("--weights", required=True, help="the reference ResNet-32's weights")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--out", default="outputs/benchmark", help="runs are kept here, and not repeated")
+    return result
+
+
+def cifar_run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
+    """A run from the pretrained ResNet-32; returns its result."""
+    given = [
+        "dataset=imagefolder",
+        "dataset.name=cifar10_jpeg",
+        "model=resnet32",
+        f"data_dir={options.data}",
+        f"pretrained={options.weights}",
+        f"seed={options.seed}",
+        f"output_dir={options.out}",
+    ]
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        config = read_config(compose("config", [*given, *overrides]))
+    return run(config, Display())
+
+
+def machine(seed: int) -> str:
+    """Processor or GPU, versions and seed, for the head of a table."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, {os.cpu_count()} cores"
+    return f"{device}; {', '.join(f'{k} {v}' for k, v in versions().items())}; seed {seed}."
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def top1(entry: dict[str, Any]) -> str:
+    return f"{100 * entry['accuracy']['top1']:.2f}"

@@ -1,0 +1,65 @@
+"""SIGKILL in the middle of each phase, then the same command: it finishes with the weights of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+COMMAND = (
+    "method=cp method.tolerance=0 method.max_iterations=1500 rate=0.2 dataset.pretrain.epochs=6 epochs=6 "
+    "checkpoint_seconds=0"
+).split()
+RUN = "digits/resnet8/cp-0.2-max_iterations1500-tolerance0/seed0"
+
+
+def start(folder: Path) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "tspc", *COMMAND, f"output_dir={folder}"]
+    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def reached(metrics: Path, phase: str, lines: int) -> bool:
+    """Whether the phase has left at least so many lines."""
+    text = metrics.read_text() if metrics.exists() else ""
+    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return sum(r["phase"] == phase for r in records) >= lines
+
+
+def kill_in(phase: str, folder: Path, lines: int) -> None:
+    metrics = folder / ("digits/resnet8/reference" if phase == "pretrain" else RUN) / "metrics.jsonl"
+    process = start(folder)
+    deadline = time.monotonic() + 120
+    while not reached(metrics, phase, lines):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+
+
+def finish(folder: Path) -> None:
+    process = start(folder)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_killed_in_every_phase(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole)
+    for phase, lines in (("pretrain", 30), ("decompose", 3), ("distill", 60), ("finetune", 30)):
+        kill_in(phase, killed, lines)
+        assert not (killed / RUN / f"{phase}.safetensors").exists()
+    finish(killed)
+    for name in ("decompose", "distill", "finetune", "model"):
+        expected, found = (load_file(folder / RUN / f"{name}.safetensors") for folder in (whole, killed))
+        assert expected.keys() == found.keys()
+        assert all(expected[k].equal(found[k]) for k in expected), f"{name}: other weights"
+    assert not list(killed.rglob("*.progress.pt")), "nothing is left over"
