@@ -286,6 +286,7 @@ def test_registry_errors_list_the_options(data, message):
         from_dict(data)
 
 
-def test_reshaping_into_one_mode_is_refused():
-    with pytest.raises(DecompositionError, match="order=1"):
-        from_dict({"name": "rtt", "order": 1})
+@pytest.mark.parametrize(("name", "setting"), [("rtt", "order"), ("cp", "max_iterations"), ("rtk", "tolerance")])
+def test_settings_out_of_range_are_refused(name, setting):
+    with pytest.raises(DecompositionError, match=f"method.{setting}=-1: expected"):
+        from_dict({"name": name, setting: -1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,4 @@ def test_the_project_speaks_of_itself_alone():
     for name in tracked:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".yaml", ".toml", "") and path.is_file() and path != Path(__file__):
-            text = path.read_text()
-            assert "/root/" not in text, name
-            assert "/work/" not in text, name
+            assert not re.search(r"(?<![\w.])/(home|root|work|Users|tmp)/", path.read_text()), name

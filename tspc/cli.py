@@ -42,6 +42,10 @@ def main() -> None:
         GlobalHydra.instance().clear()
         failures.append(_plain_hydra_error(str(error)))
         print(f"tspc: {failures[-1]}", file=sys.stderr)
+    except OSError as error:
+        # Hydra makes a sweep's directory itself.
+        failures.append(f"cannot write {error.filename}: {error.strerror}; choose another output_dir")
+        print(f"tspc: {failures[-1]}", file=sys.stderr)
     if failures:
         sys.exit(FAILED)
 

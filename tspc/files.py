@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tspc.errors import RunError
+
+PARTIAL = ".partial"
+"""Ending of the temporary files; one that a killed process left behind can be removed."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -17,22 +19,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises RunError, naming the file and the cause, if it cannot be written (no space, no permission).
     """
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
         _sync_directory(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:

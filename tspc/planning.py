@@ -39,6 +39,17 @@ class LayerPlan:
     reason: str | None = None
     error: float | None = None
 
+    @property
+    def form(self) -> str:
+        """What the layer becomes: method and ranks, or why it stays dense."""
+        if self.method is None or self.rank is None:
+            return f"dense: {self.reason}"
+        return f"{self.method.name} {', '.join(map(str, self.rank))}"
+
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self.shape))
+        return f"{self.name} {self.kind} {shape}: {self.form}, {self.dense_params:,} → {self.params:,}"
+
     def to_dict(self) -> dict[str, Any]:
         data = {k: getattr(self, k) for k in ("name", "kind", "dense_params", "params", "reason", "error")}
         rank = None if self.rank is None else list(self.rank)
@@ -88,6 +99,9 @@ class Plan:
         if self.rate_scope == "network":
             return self.network_params / self.network_dense_params
         return self.params / self.dense_params
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.layers), f"total: {self.dense_params:,} → {self.params:,} parameters"])
 
     def to_dict(self) -> dict[str, Any]:
         data = {k: getattr(self, k) for k in ("rate", "rate_decay", "rate_scope", "network_dense_params")}

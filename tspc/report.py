@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -64,12 +65,9 @@ def _totals(plan: Plan, bytes_before: int, bytes_after: int) -> Text:
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:
     shape = "×".join(map(str, layer.shape))
-    before = f"{layer.dense_params:,}"
-    if layer.method is None or layer.rank is None:
-        return layer.name, layer.kind, shape, f"dense: {layer.reason}", before, before, ""
-    rank = f"{layer.method.name} {', '.join(map(str, layer.rank))}"
     error = "" if layer.error is None else f"{layer.error:.3f}"
-    return layer.name, layer.kind, shape, rank, before, f"{layer.params:,}", error
+    before, after = f"{layer.dense_params:,}", f"{layer.params:,}"
+    return escape(layer.name), layer.kind, shape, escape(layer.form), before, after, error
 
 
 def percent(accuracy: dict[str, Any] | None) -> str:
@@ -115,5 +113,5 @@ def sweep_table(records: list[dict[str, Any]]) -> Table:
         cells = ["", ""] if parameters is None else [f"{result['rate_reached']:.4f}", f"{parameters['after']:,}"]
         final = percent(result["accuracy"]) if "accuracy" in result else ""
         row = (cells[0], percent(result["reference"]["accuracy"]), final, cells[1])
-        table.add_row(str(record["job"]), f"{name}\n{result['directory']}", *row)
+        table.add_row(str(record["job"]), Text(f"{name}\n{result['directory']}"), *row)
     return table

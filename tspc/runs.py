@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from tspc.errors import RunError
-from tspc.files import read_json, write_json
+from tspc.files import PARTIAL, read_json, write_json
 
 
 def fingerprint(data: Any) -> str:
@@ -52,6 +52,8 @@ class RunDirectory:
         try:
             self._lock()
             self._check_identity()
+            for left_over in self.path.glob(f".*{PARTIAL}"):
+                left_over.unlink()
             self._open_log()
         except BaseException as error:
             self._undo(created)

@@ -86,6 +86,7 @@ class Stages:
         return True
 
     def _do(self, stage: str, settings: dict[str, Any], ranks: Plan | None, is_last: bool) -> None:
+        self._refuse_to_outdate(stage)
         after = self._after()
         mark = fingerprint([self.directory.identity, settings, after])
         progress = Progress(self.directory.file(f"{stage}.progress.pt"), mark, self.config.checkpoint_seconds)
@@ -116,6 +117,15 @@ class Stages:
         self.finished[stage] = info
         self.directory.note({"phase": stage, "event": "end", "seconds": seconds, "accuracy": info["accuracy"]})
         self.context.display.line(f"{stage:<9}  top-1 {percent(info['accuracy'])}", style="bold")
+
+    def _refuse_to_outdate(self, stage: str) -> None:
+        """Later stages that started from something else would be lost. Raises RunError if there are any."""
+        later = [self._file(s) for s in STAGES[STAGES.index(stage) + 1 :] if self._file(s).exists()]
+        if later and not self.config.overwrite:
+            raise RunError(
+                f"{later[0]} did not start from {stage}, and would be outdated by it; "
+                "pass another output_dir, or overwrite=true to give it up"
+            )
 
     def _decompose(self, ranks: Plan) -> Plan:
         self.model, done = decompose(self.reference, ranks, self.context)

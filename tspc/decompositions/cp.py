@@ -146,6 +146,10 @@ class CP(Decomposition):
     tolerance: float = 1e-4
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        self._require(self.max_iterations >= 1, "max_iterations", "at least 1")
+        self._require(0 <= self.tolerance < math.inf, "tolerance", "at least 0")
+
     @property
     def format(self) -> CPFormat:
         return CPFormat(self.max_iterations, self.tolerance, self.seed)

@@ -13,7 +13,6 @@ from tspc.decompositions.base import Decomposition, Rank, Shape, kernel_dims
 from tspc.decompositions.cp import CP
 from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
-from tspc.errors import DecompositionError
 
 
 @lru_cache(maxsize=4096)
@@ -46,8 +45,7 @@ class Reshaped(Decomposition):
     order: int
 
     def __post_init__(self) -> None:
-        if self.order < 2:
-            raise DecompositionError(f"{self.name}: order={self.order}, but a reshaped kernel has at least 2 modes")
+        self._require(self.order >= 2, "order", "at least 2 modes")
 
     @property
     def name(self) -> str:  # type: ignore[override]

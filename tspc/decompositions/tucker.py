@@ -88,6 +88,10 @@ class Tucker(Decomposition):
     max_iterations: int = 10
     tolerance: float = 1e-6
 
+    def __post_init__(self) -> None:
+        self._require(self.max_iterations >= 1, "max_iterations", "at least 1")
+        self._require(0 <= self.tolerance < math.inf, "tolerance", "at least 0")
+
     @property
     def format(self) -> TuckerFormat:
         return TuckerFormat(self.max_iterations, self.tolerance)
