@@ -15,7 +15,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--method", default="tk")
     arguments.add_argument("--rate", default="0.1")
-    arguments.add_argument("--steps", type=int, default=60, help="optimizer steps for each block")
+    arguments.add_argument("--steps", type=int, default=40, help="optimizer steps for each block")
     options = arguments.parse_args()
     rows = []
     out = options.out
