@@ -7,7 +7,7 @@ run: .venv/installed
 	$(BIN)/tspc $(ARGS)
 
 test: .venv/installed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --slow $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -122,7 +122,25 @@ def test_a_pickle_that_would_run_code_is_refused(wrapping, tmp_path, monkeypatch
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04broken", b"not a checkpoint at all"])
+def test_other_dtypes_come_back(tmp_path):
+    small = tspc.compress(SPEC.build().double(), "cp", 0.3)
+    tspc.save(small, tmp_path / "a.safetensors", network=SPEC)
+    loaded = tspc.load(tmp_path / "a.safetensors")
+    assert all(torch.equal(v, small.state_dict()[k]) for k, v in loaded.state_dict().items())
+    assert loaded.conv1.weight.dtype == torch.float64
+
+
+def test_legacy_files_cut_anywhere(tmp_path):
+    whole = tmp_path / "whole.pt"
+    torch.save({"a": torch.arange(50.0)}, whole, _use_new_zipfile_serialization=False)
+    content = whole.read_bytes()
+    for end in range(0, len(content) - 1, 7):
+        (tmp_path / "cut.pt").write_bytes(content[:end])
+        with pytest.raises(WeightsError):
+            read_state(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize("content", [b"hello", b"apple", b"", b"PK\x03\x04broken", b"not a checkpoint at all"])
 def test_truncated_pickles(content, tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(content)

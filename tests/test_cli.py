@@ -96,13 +96,14 @@ def test_sweep_shares_the_reference_and_survives_a_failing_job(cli, tmp_path):
     assert len(list(tmp_path.glob("outputs/synthetic/resnet8/*/seed0/result.json"))) == 2
 
 
+@pytest.mark.parametrize("network", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["svd", "cp", "tk", "tt", "rcp", "rtk", "rtt"])
-def test_decomposing_from_weights_alone(cli, tmp_path, method):
-    arguments = ("phase=decompose", "model=torchvision", "model.name=resnet18", "pretrained=random", "rate=0.05")
+def test_decomposing_from_weights_alone(cli, tmp_path, method, network):
+    arguments = ("phase=decompose", "model=torchvision", f"model.name={network}", "pretrained=random", "rate=0.05")
     code, out, err = cli(*arguments, f"method={method}")
     assert (code, err) == (0, "")
     assert "random initial weights" in out
-    result = json.loads((tmp_path / f"outputs/imagenet/resnet18/{method}-0.05/seed0/result.json").read_text())
+    result = json.loads((tmp_path / f"outputs/imagenet/{network}/{method}-0.05/seed0/result.json").read_text())
     assert 0.045 < result["rate_reached"] <= 0.05
     assert result["accuracy"] is None
 

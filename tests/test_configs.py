@@ -104,6 +104,14 @@ def test_top_level_keys():
         (["phase=pretrain", "pretrained=random"], "nothing to train"),
         (["model=custom"], "model=custom needs model.factory"),
         (["eval_samples=0"], "eval_samples=0"),
+        (["dataset.channels=three"], "dataset: Value 'three'"),
+        (["dataset=imagenet", "pretrained=null", "dataset.image_size=abc"], "has no recipe"),
+        (["+dataset.workers=-1"], "dataset.workers=-1: expected at least 0"),
+        (["phase.finetune=null"], "phase.finetune is empty"),
+        (["+phase.pretrain.epochs=3"], "phase.pretrain.epochs is not a setting"),
+        (["dataset=synthetic", "+dataset.options.trian=5"], "dataset.options.trian is not a setting; did you mean"),
+        (["dataset=synthetic", "~dataset.options.train"], "dataset.options lacks train"),
+        (["variant=a/b"], "variant=a/b: expected"),
     ],
 )
 def test_wrong_values(overrides, message):

@@ -98,6 +98,16 @@ def test_image_folder(in_memory, tmp_path):
     assert torch.equal(once, again)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_fingerprint_is_of_the_content(in_memory, tmp_path):
+    settings = spec("folder", num_classes=2, in_memory=in_memory)
+    here, there = (write_images(tmp_path / name) for name in ("here", "there"))
+    assert load_data(settings, here).fingerprint == load_data(settings, there).fingerprint
+    Image.new("RGB", (8, 8)).save(there / "train" / "a" / "0.png")
+    load_data.__globals__["_load"].cache_clear()
+    assert load_data(settings, here).fingerprint != load_data(settings, there).fingerprint
+
+
 def test_grey_images_for_a_colour_network():
     data = load_data(spec("digits", channels=3))
     images, _ = next(iter(data.test_batches(4, CPU)))
@@ -133,7 +143,9 @@ def test_wrong_folders(tmp_path):
     with pytest.raises(DataError, match="has no images"):
         load_data(folder, tmp_path)
     (tmp_path / "train" / "c").rmdir()
-    with pytest.raises(DataError, match="differ in the classes|has no images"):
+    (tmp_path / "test" / "c").rmdir()
+    write_images(tmp_path, classes=("d",), splits=("test",))
+    with pytest.raises(DataError, match=r"differ in the classes \['d'\]"):
         load_data(folder, tmp_path)
 
 

@@ -76,7 +76,9 @@ def test_custom_factory(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     model = NetworkSpec("custom", "mynet", factory="mynet:build", kwargs={"width": 16}).build()
     assert model[1].in_channels == 16
+    (tmp_path / "wrongnet.py").write_text("def build(:\n")
     for factory, message in [
+        ("wrongnet:build", "cannot be imported"),
         ("mynet:missing", "cannot be imported"),
         ("nothere:build", "PYTHONPATH"),
         ("mynet:broken", "failed: ValueError: no"),
@@ -116,6 +118,19 @@ def test_blocks_of_torchvision_networks(name, count, first):
     blocks = find_blocks(model, layers)
     assert (len(blocks), blocks[0]) == (count, first)
     assert all(block_of(layer, blocks) is not None for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "googlenet", "regnet_y_400mf"])
+def test_distillation_blocks_do_not_depend_on_the_method(name):
+    """Blocks are those of the dense network: a chain is several convolutions, a rebuilt layer none."""
+    from tspc.layers import tensorized_layers
+
+    model = NetworkSpec("torchvision", name, 10).build()
+    found = set()
+    for method in ("tt", "rtt"):
+        layers = list(tensorized_layers(compress(model, method, 0.1)))
+        found.add(tuple(find_blocks(model, layers)))
+    assert len(found) == 1
 
 
 def test_blocks_by_pattern():

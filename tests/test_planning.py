@@ -77,6 +77,11 @@ def test_what_stays_dense_and_why():
     assert "NonDynamicallyQuantizableLinear" in reasons["special"]
 
 
+def test_a_pattern_that_excludes_nothing_is_a_mistake():
+    with pytest.raises(ConfigError, match=r"exclude=\['layre\*'\]: no convolution"):
+        plan(resnet(), "svd", 0.3, exclude=["conv*", "layre*"])
+
+
 def test_first_and_last_can_be_tensorized():
     made = plan(resnet(), "svd", 0.3, keep_first=False, keep_last=False)
     assert {"conv1", "linear"} <= {layer.name for layer in made.tensorized}

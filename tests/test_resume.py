@@ -24,11 +24,14 @@ def start(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def records(metrics: Path) -> list[dict]:
+    text = metrics.read_text() if metrics.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def reached(metrics: Path, phase: str, lines: int) -> bool:
     """Whether the phase has left at least so many lines."""
-    text = metrics.read_text() if metrics.exists() else ""
-    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return sum(r["phase"] == phase for r in records) >= lines
+    return sum(r["phase"] == phase for r in records(metrics)) >= lines
 
 
 def kill_in(phase: str, folder: Path, lines: int) -> None:
@@ -56,10 +59,15 @@ def test_killed_in_every_phase(tmp_path):
     finish(whole)
     for phase, lines in (("pretrain", 30), ("decompose", 3), ("distill", 60), ("finetune", 30)):
         kill_in(phase, killed, lines)
-        assert not (killed / RUN / f"{phase}.safetensors").exists()
+        done = "digits/resnet8/reference/model" if phase == "pretrain" else f"{RUN}/{phase}"
+        assert not (killed / f"{done}.safetensors").exists(), "killed too late to show anything"
     finish(killed)
     for name in ("decompose", "distill", "finetune", "model"):
         expected, found = (load_file(folder / RUN / f"{name}.safetensors") for folder in (whole, killed))
         assert expected.keys() == found.keys()
         assert all(expected[k].equal(found[k]) for k in expected), f"{name}: other weights"
-    assert not list(killed.rglob("*.progress.pt")), "nothing is left over"
+    resumed = [r for r in records(killed / RUN / "metrics.jsonl") if r.get("event") == "start"]
+    assert max(r["seconds_before"] for r in resumed if r["phase"] == "distill") > 0, "it began anew"
+    assert max(r["seconds_before"] for r in resumed if r["phase"] == "finetune") > 0, "it began anew"
+    left = [p.name for p in killed.rglob("*") if "progress" in p.name or "partial" in p.name]
+    assert left == [], "nothing is left over"

@@ -93,6 +93,35 @@ def test_nan_stops(context):
         train_classifier(network(), recipe(learning_rate=1e18), context, Progress(), "finetune")
 
 
+def test_weights_that_end_non_finite_are_no_result(context):
+    with pytest.raises(TrainingError, match="the weights stopped being finite in epoch 1"):
+        train_classifier(network(), recipe(steps=1, learning_rate=1e38), context, Progress(), "finetune")
+
+
+def test_plain_sgd_without_momentum(context):
+    train_classifier(network(), recipe(steps=1, momentum=0.0), context, Progress(), "finetune")
+
+
+def test_dropout_stays_off_in_distillation(context):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+            self.block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.9))
+            self.last = nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.last(self.block(self.first(x)).mean((2, 3)))
+
+    reference = Net().eval()
+    model = compress(reference, "svd", 0.5)
+    seen = []
+    model.block[2].register_forward_hook(lambda module, args, output: seen.append(module.training))
+    distill(model, reference, Distillation(1, 100, 1e-3, blocks="block", optimizer="adam"), context, Progress())
+    assert seen
+    assert not any(seen)
+
+
 def test_evaluation_counts_every_image_once(context):
     model = network()
     reference = evaluate(model, context.data, CPU, batch_size=130)

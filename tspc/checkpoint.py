@@ -56,6 +56,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises WeightsError if the file is damaged, is not tspc's, or does not fit the architecture.
     """
     header, state = read(path)
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     if model is None:
         model = _described_network(path, header)
     modules = dict(model.named_modules())
@@ -69,16 +70,27 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             )
         method = decompositions.from_dict(layer["method"])
         set_module(model, name, untrained(cast(DenseLayer, dense), method, tuple(layer["rank"])))
+    if len(dtypes) == 1:
+        model.to(dtype=dtypes.pop())
     load_state(model, state, str(path))
     return model
 
 
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What `save` wrote beside the tensors. Raises WeightsError as `load` does."""
+    return _read(path, tensors=False)[0]
+
+
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file that `save` wrote. Raises WeightsError as `load` does."""
+    return _read(path, tensors=True)
+
+
+def _read(path: str | Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
     except FileNotFoundError as error:
         raise WeightsError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:

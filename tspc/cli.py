@@ -17,10 +17,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from tspc import __version__
 from tspc.errors import TspcError
-from tspc.sweep import write_record
+from tspc.sweep import forget_empty_sweep, sweep_folder, write_record
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -38,13 +39,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("tspc: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         GlobalHydra.instance().clear()
-        failures.append(_plain_hydra_error(str(error)))
-        print(f"tspc: {failures[-1]}", file=sys.stderr)
-    except OSError as error:
-        # Hydra makes a sweep's directory itself.
-        failures.append(f"cannot write {error.filename}: {error.strerror}; choose another output_dir")
+        forget_empty_sweep()
+        failures.append(_plain_error(error))
         print(f"tspc: {failures[-1]}", file=sys.stderr)
     if failures:
         sys.exit(FAILED)
@@ -71,7 +69,7 @@ def _job(failures: list[str]) -> Any:
             failures.append(error)
             print(f"tspc: {error}", file=sys.stderr)
         if is_sweep:
-            write_record(Path(settings.sweep.dir), int(settings.job.num), overrides, result, error)
+            write_record(sweep_folder(settings.sweep.dir), int(settings.job.num), overrides, result, error)
 
     return job
 
@@ -95,8 +93,12 @@ def _describe(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {error}"
 
 
-def _plain_hydra_error(message: str) -> str:
-    """Hydra's message in one line: what is wrong, and what there is instead."""
+def _plain_error(error: Exception) -> str:
+    """What Hydra, the YAML parser or the system complain of, in one line: what is wrong, and what there is instead."""
+    if isinstance(error, OSError):
+        # Hydra makes a sweep's directory itself.
+        return f"cannot write {error.filename}: {error.strerror}; choose another output_dir"
+    message = str(error)
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message)
     if unknown:
         return _unknown_key(unknown.group(1) or unknown.group(2))
@@ -112,10 +114,17 @@ def _plain_hydra_error(message: str) -> str:
 def _unknown_key(key: str) -> str:
     """The settings beside a key that does not exist."""
     parent, dot, name = key.rpartition(".")
+    # Composed with the groups that were chosen, for each method and each phase has keys of its own.
+    chosen = [re.sub(r",[^\]]*$", "", a) for a in sys.argv[1:] if re.match(r"(method|dataset|model|phase)=\w", a)]
     with hydra.initialize_config_dir(_config_path(), version_base="1.3"):
-        node: Any = hydra.compose("config")
-        for part in filter(None, parent.split(".")):
-            node = node.get(part, {})
+        try:
+            node: Any = hydra.compose("config", chosen)
+        except HydraException:
+            node = hydra.compose("config")
+    if parent.startswith("phase.") and parent.split(".")[1] not in node.phase:
+        return f"{key} has no effect: the phases asked for are {', '.join(node.phase)}"
+    for part in filter(None, parent.split(".")):
+        node = node.get(part) or {}
     near = difflib.get_close_matches(name, list(node), n=1)
     hint = f"did you mean {parent}{dot}{near[0]}? " if near else ""
     return f"{key} is not a setting; {hint}known here: {', '.join(node) or 'nothing'}"

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tspc.decompositions import Decomposition
+from tspc.decompositions import Decomposition, double
 from tspc.errors import DecompositionError
 from tspc.layers import DenseLayer, TensorizedLayer, tensorize
 from tspc.planning import LayerPlan, Plan, plan
@@ -48,8 +48,8 @@ def apply_(model: nn.Module, plan: Plan, on_layer: Callable[[LayerPlan], None] |
 @torch.no_grad()
 def relative_error(dense: DenseLayer, small: TensorizedLayer) -> float:
     """‖K − K̂‖ ÷ ‖K‖ in the Frobenius norm; 0 for a zero kernel that is met exactly."""
-    kernel = dense.weight.double()
-    difference = torch.linalg.vector_norm(kernel - small.weight.double())
+    kernel = double(dense.weight)
+    difference = torch.linalg.vector_norm(kernel - double(small.weight))
     norm = torch.linalg.vector_norm(kernel)
     return float(difference / norm) if norm > 0 else float(difference)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tspc import decompositions
-from tspc.data import DataSpec
+from tspc.data import OPTIONS, DataSpec
 from tspc.decompositions import Decomposition
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
@@ -26,7 +27,8 @@ PHASES = ("pretrain", "decompose", "distill", "finetune")
 
 TOP_LEVEL = (
     *("method", "rate", "rate_decay", "rate_scope", "dataset", "data_dir", "model", "pretrained", "output_dir"),
-    *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "eval_samples", "checkpoint_seconds"),
+    *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "variant"),
+    *("eval_samples", "checkpoint_seconds"),
 )
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "pretrain")
 
@@ -50,6 +52,7 @@ class Config:
     seed: int
     device: str
     overwrite: bool
+    variant: str | None
     eval_samples: int | None
     checkpoint_seconds: float
     phases: tuple[str, ...]
@@ -72,34 +75,36 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
         raise ConfigError([str(error).splitlines()[0]]) from error
     raw = cast(dict[str, Any], raw)
     reader.known(raw, TOP_LEVEL, "")
-    result = Config(
-        method=reader.method(raw.get("method")),
-        rate=reader.number(raw, "rate", 0, 1, open_low=True),
-        rate_decay=reader.choice(raw, "rate_decay", RATE_DECAYS),
-        rate_scope=reader.choice(raw, "rate_scope", RATE_SCOPES),
-        dataset=reader.dataset(raw.get("dataset") or {}),
-        data_dir=None if raw.get("data_dir") is None else Path(str(raw["data_dir"])),
-        network=reader.network(raw.get("model") or {}, raw.get("dataset") or {}),
-        pretrained=None if raw.get("pretrained") is None else str(raw["pretrained"]),
-        pretrain_recipe=reader.section(Recipe, (raw.get("dataset") or {}).get("pretrain"), "dataset.pretrain"),
-        output_dir=Path(str(raw.get("output_dir"))),
-        seed=int(reader.number(raw, "seed", 0, 2**31 - 1, whole=True)),
-        device=str(raw.get("device")),
-        overwrite=reader.flag(raw, "overwrite"),
-        eval_samples=reader.optional_count(raw, "eval_samples"),
-        checkpoint_seconds=reader.number(raw, "checkpoint_seconds", 0, float("inf")),
-        **reader.phases(raw.get("phase") or {}),
-    )
-    if result.pretrained is None and result.pretrain_recipe is None:
+    dataset = reader.mapping(raw, "dataset")
+    values: dict[str, Any] = {
+        "method": reader.method(raw.get("method")),
+        "rate": reader.number(raw, "rate", 0, 1, open_low=True),
+        "rate_decay": reader.choice(raw, "rate_decay", RATE_DECAYS),
+        "rate_scope": reader.choice(raw, "rate_scope", RATE_SCOPES),
+        "dataset": reader.dataset(dataset),
+        "data_dir": None if raw.get("data_dir") is None else Path(str(raw["data_dir"])),
+        "network": reader.network(reader.mapping(raw, "model"), dataset),
+        "pretrained": None if raw.get("pretrained") is None else str(raw["pretrained"]),
+        "pretrain_recipe": reader.section(Recipe, dataset.get("pretrain"), "dataset.pretrain"),
+        "output_dir": Path(str(raw.get("output_dir"))),
+        "seed": reader.number(raw, "seed", 0, 2**31 - 1, whole=True),
+        "device": str(raw.get("device")),
+        "overwrite": reader.flag(raw, "overwrite"),
+        "variant": reader.variant(raw.get("variant")),
+        "eval_samples": reader.optional_count(raw, "eval_samples"),
+        "checkpoint_seconds": reader.number(raw, "checkpoint_seconds", 0, float("inf")),
+        **reader.phases(reader.mapping(raw, "phase")),
+    }
+    if values["pretrained"] is None and dataset.get("pretrain") is None:
         reader.problems.append(
-            f"pretrained=null, but dataset {result.dataset.name} has no recipe to train a reference; "
+            f"pretrained=null, but dataset {dataset.get('name')} has no recipe to train a reference; "
             "pass pretrained=FILE, default or random"
         )
-    if result.phases == ("pretrain",) and result.pretrained is not None:
-        reader.problems.append(f"phase=pretrain, but pretrained={result.pretrained} is given: nothing to train")
+    if values["phases"] == ("pretrain",) and values["pretrained"] is not None:
+        reader.problems.append(f"phase=pretrain, but pretrained={values['pretrained']} is given: nothing to train")
     if reader.problems:
         raise ConfigError(reader.problems)
-    return result
+    return Config(**values)
 
 
 class _Reader:
@@ -113,13 +118,13 @@ class _Reader:
         for key in data:
             if key not in names:
                 near = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(names)}"
+                hint = f"did you mean {where}{near[0]}?" if near else f"known are: {', '.join(names) or 'none'}"
                 self.problems.append(f"{where}{key} is not a setting; {hint}")
 
-    def section(self, cls: type[T], data: dict[str, Any] | None, where: str) -> T:
+    def section(self, cls: type[T], data: dict[str, Any] | None, where: str) -> T | None:
         """A dataclass from a mapping: unknown keys, missing keys and wrong types are problems."""
         if data is None:
-            return None  # type: ignore[return-value]
+            return None
         names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         self.known(data, names, f"{where}.")
         known = {key: value for key, value in data.items() if key in names}
@@ -129,28 +134,52 @@ class _Reader:
             result = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[union-attr]
         except OmegaConfBaseException as error:
             self.problems.append(f"{where}: {' '.join(str(error).splitlines()[:2]).replace('    full_key: ', 'in ')}")
-            return None  # type: ignore[return-value]
+            return None
         if isinstance(result, Recipe):
             self.problems += result.problems(where)
         return result
 
-    def method(self, data: Any) -> Decomposition:
+    def mapping(self, data: dict[str, Any], key: str) -> dict[str, Any]:
+        """A group of settings; anything else in its place is a problem."""
+        if isinstance(data.get(key), dict):
+            return data[key]
+        self.problems.append(f"{key}={data.get(key)}: expected a group of settings, from conf/{key}/")
+        return {}
+
+    def variant(self, value: Any) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.,=+-]+", str(value)):
+            self.problems.append(f"variant={value}: expected letters, digits and . , = + - _ only")
+        return None if value is None else str(value)
+
+    def method(self, data: Any) -> Decomposition | None:
         try:
             return decompositions.from_dict(data or {})
         except ConfigError as error:
             self.problems += error.problems
         except DecompositionError as error:
             self.problems.append(str(error))
-        return decompositions.SVD()
+        return None
 
-    def dataset(self, data: dict[str, Any]) -> DataSpec:
+    def dataset(self, data: dict[str, Any]) -> DataSpec | None:
         own = {key: value for key, value in data.items() if key not in DATASET_EXTRAS}
         spec = self.section(DataSpec, own, "dataset")
-        if spec is not None:
-            for key in ("mean", "std"):
-                values = getattr(spec, key)
-                if len(values) not in (1, spec.channels) or (key == "std" and min(values, default=0) <= 0):
-                    self.problems.append(f"dataset.{key}={list(values)}: expected {spec.channels} positive numbers")
+        if spec is None:
+            return None
+        for key in ("channels", "image_size"):
+            if getattr(spec, key) < 1:
+                self.problems.append(f"dataset.{key}={getattr(spec, key)}: expected at least 1")
+        for key in ("pad", "workers"):
+            if getattr(spec, key) < 0:
+                self.problems.append(f"dataset.{key}={getattr(spec, key)}: expected at least 0")
+        for key in ("mean", "std"):
+            values = getattr(spec, key)
+            if len(values) not in (1, spec.channels) or (key == "std" and min(values, default=0) <= 0):
+                self.problems.append(f"dataset.{key}={list(values)}: expected {spec.channels} positive numbers")
+        expected = OPTIONS.get(spec.kind, ())
+        self.known(spec.options, expected, "dataset.options.")
+        missing = [name for name in expected if name not in spec.options]
+        if missing:
+            self.problems.append(f"dataset.options lacks {', '.join(missing)}")
         return spec
 
     def network(self, model: dict[str, Any], dataset: dict[str, Any]) -> NetworkSpec:
@@ -167,7 +196,7 @@ class _Reader:
             family=str(family),
             name=str(name),
             num_classes=dataset.get("num_classes"),
-            in_channels=int(dataset.get("channels") or 3),
+            in_channels=dataset.get("channels", 3),
             image_size=dataset.get("image_size"),
             factory=factory,
             kwargs=dict(model.get("kwargs") or {}),
@@ -177,10 +206,11 @@ class _Reader:
         self.known(data, PHASES, "phase.")
         if not any(name in PHASES for name in data):
             self.problems.append(f"phase={list(data)}: choose one or more of {', '.join(PHASES)}")
-        selection = data.get("decompose")
+        self.known(data.get("pretrain") or {}, (), "phase.pretrain.")
+        self.problems += [f"phase.{p} is empty; see conf/phase/{p}.yaml" for p in PHASES[1:] if data.get(p, 0) is None]
         return {
             "phases": tuple(name for name in PHASES if name in data),
-            "decompose": self.section(Selection, selection, "phase.decompose"),
+            "decompose": self.section(Selection, data.get("decompose"), "phase.decompose"),
             "distill": self.section(Distillation, data.get("distill"), "phase.distill"),
             "finetune": self.section(Recipe, data.get("finetune"), "phase.finetune"),
         }

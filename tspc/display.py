@@ -42,12 +42,12 @@ class Display:
     def heading(self, text: str) -> None:
         self.line(text, style="bold")
 
-    def show(self, renderable: RenderableType) -> None:
-        """A table, printed and logged."""
+    def show(self, renderable: RenderableType, logged: RenderableType | None = None) -> None:
+        """A table, printed and logged; the log can have a longer one."""
         self.console.print(renderable)
         log = Console(width=PLAIN_WIDTH, no_color=True, force_terminal=False)
         with log.capture() as capture:
-            log.print(renderable)
+            log.print(logged or renderable)
         logger.info("\n%s", capture.get().rstrip())
 
     def bar(self, label: str, total: int) -> Bar:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tspc.blocks import find_blocks
 from tspc.config import Config
 from tspc.data import Data, load_data
 from tspc.decompositions import METHODS
@@ -38,7 +40,9 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     device = pick_device(config.device)
     data = _data(config, display)
     spec = network_spec(config, data)
-    reference = untrained_reference(config, spec)
+    reference = untrained_reference(config, spec, data)
+    if data is not None:
+        _check_images(reference.model, data, spec)
     ranks = _plan(config, reference.model) if config.decompose is not None else None
     if ranks is not None:
         display.line(_summary(ranks))
@@ -46,16 +50,41 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     if config.phases == ("pretrain",):
         summary = _prepare(reference, config, spec, context)
         return {"directory": str(_shared(config, spec)), "reference": summary, "phases": {}}
-    path = run_path(config, spec)
-    if ranks is None and not (path / "decompose.safetensors").exists():
-        raise RunError(
-            f"phase={','.join(config.phases)} needs a decomposed network, and {path} has none: "
-            f"run phase=[decompose,{','.join(p for p in config.phases if p != 'pretrain')}]"
-        )
-    with RunDirectory(path, _identity(config, spec, reference), config.overwrite) as directory:
+    directory = RunDirectory(run_path(config, spec), _identity(config, spec, reference), config.overwrite)
+    if ranks is None:
+        _require_decomposed(directory, config)
+    with directory:
         summary = _prepare(reference, config, spec, context)
         noted = dataclasses.replace(context, note=directory.note)
         return Stages(config, spec, reference.model, noted, directory).execute(ranks, summary)
+
+
+def _require_decomposed(directory: RunDirectory, config: Config) -> None:
+    """A run that starts with a later phase needs what `decompose` left; overwriting does not make it."""
+    if directory.held_by_another() or not os.path.exists(directory.file("decompose.safetensors")):
+        later = ",".join(phase for phase in config.phases if phase != "pretrain")
+        raise RunError(
+            f"phase={','.join(config.phases)} needs a decomposed network of these settings, and {directory.path} has "
+            f"none: run phase=[decompose,{later}]"
+        )
+
+
+def _check_images(model: nn.Module, data: Data, spec: NetworkSpec) -> None:
+    """Runs two test images through the network. Raises ConfigError if it cannot take them, or answers otherwise."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    images, _ = next(iter(data.test_batches(2, device, limit=2)))
+    model.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(model(images).shape)
+    except Exception as error:  # the network may be the user's own
+        raise ConfigError(
+            [f"{spec.name} cannot take the data set's images of shape {tuple(images.shape[1:])}: {error}"]
+        ) from error
+    if shape != (len(images), data.num_classes):
+        raise ConfigError(
+            [f"{spec.name} answers with {shape[1:]} values an image; the data has {data.num_classes} classes"]
+        )
 
 
 def _shared(config: Config, spec: NetworkSpec) -> Path:
@@ -90,13 +119,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def run_path(config: Config, spec: NetworkSpec) -> Path:
-    """`<output_dir>/<dataset>/<network>/<method>-<rate>/seed<seed>`, with whatever departs from the defaults."""
+    """`<output_dir>/<dataset>/<network>/<method>-<rate>/seed<seed>`; method settings, decay and scope that depart
+    from the defaults are appended to the rate, and so is `variant`."""
     settings = config.method.to_dict()
     defaults = METHODS[settings["name"]]().to_dict()
     parts = [f"{settings['name']}-{config.rate:g}"]
     parts += [f"{key}{value}" for key, value in settings.items() if value != defaults[key]]
     parts += [config.rate_decay] if config.rate_decay != "flat" else []
     parts += ["network"] if config.rate_scope == "network" else []
+    parts += [config.variant] if config.variant else []
     return config.output_dir / config.dataset.name / spec.name / "-".join(parts) / f"seed{config.seed}"
 
 
@@ -107,7 +138,7 @@ def _data(config: Config, display: Display) -> Data | None:
     if config.dataset.kind == "none":
         raise DataError(f"phase={','.join(config.phases)} needs data: name a data set, for example dataset=imagefolder")
     try:
-        return load_data(config.dataset, config.data_dir)
+        return load_data(config.dataset, config.data_dir, download=config.trains)
     except DataError as error:
         if config.trains or config.data_dir is not None:
             raise
@@ -118,9 +149,12 @@ def _data(config: Config, display: Display) -> Data | None:
 def _plan(config: Config, model: nn.Module) -> Plan:
     assert config.decompose is not None
     options = dataclasses.asdict(config.decompose)
-    return plan(
+    ranks = plan(
         model, config.method, config.rate, rate_decay=config.rate_decay, rate_scope=config.rate_scope, **options
     )
+    if config.distill is not None:
+        find_blocks(model, [layer.name for layer in ranks.tensorized], config.distill.blocks)
+    return ranks
 
 
 def _summary(ranks: Plan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -165,6 +165,11 @@ def _candidates(model: nn.Module, keep_first: bool, keep_last: bool, exclude: Se
     shared = _shared_weights(model)
     first = next((n for n, m in modules.items() if not isinstance(m, nn.Linear)), None)
     last = next(reversed(modules), None)
+    idle = [pattern for pattern in exclude if not any(fnmatchcase(name, pattern) for name in modules)]
+    if idle:
+        raise ConfigError(
+            [f"exclude={idle}: no convolution or dense layer has such a name; there are {_some(modules)}"]
+        )
     layers = []
     for name, module in modules.items():
         reason = _why_dense(module)
@@ -180,6 +185,11 @@ def _candidates(model: nn.Module, keep_first: bool, keep_last: bool, exclude: Se
         shape = tuple(module.weight.shape)
         layers.append(LayerPlan(name, type(module).__name__, shape, params, params, reason=reason))
     return layers
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    shown = list(names)
+    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
 
 
 def _why_dense(module: nn.Module) -> str | None:

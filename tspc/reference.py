@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from torch import nn
 from tspc import checkpoint
 from tspc.config import Config
 from tspc.data import Data
-from tspc.errors import RunError
+from tspc.errors import RunError, TrainingError
 from tspc.files import read_json, write_json
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state, read_state
 from tspc.phases.context import Context
 from tspc.phases.finetune import train_classifier
-from tspc.runs import RunDirectory, differences, file_digest, fingerprint
+from tspc.runs import RunDirectory, file_digest, fingerprint, plain
 from tspc.training import Progress, evaluate, place
 
 
@@ -39,7 +40,14 @@ def network_spec(config: Config, data: Data | None) -> NetworkSpec:
     return config.network
 
 
-def untrained_reference(config: Config, spec: NetworkSpec) -> Reference:
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def untrained_reference(config: Config, spec: NetworkSpec, data: Data | None) -> Reference:
     """The network with the weights that `pretrained` names; with seeded initial ones where it is null.
 
     Nothing is written. Raises WeightsError or ConfigError if the weights cannot be had or do not fit.
@@ -48,32 +56,29 @@ def untrained_reference(config: Config, spec: NetworkSpec) -> Reference:
     model = spec.build(pretrained=config.pretrained == "default")
     source = config.pretrained
     if source is None:
-        return Reference(model, {"trained": _recipe_identity(config, spec)})
+        assert data is not None
+        return Reference(model, {"trained": _recipe_identity(config, spec, data)})
     if source == "random":
         return Reference(model, {"random": config.seed})
     if source == "default":
-        return Reference(model, {"published": spec.name})
+        return Reference(model, {"published": spec.name} if spec.family == "torchvision" else {"given": _digest(model)})
     load_state(model, read_state(source), f"pretrained={source}")
     return Reference(model, {"file": file_digest(Path(source))})
 
 
-def _recipe_identity(config: Config, spec: NetworkSpec) -> dict[str, Any]:
+def _recipe_identity(config: Config, spec: NetworkSpec, data: Data) -> dict[str, Any]:
     assert config.pretrain_recipe is not None
     return {
-        "recipe": dataclasses.asdict(config.pretrain_recipe),
+        "recipe": plain(config.pretrain_recipe),
         "dataset": data_identity(config),
+        "data": data.fingerprint,
         "network": spec.to_dict(),
     }
 
 
 def data_identity(config: Config) -> dict[str, Any]:
     """What of the data set's settings changes a result."""
-    skipped = ("workers", "in_memory")
-    return {k: _plain(v) for k, v in dataclasses.asdict(config.dataset).items() if k not in skipped}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return {key: value for key, value in plain(config.dataset).items() if key != "workers"}
 
 
 def train_reference(reference: Reference, config: Config, spec: NetworkSpec, context: Context, folder: Path) -> None:
@@ -85,11 +90,10 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
     assert config.pretrain_recipe is not None
     result = folder / "model.safetensors"
     identity = reference.identity["trained"]
-    redo = config.overwrite and (config.phases == ("pretrain",) or _holds_other(folder, identity))
     display = context.display
     waiting = lambda: display.line(f"waiting for another run to finish the reference network in {folder}")  # noqa: E731
-    with RunDirectory(folder, identity, overwrite=redo, on_wait=waiting) as run:
-        if result.exists() and not redo:
+    with RunDirectory(folder, identity, overwrite=config.overwrite, on_wait=waiting) as run:
+        if result.exists() and not (config.overwrite and config.phases == ("pretrain",)):
             header, state = checkpoint.read(result)
             load_state(reference.model, state, str(result))
             reference.seconds = header["info"]["seconds"]
@@ -99,7 +103,10 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
         progress = Progress(run.file("progress.pt"), fingerprint(identity), config.checkpoint_seconds)
         # The reference does not depend on the run's seed: a sweep over seeds shares it.
         shared = dataclasses.replace(context, seed=0, note=run.note)
-        train_classifier(reference.model, config.pretrain_recipe, shared, progress, "pretrain")
+        try:
+            train_classifier(reference.model, config.pretrain_recipe, shared, progress, "pretrain")
+        except TrainingError as error:
+            raise TrainingError(f"pretrain: {error}, as dataset.pretrain.learning_rate") from error
         reference.seconds = progress.seconds
         for stale in folder.glob("accuracy-*.json"):
             stale.unlink()
@@ -107,16 +114,11 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
         progress.discard()
 
 
-def _holds_other(folder: Path, identity: dict[str, Any]) -> bool:
-    path = folder / "run.json"
-    return path.exists() and bool(differences(read_json(path), identity))
-
-
 def reference_accuracy(reference: Reference, config: Config, context: Context, folder: Path) -> dict[str, Any] | None:
     """Accuracy on the whole test split, measured once for all runs that share the reference; None without data."""
     if context.data is None or config.pretrained == "random":
         return None
-    identity = {"reference": reference.identity, "dataset": data_identity(config)}
+    identity = {"reference": reference.identity, "dataset": data_identity(config), "data": context.data.fingerprint}
     path = folder / f"accuracy-{fingerprint(identity)}.json"
     if path.exists():
         return read_json(path)

@@ -26,8 +26,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def plan_table(plan: Plan, bytes_before: int, bytes_after: int) -> Table:
-    """Every layer of the plan, and totals; of a long list the middle is left out."""
+def plan_table(plan: Plan, bytes_before: int, bytes_after: int, max_rows: int | None = MAX_ROWS) -> Table:
+    """Every layer of the plan, and totals; of a longer list than `max_rows` the middle is left out."""
     table = Table(title=_title(plan), title_justify="left", caption=_totals(plan, bytes_before, bytes_after))
     table.caption_justify = "left"
     for name, justify in (("layer", "left"), ("kind", "left"), ("shape", "left"), ("ranks", "left")):
@@ -35,13 +35,13 @@ def plan_table(plan: Plan, bytes_before: int, bytes_after: int) -> Table:
     for name in ("before", "after", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = list(plan.layers)
-    head = rows if len(rows) <= MAX_ROWS else rows[: MAX_ROWS // 2]
-    for layer in head:
+    shown = len(rows) if max_rows is None else min(len(rows), max_rows)
+    for layer in rows[: (shown + 1) // 2]:
         table.add_row(*_row(layer))
-    if len(rows) > MAX_ROWS:
-        table.add_row(f"… {len(rows) - MAX_ROWS} more …")
-        for layer in rows[-MAX_ROWS // 2 :]:
-            table.add_row(*_row(layer))
+    if shown < len(rows):
+        table.add_row(f"… {len(rows) - shown} more, see tspc.log")
+    for layer in rows[len(rows) - shown // 2 :]:
+        table.add_row(*_row(layer))
     return table
 
 

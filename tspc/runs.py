@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -14,6 +15,14 @@ from typing import Any
 
 from tspc.errors import RunError
 from tspc.files import PARTIAL, read_json, write_json
+
+RESULTS = ("*.safetensors", "*.progress.pt", "accuracy-*.json", "result.json")
+"""What a directory holds of a run, apart from its history."""
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A dataclass as JSON would give it back."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def fingerprint(data: Any) -> str:
@@ -37,29 +46,32 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 class RunDirectory:
     """Use as a context manager: creates and locks the directory, checks its identity, opens the log.
 
-    `identity` is plain data that everything in the directory depends on. Raises RunError if the directory
-    is in use, cannot be written, or belongs to another identity and `overwrite` is not set. `on_wait`, where
-    given, is called once and the lock awaited instead of refused.
+    `identity` is plain data that everything in the directory depends on. A directory whose results belong to
+    another identity is refused, or with `overwrite` emptied of them. Raises RunError for that, if the
+    directory is in use, and if it cannot be written. `on_wait`, where given, is called once and the lock
+    awaited instead of refused.
     """
 
     def __init__(
         self, path: Path, identity: dict[str, Any], overwrite: bool = False, on_wait: Callable[[], None] | None = None
     ) -> None:
         self.path, self.identity, self.overwrite, self._on_wait = path, identity, overwrite, on_wait
+        self._lock_descriptor: int | None = None
+        self._handler: logging.FileHandler | None = None
 
     def __enter__(self) -> RunDirectory:
-        created = self._create()
         try:
-            self._lock()
-            self._check_identity()
-            for left_over in self.path.glob(f".*{PARTIAL}"):
-                left_over.unlink()
-            self._open_log()
-        except BaseException as error:
-            self._undo(created)
-            if isinstance(error, OSError):
-                raise RunError(f"cannot write into {self.path}: {error.strerror or error}") from error
-            raise
+            created = self._create()
+            try:
+                self._lock()
+                self._claim()
+                self._open_log()
+            except BaseException:
+                self._undo(created)
+                raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"cannot write into {self.path}: {reason}; choose another output_dir") from error
         return self
 
     def __exit__(
@@ -78,67 +90,78 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"cannot write {self.file('metrics.jsonl')}: {error.strerror}") from error
 
+    def held_by_another(self) -> list[str]:
+        """How the identity of the results in the directory differs from this one's; empty if there are none."""
+        path = self.file("run.json")
+        if not path.exists() or not self._results():
+            return []
+        return differences(read_json(path), self.identity)
+
+    def _results(self) -> list[Path]:
+        return [path for pattern in RESULTS for path in self.path.glob(pattern)]
+
     def _create(self) -> list[Path]:
         """Makes the directory; returns the ones that did not exist, innermost first."""
         missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"cannot create {self.path}: {error.strerror or error}; choose another output_dir"
-            ) from error
+        self.path.mkdir(parents=True, exist_ok=True)
         return missing
 
     def _lock(self) -> None:
-        self._lock_file = self.file(".lock").open("a+")
+        descriptor = os.open(self.file(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if self._on_wait is None:
-                self._lock_file.seek(0)
-                owner = self._lock_file.read().strip() or "unknown"
+                owner = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+                os.close(descriptor)
                 raise RunError(f"{self.path} is in use by another run (process {owner}); wait for it to end") from None
             self._on_wait()
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX)
-        self._lock_file.truncate(0)
-        self._lock_file.write(str(os.getpid()))
-        self._lock_file.flush()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._lock_descriptor = descriptor
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
 
-    def _check_identity(self) -> None:
-        path = self.file("run.json")
-        if path.exists() and not self.overwrite:
-            changed = differences(read_json(path), self.identity)
-            if changed:
-                raise RunError(
-                    f"{self.path} holds another run ({'; '.join(changed)}); "
-                    "pass another output_dir, or overwrite=true to redo it"
-                )
-            return
-        write_json(path, self.identity)
+    def _claim(self) -> None:
+        changed = self.held_by_another()
+        if changed and not self.overwrite:
+            raise RunError(
+                f"{self.path} holds another run ({'; '.join(changed)}); pass variant=NAME or another output_dir "
+                "to keep both, or overwrite=true to redo it"
+            )
+        # The results of another identity go before the new one is written: a kill in between leaves no false claim.
+        for outdated in self._results() if changed else []:
+            outdated.unlink()
+        write_json(self.file("run.json"), self.identity)
+        for left_over in self.path.glob(f".*{PARTIAL}*"):
+            left_over.unlink()
 
     def _open_log(self) -> None:
         self._handler = logging.FileHandler(self.file("tspc.log"))
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        # A full disk shows when a result is written; the log need not add a traceback for each line.
+        self._handler.handleError = lambda record: None
         logger = logging.getLogger("tspc")
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logger.addHandler(self._handler)
 
     def _close(self) -> None:
-        handler = getattr(self, "_handler", None)
-        if handler is not None:
-            logging.getLogger("tspc").removeHandler(handler)
-            handler.close()
-        lock_file = getattr(self, "_lock_file", None)
-        if lock_file is not None:
-            lock_file.close()
+        if self._handler is not None:
+            logging.getLogger("tspc").removeHandler(self._handler)
+            try:
+                self._handler.close()
+            except OSError:
+                self._handler = None  # nothing more to lose: the disk is full, and an error is on its way
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
 
     def _undo(self, created: list[Path]) -> None:
-        """Leaves the disk as it was found."""
-        self._close()
-        if self.path in created:
+        """Leaves the disk as it was found; what a run that holds the lock has made is not touched."""
+        if self._lock_descriptor is not None and self.path in created:
             for name in (".lock", "tspc.log", "run.json"):
                 self.file(name).unlink(missing_ok=True)
+        self._close()
         for path in created:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tspc.phases.distill import distill
 from tspc.phases.finetune import train_classifier
 from tspc.planning import Plan
 from tspc.report import percent, plan_table, result_table, state_bytes, versions
-from tspc.runs import RunDirectory, differences, fingerprint
+from tspc.runs import RunDirectory, differences, fingerprint, plain
 from tspc.training import Progress, evaluate, place
 
 STAGES = ("decompose", "distill", "finetune")
@@ -44,11 +43,23 @@ class Stages:
         requested = [stage for stage in STAGES if stage in self.config.phases]
         self._collect(before=requested[0])
         for stage in requested:
-            settings = _plain(getattr(self.config, stage))
+            settings = self._settings(stage)
             if not self._skip(stage, settings):
                 self._do(stage, settings, ranks, is_last=stage == requested[-1])
         self._collect(before=None)
         return self._finish(reference)
+
+    def _settings(self, stage: str) -> dict[str, Any]:
+        """What the stage depends on, beside the run's identity and the stage before."""
+        settings = plain(getattr(self.config, stage))
+        if settings.get("steps") is not None:
+            settings["epochs"] = None  # has no effect
+        if stage != "decompose":
+            settings["data"] = self.context.required_data.fingerprint
+        return settings
+
+    def _mark(self, settings: dict[str, Any], after: str) -> str:
+        return fingerprint([self.directory.identity, settings, after])
 
     def _file(self, stage: str) -> Path:
         return self.directory.file(f"{stage}.safetensors")
@@ -60,7 +71,7 @@ class Stages:
             if stage == before:
                 break
             if self._file(stage).exists():
-                self.finished[stage] = checkpoint.read(self._file(stage))[0]["info"]
+                self.finished[stage] = checkpoint.read_header(self._file(stage))["info"]
 
     def _after(self) -> str:
         """Fingerprint of the stage that the next one starts from."""
@@ -71,24 +82,37 @@ class Stages:
         path = self._file(stage)
         if self.config.overwrite or not path.exists():
             return False
-        info = checkpoint.read(path)[0]["info"]
+        info = checkpoint.read_header(path)["info"]
         changed = differences(info["settings"], settings, f"phase.{stage}")
         if info["after"] != self._after():
             changed.append(f"what {stage} started from")
+        elif not changed and info["fingerprint"] != self._mark(settings, self._after()):
+            changed.append("the run that it belongs to")
         if changed:
             raise RunError(
                 f"{path} was made with other settings ({'; '.join(changed)}); "
-                "pass another output_dir, or overwrite=true to redo it"
+                "pass variant=NAME or another output_dir to keep both, or overwrite=true to redo it"
             )
-        self.finished[stage] = info
         self.model = None
-        self.context.display.line(f"{stage:<9}  done before: {percent(info['accuracy'])}")
+        Progress(self.directory.file(f"{stage}.progress.pt")).discard()
+        self.finished[stage] = self._measured(stage, info)
+        self.context.display.line(f"{stage:<9}  done before: {percent(self.finished[stage]['accuracy'])}")
         return True
+
+    def _measured(self, stage: str, info: dict[str, Any]) -> dict[str, Any]:
+        """With the accuracy on the data at hand: a network decomposed without data, or with other, has none yet."""
+        data = self.context.data
+        if data is None or info["data"] == data.fingerprint or stage != "decompose":
+            return info
+        self.model = place(checkpoint.load(self._file(stage), copy.deepcopy(self.reference)), self.context.device)
+        info = info | {"data": data.fingerprint, "accuracy": self._accuracy(whole=False)}
+        checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
+        return info
 
     def _do(self, stage: str, settings: dict[str, Any], ranks: Plan | None, is_last: bool) -> None:
         self._refuse_to_outdate(stage)
         after = self._after()
-        mark = fingerprint([self.directory.identity, settings, after])
+        mark = self._mark(settings, after)
         progress = Progress(self.directory.file(f"{stage}.progress.pt"), mark, self.config.checkpoint_seconds)
         self.directory.note({"phase": stage, "event": "start", "seconds_before": progress.seconds})
         started = time.monotonic()
@@ -106,14 +130,16 @@ class Stages:
             "after": after,
             "fingerprint": mark,
             "seconds": seconds,
+            "data": None if self.context.data is None else self.context.data.fingerprint,
             "accuracy": self._accuracy(is_last or stage == STAGES[-1]),
             "plan": plan_data,
         }
         assert self.model is not None
-        checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
-        progress.discard()
+        # First the outdated ones go: a kill in between must not leave a chain of stages that does not hold together.
         for later in STAGES[STAGES.index(stage) + 1 :]:
             self._file(later).unlink(missing_ok=True)
+        checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
+        progress.discard()
         self.finished[stage] = info
         self.directory.note({"phase": stage, "event": "end", "seconds": seconds, "accuracy": info["accuracy"]})
         self.context.display.line(f"{stage:<9}  top-1 {percent(info['accuracy'])}", style="bold")
@@ -124,13 +150,14 @@ class Stages:
         if later and not self.config.overwrite:
             raise RunError(
                 f"{later[0]} did not start from {stage}, and would be outdated by it; "
-                "pass another output_dir, or overwrite=true to give it up"
+                "pass variant=NAME or another output_dir to keep both, or overwrite=true to give it up"
             )
 
     def _decompose(self, ranks: Plan) -> Plan:
         self.model, done = decompose(self.reference, ranks, self.context)
         place(self.model, self.context.device)
-        self.context.display.show(plan_table(done, self.bytes_before, state_bytes(self.model)))
+        sizes = self.bytes_before, state_bytes(self.model)
+        self.context.display.show(plan_table(done, *sizes), logged=plan_table(done, *sizes, max_rows=None))
         return done
 
     def _train(self, stage: str, progress: Progress) -> None:
@@ -163,7 +190,6 @@ class Stages:
     def _finish(self, reference: dict[str, Any]) -> dict[str, Any]:
         """Writes `model.safetensors` and `result.json` from the furthest stage."""
         last = next(reversed(self.finished))
-        header, _ = checkpoint.read(self._file(last))
         model = checkpoint.load(self._file(last), copy.deepcopy(self.reference).cpu())
         target = self.directory.file("model.safetensors")
         checkpoint.save(model, target, network=self.spec, info={"stage": last, "identity": self.directory.identity})
@@ -180,7 +206,7 @@ class Stages:
             "seed": self.config.seed,
             "reference": reference,
             "phases": {k: {"accuracy": v["accuracy"], "seconds": v["seconds"]} for k, v in self.finished.items()},
-            "accuracy": header["info"]["accuracy"],
+            "accuracy": self.finished[last]["accuracy"],
             "parameters": {
                 "before": ranks.network_dense_params,
                 "after": ranks.network_params,
@@ -201,9 +227,3 @@ class Stages:
         before, after = result["parameters"]["before"], result["parameters"]["after"]
         display.line(f"rate       {result['rate_reached']:.4f} reached, {result['rate']} asked")
         display.line(f"network    {before:,} → {after:,} parameters, {result['bytes']['file']:,} bytes in {target}")
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    """Settings of a phase as JSON would give them back."""
-    data = dataclasses.asdict(settings)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}

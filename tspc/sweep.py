@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+_FOLDER = "TSPC_SWEEP_DIR"
+"""Environment variable that tells the jobs of a sweep, also in other processes, where its records are."""
+
+_made_by_sweep: list[Path] = []
+"""The folders that Hydra makes for the sweep, innermost first."""
+
+
+def sweep_folder(default: str) -> Path:
+    """Where the jobs leave their records: one place, also if the sweep runs over `output_dir` itself."""
+    return Path(os.environ.get(_FOLDER, default))
 
 
 def write_record(
@@ -23,19 +36,36 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
 
 
+def forget_empty_sweep() -> None:
+    """Removes the folder of a sweep that failed before its first job."""
+    folder = Path(os.environ.pop(_FOLDER, ""))
+    if not _made_by_sweep or read_records(folder):
+        return
+    (folder / "multirun.yaml").unlink(missing_ok=True)
+    with suppress(OSError):  # until one that holds something else
+        for path in _made_by_sweep:
+            path.rmdir()
+
+
 class SweepTable(Callback):
     """Prints one row a job when a sweep ends; the process then fails if a job did."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir).absolute()
+        os.environ[_FOLDER] = str(folder)
+        _made_by_sweep[:] = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from tspc.display import Display
         from tspc.report import sweep_table
 
-        folder = Path(config.hydra.sweep.dir)
+        folder = sweep_folder(config.hydra.sweep.dir)
         records = read_records(folder)
         if not records:
             return
+        del os.environ[_FOLDER]
         display = Display()
         display.show(sweep_table(records))
-        display.line(f"records in {folder}")
+        display.line(f"records in {os.path.relpath(folder)}")
         if any(record["error"] for record in records):
             sys.exit(1)

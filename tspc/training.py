@@ -24,8 +24,9 @@ SCHEDULES = ("constant", "cosine", "step")
 class Recipe:
     """How to optimise. `steps` (optimizer steps), where given, replaces `epochs` (passes over the data).
 
-    `warmup` is the share of all steps over which the learning rate rises linearly from zero. The `step`
-    schedule divides it by ten after half and after three quarters of the steps.
+    SGD is Nesterov's wherever there is momentum. `warmup` is the share of all steps over which the learning
+    rate rises linearly from zero. The `step` schedule divides it by ten after half and after three quarters
+    of the steps.
     """
 
     epochs: int
@@ -74,7 +75,11 @@ class Recipe:
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, self.learning_rate, weight_decay=self.weight_decay)
         return torch.optim.SGD(
-            parameters, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True
+            parameters,
+            self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.momentum > 0,
         )
 
 
@@ -183,13 +188,14 @@ def fit(
 
     Everything random in an epoch follows from the seed, the stage and the epoch's number, so that an
     interrupted run ends with the same weights as one that was left alone. Raises TrainingError when the
-    loss stops being finite; no such state is ever saved.
+    loss or the weights stop being finite; no such state is ever saved.
     """
     progress = progress or Progress()
     optimizer = recipe.build(list(parameters))
     total, per_epoch = recipe.total_steps(data), data.steps(recipe.batch_size)
     first = progress.restore(model, optimizer, stage)
     step = first * per_epoch
+    remedy = f"lower the learning rate (learning_rate={recipe.learning_rate})"
     for epoch in range(first, math.ceil(total / per_epoch)):
         epoch_seed = (seed * 1009 + stage) * 1013 + epoch
         torch.manual_seed(epoch_seed)
@@ -203,15 +209,14 @@ def fit(
             loss = loss_of(images, labels)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss became {value} at step {step + 1} of {total}; lower the learning rate "
-                    f"(learning_rate={recipe.learning_rate})"
-                )
+                raise TrainingError(f"the loss became {value} at step {step + 1} of {total}; {remedy}")
             loss.backward()
             optimizer.step()
             on_step(Step(step, total, value, rate))
             step += 1
-        if step < total and all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        if not all(bool(torch.isfinite(t).all()) for t in model.state_dict().values()):
+            raise TrainingError(f"the weights stopped being finite in epoch {epoch + 1}; {remedy}")
+        if step < total:
             progress.save(model, optimizer, stage, epoch + 1)
 
 

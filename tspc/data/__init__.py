@@ -11,15 +11,18 @@ from tspc.data.base import Batch, Data, DataSpec
 from tspc.data.folder import image_folder
 from tspc.errors import ConfigError
 
-__all__ = ["KINDS", "Batch", "Data", "DataSpec", "load_data"]
+__all__ = ["KINDS", "OPTIONS", "Batch", "Data", "DataSpec", "load_data"]
 
-KINDS: dict[str, Callable[[DataSpec, Path | None], Data]] = {
+KINDS: dict[str, Callable[[DataSpec, Path | None, bool], Data]] = {
     "digits": small.digits,
     "idx": small.idx,
     "cifar10": small.cifar10,
     "folder": image_folder,
     "synthetic": small.synthetic,
 }
+
+OPTIONS = {"idx": ("torchvision",), "synthetic": ("train", "test", "seed")}
+"""The `options` that a kind needs."""
 
 
 class _Key:
@@ -35,17 +38,19 @@ class _Key:
         return isinstance(other, _Key) and self.spec == other.spec
 
 
-def load_data(spec: DataSpec, data_dir: str | Path | None = None) -> Data:
+def load_data(spec: DataSpec, data_dir: str | Path | None = None, download: bool = True) -> Data:
     """The data set that `spec` describes. The jobs of a sweep in one process share it.
+
+    `download` lets those that torchvision can fetch be fetched, if they are not in `data_dir` (or ./data).
 
     Raises ConfigError for an unknown kind, DataError for data that is missing, damaged or unlike the spec.
     """
-    return _load(_Key(spec), None if data_dir is None else Path(data_dir))
+    return _load(_Key(spec), None if data_dir is None else Path(data_dir), download)
 
 
 @lru_cache(maxsize=2)
-def _load(key: _Key, data_dir: Path | None) -> Data:
+def _load(key: _Key, data_dir: Path | None, download: bool) -> Data:
     kind = key.spec.kind
     if kind not in KINDS:
         raise ConfigError([f"dataset.kind={kind!r} is unknown; choose one of {', '.join(KINDS)}"])
-    return KINDS[kind](key.spec, data_dir)
+    return KINDS[kind](key.spec, data_dir, download)

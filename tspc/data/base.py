@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +47,8 @@ class Data(Protocol):
     num_classes: int
     train_size: int
     test_size: int
+    fingerprint: str
+    """A digest of the content, the same wherever the data lies."""
 
     def train_batches(self, batch_size: int, seed: int, epoch: int, device: torch.device) -> Iterator[Batch]:
         """Augmented, shuffled float batches (N, C, H, W) and labels (N); the same for the same seed and epoch.
@@ -77,6 +82,21 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def existing(data_dir: Path | None) -> Path | None:
+    """`data_dir` if given. Raises DataError if it is not a folder."""
+    if data_dir is not None and not os.path.isdir(data_dir):
+        raise DataError(f"data_dir={data_dir}: there is no such folder")
+    return data_dir
+
+
 class InMemory:
     """Splits held as uint8 tensors (N, C, H, W); batches are augmented and normalised on the device."""
 
@@ -91,6 +111,7 @@ class InMemory:
         self.spec, self.num_classes = spec, num_classes
         self.train_size, self.test_size = len(train[0]), len(test[0])
         self._splits = {"train": train, "test": test}
+        self.fingerprint = _digest(*train, *test)
         self._on_device: dict[tuple[str, torch.device], Batch] = {}
 
     def steps(self, batch_size: int) -> int:

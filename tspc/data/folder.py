@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from tspc.data.base import Batch, DataSpec, InMemory, epoch_generator, steps_per_epoch, test_subset
-from tspc.data.small import existing
+from tspc.data.base import Batch, DataSpec, InMemory, epoch_generator, existing, steps_per_epoch, test_subset
 from tspc.errors import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 Samples = list[tuple[Path, int]]
 
 
-def image_folder(spec: DataSpec, data_dir: Path | None) -> InMemory | Streaming:
+def image_folder(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory | Streaming:
     """Decodes everything once for small images, streams large ones.
 
     Raises DataError for missing splits, classes that differ between them or from `num_classes`, and for an
@@ -64,7 +64,7 @@ def _open(path: Path, channels: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
         raise DataError(f"{path} is not a readable image ({error}); remove or replace it") from error
 
 
@@ -106,6 +106,8 @@ class Streaming:
     def __init__(self, spec: DataSpec, num_classes: int, train: Samples, test: Samples) -> None:
         self.spec, self.num_classes = spec, num_classes
         self.train_size, self.test_size = len(train), len(test)
+        listing = [[(p.parent.name, p.name, p.stat().st_size) for p, _ in split] for split in (train, test)]
+        self.fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
         resize = spec.resize or spec.image_size
         end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(spec.mean), list(spec.std))]
         flip = [v2.RandomHorizontalFlip()] if spec.flip else []

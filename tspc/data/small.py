@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tspc.data.base import Batch, DataSpec, InMemory
+from tspc.data.base import Batch, DataSpec, InMemory, existing
 from tspc.errors import DataError
 
 DEFAULT_DIR = Path("data")
 """Where downloads go when no data_dir is given."""
 
 
-def digits(spec: DataSpec, data_dir: Path | None) -> InMemory:
+def digits(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory:
     """1,797 handwritten digits of 8×8 pixels, from scikit-learn; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
@@ -30,7 +30,7 @@ def digits(spec: DataSpec, data_dir: Path | None) -> InMemory:
     return InMemory(spec, _classes(spec, 10), (images[train], targets[train]), (images[test], targets[test]))
 
 
-def synthetic(spec: DataSpec, data_dir: Path | None) -> InMemory:
+def synthetic(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory:
     """Seeded, learnable: smooth random patterns, one a class, under noise."""
     classes, size, channels = _classes(spec, spec.num_classes or 10), spec.image_size, spec.channels
     generator = torch.Generator().manual_seed(int(spec.options.get("seed", 0)))
@@ -46,9 +46,9 @@ def synthetic(spec: DataSpec, data_dir: Path | None) -> InMemory:
     return InMemory(spec, classes, split(int(spec.options["train"])), split(int(spec.options["test"])))
 
 
-def idx(spec: DataSpec, data_dir: Path | None) -> InMemory:
+def idx(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory:
     """MNIST and its relatives: four idx files, plain or gzipped, in `data_dir` or as torchvision lays them out."""
-    folder = _find_idx(spec, data_dir)
+    folder = _find_idx(spec, data_dir, download)
     splits = []
     for prefix in ("train", "t10k"):
         images = _read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"))
@@ -59,7 +59,7 @@ def idx(spec: DataSpec, data_dir: Path | None) -> InMemory:
     return InMemory(spec, _classes(spec, 10), splits[0], splits[1])
 
 
-def cifar10(spec: DataSpec, data_dir: Path | None) -> InMemory:
+def cifar10(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory:
     """CIFAR-10's original pixels, as torchvision reads and downloads them."""
     from torchvision.datasets import CIFAR10
 
@@ -67,23 +67,17 @@ def cifar10(spec: DataSpec, data_dir: Path | None) -> InMemory:
     splits = []
     for train in (True, False):
         try:
-            data = CIFAR10(str(root), train=train, download=not (root / "cifar-10-batches-py").exists())
+            missing = not (root / "cifar-10-batches-py").exists()
+            data = CIFAR10(str(root), train=train, download=download and missing)
         except (OSError, RuntimeError) as error:
             remove_if_empty(root)
             raise DataError(
-                f"cifar10: not in {root}, and cannot be downloaded ({error}); unpack cifar-10-python.tar.gz there, "
+                f"cifar10: not in {root}, and not downloaded ({error}); unpack cifar-10-python.tar.gz there, "
                 "or use dataset=imagefolder for a folder of images"
             ) from error
         images = torch.from_numpy(np.asarray(data.data)).permute(0, 3, 1, 2).contiguous()
         splits.append((images, torch.tensor(data.targets)))
     return InMemory(spec, _classes(spec, 10), splits[0], splits[1])
-
-
-def existing(data_dir: Path | None) -> Path | None:
-    """`data_dir` if given. Raises DataError if it is not a folder."""
-    if data_dir is not None and not data_dir.is_dir():
-        raise DataError(f"data_dir={data_dir}: there is no such folder")
-    return data_dir
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -101,7 +95,7 @@ def _classes(spec: DataSpec, expected: int) -> int:
     return expected
 
 
-def _find_idx(spec: DataSpec, data_dir: Path | None) -> Path:
+def _find_idx(spec: DataSpec, data_dir: Path | None, download: bool) -> Path:
     import torchvision.datasets
 
     reader = getattr(torchvision.datasets, spec.options["torchvision"])
@@ -110,11 +104,11 @@ def _find_idx(spec: DataSpec, data_dir: Path | None) -> Path:
         if any(folder.glob("train-images-idx3-ubyte*")):
             return folder
     try:
-        reader(str(root), download=True)
+        reader(str(root), download=download)
     except (OSError, RuntimeError) as error:
         remove_if_empty(root)
         raise DataError(
-            f"{spec.name}: not in {root}, and cannot be downloaded ({error}); put the four files "
+            f"{spec.name}: not in {root}, and not downloaded ({error}); put the four files "
             "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz into a folder and pass it as data_dir"
         ) from error
     return root / reader.__name__ / "raw"

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tspc.decompositions.base import Decomposition, Factors, Rank, Shape, is_matrix, kernel_dims
+from tspc.decompositions.base import Decomposition, Factors, Rank, Shape, double, is_matrix, kernel_dims
 from tspc.decompositions.cp import CP
 from tspc.decompositions.reshaped import Reshaped
 from tspc.decompositions.svd import SVD
@@ -25,6 +25,7 @@ __all__ = [
     "Shape",
     "TensorTrain",
     "Tucker",
+    "double",
     "from_dict",
     "is_matrix",
     "kernel_dims",

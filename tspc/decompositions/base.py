@@ -30,6 +30,11 @@ class Factors:
     rank: Rank
 
 
+def double(tensor: Tensor) -> Tensor:
+    """In float64; on the CPU if the tensor's device has no such numbers."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
 def kernel_dims(shape: Shape) -> tuple[int, int, int, int]:
     """(T, S, H, W) of a kernel; a dense layer counts as H = W = 1."""
     if len(shape) == 2:
@@ -147,8 +152,8 @@ class Decomposition(ABC):
         """
         shape = tuple(weight.shape)
         self._check(weight, shape, rank)
-        tensors = self._fit(weight.detach().double(), rank)
-        return Factors(tuple(t.to(weight.dtype).contiguous() for t in tensors), shape, rank)
+        tensors = self._fit(double(weight.detach()), rank)
+        return Factors(tuple(t.to(weight).contiguous() for t in tensors), shape, rank)
 
     def reconstruct(self, factors: Factors) -> Tensor:
         """The dense kernel that the factors stand for; differentiable in them."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,12 +45,12 @@ class NetworkSpec:
         return cls(**data)
 
     def build(self, pretrained: bool = False) -> nn.Module:
-        """The network with initial weights, or with torchvision's published ones.
+        """The network with initial weights, or with torchvision's published ones; a factory gives what it gives.
 
         Raises ConfigError for an unknown network or a factory that cannot be called, WeightsError if
         published weights cannot be had.
         """
-        if pretrained and self.family != "torchvision":
+        if pretrained and self.family == "builtin":
             raise ConfigError(
                 [f"pretrained=default: {self.name} has no published weights; pass a file, or null to train it"]
             )
@@ -71,9 +73,12 @@ def _custom(factory: str | None, kwargs: dict[str, Any]) -> nn.Module:
     module_name, _, function = (factory or "").partition(":")
     if not module_name or not function:
         raise ConfigError([f"model.factory={factory!r}: expected package.module:function"])
+    # A module beside the user is found by `python -m tspc`, and should be by the console script too.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         build = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs the user's code, which may raise anything
         raise ConfigError([f"model.factory={factory!r} cannot be imported ({error}); is it on PYTHONPATH?"]) from error
     try:
         network = build(**kwargs)

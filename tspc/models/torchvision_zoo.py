@@ -13,11 +13,8 @@ from torchvision import models
 
 from tspc.errors import ConfigError, WeightsError
 
-# The auxiliary classifiers of these two help early training only; without them the output is a plain tensor.
-_WITHOUT_AUXILIARY: dict[str, dict[str, Any]] = {
-    "googlenet": {"aux_logits": False},
-    "inception_v3": {"aux_logits": False},
-}
+WITH_AUXILIARY = ("googlenet", "inception_v3")
+"""Their auxiliary classifiers help early training only; they are left out, and the output is a plain tensor."""
 
 
 def torchvision_network(
@@ -33,11 +30,10 @@ def torchvision_network(
         raise ConfigError(
             [f"{name} takes images of 3 channels, the data set has {in_channels}; dataset.channels=3 repeats grey"]
         )
-    kwargs = _WITHOUT_AUXILIARY.get(name, {}) | kwargs
     if pretrained:
         return _published(name, num_classes, kwargs)
-    if name in _WITHOUT_AUXILIARY:
-        kwargs = {"init_weights": True} | kwargs
+    if name in WITH_AUXILIARY:
+        kwargs = {"aux_logits": False, "init_weights": True} | kwargs
     try:
         return models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
     except (TypeError, ValueError) as error:
@@ -52,10 +48,15 @@ def _published(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Module
             [f"pretrained=default: {name}'s published weights tell {classes} classes, the data set has {num_classes}"]
         )
     try:
-        return models.get_model(name, weights=weights, **kwargs)
-    except (URLError, OSError) as error:
+        model = models.get_model(name, weights=weights, **kwargs)
+    except (URLError, OSError, RuntimeError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise WeightsError(
             f"pretrained=default: cannot download {weights.url} ({error}); download it elsewhere and put it into "
             f"{folder}, or pass pretrained=FILE, or pretrained=random to try without"
         ) from error
+    if name in WITH_AUXILIARY:
+        for name, value in (("aux_logits", False), ("aux1", None), ("aux2", None), ("AuxLogits", None)):
+            if hasattr(model, name):
+                setattr(model, name, value)
+    return model

@@ -80,7 +80,8 @@ def distill(
 
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
-    blocks = find_blocks(model, list(tensorized_layers(model)), settings.blocks)
+    # In the reference, for the factors of a layer must not count as layers of a block.
+    blocks = find_blocks(reference, list(tensorized_layers(model)), settings.blocks)
     reference.eval()
     progress.restore(model, stage=progress.stage)
     for number, block in enumerate(blocks):
@@ -103,7 +104,10 @@ def _train_block(
 ) -> None:
     model.eval().requires_grad_(False)
     module = model.get_submodule(block).requires_grad_(True)
-    module.train(settings.batch_norm == "updated")
+    for inner in module.modules():
+        # Nothing but batch norm: dropout would only be noise against a reference that has none.
+        if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+            inner.train(settings.batch_norm == "updated")
     student, teacher = _BlockOutput(model, block), _BlockOutput(reference, block)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
