@@ -95,7 +95,7 @@ def _describe(error: Exception) -> str:
 
 def _plain_error(error: Exception) -> str:
     """What Hydra, the YAML parser or the system complain of, in one line: what is wrong, and what there is instead."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
         # Hydra makes a sweep's directory itself.
         return f"cannot write {error.filename}: {error.strerror}; choose another output_dir"
     message = str(error)

@@ -56,18 +56,19 @@ class RunDirectory:
         self, path: Path, identity: dict[str, Any], overwrite: bool = False, on_wait: Callable[[], None] | None = None
     ) -> None:
         self.path, self.identity, self.overwrite, self._on_wait = path, identity, overwrite, on_wait
+        self._created: list[Path] = []
         self._lock_descriptor: int | None = None
         self._handler: logging.FileHandler | None = None
 
     def __enter__(self) -> RunDirectory:
         try:
-            created = self._create()
+            self._created = self._create()
             try:
                 self._lock()
                 self._claim()
                 self._open_log()
             except BaseException:
-                self._undo(created)
+                self._undo()
                 raise
         except OSError as error:
             reason = error.strerror or error
@@ -77,6 +78,8 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and not self._results() and not self.file("metrics.jsonl").exists():
+            self._undo()
         self._close()
 
     def file(self, name: str) -> Path:
@@ -93,7 +96,7 @@ class RunDirectory:
     def held_by_another(self) -> list[str]:
         """How the identity of the results in the directory differs from this one's; empty if there are none."""
         path = self.file("run.json")
-        if not path.exists() or not self._results():
+        if not os.path.exists(path) or not self._results():
             return []
         return differences(read_json(path), self.identity)
 
@@ -156,12 +159,12 @@ class RunDirectory:
             os.close(self._lock_descriptor)
             self._lock_descriptor = None
 
-    def _undo(self, created: list[Path]) -> None:
+    def _undo(self) -> None:
         """Leaves the disk as it was found; what a run that holds the lock has made is not touched."""
-        if self._lock_descriptor is not None and self.path in created:
+        if self._lock_descriptor is not None and self.path in self._created:
             for name in (".lock", "tspc.log", "run.json"):
                 self.file(name).unlink(missing_ok=True)
         self._close()
-        for path in created:
+        for path in self._created:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()

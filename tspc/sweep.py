@@ -41,8 +41,8 @@ def forget_empty_sweep() -> None:
     folder = Path(os.environ.pop(_FOLDER, ""))
     if not _made_by_sweep or read_records(folder):
         return
-    (folder / "multirun.yaml").unlink(missing_ok=True)
-    with suppress(OSError):  # until one that holds something else
+    with suppress(OSError):  # until a folder that was never made, or holds something else
+        (folder / "multirun.yaml").unlink(missing_ok=True)
         for path in _made_by_sweep:
             path.rmdir()
 
