@@ -88,7 +88,7 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
 def _describe(error: Exception) -> str:
     """One line for a mistake of the user's; anything else is ours, and its traceback is shown."""
     if isinstance(error, TspcError):
-        return str(error)
+        return " ".join(str(error).split())
     traceback.print_exception(error)
     return f"unexpected {type(error).__name__}: {error}"
 
