@@ -49,13 +49,19 @@ class RunDirectory:
     `identity` is plain data that everything in the directory depends on. A directory whose results belong to
     another identity is refused, or with `overwrite` emptied of them. Raises RunError for that, if the
     directory is in use, and if it cannot be written. `on_wait`, where given, is called once and the lock
-    awaited instead of refused.
+    awaited instead of refused; `elsewhere` tells how to keep both runs.
     """
 
     def __init__(
-        self, path: Path, identity: dict[str, Any], overwrite: bool = False, on_wait: Callable[[], None] | None = None
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        overwrite: bool = False,
+        on_wait: Callable[[], None] | None = None,
+        elsewhere: str = "variant=NAME or another output_dir",
     ) -> None:
-        self.path, self.identity, self.overwrite, self._on_wait = path, identity, overwrite, on_wait
+        self.path, self.identity, self.overwrite = path, identity, overwrite
+        self._on_wait, self._elsewhere = on_wait, elsewhere
         self._created: list[Path] = []
         self._lock_descriptor: int | None = None
         self._handler: logging.FileHandler | None = None
@@ -128,7 +134,7 @@ class RunDirectory:
         changed = self.held_by_another()
         if changed and not self.overwrite:
             raise RunError(
-                f"{self.path} holds another run ({'; '.join(changed)}); pass variant=NAME or another output_dir "
+                f"{self.path} holds another run ({'; '.join(changed)}); pass {self._elsewhere} "
                 "to keep both, or overwrite=true to redo it"
             )
         # The results of another identity go before the new one is written: a kill in between leaves no false claim.
