@@ -103,7 +103,7 @@ def test_the_fingerprint_is_of_the_content(in_memory, tmp_path):
     settings = spec("folder", num_classes=2, in_memory=in_memory)
     here, there = (write_images(tmp_path / name) for name in ("here", "there"))
     assert load_data(settings, here).fingerprint == load_data(settings, there).fingerprint
-    Image.new("RGB", (8, 8)).save(there / "train" / "a" / "0.png")
+    Image.new("RGB", (8, 8)).save(there / "train" / "a" / ("0.png" if in_memory else "new.png"))
     load_data.__globals__["_load"].cache_clear()
     assert load_data(settings, here).fingerprint != load_data(settings, there).fingerprint
 

@@ -48,7 +48,7 @@ class Data(Protocol):
     train_size: int
     test_size: int
     fingerprint: str
-    """A digest of the content, the same wherever the data lies."""
+    """A digest of the content (of large streamed sets, of the file names), the same wherever the data lies."""
 
     def train_batches(self, batch_size: int, seed: int, epoch: int, device: torch.device) -> Iterator[Batch]:
         """Augmented, shuffled float batches (N, C, H, W) and labels (N); the same for the same seed and epoch.
