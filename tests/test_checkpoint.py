@@ -122,6 +122,28 @@ def test_a_pickle_that_would_run_code_is_refused(wrapping, tmp_path, monkeypatch
     assert not (tmp_path / "evil").exists()
 
 
+def test_a_failed_load_leaves_the_network_as_it_was(tmp_path):
+    tspc.save(tspc.compress(SPEC.build(), "tt", 0.3), tmp_path / "a.safetensors")
+    other = NetworkSpec("builtin", "resnet8", 7).build()
+    with pytest.raises(WeightsError, match=r"linear.weight .* instead of"):
+        tspc.load(tmp_path / "a.safetensors", other)
+    assert type(other.layer1[0].conv1) is nn.Conv2d
+
+
+def test_compressed_weights_are_no_pretrained_ones(tmp_path):
+    tspc.save(tspc.compress(SPEC.build(), "tt", 0.3), tmp_path / "small.safetensors")
+    with pytest.raises(WeightsError, match="is a network that tspc has compressed"):
+        read_state(tmp_path / "small.safetensors")
+    tspc.save(SPEC.build(), tmp_path / "dense.safetensors")
+    assert "conv1.weight" in read_state(tmp_path / "dense.safetensors")
+
+
+def test_files_are_as_readable_as_any_other(tmp_path):
+    tspc.save(SPEC.build(), tmp_path / "a.safetensors")
+    (tmp_path / "b").write_text("")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
 def test_other_dtypes_come_back(tmp_path):
     small = tspc.compress(SPEC.build().double(), "cp", 0.3)
     tspc.save(small, tmp_path / "a.safetensors", network=SPEC)

@@ -115,6 +115,12 @@ def test_impossible_rates(rate):
         plan(resnet(), "svd", rate)
 
 
+@pytest.mark.parametrize("method", ["svd", "rcp"])
+def test_a_compressed_network_is_not_compressed_again(method):
+    with pytest.raises(ConfigError, match="compressed already"):
+        plan(compress(resnet("resnet8"), method, 0.3), "svd", 0.3)
+
+
 def test_other_wrong_arguments():
     with pytest.raises(ConfigError, match="rate_decay='up'.*rate_scope='all'"):
         plan(resnet(), "svd", 0.1, rate_decay="up", rate_scope="all")

@@ -59,21 +59,31 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     if model is None:
         model = _described_network(path, header)
-    modules = dict(model.named_modules())
-    for name, layer in header["layers"].items():
-        dense = modules.get(name)
-        if not isinstance(dense, nn.Conv2d | nn.Linear) or list(dense.weight.shape) != layer["shape"]:
-            found = "no such layer" if dense is None else f"{type(dense).__name__}"
-            raise WeightsError(
-                f"{path}: layer {name} was a kernel of shape {layer['shape']}, but the network given has {found} "
-                "there; pass the architecture that was compressed"
-            )
-        method = decompositions.from_dict(layer["method"])
-        set_module(model, name, untrained(cast(DenseLayer, dense), method, tuple(layer["rank"])))
+    small = {name: _form(path, model, name, layer) for name, layer in header["layers"].items()}
+    dense = {name: model.get_submodule(name) for name in small}
+    for name, module in small.items():
+        set_module(model, name, module)
     if len(dtypes) == 1:
         model.to(dtype=dtypes.pop())
-    load_state(model, state, str(path))
+    try:
+        load_state(model, state, str(path))
+    except WeightsError:
+        for name, module in dense.items():
+            set_module(model, name, module)
+        raise
     return model
+
+
+def _form(path: str | Path, model: nn.Module, name: str, layer: dict[str, Any]) -> nn.Module:
+    """The tensorized form, without its values, of the architecture's layer `name`."""
+    dense = dict(model.named_modules()).get(name)
+    if not isinstance(dense, nn.Conv2d | nn.Linear) or list(dense.weight.shape) != layer["shape"]:
+        found = "no such layer" if dense is None else f"{type(dense).__name__}"
+        raise WeightsError(
+            f"{path}: layer {name} was a kernel of shape {layer['shape']}, but the network given has {found} "
+            "there; pass the dense architecture that was compressed"
+        )
+    return untrained(cast(DenseLayer, dense), decompositions.from_dict(layer["method"]), tuple(layer["rank"]))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

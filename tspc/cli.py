@@ -125,6 +125,8 @@ def _unknown_key(key: str) -> str:
         return f"{key} has no effect: the phases asked for are {', '.join(node.phase)}"
     for part in filter(None, parent.split(".")):
         node = node.get(part) or {}
+    if name in ("kwargs", "options") or parent.endswith(("kwargs", "options")):
+        return f"{key} has no such entry yet; a new one is added with +, as in +model.kwargs.NAME=VALUE"
     near = difflib.get_close_matches(name, list(node), n=1)
     hint = f"did you mean {parent}{dot}{near[0]}? " if near else ""
     return f"{key} is not a setting; {hint}known here: {', '.join(node) or 'nothing'}"

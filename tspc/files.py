@@ -16,6 +16,10 @@ PARTIAL = ".partial"
 """Ending of the temporary files; one that a killed process left behind can be removed."""
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, then renames it; an older file survives any failure.
 
@@ -24,6 +28,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         write(temporary)
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors makes its files private
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -15,6 +15,7 @@ from tspc import decompositions
 from tspc.blocks import block_of, find_blocks
 from tspc.decompositions import Decomposition, Rank, Shape
 from tspc.errors import ConfigError, InfeasibleRateError
+from tspc.layers import tensorized_layers
 
 RATE_DECAYS = ("flat", "linear_inc", "linear_dec")
 RATE_SCOPES = ("layers", "network")
@@ -136,7 +137,7 @@ def plan(
     Raises ConfigError for a wrong argument or a network with nothing to tensorize, InfeasibleRateError if
     the rate cannot be met; the latter names the smallest rate that can.
     """
-    problems = [] if _is_rate(rate) else [f"rate={rate}: expected a number above 0 and at most 1"]
+    problems = [] if _is_rate(rate) else [f"rate={rate!r}: expected a number above 0 and at most 1"]
     for key, value, options in (("rate_decay", rate_decay, RATE_DECAYS), ("rate_scope", rate_scope, RATE_SCOPES)):
         if value not in options:
             problems.append(f"{key}={value!r}: choose one of {', '.join(options)}")
@@ -161,6 +162,9 @@ def _is_rate(rate: Any) -> bool:
 
 def _candidates(model: nn.Module, keep_first: bool, keep_last: bool, exclude: Sequence[str]) -> list[LayerPlan]:
     """Every convolution and dense layer; `reason` is set where it must or shall stay dense."""
+    done = next(iter(tensorized_layers(model)), None)
+    if done is not None:
+        raise ConfigError([f"the network is compressed already (layer {done}); give the original one"])
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
     shared = _shared_weights(model)
     first = next((n for n, m in modules.items() if not isinstance(m, nn.Linear)), None)

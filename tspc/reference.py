@@ -92,7 +92,10 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
     identity = reference.identity["trained"]
     display = context.display
     waiting = lambda: display.line(f"waiting for another run to finish the reference network in {folder}")  # noqa: E731
-    with RunDirectory(folder, identity, config.overwrite, waiting, "another output_dir") as run:
+    directory = RunDirectory(folder, identity, config.overwrite, waiting, "another output_dir")
+    if config.overwrite and directory.held_by_another():
+        display.line(f"reference  made anew in {folder}; the runs that shared the old one can no longer be continued")
+    with directory as run:
         if result.exists() and not (config.overwrite and config.phases == ("pretrain",)):
             header, state = checkpoint.read(result)
             load_state(reference.model, state, str(result))

@@ -58,7 +58,7 @@ def _totals(plan: Plan, bytes_before: int, bytes_after: int) -> Text:
     rows = [
         ("tensorized layers", plan.dense_params, plan.params, "parameters"),
         ("whole network", plan.network_dense_params, plan.network_params, "parameters"),
-        ("on disk", bytes_before, bytes_after, "bytes"),
+        ("weights", bytes_before, bytes_after, "bytes"),
     ]
     return Text("\n".join(f"{n:<18}{a:>14,} → {b:>12,} {unit}  ({b / a:.4f})" for n, a, b, unit in rows), style="")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -42,6 +43,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> Any:
     try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("tspc")
+        if header is not None and json.loads(header)["layers"]:
+            raise WeightsError(f"pretrained={path} is a network that tspc has compressed; give the original's weights")
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"pretrained={path} is not a whole safetensors file ({error})") from error
