@@ -59,8 +59,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     if model is None:
         model = _described_network(path, header)
-    small = {name: _form(path, model, name, layer) for name, layer in header["layers"].items()}
-    dense = {name: model.get_submodule(name) for name in small}
+    modules = dict(model.named_modules())
+    small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
     for name, module in small.items():
         set_module(model, name, module)
     if len(dtypes) == 1:
@@ -68,15 +68,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         load_state(model, state, str(path))
     except WeightsError:
-        for name, module in dense.items():
-            set_module(model, name, module)
+        for name in small:
+            set_module(model, name, modules[name])
         raise
     return model
 
 
-def _form(path: str | Path, model: nn.Module, name: str, layer: dict[str, Any]) -> nn.Module:
-    """The tensorized form, without its values, of the architecture's layer `name`."""
-    dense = dict(model.named_modules()).get(name)
+def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str, Any]) -> nn.Module:
+    """The tensorized form, without its values, of `dense`, the architecture's layer `name`."""
     if not isinstance(dense, nn.Conv2d | nn.Linear) or list(dense.weight.shape) != layer["shape"]:
         found = "no such layer" if dense is None else f"{type(dense).__name__}"
         raise WeightsError(
