@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tspc.decompositions import function_space
+from tspc.decompositions.function_space import Metric
 from tspc.errors import DecompositionError
 
 Shape = tuple[int, ...]
@@ -28,6 +30,20 @@ class Factors:
     tensors: tuple[Tensor, ...]
     shape: Shape
     rank: Rank
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Which of a kernel's modes the axes of its factors carry.
+
+    `outputs` and `inputs` name the modes that the T rows and the S·H·W columns of the kernel as a matrix are made of,
+    in order, with their sizes. `factors` has, for each factor, the modes that each of its axes carries: none for a
+    bond, several where an axis merges them.
+    """
+
+    outputs: dict[str, int]
+    inputs: dict[str, int]
+    factors: tuple[tuple[tuple[str, ...], ...], ...]
 
 
 def double(tensor: Tensor) -> Tensor:
@@ -87,6 +103,15 @@ class Decomposition(ABC):
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         """The kernel that the factors stand for; differentiable."""
 
+    @abstractmethod
+    def axes(self, shape: Shape) -> Axes:
+        """Where the kernel's modes are in the factors."""
+
+    def is_matrix_factorisation(self, shape: Shape) -> bool:
+        """Whether the kernel has but one input and one output mode, so that the truncated SVD is the optimum."""
+        modes = self.axes(shape)
+        return math.prod(modes.inputs.values()) == max(modes.inputs.values()) and len(modes.outputs) == 1
+
     def chain_axes(self, shape: Shape) -> tuple[str, ...] | None:
         """For each factor the spatial axes ("", "h", "w" or "hw") that it convolves over.
 
@@ -145,14 +170,18 @@ class Decomposition(ABC):
                     break
         return rank
 
-    def decompose(self, weight: Tensor, rank: Rank) -> Factors:
+    def decompose(self, weight: Tensor, rank: Rank, metric: Metric | None = None) -> Factors:
         """Factors of `weight`, computed in float64 and returned in its own dtype and on its device.
+
+        With `metric` they are fitted in its norm, and their error in it is never above that of the factors
+        without.
 
         Raises DecompositionError for a kernel with NaN or infinite entries, or a rank outside 1…`max_rank`.
         """
         shape = tuple(weight.shape)
         self._check(weight, shape, rank)
-        tensors = self._fit(double(weight.detach()), rank)
+        kernel = double(weight.detach())
+        tensors = self._fit(kernel, rank) if metric is None else function_space.fit(self, kernel, rank, metric)
         return Factors(tuple(t.to(weight).contiguous() for t in tensors), shape, rank)
 
     def reconstruct(self, factors: Factors) -> Tensor:
@@ -209,3 +238,7 @@ class TensorFormat(ABC):
 
     @abstractmethod
     def contract(self, tensors: Sequence[Tensor]) -> Tensor: ...
+
+    @abstractmethod
+    def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """`Axes.factors`, where each mode of the tensor carries the kernel modes in `modes`."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tspc.decompositions.base import Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
+from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
 from tspc.decompositions.linalg import dominant_basis, truncated_svd
 from tspc.decompositions.svd import SVD
 
@@ -53,6 +53,9 @@ class CPFormat(TensorFormat):
         order = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
         factors = self._als(tensor.permute(order).contiguous(), r)
         return _balance([factors[order.index(mode)] for mode in range(tensor.ndim)])
+
+    def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        return tuple((mode, ()) for mode in modes)
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         *rows, last = tensors
@@ -165,6 +168,11 @@ class CP(Decomposition):
         t, s, h, w = kernel_dims(shape)
         (r,) = rank
         return (r, s, 1, 1), (r, 1, h, w), (t, r, 1, 1)
+
+    def axes(self, shape: Shape) -> Axes:
+        t, s, h, w = kernel_dims(shape)
+        inputs, space, outputs = ((), ("s",), (), ()), ((), (), ("h",), ("w",)), (("t",), (), (), ())
+        return Axes({"t": t}, {"s": s, "h": h, "w": w}, (inputs, space, outputs))
 
     def chain_axes(self, shape: Shape) -> tuple[str, ...]:
         return "", "hw", ""

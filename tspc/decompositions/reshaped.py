@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tspc.decompositions.base import Decomposition, Rank, Shape, kernel_dims
+from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, kernel_dims
 from tspc.decompositions.cp import CP
 from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
@@ -90,6 +90,19 @@ class Reshaped(Decomposition):
             pairs = [*inputs, *outputs]
             axes = [*range(m, 2 * m), *range(m)]
         return tensor.reshape(*pairs, -1).permute(*axes, 2 * m).reshape(shape)
+
+    def axes(self, shape: Shape) -> Axes:
+        inputs, outputs = self._channels(shape)
+        *_, h, w = kernel_dims(shape)
+        s = {f"s{i}": n for i, n in enumerate(inputs)}
+        t = {f"t{i}": n for i, n in enumerate(outputs)}
+        if self.inner.format.pairs_channels:
+            modes = list(zip(s, t, strict=True))
+        else:
+            modes = [(name,) for name in (*s, *t)]
+        spatial = h * w > 1
+        modes += [("h", "w")] if spatial else []
+        return Axes(t, s | ({"h": h, "w": w} if spatial else {}), self.inner.format.axes(modes, spatial))
 
     def max_rank(self, shape: Shape) -> Rank:
         return self.inner.format.max_rank(*self._dims(shape))

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tspc.decompositions.base import Decomposition, Rank, Shape, kernel_dims
+from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, kernel_dims
 from tspc.decompositions.linalg import truncated_svd
 
 
@@ -31,6 +31,13 @@ class SVD(Decomposition):
         t, s, h, w = kernel_dims(shape)
         (r,) = rank
         return ((r, s), (t, r)) if len(shape) == 2 else ((r, s, h, 1), (t, r, 1, w))
+
+    def axes(self, shape: Shape) -> Axes:
+        t, s, h, w = kernel_dims(shape)
+        if len(shape) == 2:
+            return Axes({"t": t}, {"s": s}, (((), ("s",)), (("t",), ())))
+        first, second = ((), ("s",), ("h",), ()), (("t",), (), (), ("w",))
+        return Axes({"t": t}, {"s": s, "h": h, "w": w}, (first, second))
 
     def chain_axes(self, shape: Shape) -> tuple[str, ...]:
         *_, h, w = kernel_dims(shape)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tspc.decompositions.base import Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
+from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
 from tspc.decompositions.linalg import dominant_basis
 from tspc.decompositions.svd import SVD
 
@@ -44,6 +44,9 @@ class TensorTrainFormat(TensorFormat):
             bond = r
         cores.append(rest.reshape(bond, dims[-1], 1))
         return cores
+
+    def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        return tuple(((), mode, ()) for mode in modes)
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         result = tensors[0]
@@ -80,6 +83,11 @@ class TensorTrain(Decomposition):
         t, s, h, w = kernel_dims(shape)
         r1, r2, r3 = rank
         return (r1, s, 1, 1), (r2, r1, h, 1), (r3, r2, 1, w), (t, r3, 1, 1)
+
+    def axes(self, shape: Shape) -> Axes:
+        t, s, h, w = kernel_dims(shape)
+        factors = ((), ("s",), (), ()), ((), (), ("h",), ()), ((), (), (), ("w",)), (("t",), (), (), ())
+        return Axes({"t": t}, {"s": s, "h": h, "w": w}, factors)
 
     def chain_axes(self, shape: Shape) -> tuple[str, ...]:
         return "", "h", "w", ""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tspc.decompositions.base import Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
+from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
 from tspc.decompositions.linalg import dominant_basis
 from tspc.decompositions.svd import SVD
 
@@ -57,6 +57,10 @@ class TuckerFormat(TensorFormat):
                 break
             captured = energy
         return [*bases, self._project(tensor, bases)]
+
+    def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        matrices = modes[: len(modes) - spatial]
+        return (*((mode, ()) for mode in matrices), (*(() for _ in matrices), *modes[len(matrices) :]))
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         *matrices, result = tensors
@@ -111,6 +115,11 @@ class Tucker(Decomposition):
         t, s, h, w = kernel_dims(shape)
         r1, r2 = rank
         return (r1, s, 1, 1), (r2, r1, h, w), (t, r2, 1, 1)
+
+    def axes(self, shape: Shape) -> Axes:
+        t, s, h, w = kernel_dims(shape)
+        inputs, core, outputs = ((), ("s",), (), ()), ((), (), ("h",), ("w",)), (("t",), (), (), ())
+        return Axes({"t": t}, {"s": s, "h": h, "w": w}, (inputs, core, outputs))
 
     def chain_axes(self, shape: Shape) -> tuple[str, ...]:
         return "", "hw", ""

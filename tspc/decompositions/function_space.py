@@ -1,0 +1,254 @@
+"""Decomposition in function space: the error of a layer's output instead of the error of its kernel.
+
+For a layer with input patches x the output's mean squared error is E‖(K − K̂)x‖² = ‖(K − K̂)Σ^½‖² with Σ = E[xxᵀ],
+the kernel taken as a T × (S·H·W) matrix. Three steps, the same for every method:
+
+1. whiten: Σ is close to a Kronecker product over the kernel's modes, so every mode is multiplied by the root of its
+   marginal covariance, and the ordinary method decomposes the whitened kernel;
+2. refine: all factors together by Levenberg-Marquardt in the exact norm, the linear systems solved by conjugate
+   gradients (Tichavský, Phan & Cichocki, "Krylov-Levenberg-Marquardt algorithm for structured Tucker tensor
+   decompositions", IEEE JSTSP 2021). A method is multilinear in its factors, so all that this takes is `_contract`;
+3. un-whiten: the factors' modes are multiplied by the inverse roots.
+
+For a matrix the whitened truncated SVD is already the optimum, and nothing is refined.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tspc.decompositions.base import Decomposition, Rank
+
+ROOT_FLOOR = 1e-6
+"""Least eigenvalue of a mode's covariance, as a share of their mean: what lies below counts as never seen."""
+OUTER, INNER = 12, 15
+"""Levenberg-Marquardt steps, and conjugate gradient steps in each."""
+STALLED = 1e-3
+"""A relative fall of the squared error below which refining ends."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The norm ‖D‖² = tr(G D Σ Dᵀ) of a difference D (T × n) of kernels, both matrices float64.
+
+    `inputs` is Σ (n × n, n = S·H·W in this order), positive definite. `outputs` is G (T × T), how much the
+    network's answer depends on the layer's outputs; None stands for the identity. `work` bounds the
+    multiplications that one fit may spend on the norm.
+    """
+
+    inputs: Tensor
+    outputs: Tensor | None = None
+    work: float = 5e11
+
+    def apply(self, difference: Tensor) -> Tensor:
+        """G D Σ: half the gradient of the squared norm."""
+        product = difference @ self.inputs
+        return product if self.outputs is None else self.outputs @ product
+
+    def squared(self, difference: Tensor) -> float:
+        """‖D‖²."""
+        return float((self.apply(difference) * difference).sum())
+
+    def applications(self, outputs: int) -> int:
+        """How often the norm may be applied to a kernel with so many outputs."""
+        return int(self.work / (outputs * self.inputs.numel()))
+
+
+def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> list[Tensor]:
+    """Factors of a finite float64 kernel with a small error in `metric`, never above the plain solution's."""
+    matrix = weight.flatten(1)
+
+    def error(tensors: Sequence[Tensor]) -> float:
+        return metric.squared(matrix - method._contract(tensors, shape).flatten(1))
+
+    shape = tuple(weight.shape)
+    plain = list(method._fit(weight, rank))
+    roots = _Roots(method, weight, metric)
+    white = list(method._fit(roots.whiten(weight), rank))
+    candidates = [plain, roots.unwhiten_factors(white)]
+    if not method.is_matrix_factorisation(shape):
+        start = white if error(candidates[1]) <= error(plain) else roots.whiten_factors(plain)
+        candidates.append(roots.unwhiten_factors(_refined(method, weight, metric, roots, start)))
+    return min(candidates, key=error)
+
+
+class _Roots:
+    """The roots of the modes' marginal covariances, and their inverses."""
+
+    def __init__(self, method: Decomposition, weight: Tensor, metric: Metric) -> None:
+        self.axes = method.axes(tuple(weight.shape))
+        self.sizes = self.axes.outputs | self.axes.inputs
+        marginals = _marginals(metric.inputs, self.axes.inputs)
+        if metric.outputs is not None:
+            marginals |= _marginals(metric.outputs, self.axes.outputs)
+        pairs = {mode: _root(matrix) for mode, matrix in marginals.items()}
+        self._root = {mode: root for mode, (root, _) in pairs.items()}
+        self._inverse = {mode: inverse for mode, (_, inverse) in pairs.items()}
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        return self._on_kernel(weight, self._root)
+
+    def whiten_factors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self._on_factors(tensors, self._root)
+
+    def unwhiten_factors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self._on_factors(tensors, self._inverse)
+
+    def _on_kernel(self, weight: Tensor, matrices: Mapping[str, Tensor]) -> Tensor:
+        flat = _multiply(weight.flatten(1), (tuple(self.axes.outputs), tuple(self.axes.inputs)), self.sizes, matrices)
+        return flat.reshape(weight.shape)
+
+    def _on_factors(self, tensors: Sequence[Tensor], matrices: Mapping[str, Tensor]) -> list[Tensor]:
+        return [_multiply(t, modes, self.sizes, matrices) for t, modes in zip(tensors, self.axes.factors, strict=True)]
+
+    def whitened(self, metric: Metric) -> Metric:
+        """The same norm for whitened kernels."""
+        inputs, outputs = tuple(self.axes.inputs), tuple(self.axes.outputs)
+        inner = _multiply(metric.inputs, (inputs, inputs), self.sizes, self._inverse)
+        outer = metric.outputs
+        return Metric(inner, outer if outer is None else _multiply(outer, (outputs, outputs), self.sizes, self._inverse))
+
+
+def _multiply(
+    tensor: Tensor, modes: Sequence[Sequence[str]], sizes: Mapping[str, int], matrices: Mapping[str, Tensor]
+) -> Tensor:
+    """Multiplies every mode by its symmetric matrix, where there is one; an axis may hold several modes or none."""
+    labels = [label for names, n in zip(modes, tensor.shape, strict=True) for label in (names or (n,))]
+    result = tensor.reshape([label if isinstance(label, int) else sizes[label] for label in labels])
+    for axis, label in enumerate(labels):
+        if label in matrices:
+            result = torch.tensordot(result, matrices[label], dims=([axis], [0])).movedim(-1, axis)
+    return result.reshape(tensor.shape)
+
+
+def _marginals(matrix: Tensor, modes: Mapping[str, int]) -> dict[str, Tensor]:
+    """For every mode the covariance summed over all others, scaled to a mean eigenvalue of 1."""
+    sizes = tuple(modes.values())
+    result = {}
+    for axis, (mode, n) in enumerate(modes.items()):
+        before, after = math.prod(sizes[:axis]), math.prod(sizes[axis + 1 :])
+        marginal = torch.einsum("aibajb->ij", matrix.reshape(before, n, after, before, n, after))
+        trace = marginal.trace()
+        result[mode] = marginal * (n / trace) if trace > 0 else torch.eye(n).to(marginal)
+    return result
+
+
+def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a positive semidefinite matrix and its inverse, small eigenvalues lifted."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    roots = values.clamp(min=ROOT_FLOOR).sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def _refined(
+    method: Decomposition, weight: Tensor, metric: Metric, roots: _Roots, start: list[Tensor]
+) -> list[Tensor]:
+    shape = tuple(weight.shape)
+    target = roots.whiten(weight).flatten(1)
+    contract = lambda tensors: method._contract(tensors, shape).flatten(1)  # noqa: E731
+    return refine(contract, start, target, roots.whitened(metric), metric.applications(len(weight)))
+
+
+def refine(
+    contract: Callable[[Sequence[Tensor]], Tensor],
+    start: Sequence[Tensor],
+    target: Tensor,
+    metric: Metric,
+    applications: int,
+) -> list[Tensor]:
+    """Lowers ‖target − contract(tensors)‖ in `metric`; `contract` is linear in each tensor.
+
+    Levenberg-Marquardt: every step solves (JᵀMJ + μI)p = JᵀM(target − contract) by conjugate gradients; the damping μ,
+    which also holds the scales of the factors in place, falls after a success and rises after a failure. At
+    most `applications` applications of the metric are spent. The result is never worse than the start.
+    """
+    tensors = [t.detach().clone() for t in start]
+    rest = target - contract(tensors)
+    pulled = metric.apply(rest)
+    loss = float((pulled * rest).sum())
+    damping, scale = 1e-3, None
+    for _ in range(min(OUTER, applications // INNER)):
+        leaves = [t.requires_grad_() for t in tensors]
+        value = contract(leaves)
+        tensors = [t.detach() for t in leaves]
+        normal = _Normal(contract, tensors, leaves, value, metric)
+        gradient = normal.transposed(pulled)
+        scale = normal.mean_diagonal() if scale is None else scale
+        step = _conjugate_gradients(normal, gradient, damping * scale)
+        if step is None:
+            break
+        tried = [t + p for t, p in zip(tensors, step, strict=True)]
+        rest = target - contract(tried)
+        pulled_now = metric.apply(rest)
+        loss_now = float((pulled_now * rest).sum())
+        if not loss_now < loss:
+            damping *= 8
+            continue
+        fall, tensors, pulled, loss = (loss - loss_now) / loss, tried, pulled_now, loss_now
+        damping = max(damping / 4, 1e-8)
+        if fall < STALLED:
+            break
+    return [t.detach() for t in tensors]
+
+
+class _Normal:
+    """The Gauss-Newton matrix JᵀMJ of the contraction at some tensors, as an operator."""
+
+    def __init__(
+        self,
+        contract: Callable[[Sequence[Tensor]], Tensor],
+        tensors: list[Tensor],
+        leaves: list[Tensor],
+        value: Tensor,
+        metric: Metric,
+    ) -> None:
+        self._contract, self._tensors, self._leaves, self._value = contract, tensors, leaves, value
+        self._metric = metric
+
+    def transposed(self, cotangent: Tensor) -> list[Tensor]:
+        """Jᵀ times a difference of kernels."""
+        return list(torch.autograd.grad(self._value, self._leaves, cotangent, retain_graph=True))
+
+    def __call__(self, tangent: list[Tensor]) -> list[Tensor]:
+        # Multilinear: the derivative along a tangent is a sum of contractions with one tensor replaced.
+        parts = [self._contract([*self._tensors[:i], p, *self._tensors[i + 1 :]]) for i, p in enumerate(tangent)]
+        return self.transposed(self._metric.apply(torch.stack(parts).sum(0)))
+
+    def mean_diagonal(self) -> float:
+        """Hutchinson's estimate of the mean diagonal entry, from one seeded random sign vector."""
+        generator = torch.Generator().manual_seed(0)
+        signs = [(torch.randint(0, 2, t.shape, generator=generator) * 2 - 1).to(t) for t in self._tensors]
+        return max(_dot(signs, self(signs)) / sum(t.numel() for t in signs), torch.finfo(torch.float64).tiny)
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
+
+
+def _conjugate_gradients(normal: _Normal, right: list[Tensor], shift: float) -> list[Tensor] | None:
+    """About (normal + shift)⁻¹ right; None where there is nothing left to solve."""
+    solution = [torch.zeros_like(t) for t in right]
+    residual, direction = right, right
+    size = first = _dot(residual, residual)
+    if first == 0:
+        return None
+    for _ in range(INNER):
+        image = [a + shift * p for a, p in zip(normal(direction), direction, strict=True)]
+        curvature = _dot(direction, image)
+        if not curvature > 0:
+            break
+        step = size / curvature
+        solution = [x + step * p for x, p in zip(solution, direction, strict=True)]
+        residual = [r - step * a for r, a in zip(residual, image, strict=True)]
+        size, before = _dot(residual, residual), size
+        if size < 1e-2 * first:
+            break
+        direction = [r + size / before * p for r, p in zip(residual, direction, strict=True)]
+    return solution
