@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from tspc.decompositions import TensorTrain as TensorTrain
     from tspc.decompositions import Tucker as Tucker
     from tspc.errors import TspcError as TspcError
-    from tspc.planning import Plan as Plan
     from tspc.planning import plan as plan
+    from tspc.plans import Plan as Plan
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ _HOMES = {
     "TensorTrain": "decompositions",
     "Tucker": "decompositions",
     "TspcError": "errors",
-    "Plan": "planning",
+    "Plan": "plans",
     "plan": "planning",
 }
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tspc.decompositions import Decomposition, double
+from tspc.batch_norm import recalibrate_
+from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of_layer, moments_of_pair
+from tspc.decompositions import Method, double
 from tspc.errors import DecompositionError
 from tspc.layers import DenseLayer, TensorizedLayer, tensorize
-from tspc.planning import LayerPlan, Plan, plan
+from tspc.moments import Statistics
+from tspc.planning import plan
+from tspc.plans import LayerPlan, Plan
+
+OnLayer = Callable[[LayerPlan], None]
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -22,40 +28,164 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def apply_(model: nn.Module, plan: Plan, on_layer: Callable[[LayerPlan], None] | None = None) -> Plan:
-    """Tensorizes `model` in place; returns the plan with the relative error of each layer filled in.
+def compress(
+    model: nn.Module,
+    method: str | Method = "tt",
+    rate: float = 0.2,
+    *,
+    calibration: Tensor | Iterable[Any] | None = None,
+    settings: Calibration | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A compressed copy of `model`; `options` are those of `tspc.plan`.
+
+    `calibration` is a tensor of images (N, …) or gives batches of them, with or without labels, like a DataLoader;
+    without it the weights alone decide. Raises what `plan` and `apply_` raise.
+    """
+    small = copy.deepcopy(model)
+    if calibration is None:
+        apply_(small, plan(small, method, rate, **options))
+        return small
+    device = next((p.device for p in model.parameters()), None)
+    with Samples(calibration, settings, device) as samples:
+        apply_(small, plan(small, method, rate, samples=samples, **options), samples)
+    return small
+
+
+def apply_(
+    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda layer: None
+) -> Plan:
+    """Tensorizes `model` in place; returns the plan with the errors of each layer filled in.
+
+    With `samples` the layers are fitted in function space, in the order in which the network calls them. Unless
+    the settings say otherwise each one makes up for the errors of those before it, and layers kept dense by the
+    plan do so too: W̃ = Cov(y, x)(Cov(x) + λI)⁻¹ is decomposed in the norm of Cov(x), where x is the input that the
+    compressed network gives the layer and y the reference's output, and the mean of y goes into the bias or the
+    batch norm.
 
     Raises DecompositionError, naming the layer, if a kernel cannot be decomposed (NaN, infinity); the
     network is then unchanged.
     """
-    done: dict[str, tuple[TensorizedLayer, LayerPlan]] = {}
-    for layer in plan.tensorized:
-        assert layer.method is not None
-        assert layer.rank is not None
-        dense = cast(DenseLayer, model.get_submodule(layer.name))
+    work = copy.deepcopy(model).eval() if samples is not None else model
+    done: dict[str, _Done] = {}
+    for layer, statistics, batch_norm in _in_turn(model, work, plan, samples):
+        dense = cast(DenseLayer, work.get_submodule(layer.name))
         try:
-            small = tensorize(dense, layer.method, layer.rank)
+            done[layer.name] = _fitted(dense, layer, statistics)
         except DecompositionError as error:
             raise DecompositionError(f"layer {layer.name}: {error}") from error
-        done[layer.name] = small, replace(layer, error=relative_error(dense, small))
-        if on_layer is not None:
-            on_layer(done[layer.name][1])
-    for name, (small, _) in done.items():
-        set_module(model, name, small)
-    return replace(plan, layers=tuple(done[x.name][1] if x.name in done else x for x in plan.layers))
+        if samples is not None:
+            set_module(work, layer.name, done[layer.name].module)
+            _shift_(done[layer.name], statistics, work, batch_norm)
+        on_layer(done[layer.name].layer)
+    if samples is not None:
+        recalibrate_(work, model, samples)
+    _replace_(model, work, done)
+    return replace(plan, layers=tuple(done[x.name].layer if x.name in done else x for x in plan.layers))
+
+
+@dataclass(frozen=True)
+class _Done:
+    module: nn.Module
+    layer: LayerPlan
+
+
+def _in_turn(
+    model: nn.Module, work: nn.Module, plan: Plan, samples: Samples | None
+) -> Iterator[tuple[LayerPlan, Statistics | None, str | None]]:
+    """Every layer to treat with its statistics, taken when the layers before it in `work` have been treated."""
+    waiting = {layer.name: layer for layer in plan.tensorized}
+    for layer in waiting.values():
+        _check_finite(cast(DenseLayer, model.get_submodule(layer.name)), layer.name)
+    if samples is not None:
+        compensate = samples.settings.compensate
+        dense = [x for x in plan.layers if x.method is None and x.compensates]
+        waiting |= {layer.name: layer for layer in dense if compensate}
+        survey = samples.survey(model, list(waiting))
+        for name, statistics in _statistics(model, work, list(waiting), samples, survey):
+            yield waiting.pop(name), statistics, survey.trace.batch_norms.get(name)
+    for layer in waiting.values():  # never called, too wide, or no samples: by the kernel alone
+        if layer.method is not None:
+            yield layer, None, None
+
+
+def _statistics(
+    model: nn.Module, work: nn.Module, layers: list[str], samples: Samples, survey: Survey
+) -> Iterator[tuple[str, Statistics]]:
+    settings = samples.settings
+    reference, small = samples.walk(model, survey.trace), samples.walk(work, survey.trace)
+    for segment in survey.trace.segments:
+        reference.advance()
+        small.advance()
+        for name in (name for name in segment.layers if name in layers):
+            dense = cast(DenseLayer, model.get_submodule(name))
+            if not is_narrow(dense):
+                continue
+            if settings.compensate:
+                moments = moments_of_pair(reference, small, name, settings)
+            else:
+                moments = moments_of_layer(reference, name, settings)
+            yield name, survey.statistics(name, dense, moments, settings.damping)
+
+
+def _check_finite(dense: DenseLayer, name: str) -> None:
+    if not torch.isfinite(dense.weight).all():
+        shape = tuple(dense.weight.shape)
+        raise DecompositionError(
+            f"layer {name}: the kernel of shape {shape} holds NaN or infinite values; mend the weights first"
+        )
+
+
+def _fitted(dense: DenseLayer, layer: LayerPlan, statistics: Statistics | None) -> _Done:
+    """The layer's replacement: tensorized, or with a kernel that makes up for the layers before it."""
+    kernel = None if statistics is None else statistics.target.reshape(dense.weight.shape)
+    if layer.method is None or layer.rank is None:
+        assert kernel is not None
+        module: nn.Module = copy.deepcopy(dense)
+        with torch.no_grad():
+            cast(DenseLayer, module).weight.copy_(kernel)
+    else:
+        metric = None if statistics is None else statistics.metric
+        module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric)
+    rebuilt = cast(Tensor, module.weight).detach()
+    return _Done(
+        module,
+        replace(
+            layer,
+            error=relative_error(dense.weight, rebuilt),
+            output_error=None if statistics is None else statistics.error(rebuilt),
+        ),
+    )
 
 
 @torch.no_grad()
-def relative_error(dense: DenseLayer, small: TensorizedLayer) -> float:
+def relative_error(kernel: Tensor, rebuilt: Tensor) -> float:
     """‖K − K̂‖ ÷ ‖K‖ in the Frobenius norm; 0 for a zero kernel that is met exactly."""
-    kernel = double(dense.weight)
-    difference = torch.linalg.vector_norm(kernel - double(small.weight))
+    kernel = double(kernel)
+    difference = torch.linalg.vector_norm(kernel - double(rebuilt))
     norm = torch.linalg.vector_norm(kernel)
     return float(difference / norm) if norm > 0 else float(difference)
 
 
-def compress(model: nn.Module, method: str | Decomposition = "tt", rate: float = 0.2, **options: Any) -> nn.Module:
-    """A compressed copy of `model`, from its weights alone; `options` are those of `tspc.plan`."""
-    small = copy.deepcopy(model)
-    apply_(small, plan(small, method, rate, **options))
-    return small
+@torch.no_grad()
+def _shift_(done: _Done, statistics: Statistics | None, model: nn.Module, batch_norm: str | None) -> None:
+    """Gives the layer's output the reference's mean, by its bias or by the batch norm after it."""
+    shift = None if statistics is None else statistics.shift(cast(Tensor, done.module.weight).detach())
+    if shift is None:
+        return
+    bias = cast("nn.Parameter | None", done.module.bias)
+    if bias is not None:
+        bias += shift.to(bias)
+    elif batch_norm is not None:
+        mean = cast(Tensor, model.get_submodule(batch_norm).running_mean)
+        mean -= shift.to(mean)
+
+
+@torch.no_grad()
+def _replace_(model: nn.Module, work: nn.Module, done: dict[str, _Done]) -> None:
+    """Makes `model` what `work` is."""
+    for name, item in done.items():
+        if isinstance(item.module, TensorizedLayer):
+            set_module(model, name, item.module)
+    if work is not model:
+        model.load_state_dict(work.state_dict())

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspc.decompositions import Decomposition, Factors, Rank, Shape
+from tspc.decompositions import Decomposition, Factors, Metric, Rank, Shape
 
 DenseLayer = nn.Conv2d | nn.Linear
 
@@ -146,7 +146,7 @@ class RebuiltConv2d(_Rebuilt):
         super().__init__(layer, decomposition, rank)
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         self.padding_mode = layer.padding_mode
-        self.explicit_padding = _explicit_padding(layer)
+        self.explicit_padding = explicit_padding(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         padding = self.padding
@@ -155,7 +155,7 @@ class RebuiltConv2d(_Rebuilt):
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)  # type: ignore[arg-type]
 
 
-def _explicit_padding(layer: nn.Conv2d) -> list[int]:
+def explicit_padding(layer: nn.Conv2d) -> list[int]:
     """Padding as F.pad wants it: left, right, top, bottom."""
     sides: list[int] = []
     for axis in (1, 0):
@@ -181,13 +181,21 @@ def untrained(layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> Te
     return form(layer, decomposition, rank)  # type: ignore[arg-type]
 
 
-def tensorize(layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> TensorizedLayer:
+def tensorize(
+    layer: DenseLayer,
+    decomposition: Decomposition,
+    rank: Rank,
+    *,
+    kernel: Tensor | None = None,
+    metric: Metric | None = None,
+) -> TensorizedLayer:
     """Decomposes `layer.weight` and returns the layer that runs on the factors, in the same mode.
 
-    Stride, padding (every mode), dilation and bias are kept. Raises DecompositionError as `decompose` does.
+    Stride, padding (every mode), dilation and bias are kept. `kernel` (of the weight's shape) is decomposed in the
+    weight's stead, where given, and `metric` is the norm to fit it in. Raises DecompositionError as `decompose` does.
     """
     decomposition = decomposition.for_shape(tuple(layer.weight.shape))
-    factors = decomposition.decompose(layer.weight, rank)
+    factors = decomposition.decompose(layer.weight if kernel is None else kernel, rank, metric)
     result = untrained(layer, decomposition, rank)
     with torch.no_grad():
         for own, value in zip(result.factor_tensors(), factors.tensors, strict=True):

@@ -18,7 +18,8 @@ from tspc.display import Display
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
-from tspc.planning import Plan, plan
+from tspc.planning import plan
+from tspc.plans import Plan
 from tspc.reference import (
     Reference,
     data_identity,

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from tspc.planning import LayerPlan, Plan
+from tspc.plans import LayerPlan, Plan
 
 MAX_ROWS = 60
 

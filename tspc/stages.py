@@ -18,7 +18,7 @@ from tspc.phases.context import Context
 from tspc.phases.decompose import decompose
 from tspc.phases.distill import distill
 from tspc.phases.finetune import train_classifier
-from tspc.planning import Plan
+from tspc.plans import Plan
 from tspc.report import percent, plan_table, result_table, state_bytes, versions
 from tspc.runs import RunDirectory, differences, fingerprint, plain
 from tspc.training import Progress, evaluate, place

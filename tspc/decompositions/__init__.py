@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tspc.decompositions.auto import Auto
 from tspc.decompositions.base import Decomposition, Factors, Rank, Shape, double, is_matrix, kernel_dims
 from tspc.decompositions.cp import CP
+from tspc.decompositions.function_space import Metric
 from tspc.decompositions.reshaped import Reshaped
 from tspc.decompositions.svd import SVD
 from tspc.decompositions.tensor_train import TensorTrain
@@ -17,14 +19,19 @@ from tspc.errors import ConfigError
 __all__ = [
     "CP",
     "METHODS",
+    "NAMES",
+    "Auto",
     "SVD",
     "Decomposition",
     "Factors",
+    "Method",
+    "Metric",
     "Rank",
     "Reshaped",
     "Shape",
     "TensorTrain",
     "Tucker",
+    "decomposition_from_dict",
     "double",
     "from_dict",
     "is_matrix",
@@ -57,22 +64,47 @@ METHODS: dict[str, Callable[..., Decomposition]] = {
 """Name → constructor, whose keyword arguments are the method's settings."""
 
 
+Method = Decomposition | Auto
+"""What a plan is made for: one decomposition for all layers, or the best of several for each."""
+
+NAMES = (*METHODS, Auto.name)
+
+
 def settings_of(name: str) -> dict[str, Any]:
     """The settings that a method takes, with their defaults."""
+    if name == Auto.name:
+        return {"candidates": list(METHODS)}
     cls, order = _CLASSES[name]
     settings = {f.name: f.default for f in dataclasses.fields(cls)}
     return settings if order is None else settings | {"order": order}
 
 
-def from_dict(data: Mapping[str, Any]) -> Decomposition:
+def from_dict(data: Mapping[str, Any]) -> Method:
     """The method described by plain data such as {"name": "rcp", "order": 2}.
+
+    The candidates of `auto` are names, or such descriptions.
+
+    Raises ConfigError for an unknown name or setting; the message lists those that exist.
+    """
+    if data.get("name") != Auto.name:
+        return decomposition_from_dict(data)
+    unknown = [key for key in data if key not in ("name", "candidates")]
+    candidates = data.get("candidates", list(METHODS))
+    if unknown or not isinstance(candidates, list | tuple):
+        raise ConfigError([f"method={dict(data)}: auto takes one setting, candidates=[NAME,…]"])
+    members = [decomposition_from_dict(c if isinstance(c, Mapping) else {"name": c}) for c in candidates]
+    return Auto(tuple(members))
+
+
+def decomposition_from_dict(data: Mapping[str, Any]) -> Decomposition:
+    """The decomposition described by plain data such as {"name": "rcp", "order": 2}.
 
     Raises ConfigError for an unknown name or setting; the message lists those that exist.
     """
     settings = dict(data)
     name = settings.pop("name", None)
     if name not in METHODS:
-        raise ConfigError([f"method {name!r} is unknown; choose one of {', '.join(METHODS)}"])
+        raise ConfigError([f"method {name!r} is unknown; choose one of {', '.join(NAMES)}"])
     known = settings_of(name)
     problems = [
         f"method.{key} is unknown for {name}; its settings are: {', '.join(known) or 'none'}"
@@ -87,6 +119,6 @@ def from_dict(data: Mapping[str, Any]) -> Decomposition:
     return METHODS[name](**settings)
 
 
-def resolve(method: str | Decomposition) -> Decomposition:
-    """A decomposition from its name, or itself."""
+def resolve(method: str | Method) -> Method:
+    """A method from its name, or itself."""
     return from_dict({"name": method}) if isinstance(method, str) else method

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -87,6 +87,10 @@ class Decomposition(ABC):
         """
         return self
 
+    def candidates(self, shape: Shape) -> tuple[Decomposition, ...]:
+        """The decompositions that may be chosen for a kernel of this shape: one, unless the method is `auto`."""
+        return (self.for_shape(shape),)
+
     @abstractmethod
     def max_rank(self, shape: Shape) -> Rank:
         """The rank from which on every kernel of this shape is represented exactly."""
@@ -128,47 +132,48 @@ class Decomposition(ABC):
         """Number of entries of all factors together."""
         return sum(math.prod(s) for s in self.factor_shapes(shape, rank))
 
-    def min_params(self, shape: Shape) -> int:
-        """Number of entries at rank 1, the fewest possible."""
-        return self.num_params(shape, (1,) * len(self.max_rank(shape)))
+    def min_params(self, shape: Shape, multiple: int = 1) -> int:
+        """Number of entries at the smallest rank: 1, or `multiple`."""
+        return self.num_params(shape, tuple(min(multiple, top) for top in self.max_rank(shape)))
 
-    def rank_for(self, shape: Shape, budget: int) -> Rank:
-        """The largest rank whose factors have at most `budget` entries.
+    def rank_for(self, shape: Shape, budget: int, multiple: int = 1) -> Rank:
+        """The largest rank whose factors have at most `budget` entries, its own entries multiples of `multiple`.
+
+        An entry may also be its maximum.
 
         All entries grow together (each up to its maximum, the rule of arXiv:1805.10352's code), then one
         at a time for as long as one more fits.
 
-        Raises DecompositionError if even rank 1 exceeds the budget.
+        Raises DecompositionError if even the smallest rank exceeds the budget.
         """
         top = self.max_rank(shape)
-        if self.min_params(shape) > budget:
+        minimum = self.min_params(shape, multiple)
+        if minimum > budget:
             raise DecompositionError(
-                f"{self.name} of a kernel of shape {shape} needs at least {self.min_params(shape)} parameters, "
+                f"{self.name} of a kernel of shape {shape} needs at least {minimum} parameters, "
                 f"but the budget is {budget}; raise the rate or keep the layer dense"
             )
 
-        def equal(value: int) -> Rank:
-            return tuple(min(value, limit) for limit in top)
+        def equal(count: int) -> Rank:
+            return tuple(min(count * multiple, limit) for limit in top)
 
-        low, high = 1, max(top)
+        low, high = 1, -(-max(top) // multiple)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.num_params(shape, equal(middle)) <= budget else (low, middle - 1)
-        return self._fill(shape, equal(low), budget)
-
-    def _fill(self, shape: Shape, rank: Rank, budget: int) -> Rank:
-        """Raises single entries, smallest first, until none can be raised within the budget."""
-        top = self.max_rank(shape)
-        grown = True
-        while grown:
-            grown = False
-            for i in sorted(range(len(rank)), key=lambda i: rank[i]):
-                raised = (*rank[:i], rank[i] + 1, *rank[i + 1 :])
-                fits = rank[i] < top[i] and self.num_params(shape, raised) <= budget
-                if fits and self.is_useful(shape, raised):
-                    rank, grown = raised, True
-                    break
+        rank = equal(low)
+        while above := [r for r in self.raised(shape, rank, multiple) if self.num_params(shape, r) <= budget]:
+            rank = above[0]
         return rank
+
+    def raised(self, shape: Shape, rank: Rank, multiple: int = 1) -> Iterator[Rank]:
+        """The ranks one step above in a single entry, smallest entry first; those of no use are left out."""
+        top = self.max_rank(shape)
+        for i in sorted(range(len(rank)), key=lambda i: rank[i]):
+            if rank[i] < top[i]:
+                above = (*rank[:i], min(rank[i] + multiple, top[i]), *rank[i + 1 :])
+                if self.is_useful(shape, above):
+                    yield above
 
     def decompose(self, weight: Tensor, rank: Rank, metric: Metric | None = None) -> Factors:
         """Factors of `weight`, computed in float64 and returned in its own dtype and on its device.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 ROOT_FLOOR = 1e-6
 """Least eigenvalue of a mode's covariance, as a share of their mean: what lies below counts as never seen."""
-OUTER, INNER = 12, 15
-"""Levenberg-Marquardt steps, and conjugate gradient steps in each."""
+INNER = 15
+"""Most conjugate gradient steps in each Levenberg-Marquardt step."""
 STALLED = 1e-3
 """A relative fall of the squared error below which refining ends."""
 
@@ -39,12 +39,13 @@ class Metric:
     """The norm ‖D‖² = tr(G D Σ Dᵀ) of a difference D (T × n) of kernels, both matrices float64.
 
     `inputs` is Σ (n × n, n = S·H·W in this order), positive definite. `outputs` is G (T × T), how much the
-    network's answer depends on the layer's outputs; None stands for the identity. `work` bounds the
-    multiplications that one fit may spend on the norm.
+    network's answer depends on the layer's outputs; None stands for the identity. A fit takes at most `steps`
+    refining steps, and fewer where the norm would take more than `work` multiplications.
     """
 
     inputs: Tensor
     outputs: Tensor | None = None
+    steps: int = 12
     work: float = 5e11
 
     def apply(self, difference: Tensor) -> Tensor:
@@ -56,9 +57,9 @@ class Metric:
         """‖D‖²."""
         return float((self.apply(difference) * difference).sum())
 
-    def applications(self, outputs: int) -> int:
-        """How often the norm may be applied to a kernel with so many outputs."""
-        return int(self.work / (outputs * self.inputs.numel()))
+    def affordable_steps(self, outputs: int) -> int:
+        """Refining steps for a kernel with so many outputs."""
+        return min(self.steps, int(self.work / (INNER * outputs * self.inputs.numel())))
 
 
 def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> list[Tensor]:
@@ -113,7 +114,9 @@ class _Roots:
         inputs, outputs = tuple(self.axes.inputs), tuple(self.axes.outputs)
         inner = _multiply(metric.inputs, (inputs, inputs), self.sizes, self._inverse)
         outer = metric.outputs
-        return Metric(inner, outer if outer is None else _multiply(outer, (outputs, outputs), self.sizes, self._inverse))
+        if outer is not None:
+            outer = _multiply(outer, (outputs, outputs), self.sizes, self._inverse)
+        return replace(metric, inputs=inner, outputs=outer)
 
 
 def _multiply(
@@ -147,13 +150,11 @@ def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
-def _refined(
-    method: Decomposition, weight: Tensor, metric: Metric, roots: _Roots, start: list[Tensor]
-) -> list[Tensor]:
+def _refined(method: Decomposition, weight: Tensor, metric: Metric, roots: _Roots, start: list[Tensor]) -> list[Tensor]:
     shape = tuple(weight.shape)
     target = roots.whiten(weight).flatten(1)
     contract = lambda tensors: method._contract(tensors, shape).flatten(1)  # noqa: E731
-    return refine(contract, start, target, roots.whitened(metric), metric.applications(len(weight)))
+    return refine(contract, start, target, roots.whitened(metric), metric.affordable_steps(len(weight)))
 
 
 def refine(
@@ -161,20 +162,20 @@ def refine(
     start: Sequence[Tensor],
     target: Tensor,
     metric: Metric,
-    applications: int,
+    steps: int,
 ) -> list[Tensor]:
     """Lowers ‖target − contract(tensors)‖ in `metric`; `contract` is linear in each tensor.
 
     Levenberg-Marquardt: every step solves (JᵀMJ + μI)p = JᵀM(target − contract) by conjugate gradients; the damping μ,
-    which also holds the scales of the factors in place, falls after a success and rises after a failure. At
-    most `applications` applications of the metric are spent. The result is never worse than the start.
+    which also holds the scales of the factors in place, falls after a success and rises after a failure.
+    The result is never worse than the start.
     """
     tensors = [t.detach().clone() for t in start]
     rest = target - contract(tensors)
     pulled = metric.apply(rest)
     loss = float((pulled * rest).sum())
     damping, scale = 1e-3, None
-    for _ in range(min(OUTER, applications // INNER)):
+    for _ in range(steps):
         leaves = [t.requires_grad_() for t in tensors]
         value = contract(leaves)
         tensors = [t.detach() for t in leaves]

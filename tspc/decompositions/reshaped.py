@@ -96,11 +96,8 @@ class Reshaped(Decomposition):
         *_, h, w = kernel_dims(shape)
         s = {f"s{i}": n for i, n in enumerate(inputs)}
         t = {f"t{i}": n for i, n in enumerate(outputs)}
-        if self.inner.format.pairs_channels:
-            modes = list(zip(s, t, strict=True))
-        else:
-            modes = [(name,) for name in (*s, *t)]
         spatial = h * w > 1
+        modes = list(zip(s, t, strict=True)) if self.inner.format.pairs_channels else [(name,) for name in (*s, *t)]
         modes += [("h", "w")] if spatial else []
         return Axes(t, s | ({"h": h, "w": w} if spatial else {}), self.inner.format.axes(modes, spatial))
 

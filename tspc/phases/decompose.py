@@ -9,7 +9,7 @@ from torch import nn
 
 from tspc.compression import apply_
 from tspc.phases.context import Context
-from tspc.planning import LayerPlan, Plan
+from tspc.plans import LayerPlan, Plan
 
 
 @dataclass(frozen=True)

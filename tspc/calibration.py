@@ -1,0 +1,225 @@
+"""Calibration: a few hundred unlabelled images tell what the inputs of every layer look like.
+
+Memory does not grow with the number of images: a layer's second moments are S·H·W squared numbers (S·H·W the
+length of an input patch), of large feature maps a seeded random choice of patches stands for all, and activations
+that wait for their layer are kept in files beyond a limit.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.errors import DataError
+from tspc.layers import DenseLayer
+from tspc.moments import Moments, Positions, Statistics, input_patches, output_rows
+from tspc.sensitivity import output_sensitivity
+from tspc.stash import Room, Stash
+from tspc.walk import Trace, Walker, trace
+
+WIDEST = 8192
+"""Longest input patch whose second moments are kept (half a gigabyte in float64)."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the inputs of the layers are measured and used.
+
+    `samples` unlabelled training images are sent through the networks in batches of `batch_size`; 0 goes by the
+    weights alone. Of each layer's input at most about `patches` patches count. `damping`, as a share of the mean
+    second moment, is added to all directions, also to those that the images never showed. With `sensitivity` a
+    layer's outputs count by how much the network's answer depends on them. With `compensate` every layer is fitted
+    to the reference's outputs given the inputs that the layers compressed before it leave it. `batch_norm`
+    says whether the statistics of batch norms are then taken anew (`recalibrate`), kept (`keep`), or the better
+    of the two (`auto`). Activations beyond `memory` MB wait in temporary files.
+    """
+
+    samples: int = 512
+    batch_size: int = 32
+    patches: int = 16384
+    damping: float = 1e-3
+    sensitivity: bool = True
+    compensate: bool = True
+    batch_norm: str = "auto"
+    memory: int = 512
+
+    def problems(self, where: str) -> list[str]:
+        """One line for each value out of range."""
+        rules = [
+            ("samples", self.samples >= 0, "at least 0"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("patches", self.patches >= 1, "at least 1"),
+            ("damping", 0 < self.damping < math.inf, "above 0"),
+            ("memory", self.memory >= 0, "at least 0"),
+            ("batch_norm", self.batch_norm in BATCH_NORMS, f"one of {', '.join(BATCH_NORMS)}"),
+        ]
+        return [f"{where}.{k}={getattr(self, k)}: expected {expected}" for k, ok, expected in rules if not ok]
+
+
+BATCH_NORMS = ("keep", "recalibrate", "auto")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the images showed of an uncompressed network: its trace, and for layers the weights of their outputs."""
+
+    trace: Trace
+    sensitivity: dict[str, Tensor]
+
+    def is_centred(self, name: str, layer: DenseLayer) -> bool:
+        """Whether a constant can be added to the layer's output: by its bias, or by its batch norm."""
+        return layer.bias is not None or name in self.trace.batch_norms
+
+    def statistics(self, name: str, layer: DenseLayer, moments: Moments, damping: float) -> Statistics:
+        return moments.statistics(layer.weight, self.is_centred(name, layer), damping, self.sensitivity.get(name))
+
+
+class Samples:
+    """Calibration images, kept for several walks through networks. Use as a context manager.
+
+    `images` is a tensor (N, …), or gives batches: tensors, or tuples whose first item is one. The first
+    `settings.samples` are taken. Raises DataError if there is none.
+    """
+
+    def __init__(
+        self, images: Tensor | Iterable[Any], settings: Calibration | None = None, device: torch.device | None = None
+    ) -> None:
+        self.settings, self.device = settings or Calibration(), device
+        self.room = Room(self.settings.memory)
+        self._surveyed: tuple[nn.Module, Survey] | None = None
+        self._images = Stash(self.room)
+        for batch in _batches(images, self.settings):
+            self._images.append(batch)
+        if len(self._images) == 0:
+            raise DataError("calibration needs at least one image, but the data gave none")
+
+    def __enter__(self) -> Samples:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.room.close()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The images, batch by batch, on the device."""
+        for batch in self._images:
+            yield batch if self.device is None else batch.to(self.device)
+
+    def survey(self, model: nn.Module, layers: Collection[str]) -> Survey:
+        """How a network calls some layers, and how its answer depends on them; looked up if asked for again."""
+        if (
+            self._surveyed is None
+            or self._surveyed[0] is not model
+            or not set(layers) <= self._surveyed[1].trace.calls.keys()
+        ):
+            self._surveyed = model, self._survey(model, layers)
+        return self._surveyed[1]
+
+    def _survey(self, model: nn.Module, layers: Collection[str]) -> Survey:
+        model.eval()
+        found = trace(model, layers, next(iter(self))[:2])
+        weights = output_sensitivity(model, list(layers), self) if self.settings.sensitivity else {}
+        return Survey(found, weights)
+
+    def walk(self, model: nn.Module, trace: Trace) -> Walker:
+        return Walker(model, trace, self, self.room)
+
+
+def _batches(images: Tensor | Iterable[Any], settings: Calibration) -> Iterator[Tensor]:
+    """Batches of equal size (the last one may be smaller), of as many images as asked for."""
+    left, rest = settings.samples, []
+    for given in images.split(settings.batch_size) if isinstance(images, Tensor) else images:
+        batch = given if isinstance(given, Tensor) else given[0]
+        rest.append(batch[:left])
+        left -= len(rest[-1])
+        joined = torch.cat(rest)
+        full = len(joined) - len(joined) % settings.batch_size
+        yield from joined[:full].split(settings.batch_size)
+        rest = [joined[full:]]
+        if left == 0:
+            break
+    if rest and len(rest[0]):
+        yield rest[0]
+
+
+def is_narrow(layer: nn.Module) -> bool:
+    """Whether the second moments of the layer's inputs can be kept."""
+    return cast(DenseLayer, layer).weight[0].numel() <= WIDEST
+
+
+def moments_of(
+    model: nn.Module, layers: Collection[str], samples: Samples, trace: Trace
+) -> Iterator[tuple[str, Moments]]:
+    """The moments of each layer's inputs in an uncompressed network, a segment at a time.
+
+    Layers that are never called, or whose inputs are too wide, are left out.
+    """
+    walker = samples.walk(model, trace)
+    for segment in trace.segments:
+        walker.advance()
+        inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
+        for group in _groups(model, inside, samples.settings.memory):
+            yield from _gather(walker, group, samples.settings).items()
+
+
+def _groups(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[list[str]]:
+    """Layers whose moments fit into memory together; at least one at a time."""
+    group: list[str] = []
+    used = 0.0
+    for name in layers:
+        size = 8 * cast(DenseLayer, model.get_submodule(name)).weight[0].numel() ** 2 / 2**20
+        if group and used + size > megabytes:
+            yield group
+            group, used = [], 0.0
+        group.append(name)
+        used += size
+    if group:
+        yield group
+
+
+def moments_of_layer(walker: Walker, layer: str, settings: Calibration) -> Moments:
+    """Moments of the inputs of a layer in the walker's present segment."""
+    return _gather(walker, [layer], settings)[layer]
+
+
+def _gather(walker: Walker, layers: Collection[str], settings: Calibration) -> dict[str, Moments]:
+    moments: dict[str, Moments] = {}
+
+    def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
+        layer = cast(DenseLayer, walker.model.get_submodule(name))
+        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, settings))[0]
+        moments.setdefault(name, Moments(x.shape[1], None, x.device)).add(x)
+
+    for _ in walker.inputs_of(layers, see):
+        pass
+    return moments
+
+
+def moments_of_pair(reference: Walker, small: Walker, name: str, settings: Calibration) -> Moments:
+    """Moments of a layer's inputs in the compressed network with the reference's outputs as targets."""
+    layer = cast(DenseLayer, reference.model.get_submodule(name))
+    moments: list[Moments] = []
+    targets: list[Tensor] = []
+
+    def see_target(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
+        targets.append(output_rows(layer, outputs, _positions(layer, name, batch, outputs, settings)))
+
+    def see_input(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
+        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, settings))[0]
+        if not moments:
+            moments.append(Moments(x.shape[1], len(layer.weight), x.device))
+        moments[0].add(x, targets.pop(0))
+
+    for _ in zip(reference.inputs_of([name], see_target), small.inputs_of([name], see_input), strict=True):
+        pass
+    return moments[0]
+
+
+def _positions(layer: DenseLayer, name: str, batch: int, outputs: Tensor, settings: Calibration) -> Positions:
+    most = max(1, settings.patches * settings.batch_size // settings.samples)
+    return Positions.at_most(most, layer, outputs, zlib.crc32(name.encode()) + batch)

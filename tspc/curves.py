@@ -1,0 +1,129 @@
+"""Error against parameters: what every layer would lose at any size, from a few decompositions each."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc import decompositions
+from tspc.calibration import Samples, moments_of
+from tspc.decompositions import Decomposition, Method, Metric, double
+from tspc.errors import DecompositionError
+from tspc.layers import DenseLayer
+from tspc.plans import LayerPlan
+
+SHARES = (0.03, 0.06, 0.12, 0.25, 0.5, 0.8)
+"""Sizes, relative to the dense kernel, at which a curve is sampled, beside the smallest rank."""
+SKETCH_STEPS, SKETCH_WORK = 2, 5e10
+"""Refining steps of a sample, and the multiplications that they may take."""
+LEAST = 1e-12
+"""Squared relative error that counts as none."""
+
+Curves = Mapping[str, Sequence["ErrorCurve"]]
+"""For each layer a curve for every method that may be chosen for it."""
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """The squared relative output error of one layer under one method.
+
+    `params` (entries of the factors, ascending) and `errors` are the samples; `dense` is the size of the kernel
+    itself, at which the error is zero. `weight` says how much the layer's relative error matters: the root
+    mean square of what the network's answer owes to the layer, where that is known.
+    """
+
+    method: Decomposition
+    params: tuple[int, ...]
+    errors: tuple[float, ...]
+    dense: int
+    weight: float = 1.0
+
+    def at(self, params: float) -> float:
+        """The error at a size: logarithmic between the samples, linear from the last one to the dense kernel."""
+        if params <= self.params[0]:
+            return self.errors[0]
+        if params >= self.params[-1]:
+            left = (self.dense - params) / max(self.dense - self.params[-1], 1)
+            return self.errors[-1] * max(left, 0.0)
+        i = bisect.bisect_right(self.params, params)
+        (p, q), (a, b) = self.params[i - 1 : i + 1], self.errors[i - 1 : i + 1]
+        way = (params - p) / (q - p)
+        return math.exp((1 - way) * math.log(max(a, LEAST)) + way * math.log(max(b, LEAST)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method.to_dict(),
+            "params": list(self.params),
+            "errors": list(self.errors),
+            "dense": self.dense,
+            "weight": self.weight,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ErrorCurve:
+        method = decompositions.decomposition_from_dict(data["method"])
+        return cls(method, tuple(data["params"]), tuple(data["errors"]), data["dense"], data["weight"])
+
+
+def error_curves(
+    model: nn.Module,
+    layers: Sequence[LayerPlan],
+    method: Method,
+    samples: Samples | None = None,
+    *,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[ErrorCurve]]:
+    """Curves of the given layers, in function space with `samples`, of the kernels alone without.
+
+    Raises DecompositionError, naming the layer, for a kernel with NaN or infinite entries.
+    """
+    curves: dict[str, list[ErrorCurve]] = {}
+    waiting = {layer.name: layer for layer in layers}
+
+    def measure(name: str, metric: Metric | None) -> None:
+        weight = cast(DenseLayer, model.get_submodule(name)).weight.detach()
+        try:
+            curves[name] = [_curve(m, weight, metric) for m in method.candidates(tuple(weight.shape))]
+        except DecompositionError as error:
+            raise DecompositionError(f"layer {name}: {error}") from error
+        waiting.pop(name)
+        on_layer(name)
+
+    if samples is not None:
+        survey = samples.survey(model, list(waiting))
+        for name, moments in moments_of(model, list(waiting), samples, survey.trace):
+            dense = cast(DenseLayer, model.get_submodule(name))
+            statistics = survey.statistics(name, dense, moments, samples.settings.damping)
+            measure(name, replace(statistics.metric, steps=SKETCH_STEPS, work=SKETCH_WORK))
+    for name in list(waiting):  # never called, or too wide: by its kernel alone
+        measure(name, None)
+    return curves
+
+
+def _curve(method: Decomposition, weight: Tensor, metric: Metric | None) -> ErrorCurve:
+    shape = tuple(weight.shape)
+    size = weight.numel()
+    ranks = {tuple(1 for _ in method.max_rank(shape)): method.min_params(shape)}
+    for share in SHARES:
+        if size * share > method.min_params(shape):
+            rank = method.rank_for(shape, int(size * share))
+            ranks[rank] = method.num_params(shape, rank)
+    kernel = double(weight)
+    norm = metric or Metric(torch.eye(weight[0].numel()).to(kernel))
+    whole = norm.squared(kernel.flatten(1))
+    best, points = math.inf, {}
+    for rank, params in sorted(ranks.items(), key=lambda item: item[1]):
+        rebuilt = method.reconstruct(method.decompose(kernel, rank, metric))
+        error = norm.squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
+        best = min(best, error)
+        points[params] = best
+    # Between an equal say for all layers and one in proportion to the squared change of the answer, of which
+    # the latter trusts a linear model too far where errors are large: the geometric mean of the two.
+    weight = math.sqrt(whole) if metric is not None and metric.outputs is not None else 1.0
+    return ErrorCurve(method, tuple(points), tuple(points.values()), size, weight)

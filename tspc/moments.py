@@ -1,0 +1,152 @@
+"""The statistics of a layer's inputs, and what they ask of its kernel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tspc.decompositions import Metric, double
+from tspc.layers import DenseLayer, explicit_padding
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a layer's output to look at: every `step`-th row and column of a map, from `offset` on.
+
+    Of a dense layer, every `step`²-th row.
+    """
+
+    step: int = 1
+    offset: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def at_most(cls, most: int, layer: DenseLayer, outputs: Tensor, seed: int) -> Positions:
+        """About `most` of all positions in a batch of outputs; the offset is random, the same for equal arguments."""
+        count = outputs.numel() // len(layer.weight)
+        step = max(1, math.ceil(math.sqrt(count / most)))
+        if isinstance(layer, nn.Conv2d):
+            step = min(step, *outputs.shape[-2:])
+        top, left = torch.randint(step, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return cls(step, (top, left))
+
+
+def input_patches(layer: DenseLayer, inputs: Tensor, positions: Positions | None = None) -> Tensor:
+    """The rows that the layer multiplies its kernel with: groups × positions × (S·H·W of one group).
+
+    `inputs` is (N, C, H, W), or (C, H, W), for a convolution with any stride, padding, dilation and groups, and
+    (…, S) for a dense layer.
+    """
+    positions = positions or Positions()
+    step, (top, left) = positions.step, positions.offset
+    if isinstance(layer, nn.Linear):
+        return inputs.reshape(1, -1, inputs.shape[-1])[:, top * step + left :: step * step]
+    images = inputs if inputs.ndim == 4 else inputs[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    images = F.pad(images, explicit_padding(layer), mode=mode)
+    down, right = layer.stride
+    images = images[..., top * down :, left * right :]
+    columns = F.unfold(images, layer.kernel_size, dilation=layer.dilation, stride=(down * step, right * step))
+    n, _, count = columns.shape
+    columns = columns.reshape(n, layer.groups, -1, count)
+    return columns.permute(1, 0, 3, 2).reshape(layer.groups, n * count, -1)
+
+
+def output_rows(layer: DenseLayer, outputs: Tensor, positions: Positions | None = None) -> Tensor:
+    """The layer's outputs without its bias, in the order of `input_patches`: positions × T."""
+    positions = positions or Positions()
+    step, (top, left) = positions.step, positions.offset
+    if isinstance(layer, nn.Linear):
+        rows = outputs.reshape(-1, outputs.shape[-1])[top * step + left :: step * step]
+    else:
+        maps = outputs if outputs.ndim == 4 else outputs[None]
+        rows = maps[..., top::step, left::step].permute(0, 2, 3, 1).flatten(0, 2)
+    return rows if layer.bias is None else rows - layer.bias
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one layer should do, given its inputs x: answer with y, the reference's output without its bias.
+
+    With `centred`, a constant can be added to the layer's output, so that only what varies counts: the means are
+    taken off all second moments. `metric` is the norm of the damped `inputs` E[xxᵀ], `target` the kernel (T × n)
+    that answers best; `cross` is E[yxᵀ], `outputs` E[yyᵀ].
+    """
+
+    metric: Metric
+    target: Tensor
+    centred: bool
+    mean_x: Tensor
+    mean_y: Tensor
+    inputs: Tensor
+    cross: Tensor
+    outputs: Tensor
+
+    def error(self, kernel: Tensor) -> float:
+        """The root of E‖y − kernel·x‖² ÷ E‖y‖², outputs weighted as in the metric; 0 answers like the reference."""
+        matrix = kernel.detach().flatten(1).to(self.cross)
+        product = matrix @ self.cross.T
+        rest = self.outputs - product - product.T + matrix @ self.inputs @ matrix.T
+        weights = self.metric.outputs
+        lost, whole = (float(m.trace() if weights is None else (m * weights).sum()) for m in (rest, self.outputs))
+        return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
+
+    def shift(self, kernel: Tensor) -> Tensor | None:
+        """The constant (T) that gives the layer's output the reference's mean; None where it has no place."""
+        return self.mean_y - kernel.detach().flatten(1).to(self.cross) @ self.mean_x if self.centred else None
+
+
+class Moments:
+    """Sums over rows x (n long), and with `targets` over pairs with rows y that should be answered."""
+
+    def __init__(self, n: int, targets: int | None, device: torch.device) -> None:
+        zeros = lambda *shape: double(torch.zeros(shape, device=device))  # noqa: E731
+        self.count = 0
+        self.x, self.xx = zeros(n), zeros(n, n)
+        self._pairs = None if targets is None else (zeros(targets), zeros(targets, n), zeros(targets, targets))
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Adds rows x (m × n), and their targets y (m × T).
+
+        Products are taken in the rows' own precision (at least float32) and summed in float64.
+        """
+        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        self.count += len(x)
+        self.x += x.sum(0).to(self.x)
+        self.xx += (x.T @ x).to(self.xx)
+        if self._pairs is not None and y is not None:
+            y = y.to(x)
+            for total, value in zip(self._pairs, (y.sum(0), y.T @ x, y.T @ y), strict=True):
+                total += value.to(total)
+
+    def statistics(
+        self, kernel: Tensor, centred: bool, damping: float, sensitivity: Tensor | None = None
+    ) -> Statistics:
+        """For a layer with this kernel, whose own outputs are the targets unless there were others.
+
+        The damping pulls the best kernel towards the layer's own, so that directions that the images did
+        not show stay as they are. `sensitivity` (T × T) weighs the outputs.
+        """
+        matrix = kernel.detach().flatten(1).to(self.xx)
+        count = max(self.count, 1)
+        mean_x, inputs = self.x / count, self.xx / count
+        if self._pairs is None:
+            mean_y, cross = matrix @ mean_x, matrix @ inputs
+            outputs = cross @ matrix.T
+        else:
+            mean_y, cross, outputs = (total / count for total in self._pairs)
+        if centred:
+            inputs = inputs - torch.outer(mean_x, mean_x)
+            cross = cross - torch.outer(mean_y, mean_x)
+            outputs = outputs - torch.outer(mean_y, mean_y)
+        size = float(inputs.diagonal().mean())
+        shift = damping * size if size > 0 else 1.0
+        damped = inputs + shift * torch.eye(len(inputs)).to(inputs)
+        target = matrix
+        if self._pairs is not None:
+            target = torch.linalg.solve(damped, (cross + shift * matrix).T).T
+        metric = Metric(damped, None if sensitivity is None else sensitivity.to(damped))
+        return Statistics(metric, target, centred, mean_x, mean_y, inputs, cross, outputs)

@@ -1,0 +1,86 @@
+"""How much the network's answer depends on the outputs of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.decompositions import double
+from tspc.layers import DenseLayer
+from tspc.moments import output_rows
+
+IMAGES = 128
+"""Images of which the gradients are taken, in batches of `BATCH`: they need the memory of training."""
+BATCH = 16
+PROBES = 2
+SHRINKAGE = 1e-2
+"""Least share of the mean added to all outputs alike."""
+
+
+def output_sensitivity(model: nn.Module, layers: Iterable[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """For each layer Σ E[ggᵀ] over its output positions (T × T), g the gradient of a random projection of the answer.
+
+    An error e of the layer's outputs then changes the answer by about eᵀGe, squared (the output factor of K-FAC,
+    Martens & Grosse, ICML 2015, with Gaussian projections of the logits in place of sampled labels). Where few
+    gradients stand against many outputs the matrix is shrunk towards a multiple of the identity.
+
+    Empty if the network does not answer with one tensor.
+    """
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def on_gradient(name: str, layer: DenseLayer) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            g = output_rows(layer, gradient) if layer.bias is None else output_rows(layer, gradient) + layer.bias
+            g = g.detach().float()
+            sums[name] = sums.get(name, torch.zeros(())).to(g) + g.T @ g
+            rows[name] = rows.get(name, 0) + len(g)
+
+        return add
+
+    def on_output(name: str) -> Callable[..., None]:
+        # A hook of the tensor's own: a later operation may change the output in place.
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(on_gradient(name, cast(DenseLayer, module)))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(on_output(name)) for name in layers]
+    try:
+        images = _backward(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _shrunk(double(total) / (images * PROBES), rows[name]) for name, total in sums.items()}
+
+
+def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Sends random projections of the answers back; returns the number of images."""
+    generator = torch.Generator().manual_seed(0)
+    images = 0
+    for batch in batches:
+        for part in batch.split(BATCH):
+            with torch.enable_grad():
+                inputs = part.detach().clone().requires_grad_()
+                answer = model(inputs)
+                if not isinstance(answer, Tensor) or not answer.requires_grad:
+                    return images
+                for probe in range(PROBES):
+                    direction = torch.randn(answer.shape, generator=generator).to(answer)
+                    # A constant added to all logits changes no probability.
+                    direction -= direction.mean(-1, keepdim=True)
+                    torch.autograd.grad((answer * direction).sum(), inputs, retain_graph=probe + 1 < PROBES)
+            images += len(part)
+        if images >= IMAGES:
+            break
+    return images
+
+
+def _shrunk(matrix: Tensor, rows: int) -> Tensor:
+    share = max(SHRINKAGE, min(1.0, len(matrix) / rows))
+    mean = matrix.diagonal().mean()
+    return (1 - share) * matrix + share * mean * torch.eye(len(matrix)).to(matrix)

@@ -1,0 +1,78 @@
+"""Room for the activations of many batches: in memory up to a limit, beyond it in temporary files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Room:
+    """Memory that several stashes share; a folder of temporary files takes what does not fit."""
+
+    def __init__(self, megabytes: float) -> None:
+        self._left = megabytes * 2**20
+        self._folder = tempfile.TemporaryDirectory(prefix="tspc-")
+        self._files = 0
+
+    def close(self) -> None:
+        """Removes the files."""
+        self._folder.cleanup()
+
+    def take(self, size: float) -> bool:
+        """Reserves bytes (negative: gives them back); False if there are not enough."""
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+    def file(self) -> Path:
+        self._files += 1
+        return Path(self._folder.name) / f"{self._files}.pt"
+
+
+class Stash:
+    """One value (tensors in tuples, lists and dicts) for each batch."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._items: list[Any] = []
+        self._held = 0
+
+    def append(self, value: Any) -> None:
+        size = sum(t.numel() * t.element_size() for t in tensors_in(value))
+        if self._room.take(size):
+            self._held += size
+        else:
+            path = self._room.file()
+            torch.save(value, path)
+            value = path
+        self._items.append(value)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items:
+            yield torch.load(item, weights_only=True) if isinstance(item, Path) else item
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def clear(self) -> None:
+        for item in self._items:
+            if isinstance(item, Path):
+                item.unlink()
+        self._room.take(-self._held)
+        self._items, self._held = [], 0
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))

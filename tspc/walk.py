@@ -1,0 +1,230 @@
+"""A network as a row of segments, run one after the other over all calibration images.
+
+The statistics of a layer need its inputs for every image, at a moment when the layers before it have been replaced
+already. Running the network from its start for each layer would cost as many passes as there are layers; a
+walk keeps the activations between the blocks instead, so that all layers together cost a few passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tspc.blocks import block_of, find_blocks
+from tspc.stash import Room, Stash, tensors_in
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A module that is called once in a forward pass, and the layers inside it in the order of their calls.
+
+    `module` is "" for the whole network. `follows` says that its input is just the output of the segment before.
+    """
+
+    module: str
+    layers: tuple[str, ...]
+    follows: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass showed: the segments, how often each layer was called, and its batch norm.
+
+    `batch_norms` has the layers whose output goes into a batch norm and nowhere else.
+    """
+
+    segments: tuple[Segment, ...]
+    calls: dict[str, int]
+    batch_norms: dict[str, str]
+
+
+class _Stop(Exception):
+    """Ends a forward pass early."""
+
+
+@contextmanager
+def _hooks(handles: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Consumers(TorchFunctionMode):
+    """Counts the operations that take certain tensors and give tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched: dict[int, tuple[str, Tensor]] = {}
+        self.counts: dict[str, int] = {}
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(True for _ in tensors_in(result)):
+            for tensor in tensors_in((args, kwargs)):
+                name, kept = self.watched.get(id(tensor), ("", None))
+                if kept is tensor:
+                    self.counts[name] = self.counts.get(name, 0) + 1
+        return result
+
+
+@dataclass
+class _Record:
+    """Notes of the hooks during a traced pass."""
+
+    order: list[str] = field(default_factory=list)
+    inputs: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    normalised: dict[int, str] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def trace(model: nn.Module, layers: Collection[str], images: Tensor) -> Trace:
+    """Runs `model` on a few images and finds its segments."""
+    blocks = find_blocks(model, layers)
+    record, consumers = _Record(), _Consumers()
+
+    def on_layer(name: str) -> Callable:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            record.order.append(name)
+            consumers.watched[id(output)] = name, output
+
+        return hook
+
+    def on_block(name: str) -> Callable:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            record.inputs.setdefault(name, []).append((args, kwargs))
+            record.outputs[name] = output
+
+        return hook
+
+    def on_batch_norm(name: str) -> Callable:
+        return lambda module, args: record.normalised.__setitem__(id(args[0]), name)
+
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_hook(on_layer(name)) for name in layers]
+    handles += [modules[name].register_forward_hook(on_block(name), with_kwargs=True) for name in blocks]
+    for name, module in modules.items():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            handles.append(module.register_forward_pre_hook(on_batch_norm(name)))
+    with _hooks(handles), consumers:
+        model(images)
+    calls = {name: record.order.count(name) for name in layers}
+    batch_norms = {
+        name: record.normalised[key]
+        for key, (name, _) in consumers.watched.items()
+        if key in record.normalised and consumers.counts.get(name) == 1 and calls[name] == 1
+    }
+    return Trace(_segments(blocks, record), calls, batch_norms)
+
+
+def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
+    called = list(dict.fromkeys(record.order))
+    if any(len(calls) != 1 for calls in record.inputs.values()):
+        return (Segment("", tuple(called), False),)
+    segments: list[Segment] = []
+    before = None
+    for name in record.inputs:
+        inside = tuple(layer for layer in called if block_of(layer, [name]) is not None)
+        ((args, kwargs),) = record.inputs[name]
+        follows = before is not None and not kwargs and len(args) == 1 and args[0] is before
+        segments.append(Segment(name, inside, follows and isinstance(before, Tensor)))
+        before = record.outputs[name]
+    return tuple(segments)
+
+
+class Walker:
+    """A network on its way through the segments: `inputs_of` looks into the present one, `advance` leaves it.
+
+    `images` gives a tensor for each batch. The network is in eval mode; its layers may be replaced on the way.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace, images: Iterable[Tensor], room: Room) -> None:
+        self.model, self._trace, self._images = model.eval(), trace, images
+        self._arguments = Stash(room)
+        self._next = Stash(room)
+        self._position = -1
+
+    @property
+    def segment(self) -> Segment:
+        return self._trace.segments[self._position]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Goes to the next segment (at first to the first)."""
+        following = self._trace.segments[self._position + 1]
+        if following.module == "":
+            self._arguments.clear()
+        elif following.follows:
+            module = self.model.get_submodule(self.segment.module)
+            for args, kwargs in self._copies():
+                self._next.append(((module(*args, **kwargs),), {}))
+        else:
+            for images in self._images:
+                self._next.append(self._entering(following.module, images))
+        self._arguments.clear()
+        self._arguments, self._next = self._next, self._arguments
+        self._position += 1
+
+    def _copies(self) -> Iterator[Any]:
+        """The arguments of the segment's module; copies, for a module may change its input in place."""
+        for value in self._arguments:
+            yield _copied(value)
+
+    def _entering(self, name: str, images: Tensor) -> tuple[Any, Any]:
+        """The arguments with which a module is called when the network is given the images."""
+        found: list[tuple[Any, Any]] = []
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found.append((args, kwargs))
+            raise _Stop
+
+        with (
+            _hooks([self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)]),
+            suppress(_Stop),
+        ):
+            self.model(images)
+        return found[0]
+
+    @torch.no_grad()
+    def inputs_of(self, layers: Collection[str], see: Callable[[str, int, Tensor, Tensor], None]) -> Iterator[None]:
+        """Runs the segment batch by batch, and calls `see(layer, batch, input, output)` for the named layers.
+
+        Yields after every batch, so that two walkers can go side by side.
+        """
+        whole = self.segment.module == ""
+        module = self.model.get_submodule(self.segment.module)
+        batches = (((images,), {}) for images in self._images) if whole else self._copies()
+        expected = sum(self._trace.calls[name] for name in layers)
+        for number, (given, named) in enumerate(batches):
+            seen = 0
+
+            def hook(name: str, batch: int) -> Callable:
+                def on_call(module: nn.Module, args: Any, output: Any) -> None:
+                    nonlocal seen
+                    see(name, batch, args[0], output)
+                    seen += 1
+                    if seen == expected:
+                        raise _Stop
+
+                return on_call
+
+            handles = [self.model.get_submodule(n).register_forward_hook(hook(n, number)) for n in layers]
+            with _hooks(handles), suppress(_Stop):
+                module(*given, **named)
+            yield
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(item) for item in value)
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
