@@ -82,7 +82,9 @@ def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str,
             f"{path}: layer {name} was a kernel of shape {layer['shape']}, but the network given has {found} "
             "there; pass the dense architecture that was compressed"
         )
-    return untrained(cast(DenseLayer, dense), decompositions.from_dict(layer["method"]), tuple(layer["rank"]))
+    return untrained(
+        cast(DenseLayer, dense), decompositions.decomposition_from_dict(layer["method"]), tuple(layer["rank"])
+    )
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

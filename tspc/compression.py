@@ -14,7 +14,7 @@ from tspc.batch_norm import recalibrate_
 from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of_layer, moments_of_pair
 from tspc.decompositions import Method, double
 from tspc.errors import DecompositionError
-from tspc.layers import DenseLayer, TensorizedLayer, tensorize
+from tspc.layers import DenseLayer, tensorize
 from tspc.moments import Statistics
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
@@ -66,7 +66,18 @@ def apply_(
     Raises DecompositionError, naming the layer, if a kernel cannot be decomposed (NaN, infinity); the
     network is then unchanged.
     """
-    work = copy.deepcopy(model).eval() if samples is not None else model
+    small, done = tensorized(model, plan, samples, on_layer)
+    for layer in done.tensorized:
+        set_module(model, layer.name, small.get_submodule(layer.name))
+    model.load_state_dict(small.state_dict())
+    return done
+
+
+def tensorized(
+    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda layer: None
+) -> tuple[nn.Module, Plan]:
+    """A tensorized copy of `model`, in eval mode, and the plan with the errors filled in; as `apply_`."""
+    work = copy.deepcopy(model).eval()
     done: dict[str, _Done] = {}
     for layer, statistics, batch_norm in _in_turn(model, work, plan, samples):
         dense = cast(DenseLayer, work.get_submodule(layer.name))
@@ -74,14 +85,13 @@ def apply_(
             done[layer.name] = _fitted(dense, layer, statistics)
         except DecompositionError as error:
             raise DecompositionError(f"layer {layer.name}: {error}") from error
-        if samples is not None:
-            set_module(work, layer.name, done[layer.name].module)
-            _shift_(done[layer.name], statistics, work, batch_norm)
+        set_module(work, layer.name, done[layer.name].module)
+        _shift_(done[layer.name], statistics, work, batch_norm)
         on_layer(done[layer.name].layer)
     if samples is not None:
         recalibrate_(work, model, samples)
-    _replace_(model, work, done)
-    return replace(plan, layers=tuple(done[x.name].layer if x.name in done else x for x in plan.layers))
+    layers = tuple(done[layer.name].layer if layer.name in done else layer for layer in plan.layers)
+    return work, replace(plan, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -179,13 +189,3 @@ def _shift_(done: _Done, statistics: Statistics | None, model: nn.Module, batch_
     elif batch_norm is not None:
         mean = cast(Tensor, model.get_submodule(batch_norm).running_mean)
         mean -= shift.to(mean)
-
-
-@torch.no_grad()
-def _replace_(model: nn.Module, work: nn.Module, done: dict[str, _Done]) -> None:
-    """Makes `model` what `work` is."""
-    for name, item in done.items():
-        if isinstance(item.module, TensorizedLayer):
-            set_module(model, name, item.module)
-    if work is not model:
-        model.load_state_dict(work.state_dict())

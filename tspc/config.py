@@ -13,20 +13,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tspc import decompositions
+from tspc.allocation import ALLOCATIONS
+from tspc.calibration import Calibration
 from tspc.data import OPTIONS, DataSpec
-from tspc.decompositions import Decomposition
+from tspc.decompositions import Method
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
-from tspc.phases.decompose import Selection
+from tspc.phases.decompose import PlanRequest, Selection
 from tspc.phases.distill import Distillation
+from tspc.phases.plan import PlanOverview
 from tspc.planning import RATE_DECAYS, RATE_SCOPES
 from tspc.training import Recipe
 
-PHASES = ("pretrain", "decompose", "distill", "finetune")
+PHASES = ("pretrain", "plan", "decompose", "distill", "finetune")
 """In the order in which they run."""
 
 TOP_LEVEL = (
-    *("method", "rate", "rate_decay", "rate_scope", "dataset", "data_dir", "model", "pretrained", "output_dir"),
+    *("method", "rate", "target_error", "allocation", "rate_decay", "rate_scope", "rank_multiple", "calibration"),
+    *("dataset", "data_dir", "model", "pretrained", "output_dir"),
     *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "variant"),
     *("eval_samples", "checkpoint_seconds"),
 )
@@ -39,10 +43,14 @@ T = TypeVar("T")
 class Config:
     """Everything that a run depends on. A phase that was not asked for is None."""
 
-    method: Decomposition
+    method: Method
     rate: float
+    target_error: float | None
+    allocation: str
     rate_decay: str
     rate_scope: str
+    rank_multiple: int
+    calibration: Calibration
     dataset: DataSpec
     data_dir: Path | None
     network: NetworkSpec
@@ -56,6 +64,7 @@ class Config:
     eval_samples: int | None
     checkpoint_seconds: float
     phases: tuple[str, ...]
+    plan: PlanOverview | None
     decompose: Selection | None
     distill: Distillation | None
     finetune: Recipe | None
@@ -63,7 +72,21 @@ class Config:
     @property
     def trains(self) -> bool:
         """Whether data is indispensable."""
-        return self.phases != ("decompose",) or self.pretrained is None
+        return not {"plan", "decompose"} >= set(self.phases) or self.pretrained is None
+
+    @property
+    def request(self) -> PlanRequest:
+        """What a plan is made for."""
+        return PlanRequest(
+            self.method,
+            self.rate,
+            self.target_error,
+            self.allocation,
+            self.rate_decay,
+            self.rate_scope,
+            self.rank_multiple,
+            self.decompose or Selection(),
+        )
 
 
 def read_config(config: DictConfig | dict[str, Any]) -> Config:
@@ -79,8 +102,12 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
     values: dict[str, Any] = {
         "method": reader.method(raw.get("method")),
         "rate": reader.number(raw, "rate", 0, 1, open_low=True),
+        "target_error": reader.optional_share(raw, "target_error"),
+        "allocation": reader.choice(raw, "allocation", ALLOCATIONS),
         "rate_decay": reader.choice(raw, "rate_decay", RATE_DECAYS),
         "rate_scope": reader.choice(raw, "rate_scope", RATE_SCOPES),
+        "rank_multiple": reader.number(raw, "rank_multiple", 1, 2**31 - 1, whole=True),
+        "calibration": reader.section(Calibration, reader.mapping(raw, "calibration"), "calibration"),
         "dataset": reader.dataset(dataset),
         "data_dir": None if raw.get("data_dir") is None else Path(str(raw["data_dir"])),
         "network": reader.network(reader.mapping(raw, "model"), dataset),
@@ -99,6 +126,10 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
         reader.problems.append(
             f"pretrained=null, but dataset {dataset.get('name')} has no recipe to train a reference; "
             "pass pretrained=FILE, default or random"
+        )
+    if values["rate_decay"] in RATE_DECAYS[1:] and values["allocation"] == "global":
+        reader.problems.append(
+            f"rate_decay={values['rate_decay']} prescribes each layer's share: it needs allocation=uniform"
         )
     if values["phases"] == ("pretrain",) and values["pretrained"] is not None:
         reader.problems.append(f"phase=pretrain, but pretrained={values['pretrained']} is given: nothing to train")
@@ -135,7 +166,7 @@ class _Reader:
         except OmegaConfBaseException as error:
             self.problems.append(f"{where}: {' '.join(str(error).splitlines()[:2]).replace('    full_key: ', 'in ')}")
             return None
-        if isinstance(result, Recipe):
+        if isinstance(result, Recipe | Calibration | PlanOverview):
             self.problems += result.problems(where)
         return result
 
@@ -151,7 +182,7 @@ class _Reader:
             self.problems.append(f"variant={value}: expected letters, digits and . , = + - _ only")
         return None if value is None else str(value)
 
-    def method(self, data: Any) -> Decomposition | None:
+    def method(self, data: Any) -> Method | None:
         try:
             return decompositions.from_dict(data or {})
         except ConfigError as error:
@@ -210,6 +241,7 @@ class _Reader:
         self.problems += [f"phase.{p} is empty; see conf/phase/{p}.yaml" for p in PHASES[1:] if data.get(p, 0) is None]
         return {
             "phases": tuple(name for name in PHASES if name in data),
+            "plan": self.section(PlanOverview, data.get("plan"), "phase.plan"),
             "decompose": self.section(Selection, data.get("decompose"), "phase.decompose"),
             "distill": self.section(Distillation, data.get("distill"), "phase.distill"),
             "finetune": self.section(Recipe, data.get("finetune"), "phase.finetune"),
@@ -233,6 +265,9 @@ class _Reader:
 
     def optional_count(self, data: dict[str, Any], key: str) -> int | None:
         return None if data.get(key) is None else int(self.number(data, key, 1, 2**31 - 1, whole=True))
+
+    def optional_share(self, data: dict[str, Any], key: str) -> float | None:
+        return None if data.get(key) is None else self.number(data, key, 0, 1, open_low=True)
 
     def choice(self, data: dict[str, Any], key: str, options: tuple[str, ...]) -> str:
         if data.get(key) not in options:

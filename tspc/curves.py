@@ -125,5 +125,5 @@ def _curve(method: Decomposition, weight: Tensor, metric: Metric | None) -> Erro
         points[params] = best
     # Between an equal say for all layers and one in proportion to the squared change of the answer, of which
     # the latter trusts a linear model too far where errors are large: the geometric mean of the two.
-    weight = math.sqrt(whole) if metric is not None and metric.outputs is not None else 1.0
-    return ErrorCurve(method, tuple(points), tuple(points.values()), size, weight)
+    importance = math.sqrt(whole) if metric is not None and metric.outputs is not None else 1.0
+    return ErrorCurve(method, tuple(points), tuple(points.values()), size, importance)

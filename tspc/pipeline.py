@@ -13,24 +13,26 @@ from torch import nn
 from tspc.blocks import find_blocks
 from tspc.config import Config
 from tspc.data import Data, load_data
-from tspc.decompositions import METHODS
+from tspc.decompositions import resolve
 from tspc.display import Display
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
-from tspc.planning import plan
-from tspc.plans import Plan
+from tspc.phases.decompose import calibration_samples
+from tspc.phases.plan import plans_at
 from tspc.reference import (
     Reference,
+    calibration_identity,
     data_identity,
     network_spec,
     reference_accuracy,
+    reference_curves,
     train_reference,
     untrained_reference,
 )
-from tspc.report import percent
+from tspc.report import percent, plan_table, rates_table, state_bytes
 from tspc.runs import RunDirectory
-from tspc.stages import Stages
+from tspc.stages import STAGES, Stages
 
 
 def run(config: Config, display: Display) -> dict[str, Any]:
@@ -44,20 +46,51 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     reference = untrained_reference(config, spec, data)
     if data is not None:
         _check_images(reference.model, data, spec)
-    ranks = _plan(config, reference.model) if config.decompose is not None else None
-    if ranks is not None:
-        display.line(_summary(ranks))
+    if config.plan is not None or config.decompose is not None:
+        _outline(config, reference.model, display)
     context = Context(data, device, config.seed, display)
-    if config.phases == ("pretrain",):
+    shared = _shared(config, spec)
+    if not set(config.phases) & set(STAGES):
         summary = _prepare(reference, config, spec, context)
-        return {"directory": str(_shared(config, spec)), "reference": summary, "phases": {}}
-    directory = RunDirectory(run_path(config, spec), _identity(config, spec, reference), config.overwrite)
-    if ranks is None:
+        if config.plan is not None:
+            _show_plans(reference, config, context, shared)
+        return {"directory": str(shared), "reference": summary, "phases": {}}
+    directory = RunDirectory(run_path(config, spec), _identity(config, spec, reference, data), config.overwrite)
+    if config.decompose is None:
         _require_decomposed(directory, config)
     with directory:
         summary = _prepare(reference, config, spec, context)
+        if config.plan is not None:
+            _show_plans(reference, config, context, shared)
         noted = dataclasses.replace(context, note=directory.note)
-        return Stages(config, spec, reference.model, noted, directory).execute(ranks, summary)
+        return Stages(config, spec, reference, noted, directory, shared).execute(summary)
+
+
+def _outline(config: Config, model: nn.Module, display: Display) -> None:
+    """Says what will be tensorized; raises what is wrong with the rate, the layers or the blocks."""
+    sketch = config.request.outline(model)
+    chosen = sketch.chosen
+    if config.distill is not None:
+        find_blocks(model, [layer.name for layer in chosen], config.distill.blocks)
+    dense = sum(layer.dense_params for layer in chosen)
+    if config.target_error is None:
+        goal = f"at most {sketch.budget(config.rate):,} of {dense:,} parameters"
+    else:
+        goal = f"{dense:,} parameters to an output error of {config.target_error:g}"
+    display.line(f"plan       {config.method.name}, {len(chosen)} of {len(sketch.layers)} layers: {goal}")
+
+
+def _show_plans(reference: Reference, config: Config, context: Context, shared: Path) -> None:
+    assert config.plan is not None
+    with calibration_samples(config.calibration, context) as samples:
+        curves = reference_curves(reference, config, samples, context, shared)
+    plans = plans_at(reference.model, config.request, config.plan, curves)
+    asked = config.request.plan(reference.model, curves)
+    size = state_bytes(reference.model)
+    bits = next((p.element_size() for p in reference.model.parameters()), 4)
+    after = size - bits * (asked.network_dense_params - asked.network_params)
+    context.display.show(plan_table(asked, size, after), logged=plan_table(asked, size, after, max_rows=None))
+    context.display.show(rates_table(plans))
 
 
 def _require_decomposed(directory: RunDirectory, config: Config) -> None:
@@ -120,16 +153,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def run_path(config: Config, spec: NetworkSpec) -> Path:
-    """`<output_dir>/<dataset>/<network>/<method>-<rate>/seed<seed>`; method settings, decay and scope that depart
-    from the defaults are appended to the rate, and so is `variant`."""
+    """`<output_dir>/<dataset>/<network>/<method>-<rate>/seed<seed>`; settings of the method, allocation, multiple,
+    decay and scope that depart from the defaults are appended to the rate, and so is `variant`."""
     settings = config.method.to_dict()
-    defaults = METHODS[settings["name"]]().to_dict()
-    parts = [f"{settings['name']}-{config.rate:g}"]
-    parts += [f"{key}{value}" for key, value in settings.items() if value != defaults[key]]
+    defaults = resolve(settings["name"]).to_dict()
+    goal = f"{config.rate:g}" if config.target_error is None else f"error{config.target_error:g}"
+    parts = [f"{settings['name']}-{goal}"]
+    parts += [f"{key}{_brief(value)}" for key, value in settings.items() if value != defaults[key]]
+    parts += [config.allocation] if config.allocation != "global" else []
+    parts += [f"multiple{config.rank_multiple}"] if config.rank_multiple != 1 else []
     parts += [config.rate_decay] if config.rate_decay != "flat" else []
     parts += ["network"] if config.rate_scope == "network" else []
     parts += [config.variant] if config.variant else []
     return config.output_dir / config.dataset.name / spec.name / "-".join(parts) / f"seed{config.seed}"
+
+
+def _brief(value: Any) -> str:
+    """A method's setting in a directory's name: of `auto`'s candidates their names."""
+    return "+".join(member["name"] for member in value) if isinstance(value, list) else str(value)
 
 
 def _data(config: Config, display: Display) -> Data | None:
@@ -147,30 +188,17 @@ def _data(config: Config, display: Display) -> Data | None:
         return None
 
 
-def _plan(config: Config, model: nn.Module) -> Plan:
-    assert config.decompose is not None
-    options = dataclasses.asdict(config.decompose)
-    ranks = plan(
-        model, config.method, config.rate, rate_decay=config.rate_decay, rate_scope=config.rate_scope, **options
-    )
-    if config.distill is not None:
-        find_blocks(model, [layer.name for layer in ranks.tensorized], config.distill.blocks)
-    return ranks
-
-
-def _summary(ranks: Plan) -> str:
-    before, after = ranks.dense_params, ranks.params
-    count, dense = len(ranks.tensorized), len(ranks.layers) - len(ranks.tensorized)
-    return f"plan       {ranks.method.name}, {count} layers {before:,} → {after:,} parameters, {dense} stay dense"
-
-
-def _identity(config: Config, spec: NetworkSpec, reference: Reference) -> dict[str, Any]:
+def _identity(config: Config, spec: NetworkSpec, reference: Reference, data: Data | None) -> dict[str, Any]:
     """What everything in the run's directory depends on, as plain data."""
     return {
         "method": config.method.to_dict(),
         "rate": config.rate,
         "rate_decay": config.rate_decay,
         "rate_scope": config.rate_scope,
+        "target_error": config.target_error,
+        "allocation": config.allocation,
+        "rank_multiple": config.rank_multiple,
+        "calibration": calibration_identity(config, data is not None),
         "dataset": data_identity(config),
         "network": spec.to_dict(),
         "reference": reference.identity,

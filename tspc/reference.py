@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from tspc import checkpoint
+from tspc.calibration import Samples
 from tspc.config import Config
+from tspc.curves import Curves, ErrorCurve
 from tspc.data import Data
 from tspc.errors import RunError, TrainingError
 from tspc.files import read_json, write_json
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state, read_state
 from tspc.phases.context import Context
+from tspc.phases.decompose import measure_curves
 from tspc.phases.finetune import train_classifier
 from tspc.runs import RunDirectory, file_digest, fingerprint, plain
 from tspc.training import Progress, evaluate, place
@@ -111,10 +114,40 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
         except TrainingError as error:
             raise TrainingError(f"pretrain: {error}, as dataset.pretrain.learning_rate") from error
         reference.seconds = progress.seconds
-        for stale in folder.glob("accuracy-*.json"):
-            stale.unlink()
+        for pattern in ("accuracy-*.json", "curves-*.json"):
+            for stale in folder.glob(pattern):
+                stale.unlink()
         checkpoint.save(reference.model, result, network=spec, info={"seconds": reference.seconds})
         progress.discard()
+
+
+def reference_curves(
+    reference: Reference, config: Config, samples: Samples | None, context: Context, folder: Path
+) -> Curves:
+    """Error curves of the layers that can be tensorized, measured once for all runs that share them."""
+    sketch = config.request.outline(reference.model)
+    identity = {
+        "reference": reference.identity,
+        "method": config.method.to_dict(),
+        "layers": [layer.name for layer in sketch.chosen],
+        "calibration": calibration_identity(config, samples is not None),
+        "data": None if samples is None or context.data is None else context.data.fingerprint,
+    }
+    path = folder / f"curves-{fingerprint(identity)}.json"
+    if path.exists():
+        return {name: [ErrorCurve.from_dict(c) for c in curves] for name, curves in read_json(path).items()}
+    place(reference.model, context.device).eval()
+    curves = measure_curves(reference.model, sketch.chosen, config.method, samples, context)
+    _make(folder)
+    write_json(path, {name: [curve.to_dict() for curve in of_layer] for name, of_layer in curves.items()})
+    return curves
+
+
+def calibration_identity(config: Config, is_used: bool) -> dict[str, Any] | None:
+    """What of the calibration's settings changes a result; None where there is no calibration."""
+    if not is_used or config.calibration.samples == 0:
+        return None
+    return {key: value for key, value in plain(config.calibration).items() if key != "memory"}
 
 
 def reference_accuracy(reference: Reference, config: Config, context: Context, folder: Path) -> dict[str, Any] | None:
@@ -127,9 +160,13 @@ def reference_accuracy(reference: Reference, config: Config, context: Context, f
         return read_json(path)
     place(reference.model, context.device).eval()
     accuracy = evaluate(reference.model, context.data, context.device).to_dict()
+    _make(folder)
+    write_json(path, accuracy)
+    return accuracy
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot create {folder}: {error.strerror}; choose another output_dir") from error
-    write_json(path, accuracy)
-    return accuracy

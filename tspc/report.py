@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from tspc.errors import InfeasibleRateError
 from tspc.plans import LayerPlan, Plan
 
 MAX_ROWS = 60
@@ -32,7 +34,7 @@ def plan_table(plan: Plan, bytes_before: int, bytes_after: int, max_rows: int | 
     table.caption_justify = "left"
     for name, justify in (("layer", "left"), ("kind", "left"), ("shape", "left"), ("ranks", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for name in ("before", "after", "error"):
+    for name in ("before", "after", "error", "output error"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = list(plan.layers)
     shown = len(rows) if max_rows is None else min(len(rows), max_rows)
@@ -47,7 +49,7 @@ def plan_table(plan: Plan, bytes_before: int, bytes_after: int, max_rows: int | 
 
 def _title(plan: Plan) -> str:
     decay = "" if plan.rate_decay == "flat" else f", {plan.rate_decay}"
-    return f"Plan: {plan.method.name} at rate {plan.rate} of {_scope(plan)}{decay}"
+    return f"Plan: {plan.method.name} at rate {plan.rate:.4g} of {_scope(plan)}, {plan.allocation}{decay}"
 
 
 def _scope(plan: Plan) -> str:
@@ -56,7 +58,7 @@ def _scope(plan: Plan) -> str:
 
 def _totals(plan: Plan, bytes_before: int, bytes_after: int) -> Text:
     rows = [
-        ("tensorized layers", plan.dense_params, plan.params, "parameters"),
+        ("layers in budget", plan.dense_params, plan.params, "parameters"),
         ("whole network", plan.network_dense_params, plan.network_params, "parameters"),
         ("weights", bytes_before, bytes_after, "bytes"),
     ]
@@ -65,9 +67,32 @@ def _totals(plan: Plan, bytes_before: int, bytes_after: int) -> Text:
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:
     shape = "×".join(map(str, layer.shape))
-    error = "" if layer.error is None else f"{layer.error:.3f}"
+    errors = ("" if error is None else f"{error:.3f}" for error in (layer.error, layer.output_error))
     before, after = f"{layer.dense_params:,}", f"{layer.params:,}"
-    return escape(layer.name), layer.kind, shape, escape(layer.form), before, after, error
+    form = layer.form if layer.note is None else f"{layer.form} ({layer.note})"
+    return escape(layer.name), layer.kind, shape, escape(form), before, after, *errors
+
+
+def rates_table(plans: dict[float, Plan | InfeasibleRateError]) -> Table:
+    """What each rate would cost: one row a plan, or why there is none."""
+    table = Table(title="Rates, as expected before any training", title_justify="left")
+    for name in ("rate", "reached", "parameters", "network", "output error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("layers", overflow="fold")
+    for rate, plan in plans.items():
+        if isinstance(plan, InfeasibleRateError):
+            table.add_row(f"{rate:g}", "", "", "", "", f"cannot be met: at least {plan.smallest:g}")
+            continue
+        error = "" if plan.output_error is None else f"{plan.output_error:.3f}"
+        counts = f"{plan.params:,}", f"{plan.network_params:,}"
+        table.add_row(f"{rate:g}", f"{plan.rate_reached:.4f}", *counts, error, _kinds(plan))
+    return table
+
+
+def _kinds(plan: Plan) -> str:
+    """How many of the layers that share the budget take which method."""
+    names = Counter("dense" if layer.method is None else layer.method.name for layer in plan.budgeted)
+    return ", ".join(f"{count} {name}" for name, count in names.most_common())
 
 
 def percent(accuracy: dict[str, Any] | None) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from tspc.errors import RunError
 from tspc.files import PARTIAL, read_json, write_json
 
-RESULTS = ("*.safetensors", "*.progress.pt", "accuracy-*.json", "result.json")
+RESULTS = ("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json")
 """What a directory holds of a run, apart from its history."""
 
 

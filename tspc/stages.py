@@ -15,10 +15,11 @@ from tspc.errors import RunError, TrainingError
 from tspc.files import write_json
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
-from tspc.phases.decompose import decompose
+from tspc.phases.decompose import calibration_samples, decompose
 from tspc.phases.distill import distill
 from tspc.phases.finetune import train_classifier
 from tspc.plans import Plan
+from tspc.reference import Reference, reference_curves
 from tspc.report import percent, plan_table, result_table, state_bytes, versions
 from tspc.runs import RunDirectory, differences, fingerprint, plain
 from tspc.training import Progress, evaluate, place
@@ -30,22 +31,29 @@ class Stages:
     """One run: the reference network, and what became of it so far."""
 
     def __init__(
-        self, config: Config, spec: NetworkSpec, reference: nn.Module, context: Context, directory: RunDirectory
+        self,
+        config: Config,
+        spec: NetworkSpec,
+        reference: Reference,
+        context: Context,
+        directory: RunDirectory,
+        shared: Path,
     ) -> None:
         self.config, self.spec, self.context, self.directory = config, spec, context, directory
-        self.reference = place(reference, context.device).eval()
+        self._source, self._shared = reference, shared
+        self.reference = place(reference.model, context.device).eval()
         self.bytes_before = state_bytes(self.reference)
         self.model: nn.Module | None = None
         self.finished: dict[str, dict[str, Any]] = {}
 
-    def execute(self, ranks: Plan | None, reference: dict[str, Any]) -> dict[str, Any]:
+    def execute(self, reference: dict[str, Any]) -> dict[str, Any]:
         """Runs the stages asked for; `reference` is what the result says of the reference network."""
         requested = [stage for stage in STAGES if stage in self.config.phases]
         self._collect(before=requested[0])
         for stage in requested:
             settings = self._settings(stage)
             if not self._skip(stage, settings):
-                self._do(stage, settings, ranks, is_last=stage == requested[-1])
+                self._do(stage, settings, is_last=stage == requested[-1])
         self._collect(before=None)
         return self._finish(reference)
 
@@ -54,9 +62,13 @@ class Stages:
         settings = plain(getattr(self.config, stage))
         if settings.get("steps") is not None:
             settings["epochs"] = None  # has no effect
-        if stage != "decompose":
+        if stage != "decompose" or self._calibrates:
             settings["data"] = self.context.required_data.fingerprint
         return settings
+
+    @property
+    def _calibrates(self) -> bool:
+        return self.context.data is not None and self.config.calibration.samples > 0
 
     def _mark(self, settings: dict[str, Any], after: str) -> str:
         return fingerprint([self.directory.identity, settings, after])
@@ -109,7 +121,7 @@ class Stages:
         checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
         return info
 
-    def _do(self, stage: str, settings: dict[str, Any], ranks: Plan | None, is_last: bool) -> None:
+    def _do(self, stage: str, settings: dict[str, Any], is_last: bool) -> None:
         self._refuse_to_outdate(stage)
         after = self._after()
         mark = self._mark(settings, after)
@@ -118,8 +130,7 @@ class Stages:
         started = time.monotonic()
         plan_data = None
         if stage == "decompose":
-            assert ranks is not None
-            plan_data = self._decompose(ranks).to_dict()
+            plan_data = self._decompose().to_dict()
             seconds = time.monotonic() - started
         else:
             self._train(stage, progress)
@@ -153,8 +164,13 @@ class Stages:
                 "pass variant=NAME or another output_dir to keep both, or overwrite=true to give it up"
             )
 
-    def _decompose(self, ranks: Plan) -> Plan:
-        self.model, done = decompose(self.reference, ranks, self.context)
+    def _decompose(self) -> Plan:
+        request = self.config.request
+        with calibration_samples(self.config.calibration, self.context) as samples:
+            curves = None
+            if request.needs_curves:
+                curves = reference_curves(self._source, self.config, samples, self.context, self._shared)
+            self.model, done = decompose(self.reference, request.plan(self.reference, curves), samples, self.context)
         place(self.model, self.context.device)
         sizes = self.bytes_before, state_bytes(self.model)
         self.context.display.show(plan_table(done, *sizes), logged=plan_table(done, *sizes, max_rows=None))
@@ -201,6 +217,8 @@ class Stages:
             "rate_reached": ranks.rate_reached,
             "rate_decay": ranks.rate_decay,
             "rate_scope": ranks.rate_scope,
+            "allocation": ranks.allocation,
+            "output_error": ranks.output_error,
             "dataset": self.config.dataset.name,
             "network": self.spec.name,
             "seed": self.config.seed,

@@ -61,6 +61,10 @@ class Data(Protocol):
         """Every test image exactly once, or a fixed random subset of `limit` images."""
         ...
 
+    def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        """A fixed random choice of training images, neither augmented nor labelled."""
+        ...
+
     def steps(self, batch_size: int) -> int:
         """Batches in one pass over the training split."""
         ...
@@ -70,11 +74,11 @@ def steps_per_epoch(train_size: int, batch_size: int) -> int:
     return max(1, train_size // batch_size)
 
 
-def test_subset(test_size: int, limit: int | None) -> Tensor:
-    """Indices of the test images to use, in order; a subset does not depend on any seed of the run."""
-    if limit is None or limit >= test_size:
-        return torch.arange(test_size)
-    return torch.randperm(test_size, generator=torch.Generator().manual_seed(0))[:limit].sort().values
+def subset(size: int, limit: int | None) -> Tensor:
+    """Indices of the images of a split to use, in order; a subset does not depend on any seed of the run."""
+    if limit is None or limit >= size:
+        return torch.arange(size)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -128,9 +132,14 @@ class InMemory:
 
     def test_batches(self, batch_size: int, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
         images, labels = self._moved("test", device)
-        for index in test_subset(self.test_size, limit).split(batch_size):
+        for index in subset(self.test_size, limit).split(batch_size):
             index = index.to(device)
             yield self._normalise(images[index]), labels[index]
+
+    def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        images, _ = self._moved("train", device)
+        for index in subset(self.train_size, count).split(batch_size):
+            yield self._normalise(images[index.to(device)])
 
     def _moved(self, split: str, device: torch.device) -> Batch:
         key = split, device

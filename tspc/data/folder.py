@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from tspc.data.base import Batch, DataSpec, InMemory, epoch_generator, existing, steps_per_epoch, test_subset
+from tspc.data.base import Batch, DataSpec, InMemory, epoch_generator, existing, steps_per_epoch, subset
 from tspc.errors import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
@@ -116,6 +116,7 @@ class Streaming:
         centre = v2.Compose([v2.Resize(resize), v2.CenterCrop(spec.image_size), *end])
         self._train, self._augment = train, augment
         self._test = _Files(test, spec.channels, centre)
+        self._calibration = _Files(train, spec.channels, centre)
 
     def steps(self, batch_size: int) -> int:
         return steps_per_epoch(self.train_size, batch_size)
@@ -128,7 +129,11 @@ class Streaming:
         yield from self._batches(files, order, batch_size, device)
 
     def test_batches(self, batch_size: int, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
-        yield from self._batches(self._test, test_subset(self.test_size, limit), batch_size, device)
+        yield from self._batches(self._test, subset(self.test_size, limit), batch_size, device)
+
+    def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        for images, _ in self._batches(self._calibration, subset(self.train_size, count), batch_size, device):
+            yield images
 
     def _batches(self, files: _Files, order: Tensor, batch_size: int, device: torch.device) -> Iterator[Batch]:
         loader = DataLoader(

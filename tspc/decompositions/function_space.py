@@ -123,11 +123,15 @@ def _multiply(
     tensor: Tensor, modes: Sequence[Sequence[str]], sizes: Mapping[str, int], matrices: Mapping[str, Tensor]
 ) -> Tensor:
     """Multiplies every mode by its symmetric matrix, where there is one; an axis may hold several modes or none."""
-    labels = [label for names, n in zip(modes, tensor.shape, strict=True) for label in (names or (n,))]
-    result = tensor.reshape([label if isinstance(label, int) else sizes[label] for label in labels])
+    labels: list[str] = []
+    split: list[int] = []
+    for names, n in zip(modes, tensor.shape, strict=True):
+        labels += names or ("",)
+        split += [sizes[name] for name in names] or [n]
+    result = tensor.reshape(split)
     for axis, label in enumerate(labels):
         if label in matrices:
-            result = torch.tensordot(result, matrices[label], dims=([axis], [0])).movedim(-1, axis)
+            result = (result.movedim(axis, -1) @ matrices[label]).movedim(-1, axis)
     return result.reshape(tensor.shape)
 
 

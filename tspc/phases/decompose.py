@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from tspc.compression import apply_
+from tspc.calibration import Calibration, Samples
+from tspc.compression import tensorized
+from tspc.curves import Curves, error_curves
+from tspc.decompositions import Auto, Method
 from tspc.phases.context import Context
+from tspc.planning import Outline, outline, plan
 from tspc.plans import LayerPlan, Plan
 
 
@@ -21,18 +27,85 @@ class Selection:
     exclude: tuple[str, ...] = ()
 
 
-def decompose(reference: nn.Module, plan: Plan, context: Context) -> tuple[nn.Module, Plan]:
-    """A tensorized copy of `reference`, and the plan with the error of each layer."""
-    model = copy.deepcopy(reference)
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is made for, and the settings that decide it; see `tspc.plan`."""
+
+    method: Method
+    rate: float
+    target_error: float | None
+    allocation: str
+    rate_decay: str
+    rate_scope: str
+    rank_multiple: int
+    selection: Selection
+
+    @property
+    def needs_curves(self) -> bool:
+        """Whether the ranks follow from more than the rate."""
+        return self.allocation == "global" or self.target_error is not None or isinstance(self.method, Auto)
+
+    def outline(self, model: nn.Module) -> Outline:
+        """The layers and the budget; raises what `plan` raises, before any work."""
+        options = asdict(self.selection)
+        sketch = outline(model, self.method, rate_scope=self.rate_scope, rank_multiple=self.rank_multiple, **options)
+        if self.target_error is None:
+            sketch.budget(self.rate)
+        return sketch
+
+    def plan(self, model: nn.Module, curves: Curves | None) -> Plan:
+        return plan(
+            model,
+            self.method,
+            self.rate,
+            target_error=self.target_error,
+            allocation=self.allocation,
+            rate_decay=self.rate_decay,
+            rate_scope=self.rate_scope,
+            rank_multiple=self.rank_multiple,
+            curves=curves,
+            **asdict(self.selection),
+        )
+
+
+@contextmanager
+def calibration_samples(calibration: Calibration, context: Context) -> Iterator[Samples | None]:
+    """Images of the training split; None if there is no data, or none are asked for."""
+    if context.data is None or calibration.samples == 0:
+        yield None
+        return
+    batches = context.data.calibration_batches(calibration.samples, calibration.batch_size, context.device)
+    with Samples(batches, calibration, context.device) as samples:
+        yield samples
+
+
+def measure_curves(
+    reference: nn.Module, layers: list[LayerPlan], method: Method, samples: Samples | None, context: Context
+) -> Curves:
+    """What every layer would lose at any size."""
+    with context.display.bar(f"{'plan':<9} {len(layers)} layers", len(layers)) as bar:
+        done = 0
+
+        def on_layer(name: str) -> None:
+            nonlocal done
+            done += 1
+            bar.advance(done, name)
+
+        return error_curves(reference, layers, method, samples, on_layer=on_layer)
+
+
+def decompose(reference: nn.Module, plan: Plan, samples: Samples | None, context: Context) -> tuple[nn.Module, Plan]:
+    """A tensorized copy of `reference`, and the plan with the errors of each layer."""
     total = len(plan.tensorized)
     with context.display.bar(f"{'decompose':<9} {total} layers", total) as bar:
         done = 0
 
         def on_layer(layer: LayerPlan) -> None:
             nonlocal done
-            done += 1
-            bar.advance(done, f"{layer.name}  error {layer.error:.3f}")
-            context.note({"phase": "decompose", "layer": layer.name, "error": layer.error, "parameters": layer.params})
+            done += layer.method is not None
+            shown = layer.error if layer.output_error is None else layer.output_error
+            bar.advance(done, f"{layer.name}  error {shown or math.nan:.3f}")
+            errors = {"error": layer.error, "output_error": layer.output_error}
+            context.note({"phase": "decompose", "layer": layer.name, "parameters": layer.params} | errors)
 
-        plan = apply_(model, plan, on_layer)
-    return model.eval(), plan
+        return tensorized(reference, plan, samples, on_layer)

@@ -1,0 +1,39 @@
+"""What rates would cost, before anything is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import nn
+
+from tspc.curves import Curves
+from tspc.errors import InfeasibleRateError
+from tspc.phases.decompose import PlanRequest
+from tspc.plans import Plan
+
+
+@dataclass(frozen=True)
+class PlanOverview:
+    """The rates to compare, beside the one asked for."""
+
+    rates: tuple[float, ...] = (0.4, 0.2, 0.1, 0.05)
+
+    def problems(self, where: str) -> list[str]:
+        """One line for each value out of range."""
+        wrong = [rate for rate in self.rates if not 0 < rate <= 1]
+        return [f"{where}.rates={wrong}: expected numbers above 0 and at most 1"] if wrong else []
+
+
+def plans_at(
+    reference: nn.Module, request: PlanRequest, overview: PlanOverview, curves: Curves
+) -> dict[float, Plan | InfeasibleRateError]:
+    """A plan for every rate, largest first, or why there is none."""
+    rates = {request.rate, *overview.rates} if request.target_error is None else set(overview.rates)
+    plans: dict[float, Plan | InfeasibleRateError] = {}
+    for rate in sorted(rates, reverse=True):
+        try:
+            plans[rate] = dataclasses.replace(request, rate=rate, target_error=None).plan(reference, curves)
+        except InfeasibleRateError as error:
+            plans[rate] = error
+    return plans
