@@ -11,7 +11,8 @@ from tensorly.decomposition import parafac, partial_tucker, tensor_train
 
 from tspc import decompositions
 from tspc.decompositions import CP, METHODS, SVD, Decomposition, Tucker, from_dict
-from tspc.decompositions.cp import CPFormat, khatri_rao
+from tspc.decompositions.als import khatri_rao
+from tspc.decompositions.cp import CPFormat
 from tspc.decompositions.reshaped import Reshaped, balanced_factors
 from tspc.decompositions.tensor_train import TensorTrainFormat
 from tspc.decompositions.tucker import TuckerFormat

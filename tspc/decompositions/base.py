@@ -60,6 +60,9 @@ class Decomposition(ABC):
     - `num_params(K.shape, rank_for(K.shape, budget)) <= budget`, and raising any one entry of that rank
       breaks the budget, or is of no use (`is_useful`);
     - the same arguments give the same factors, bit for bit, on the same machine.
+
+    A float32 kernel is decomposed in float32, and the laws hold to that precision; what conditioning asks for
+    is computed in float64 (small normal equations, spectra that reach below float32's noise).
     """
 
     name: ClassVar[str]
@@ -81,7 +84,7 @@ class Decomposition(ABC):
 
     @abstractmethod
     def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
-        """Factors of a finite float64 kernel at a valid rank."""
+        """Factors of a finite float32 or float64 kernel at a valid rank."""
 
     @abstractmethod
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
@@ -146,14 +149,19 @@ class Decomposition(ABC):
         return rank
 
     def decompose(self, weight: Tensor, rank: Rank) -> Factors:
-        """Factors of `weight`, computed in float64 and returned in its own dtype and on its device.
+        """Factors of `weight`, in its own dtype and on its device; computed in at least float32.
 
         Raises DecompositionError for a kernel with NaN or infinite entries, or a rank outside 1…`max_rank`.
         """
         shape = tuple(weight.shape)
         self._check(weight, shape, rank)
-        tensors = self._fit(double(weight.detach()), rank)
+        kernel = weight.detach()
+        tensors = self._fit(kernel if kernel.dtype == torch.float64 else kernel.float(), rank)
         return Factors(tuple(t.to(weight).contiguous() for t in tensors), shape, rank)
+
+    def diagnose(self, factors: Factors) -> str | None:
+        """What is wrong with a fit apart from its error, named; None if nothing is."""
+        return None
 
     def reconstruct(self, factors: Factors) -> Tensor:
         """The dense kernel that the factors stand for; differentiable in them."""
@@ -209,3 +217,7 @@ class TensorFormat(ABC):
 
     @abstractmethod
     def contract(self, tensors: Sequence[Tensor]) -> Tensor: ...
+
+    def diagnose(self, tensors: Sequence[Tensor]) -> str | None:
+        """What is wrong with a fit apart from its error, named; None if nothing is."""
+        return None

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tspc.decompositions import oracle
 from tspc.decompositions.base import Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
 from tspc.decompositions.linalg import dominant_basis
 from tspc.decompositions.svd import SVD
@@ -17,19 +18,23 @@ from tspc.decompositions.svd import SVD
 
 def _mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Contracts `mode` of the tensor with the columns of `matrix` (rows become the new mode)."""
-    return torch.tensordot(matrix, tensor.movedim(mode, 0), dims=1).movedim(0, mode)
+    before, after = tensor.shape[:mode], tensor.shape[mode + 1 :]
+    product = matrix @ tensor.reshape(math.prod(before), tensor.shape[mode], math.prod(after))
+    return product.reshape(*before, len(matrix), *after)
 
 
 @dataclass(frozen=True)
 class TuckerFormat(TensorFormat):
     """A core times one n_i × R_i matrix for every mode but the spatial one.
 
-    Factors: the matrices, then the core. HOSVD start, then HOOI sweeps (De Lathauwer, De Moor &
-    Vandewalle, SIAM J. Matrix Anal. Appl. 2000).
+    Factors: the matrices, then the core. Sequentially truncated HOSVD (Vannieuwenhoven, Vandebril &
+    Meerbergen, SIAM J. Sci. Comput. 2012), then HOOI sweeps (De Lathauwer, De Moor & Vandewalle, SIAM J.
+    Matrix Anal. Appl. 2000), none of which loses what the one before has captured.
     """
 
     max_iterations: int
     tolerance: float
+    solver: str = "native"
     pairs_channels: ClassVar[bool] = False
 
     def max_rank(self, dims: Shape, spatial: bool) -> Rank:
@@ -45,18 +50,22 @@ class TuckerFormat(TensorFormat):
         return (*matrices, (*rank, *dims[len(rank) :]))
 
     def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
-        bases = [dominant_basis(_unfold(tensor, mode), r) for mode, r in enumerate(rank)]
-        captured = -1.0
+        if self.solver == "tensorly":
+            return oracle.tucker(tensor, rank, self.max_iterations, self.tolerance)
+        bases, core = [], tensor
+        for mode, r in enumerate(rank):
+            bases.append(dominant_basis(_unfold(core, mode), r))
+            core = _mode_product(core, bases[mode].T, mode)
+        total, captured = _energy(tensor), _energy(core)
         for _ in range(self.max_iterations):
             for mode, r in enumerate(rank):
                 projected = self._project(tensor, bases, skip=mode)
-                bases[mode] = dominant_basis(_unfold(projected, mode), r)
-            core = self._project(tensor, bases)
-            energy = float((core * core).sum())
-            if energy <= captured * (1 + self.tolerance):
+                bases[mode] = dominant_basis(_unfold(projected, mode), r, start=bases[mode])
+            core = _mode_product(projected, bases[mode].T, mode)
+            gain, captured = _energy(core) - captured, _energy(core)
+            if gain <= 2 * self.tolerance * (total - captured):
                 break
-            captured = energy
-        return [*bases, self._project(tensor, bases)]
+        return [*bases, core]
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         *matrices, result = tensors
@@ -70,6 +79,10 @@ class TuckerFormat(TensorFormat):
             if mode != skip:
                 tensor = _mode_product(tensor, basis.T, mode)
         return tensor
+
+
+def _energy(tensor: Tensor) -> float:
+    return float(tensor.square().sum())
 
 
 def _unfold(tensor: Tensor, mode: int) -> Tensor:
@@ -86,18 +99,20 @@ class Tucker(Decomposition):
 
     name: ClassVar[str] = "tk"
     max_iterations: int = 10
-    tolerance: float = 1e-6
+    tolerance: float = 1e-4
+    solver: str = "native"
 
     def __post_init__(self) -> None:
         self._require(self.max_iterations >= 1, "max_iterations", "at least 1")
         self._require(0 <= self.tolerance < math.inf, "tolerance", "at least 0")
+        self._require(self.solver in oracle.SOLVERS, "solver", f"one of {', '.join(oracle.SOLVERS)}")
 
     @property
     def format(self) -> TuckerFormat:
-        return TuckerFormat(self.max_iterations, self.tolerance)
+        return TuckerFormat(self.max_iterations, self.tolerance, self.solver)
 
     def for_shape(self, shape: Shape) -> Decomposition:
-        return SVD() if is_matrix(shape) else self
+        return SVD(self.solver) if is_matrix(shape) else self
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)
