@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from tspc.decompositions.base import Rank
@@ -21,14 +20,14 @@ SOLVERS = ("native", "tensorly")
 @contextmanager
 def _tensorly() -> Iterator[None]:
     """PyTorch as tensorly's backend; a solver that breaks down says so in our words."""
-    import tensorly
+    from tensorly.backend import backend_context
 
-    with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
+    with backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
         # It warns of ranks above a mode's size, which it then handles.
         warnings.simplefilter("ignore")
         try:
             yield
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:
             raise DecompositionError(f"tensorly's solver broke down ({error}); use method.solver=native") from error
 
 
@@ -69,7 +68,8 @@ def tensor_train(tensor: Tensor, rank: Rank) -> list[Tensor]:
     bonds = (1, *rank, 1)
     with _tensorly():
         cores = decomposition.tensor_train(tensor, rank=list(bonds)).factors
-    return [_padded(c, (bonds[k], tensor.shape[k], bonds[k + 1])) for k, c in enumerate(cores)]
+    shapes = [(bonds[k], n, bonds[k + 1]) for k, n in enumerate(tensor.shape)]
+    return [_padded(cores[k], shape) for k, shape in enumerate(shapes)]  # pyright: ignore[reportArgumentType]
 
 
 def cp(tensor: Tensor, rank: int, max_iterations: int, tolerance: float, seed: int) -> list[Tensor]:

@@ -18,9 +18,21 @@ from tspc.decompositions.svd import SVD
 
 def _mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Contracts `mode` of the tensor with the columns of `matrix` (rows become the new mode)."""
-    before, after = tensor.shape[:mode], tensor.shape[mode + 1 :]
-    product = matrix @ tensor.reshape(math.prod(before), tensor.shape[mode], math.prod(after))
-    return product.reshape(*before, len(matrix), *after)
+    if mode == tensor.ndim - 1:
+        return (tensor.reshape(-1, tensor.shape[-1]) @ matrix.T).reshape(*tensor.shape[:-1], -1)
+    product = matrix @ _unfold(tensor, mode)
+    rest = tensor.shape[:mode] + tensor.shape[mode + 1 :]
+    return product.reshape(-1, *rest).movedim(0, mode)
+
+
+def _unfold(tensor: Tensor, mode: int) -> Tensor:
+    """n × rest; a copy unless the mode is the first or the last of a contiguous tensor."""
+    n = tensor.shape[mode]
+    return tensor.reshape(-1, n).T if mode == tensor.ndim - 1 else tensor.movedim(mode, 0).reshape(n, -1)
+
+
+def _energy(tensor: Tensor) -> float:
+    return float(tensor.square().sum())
 
 
 @dataclass(frozen=True)
@@ -52,20 +64,22 @@ class TuckerFormat(TensorFormat):
     def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
         if self.solver == "tensorly":
             return oracle.tucker(tensor, rank, self.max_iterations, self.tolerance)
-        bases, core = [], tensor
-        for mode, r in enumerate(rank):
-            bases.append(dominant_basis(_unfold(core, mode), r))
-            core = _mode_product(core, bases[mode].T, mode)
+        # Outer modes need no copy to be contracted, so the mode that stays whole goes to the middle.
+        count, half = len(rank), (len(rank) + 1) // 2
+        layout = [*range(half), *range(count, tensor.ndim), *range(half, count)]
+        axes = [layout.index(mode) for mode in range(count)]
+        tensor = tensor.permute(layout).contiguous()
+        core, bases = tensor, dict[int, Tensor]()
+        for axis in _outermost_first(axes, tensor):
+            bases[axis] = dominant_basis(_unfold(core, axis), rank[axes.index(axis)])
+            core = _mode_product(core, bases[axis].T, axis)
         total, captured = _energy(tensor), _energy(core)
         for _ in range(self.max_iterations):
-            for mode, r in enumerate(rank):
-                projected = self._project(tensor, bases, skip=mode)
-                bases[mode] = dominant_basis(_unfold(projected, mode), r, start=bases[mode])
-            core = _mode_product(projected, bases[mode].T, mode)
+            core = _sweep(tensor, axes, bases)
             gain, captured = _energy(core) - captured, _energy(core)
             if gain <= 2 * self.tolerance * (total - captured):
                 break
-        return [*bases, core]
+        return [*(bases[axis] for axis in axes), core.permute([layout.index(mode) for mode in range(core.ndim)])]
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         *matrices, result = tensors
@@ -73,20 +87,28 @@ class TuckerFormat(TensorFormat):
             result = _mode_product(result, matrix, mode)
         return result
 
-    @staticmethod
-    def _project(tensor: Tensor, bases: list[Tensor], skip: int = -1) -> Tensor:
-        for mode, basis in enumerate(bases):
-            if mode != skip:
-                tensor = _mode_product(tensor, basis.T, mode)
-        return tensor
+
+def _outermost_first(axes: list[int], tensor: Tensor) -> list[int]:
+    return sorted(axes, key=lambda axis: min(axis, tensor.ndim - 1 - axis))
 
 
-def _energy(tensor: Tensor) -> float:
-    return float(tensor.square().sum())
+def _sweep(tensor: Tensor, axes: list[int], bases: dict[int, Tensor]) -> Tensor:
+    """Renews the bases of `axes` one after the other; answers the tensor projected on all of them.
 
-
-def _unfold(tensor: Tensor, mode: int) -> Tensor:
-    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+    Halving the modes lets each half share one projection of the whole tensor on the other.
+    """
+    if len(axes) == 1:
+        (axis,) = axes
+        bases[axis] = dominant_basis(_unfold(tensor, axis), bases[axis].shape[1], start=bases[axis])
+        return _mode_product(tensor, bases[axis].T, axis)
+    half = (len(axes) + 1) // 2
+    core = tensor
+    for kept, dropped in ((axes[:half], axes[half:]), (axes[half:], axes[:half])):
+        core = tensor
+        for axis in _outermost_first(dropped, tensor):
+            core = _mode_product(core, bases[axis].T, axis)
+        core = _sweep(core, kept, bases)
+    return core
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,7 @@ class Tucker(Decomposition):
 
     name: ClassVar[str] = "tk"
     max_iterations: int = 10
-    tolerance: float = 1e-4
+    tolerance: float = 3e-4
     solver: str = "native"
 
     def __post_init__(self) -> None:
