@@ -72,7 +72,7 @@ class CPFormat(TensorFormat):
         return f"degenerate: components of norm {largest / total:.3g} ‖K‖ cancel each other"
 
     def _best(self, tensor: Tensor, rank: int) -> list[Tensor]:
-        """The best of all starts; fitted again, with components that cannot exceed their bound, if they did."""
+        """The best of all starts; fitted again with a larger ridge for as long as components exceed their bound."""
         principal = slice_svd(tensor, rank)
         if (rank,) == self.max_rank(tuple(tensor.shape), False):
             return principal.factors()
@@ -83,8 +83,13 @@ class CPFormat(TensorFormat):
             fits = [self._alternate(tensor, start, ridge) for start in starts]
             return min(fits, key=lambda fit: fit.objective).factors()
 
-        factors = best(RIDGE)
-        return factors if self.diagnose(factors) is None else best(self.max_component_norm**-2)
+        # At the last of these ridges no component can exceed the bound.
+        ridge, last = RIDGE, self.max_component_norm**-2
+        factors = best(ridge)
+        while self.diagnose(factors) is not None and ridge < last:
+            ridge = min(10 * ridge, last)
+            factors = best(ridge)
+        return factors
 
     def _alternate(self, tensor: Tensor, start: Components, ridge: float) -> Components:
         return alternate(tensor, start, ridge, self.max_iterations, self.tolerance)

@@ -20,7 +20,7 @@ SOLVERS = ("native", "tensorly")
 @contextmanager
 def _tensorly() -> Iterator[None]:
     """PyTorch as tensorly's backend; a solver that breaks down says so in our words."""
-    from tensorly.backend import backend_context
+    from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
 
     with backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
         # It warns of ranks above a mode's size, which it then handles.
