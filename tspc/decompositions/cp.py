@@ -104,7 +104,7 @@ class CP(Decomposition):
     """
 
     name: ClassVar[str] = "cp"
-    max_iterations: int = 25
+    max_iterations: int = 20
     tolerance: float = 1e-4
     restarts: int = 1
     max_component_norm: float = 10.0

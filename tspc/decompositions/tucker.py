@@ -75,7 +75,7 @@ class TuckerFormat(TensorFormat):
             core = _mode_product(core, bases[axis].T, axis)
         total, captured = _energy(tensor), _energy(core)
         for _ in range(self.max_iterations):
-            core = _sweep(tensor, axes, bases)
+            core = _mode_product(_sweep(tensor, axes, bases), bases[axes[-1]].T, axes[-1])
             gain, captured = _energy(core) - captured, _energy(core)
             if gain <= 2 * self.tolerance * (total - captured):
                 break
@@ -93,22 +93,22 @@ def _outermost_first(axes: list[int], tensor: Tensor) -> list[int]:
 
 
 def _sweep(tensor: Tensor, axes: list[int], bases: dict[int, Tensor]) -> Tensor:
-    """Renews the bases of `axes` one after the other; answers the tensor projected on all of them.
+    """Renews the bases of `axes` one after the other; answers the tensor projected on all but the last of them.
 
     Halving the modes lets each half share one projection of the whole tensor on the other.
     """
     if len(axes) == 1:
         (axis,) = axes
         bases[axis] = dominant_basis(_unfold(tensor, axis), bases[axis].shape[1], start=bases[axis])
-        return _mode_product(tensor, bases[axis].T, axis)
+        return tensor
     half = (len(axes) + 1) // 2
-    core = tensor
+    projected = tensor
     for kept, dropped in ((axes[:half], axes[half:]), (axes[half:], axes[:half])):
-        core = tensor
+        projected = tensor
         for axis in _outermost_first(dropped, tensor):
-            core = _mode_product(core, bases[axis].T, axis)
-        core = _sweep(core, kept, bases)
-    return core
+            projected = _mode_product(projected, bases[axis].T, axis)
+        projected = _sweep(projected, kept, bases)
+    return projected
 
 
 @dataclass(frozen=True)
