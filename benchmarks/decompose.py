@@ -95,7 +95,7 @@ def _synchronise(kernel: Tensor) -> None:
 
 
 def seconds_to(error: float, name: str, kernel: Tensor, rank: Rank) -> float:
-    """Time of the fewest sweeps that reach `error`; infinite if MOST_SWEEPS do not."""
+    """Time of the fewest sweeps that reach `error`; infinite if MOST_SWEEPS do not, in a worse local minimum."""
 
     def swept(count: int) -> tuple[float, float]:
         return fit(METHODS[name](max_iterations=count, tolerance=0.0), kernel, rank)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,9 @@ def gaussian(tensor: Tensor, rank: int, generator: torch.Generator) -> Component
 def alternate(tensor: Tensor, start: Components, ridge: float, max_iterations: int, tolerance: float) -> Components:
     """Sweeps over the modes until the relative error stops falling; `ridge` is μ, above 0.
 
+    `start` has orthogonal components, or none of any size. One small gain is no end, the sweeps may be leaving a
+    saddle; two in a row are.
+
     Each sweep starts from directions extrapolated along the last change, and is taken back where that went too
     far (Ang, Cohen, Gillis & Hien, "Accelerating block coordinate descent for nonnegative tensor factorization",
     Numer. Linear Algebra Appl. 2021).
@@ -87,7 +90,9 @@ def alternate(tensor: Tensor, start: Components, ridge: float, max_iterations: i
     norm2 = float(double(tensor).square().sum())
     if norm2 == 0:
         return start
-    best, guess, step = start, start, FIRST_STEP
+    captured = float(double(start.sizes).square().sum()) / norm2
+    best = guess = replace(start, objective=1 - (1 - ridge) * captured)
+    step, slow = FIRST_STEP, False
     for _ in range(max_iterations):
         found = _sweep(tensor, norm2, guess.units, ridge)
         gain = best.objective - found.objective
@@ -96,7 +101,8 @@ def alternate(tensor: Tensor, start: Components, ridge: float, max_iterations: i
                 break
             guess, step = best, step / 2
             continue
-        if gain <= 2 * tolerance * found.objective:
+        was_slow, slow = slow, gain <= 2 * tolerance * found.objective
+        if slow and was_slow:
             return found
         ahead = [new + step * (new - old) for new, old in zip(found.units, best.units, strict=True)]
         guess = Components([_normalised(unit)[0] for unit in ahead], found.sizes)

@@ -76,7 +76,8 @@ class TuckerFormat(TensorFormat):
         total, captured = _energy(tensor), _energy(core)
         for _ in range(self.max_iterations):
             core = _mode_product(_sweep(tensor, axes, bases), bases[axes[-1]].T, axes[-1])
-            gain, captured = _energy(core) - captured, _energy(core)
+            energy = _energy(core)
+            gain, captured = energy - captured, energy
             if gain <= 2 * self.tolerance * (total - captured):
                 break
         return [*(bases[axis] for axis in axes), core.permute([layout.index(mode) for mode in range(core.ndim)])]
@@ -121,7 +122,7 @@ class Tucker(Decomposition):
 
     name: ClassVar[str] = "tk"
     max_iterations: int = 10
-    tolerance: float = 3e-4
+    tolerance: float = 1e-4
     solver: str = "native"
 
     def __post_init__(self) -> None:
