@@ -76,6 +76,9 @@ class Decomposition(ABC):
     - `num_params(K.shape, rank_for(K.shape, budget)) <= budget`, and raising any one entry of that rank
       breaks the budget, or is of no use (`is_useful`);
     - the same arguments give the same factors, bit for bit, on the same machine.
+
+    A float32 kernel is decomposed in float32, and the laws hold to that precision; what conditioning asks for
+    is computed in float64 (small normal equations, spectra that reach below float32's noise).
     """
 
     name: ClassVar[str]
@@ -101,7 +104,7 @@ class Decomposition(ABC):
 
     @abstractmethod
     def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
-        """Factors of a finite float64 kernel at a valid rank."""
+        """Factors of a finite float32 or float64 kernel at a valid rank."""
 
     @abstractmethod
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
@@ -176,7 +179,7 @@ class Decomposition(ABC):
                     yield above
 
     def decompose(self, weight: Tensor, rank: Rank, metric: Metric | None = None) -> Factors:
-        """Factors of `weight`, computed in float64 and returned in its own dtype and on its device.
+        """Factors of `weight`, in its own dtype and on its device; computed in at least float32.
 
         With `metric` they are fitted in its norm, and their error in it is never above that of the factors
         without.
@@ -185,9 +188,16 @@ class Decomposition(ABC):
         """
         shape = tuple(weight.shape)
         self._check(weight, shape, rank)
-        kernel = double(weight.detach())
-        tensors = self._fit(kernel, rank) if metric is None else function_space.fit(self, kernel, rank, metric)
+        kernel = weight.detach()
+        if metric is None:
+            tensors = self._fit(kernel if kernel.dtype == torch.float64 else kernel.float(), rank)
+        else:
+            tensors = function_space.fit(self, double(kernel), rank, metric)
         return Factors(tuple(t.to(weight).contiguous() for t in tensors), shape, rank)
+
+    def diagnose(self, factors: Factors) -> str | None:
+        """What is wrong with a fit apart from its error, named; None if nothing is."""
+        return None
 
     def reconstruct(self, factors: Factors) -> Tensor:
         """The dense kernel that the factors stand for; differentiable in them."""
@@ -204,7 +214,8 @@ class Decomposition(ABC):
             raise DecompositionError(
                 f"rank {rank} of {self.name}: one entry exceeds what the others can carry; lower it"
             )
-        if not torch.isfinite(weight).all():
+        # A finite sum is quick proof; an infinite one may be an overflow.
+        if not weight.sum().isfinite() and not weight.isfinite().all():
             raise DecompositionError(
                 f"the kernel of shape {shape} holds NaN or infinite values; mend the weights first"
             )
@@ -247,3 +258,7 @@ class TensorFormat(ABC):
     @abstractmethod
     def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """`Axes.factors`, where each mode of the tensor carries the kernel modes in `modes`."""
+
+    def diagnose(self, tensors: Sequence[Tensor]) -> str | None:
+        """What is wrong with a fit apart from its error, named; None if nothing is."""
+        return None

@@ -10,20 +10,29 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
-from tspc.decompositions.linalg import dominant_basis, truncated_svd
+from tspc.decompositions import oracle
+from tspc.decompositions.als import Components, alternate, gaussian, khatri_rao, slice_svd
+from tspc.decompositions.base import (
+    Axes,
+    Decomposition,
+    Factors,
+    Rank,
+    Shape,
+    TensorFormat,
+    double,
+    is_matrix,
+    kernel_dims,
+)
+from tspc.decompositions.linalg import truncated_svd
 from tspc.decompositions.svd import SVD
 
-RIDGE = 1e-9
-"""Relative ridge of the normal equations: keeps nearly collinear components solvable."""
+RIDGE = 1e-6
+"""Weight of the components' squared norms in a first fit, in which they are free to grow."""
 
 
-def khatri_rao(matrices: Sequence[Tensor]) -> Tensor:
-    """Column-wise Kronecker product: matrices n_i × R give ∏n_i × R, the first index slowest."""
-    result = matrices[0]
-    for matrix in matrices[1:]:
-        result = (result[:, None, :] * matrix[None, :, :]).reshape(-1, result.shape[1])
-    return result
+def component_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """‖a_r ∘ b_r ∘ …‖ of every component: n_i × R matrices give R norms."""
+    return torch.stack([torch.linalg.vector_norm(t, dim=0) for t in tensors]).prod(0)
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,10 @@ class CPFormat(TensorFormat):
 
     max_iterations: int
     tolerance: float
-    seed: int
+    seed: int = 0
+    restarts: int = 1
+    max_component_norm: float = 10.0
+    solver: str = "native"
     pairs_channels: ClassVar[bool] = True
 
     def max_rank(self, dims: Shape, spatial: bool) -> Rank:
@@ -44,15 +56,16 @@ class CPFormat(TensorFormat):
 
     def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
         (r,) = rank
-        if rank == self.max_rank(tuple(tensor.shape), False):
-            return _exact(tensor)
         if tensor.ndim == 2:
-            left, right = truncated_svd(tensor, r)
+            left, right = (oracle.svd if self.solver == "tensorly" else truncated_svd)(tensor, r)
             return [left, right.T]
-        # The largest mode goes last, where `_sweep` contracts it first: what is left is then smallest.
+        if self.solver == "tensorly":
+            return oracle.cp(tensor, r, self.max_iterations, self.tolerance, self.seed)
+        # The two largest modes go last: their matrices are the slices of the first factors, and contracting
+        # the very last one first leaves least to contract with the others.
         order = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
-        factors = self._als(tensor.permute(order).contiguous(), r)
-        return _balance([factors[order.index(mode)] for mode in range(tensor.ndim)])
+        factors = self._best(tensor.permute(order).contiguous(), r)
+        return [factors[order.index(mode)] for mode in range(tensor.ndim)]
 
     def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
         return tuple((mode, ()) for mode in modes)
@@ -61,79 +74,38 @@ class CPFormat(TensorFormat):
         *rows, last = tensors
         return (khatri_rao(rows) @ last.T).reshape([f.shape[0] for f in tensors])
 
-    def _als(self, tensor: Tensor, r: int) -> list[Tensor]:
-        """Sweeps over the modes until the error stops falling, at most `max_iterations` times."""
-        factors = self._initial(tensor, r)
-        flat = tensor.reshape(-1, tensor.shape[-1])
-        norm2 = float((tensor * tensor).sum())
-        best, best_error = factors, math.inf
-        for _ in range(self.max_iterations):
-            factors, error2 = _sweep(tensor, flat, norm2, factors)
-            error = math.sqrt(max(error2, 0.0) / norm2) if norm2 > 0 else 0.0
-            if not math.isfinite(error) or error > best_error - self.tolerance * max(best_error, 1e-12):
-                return factors if error < best_error else best
-            best, best_error = factors, error
-        return best
+    def diagnose(self, tensors: Sequence[Tensor]) -> str | None:
+        """Names a fit whose components cancel each other: each large, small only in sum."""
+        if len(tensors) == 2:
+            return None
+        total = float(torch.stack([t.T @ t for t in map(double, tensors)]).prod(0).sum().clamp(min=0).sqrt())
+        largest = float(component_norms(tensors).max())
+        if largest <= self.max_component_norm * total:
+            return None
+        return f"degenerate: components of norm {largest / total:.3g} ‖K‖ cancel each other"
 
-    def _initial(self, tensor: Tensor, r: int) -> list[Tensor]:
-        """Dominant subspaces where they reach, seeded Gaussian columns beyond them."""
+    def _best(self, tensor: Tensor, rank: int) -> list[Tensor]:
+        """The best of all starts; fitted again with a larger ridge for as long as components exceed their bound."""
+        principal = slice_svd(tensor, rank)
+        if (rank,) == self.max_rank(tuple(tensor.shape), False):
+            return principal.factors()
         generator = torch.Generator().manual_seed(self.seed)
-        factors = []
-        for mode, n in enumerate(tensor.shape):
-            unfolding = tensor.movedim(mode, 0).reshape(n, -1)
-            basis = dominant_basis(unfolding, min(r, *unfolding.shape))
-            noise = torch.randn(n, r - basis.shape[1], generator=generator, dtype=tensor.dtype) / math.sqrt(n)
-            factors.append(torch.cat([basis, noise.to(tensor.device)], dim=1))
+        starts = [principal, *(gaussian(tensor, rank, generator) for _ in range(self.restarts - 1))]
+
+        def best(ridge: float) -> list[Tensor]:
+            fits = [self._alternate(tensor, start, ridge) for start in starts]
+            return min(fits, key=lambda fit: fit.objective).factors()
+
+        # At the last of these ridges no component can exceed the bound.
+        ridge, last = RIDGE, self.max_component_norm**-2
+        factors = best(ridge)
+        while self.diagnose(factors) is not None and ridge < last:
+            ridge = min(10 * ridge, last)
+            factors = best(ridge)
         return factors
 
-
-def _sweep(tensor: Tensor, flat: Tensor, norm2: float, factors: list[Tensor]) -> tuple[list[Tensor], float]:
-    """One pass over all modes; returns the new factors and the squared error, without a reconstruction.
-
-    All modes but the last share one contraction of the tensor with the last factor (a dimension tree of
-    depth two; Phan, Tichavský & Cichocki, IEEE TSP 2013), so that a sweep reads the tensor twice.
-    """
-    r = factors[0].shape[1]
-    factors = list(factors)
-    grams = [f.T @ f for f in factors]
-    partial = (flat @ factors[-1]).reshape(*tensor.shape[:-1], r)
-    for mode in range(tensor.ndim - 1):
-        product = partial
-        for other in reversed([m for m in range(tensor.ndim - 1) if m != mode]):
-            axis = other if other < mode else other - (mode < other) + 1
-            product = (product.movedim(axis, -2) * factors[other]).sum(-2)
-        factors[mode], grams[mode] = _solve(product, grams, mode)
-    product = flat.T @ khatri_rao(factors[:-1])
-    factors[-1], grams[-1] = _solve(product, grams, tensor.ndim - 1)
-    inner = (product * factors[-1]).sum()
-    energy = torch.stack(grams).prod(0).sum()
-    return factors, float(norm2 - 2 * inner + energy)
-
-
-def _solve(product: Tensor, grams: list[Tensor], mode: int) -> tuple[Tensor, Tensor]:
-    """The least-squares factor of one mode and its Gram matrix."""
-    system = torch.stack([g for m, g in enumerate(grams) if m != mode]).prod(0)
-    ridge = RIDGE * system.diagonal().mean() + torch.finfo(system.dtype).tiny
-    system = system + ridge * torch.eye(len(system), dtype=system.dtype, device=system.device)
-    factor = torch.linalg.solve(system, product.T).T
-    return factor, factor.T @ factor
-
-
-def _balance(factors: list[Tensor]) -> list[Tensor]:
-    """Gives every component the same norm in all modes."""
-    norms = torch.stack([torch.linalg.vector_norm(f, dim=0) for f in factors])
-    size = norms.prod(0) ** (1 / len(factors))
-    return [f * torch.where(n > 0, size / n, 0.0) for f, n in zip(factors, norms, strict=True)]
-
-
-def _exact(tensor: Tensor) -> list[Tensor]:
-    """Unit vectors in all modes but the largest, whose factor holds the fibres: exact at the maximal rank."""
-    largest = max(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
-    others = [n for mode, n in enumerate(tensor.shape) if mode != largest]
-    index = torch.cartesian_prod(*(torch.arange(n) for n in others)).reshape(-1, len(others)).T.to(tensor.device)
-    factors = [torch.nn.functional.one_hot(i, n).T.to(tensor.dtype) for i, n in zip(index, others, strict=True)]
-    factors.insert(largest, tensor.movedim(largest, 0).reshape(tensor.shape[largest], -1))
-    return _balance(factors)
+    def _alternate(self, tensor: Tensor, start: Components, ridge: float) -> Components:
+        return alternate(tensor, start, ridge, self.max_iterations, self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -145,20 +117,28 @@ class CP(Decomposition):
     """
 
     name: ClassVar[str] = "cp"
-    max_iterations: int = 50
+    max_iterations: int = 20
     tolerance: float = 1e-4
+    restarts: int = 1
+    max_component_norm: float = 10.0
+    solver: str = "native"
     seed: int = 0
 
     def __post_init__(self) -> None:
         self._require(self.max_iterations >= 1, "max_iterations", "at least 1")
         self._require(0 <= self.tolerance < math.inf, "tolerance", "at least 0")
+        self._require(self.restarts >= 1, "restarts", "at least 1")
+        self._require(self.max_component_norm >= 1, "max_component_norm", "at least 1, in multiples of ‖K‖")
+        self._require(self.solver in oracle.SOLVERS, "solver", f"one of {', '.join(oracle.SOLVERS)}")
 
     @property
     def format(self) -> CPFormat:
-        return CPFormat(self.max_iterations, self.tolerance, self.seed)
+        return CPFormat(
+            self.max_iterations, self.tolerance, self.seed, self.restarts, self.max_component_norm, self.solver
+        )
 
     def for_shape(self, shape: Shape) -> Decomposition:
-        return SVD() if is_matrix(shape) else self
+        return SVD(self.solver) if is_matrix(shape) else self
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)
@@ -187,3 +167,7 @@ class CP(Decomposition):
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         inputs, space, outputs = tensors
         return torch.einsum("rs,rhw,tr->tshw", inputs[:, :, 0, 0], space[:, 0], outputs[:, :, 0, 0])
+
+    def diagnose(self, factors: Factors) -> str | None:
+        inputs, space, outputs = factors.tensors
+        return self.format.diagnose([inputs[:, :, 0, 0].T, space.flatten(1).T, outputs[:, :, 0, 0]])

@@ -1,8 +1,7 @@
-"""Truncated factorisations of a matrix by the Gram matrix of its short side.
+"""Dominant subspaces and truncated factorisations of a matrix, in the matrix's own precision.
 
-A wide unfolding never needs its full singular vectors: the eigenvectors of the small Gram matrix give the
-dominant subspace, and projecting on it keeps the result accurate although squaring loses half the digits of
-the small singular values. All functions expect float64.
+A wide unfolding never needs its full singular vectors: the eigenvectors of the Gram matrix of its short side
+span the dominant subspace, and projecting the matrix on that subspace keeps the result accurate.
 """
 
 from __future__ import annotations
@@ -10,22 +9,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EXACT_SIZE = 256
+"""Up to this size LAPACK's eigensolver is as quick as any iteration."""
+ITERATED_SHARE = 1 / 8
+"""Above it the eigensolver is quicker for as large a share of the eigenvectors, too."""
+MAX_STEPS = 24
+GAIN = 1e-3
+"""The iteration stops once a step lowers the squared error by less than this share; with the oversampling below
+the error is then within 0.1 % of the least possible, for flat spectra and falling ones."""
+NOISE = 1e-5
+"""Squared relative error below which a float32 Gram matrix no longer tells a tail from rounding."""
 
-def _dominant(gram: Tensor, rank: int) -> Tensor:
-    """Orthonormal eigenvectors of the `rank` largest eigenvalues, largest first, with a fixed sign."""
-    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(-1)
-    # The sign of an eigenvector is arbitrary; fixing it makes results comparable between machines.
-    pivot = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(pivot < 0, -1.0, 1.0)
 
+def dominant_basis(matrix: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
+    """Orthonormal basis (m × rank) of the dominant left singular subspace of an m × n matrix.
 
-def dominant_basis(matrix: Tensor, rank: int) -> Tensor:
-    """Orthonormal basis (m × rank) of the dominant left singular subspace of an m × n matrix."""
+    With `start`, a basis m × rank that is already near, the answer may instead be one step of orthogonal
+    iteration from it, which never captures less of the matrix than `start` does.
+    """
     m, n = matrix.shape
-    if m <= n:
-        return _dominant(matrix @ matrix.T, rank)
-    image = matrix @ _dominant(matrix.T @ matrix, rank)
-    return torch.linalg.qr(image).Q
+    if m > n:
+        return torch.linalg.qr(matrix @ dominant_basis(matrix.T, rank)).Q
+    if start is not None and m > EXACT_SIZE:
+        return torch.linalg.qr(matrix @ (matrix.T @ start)).Q
+    basis, error2 = _eigenvectors(matrix @ matrix.T, rank)
+    if matrix.dtype == torch.float32 and error2 < NOISE:
+        wide = matrix.double()
+        basis = _eigenvectors(wide @ wide.T, rank)[0].to(matrix.dtype)
+    return basis
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -34,8 +45,47 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if m > n:
         right, left = truncated_svd(matrix.T, rank)
         return left.T, right.T
-    basis = _dominant(matrix @ matrix.T, rank)
+    basis = dominant_basis(matrix, rank)
     projected = basis.T @ matrix
     scale = torch.linalg.vector_norm(projected, dim=1).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     return basis * scale, projected / scale[:, None]
+
+
+def _eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Orthonormal eigenvectors of the `rank` largest eigenvalues, largest first, with a fixed sign.
+
+    Also the share of the trace that they miss.
+    """
+    few = len(gram) > EXACT_SIZE and rank < ITERATED_SHARE * len(gram)
+    block = _iterated(gram, rank + rank // 4 + 10) if few else None
+    if block is None:
+        values, vectors = torch.linalg.eigh(gram)
+    else:
+        values, inner = torch.linalg.eigh(block.T @ (gram @ block))
+        vectors = block @ inner[:, -rank:]
+    vectors = vectors[:, -rank:].flip(-1)
+    # The sign of an eigenvector is arbitrary; fixing it makes results comparable between machines.
+    pivot = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    total = float(gram.diagonal().sum())
+    missed = 1 - float(values[-rank:].sum()) / total if total > 0 else 0.0
+    return vectors * torch.where(pivot < 0, -1.0, 1.0), missed
+
+
+def _iterated(gram: Tensor, size: int) -> Tensor | None:
+    """Orthogonal iteration from seeded Gaussian columns (Halko, Martinsson & Tropp, SIAM Review 2011).
+
+    Answers an orthonormal n × size block, or None if the spectrum is too flat for it to converge soon.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(gram), size, generator=generator, dtype=gram.dtype).to(gram.device)
+    block = torch.linalg.qr(gram @ noise).Q
+    total, captured = float(gram.diagonal().sum()), 0.0
+    for _ in range(MAX_STEPS):
+        image = gram @ block
+        energy = float((block * image).sum())
+        if energy - captured <= GAIN * (total - energy):
+            return block
+        captured = energy
+        block = torch.linalg.qr(image).Q
+    return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, kernel_dims
+from tspc.decompositions.base import Axes, Decomposition, Factors, Rank, Shape, kernel_dims
 from tspc.decompositions.cp import CP
 from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
@@ -115,3 +115,6 @@ class Reshaped(Decomposition):
 
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         return self._join(self.inner.format.contract(tensors), shape)
+
+    def diagnose(self, factors: Factors) -> str | None:
+        return self.inner.format.diagnose(factors.tensors)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tspc.decompositions import oracle
 from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, kernel_dims
 from tspc.decompositions.linalg import truncated_svd
 
@@ -22,6 +23,10 @@ class SVD(Decomposition):
     """
 
     name: ClassVar[str] = "svd"
+    solver: str = "native"
+
+    def __post_init__(self) -> None:
+        self._require(self.solver in oracle.SOLVERS, "solver", f"one of {', '.join(oracle.SOLVERS)}")
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)
@@ -49,7 +54,8 @@ class SVD(Decomposition):
         t, s, h, w = kernel_dims(shape)
         (r,) = rank
         matrix = weight.reshape(t, s, h, w).permute(1, 2, 3, 0).reshape(s * h, w * t)
-        left, right = truncated_svd(matrix, r)
+        solve = oracle.svd if self.solver == "tensorly" else truncated_svd
+        left, right = solve(matrix, r)
         first = left.T
         second = right.reshape(r, w, t).permute(2, 0, 1)
         return [f.reshape(k) for f, k in zip((first, second), self.factor_shapes(shape, rank), strict=True)]

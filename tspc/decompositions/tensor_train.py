@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tspc.decompositions import oracle
 from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
 from tspc.decompositions.linalg import dominant_basis
 from tspc.decompositions.svd import SVD
@@ -19,6 +20,7 @@ from tspc.decompositions.svd import SVD
 class TensorTrainFormat(TensorFormat):
     """A core R_{k-1} × n_k × R_k for every mode, R_0 = R_m = 1 (Oseledets, SIAM J. Sci. Comput. 2011)."""
 
+    solver: str = "native"
     pairs_channels: ClassVar[bool] = True
 
     def max_rank(self, dims: Shape, spatial: bool) -> Rank:
@@ -33,6 +35,8 @@ class TensorTrainFormat(TensorFormat):
         return tuple((bonds[k], n, bonds[k + 1]) for k, n in enumerate(dims))
 
     def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
+        if self.solver == "tensorly":
+            return oracle.tensor_train(tensor, rank)
         dims = tuple(tensor.shape)
         cores = []
         rest, bond = tensor, 1
@@ -63,13 +67,17 @@ class TensorTrain(Decomposition):
     """
 
     name: ClassVar[str] = "tt"
+    solver: str = "native"
+
+    def __post_init__(self) -> None:
+        self._require(self.solver in oracle.SOLVERS, "solver", f"one of {', '.join(oracle.SOLVERS)}")
 
     @property
     def format(self) -> TensorTrainFormat:
-        return TensorTrainFormat()
+        return TensorTrainFormat(self.solver)
 
     def for_shape(self, shape: Shape) -> Decomposition:
-        return SVD() if is_matrix(shape) else self
+        return SVD(self.solver) if is_matrix(shape) else self
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tspc.decompositions import oracle
 from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
 from tspc.decompositions.linalg import dominant_basis
 from tspc.decompositions.svd import SVD
@@ -17,19 +18,35 @@ from tspc.decompositions.svd import SVD
 
 def _mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Contracts `mode` of the tensor with the columns of `matrix` (rows become the new mode)."""
-    return torch.tensordot(matrix, tensor.movedim(mode, 0), dims=1).movedim(0, mode)
+    if mode == tensor.ndim - 1:
+        return (tensor.reshape(-1, tensor.shape[-1]) @ matrix.T).reshape(*tensor.shape[:-1], -1)
+    product = matrix @ _unfold(tensor, mode)
+    rest = tensor.shape[:mode] + tensor.shape[mode + 1 :]
+    return product.reshape(-1, *rest).movedim(0, mode)
+
+
+def _unfold(tensor: Tensor, mode: int) -> Tensor:
+    """n × rest; a copy unless the mode is the first or the last of a contiguous tensor."""
+    n = tensor.shape[mode]
+    return tensor.reshape(-1, n).T if mode == tensor.ndim - 1 else tensor.movedim(mode, 0).reshape(n, -1)
+
+
+def _energy(tensor: Tensor) -> float:
+    return float(tensor.square().sum())
 
 
 @dataclass(frozen=True)
 class TuckerFormat(TensorFormat):
     """A core times one n_i × R_i matrix for every mode but the spatial one.
 
-    Factors: the matrices, then the core. HOSVD start, then HOOI sweeps (De Lathauwer, De Moor &
-    Vandewalle, SIAM J. Matrix Anal. Appl. 2000).
+    Factors: the matrices, then the core. Sequentially truncated HOSVD (Vannieuwenhoven, Vandebril &
+    Meerbergen, SIAM J. Sci. Comput. 2012), then HOOI sweeps (De Lathauwer, De Moor & Vandewalle, SIAM J.
+    Matrix Anal. Appl. 2000), none of which loses what the one before has captured.
     """
 
     max_iterations: int
     tolerance: float
+    solver: str = "native"
     pairs_channels: ClassVar[bool] = False
 
     def max_rank(self, dims: Shape, spatial: bool) -> Rank:
@@ -45,18 +62,25 @@ class TuckerFormat(TensorFormat):
         return (*matrices, (*rank, *dims[len(rank) :]))
 
     def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
-        bases = [dominant_basis(_unfold(tensor, mode), r) for mode, r in enumerate(rank)]
-        captured = -1.0
+        if self.solver == "tensorly":
+            return oracle.tucker(tensor, rank, self.max_iterations, self.tolerance)
+        # Outer modes need no copy to be contracted, so the mode that stays whole goes to the middle.
+        count, half = len(rank), (len(rank) + 1) // 2
+        layout = [*range(half), *range(count, tensor.ndim), *range(half, count)]
+        axes = [layout.index(mode) for mode in range(count)]
+        tensor = tensor.permute(layout).contiguous()
+        core, bases = tensor, dict[int, Tensor]()
+        for axis in _outermost_first(axes, tensor):
+            bases[axis] = dominant_basis(_unfold(core, axis), rank[axes.index(axis)])
+            core = _mode_product(core, bases[axis].T, axis)
+        total, captured = _energy(tensor), _energy(core)
         for _ in range(self.max_iterations):
-            for mode, r in enumerate(rank):
-                projected = self._project(tensor, bases, skip=mode)
-                bases[mode] = dominant_basis(_unfold(projected, mode), r)
-            core = self._project(tensor, bases)
-            energy = float((core * core).sum())
-            if energy <= captured * (1 + self.tolerance):
+            core = _mode_product(_sweep(tensor, axes, bases), bases[axes[-1]].T, axes[-1])
+            energy = _energy(core)
+            gain, captured = energy - captured, energy
+            if gain <= 2 * self.tolerance * (total - captured):
                 break
-            captured = energy
-        return [*bases, self._project(tensor, bases)]
+        return [*(bases[axis] for axis in axes), core.permute([layout.index(mode) for mode in range(core.ndim)])]
 
     def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
         matrices = modes[: len(modes) - spatial]
@@ -68,16 +92,28 @@ class TuckerFormat(TensorFormat):
             result = _mode_product(result, matrix, mode)
         return result
 
-    @staticmethod
-    def _project(tensor: Tensor, bases: list[Tensor], skip: int = -1) -> Tensor:
-        for mode, basis in enumerate(bases):
-            if mode != skip:
-                tensor = _mode_product(tensor, basis.T, mode)
+
+def _outermost_first(axes: list[int], tensor: Tensor) -> list[int]:
+    return sorted(axes, key=lambda axis: min(axis, tensor.ndim - 1 - axis))
+
+
+def _sweep(tensor: Tensor, axes: list[int], bases: dict[int, Tensor]) -> Tensor:
+    """Renews the bases of `axes` one after the other; answers the tensor projected on all but the last of them.
+
+    Halving the modes lets each half share one projection of the whole tensor on the other.
+    """
+    if len(axes) == 1:
+        (axis,) = axes
+        bases[axis] = dominant_basis(_unfold(tensor, axis), bases[axis].shape[1], start=bases[axis])
         return tensor
-
-
-def _unfold(tensor: Tensor, mode: int) -> Tensor:
-    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+    half = (len(axes) + 1) // 2
+    projected = tensor
+    for kept, dropped in ((axes[:half], axes[half:]), (axes[half:], axes[:half])):
+        projected = tensor
+        for axis in _outermost_first(dropped, tensor):
+            projected = _mode_product(projected, bases[axis].T, axis)
+        projected = _sweep(projected, kept, bases)
+    return projected
 
 
 @dataclass(frozen=True)
@@ -90,18 +126,20 @@ class Tucker(Decomposition):
 
     name: ClassVar[str] = "tk"
     max_iterations: int = 10
-    tolerance: float = 1e-6
+    tolerance: float = 1e-4
+    solver: str = "native"
 
     def __post_init__(self) -> None:
         self._require(self.max_iterations >= 1, "max_iterations", "at least 1")
         self._require(0 <= self.tolerance < math.inf, "tolerance", "at least 0")
+        self._require(self.solver in oracle.SOLVERS, "solver", f"one of {', '.join(oracle.SOLVERS)}")
 
     @property
     def format(self) -> TuckerFormat:
-        return TuckerFormat(self.max_iterations, self.tolerance)
+        return TuckerFormat(self.max_iterations, self.tolerance, self.solver)
 
     def for_shape(self, shape: Shape) -> Decomposition:
-        return SVD() if is_matrix(shape) else self
+        return SVD(self.solver) if is_matrix(shape) else self
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)
