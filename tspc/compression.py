@@ -14,7 +14,7 @@ from tspc.batch_norm import recalibrate_
 from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of_layer, moments_of_pair
 from tspc.decompositions import Method, double
 from tspc.errors import DecompositionError
-from tspc.layers import DenseLayer, tensorize
+from tspc.layers import DenseLayer, TensorizedLayer, tensorize
 from tspc.moments import Statistics
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
@@ -158,12 +158,14 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, statistics: Statistics | None) 
         metric = None if statistics is None else statistics.metric
         module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric)
     rebuilt = cast(Tensor, module.weight).detach()
+    note = module.decomposition.diagnose(module.factors()) if isinstance(module, TensorizedLayer) else None
     return _Done(
         module,
         replace(
             layer,
             error=relative_error(dense.weight, rebuilt),
             output_error=None if statistics is None else statistics.error(rebuilt),
+            note=note,
         ),
     )
 
