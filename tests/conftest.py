@@ -68,5 +68,6 @@ TINY = (
     "dataset.options.test=100",
     "dataset.pretrain.steps=4",
     "epochs=1",
+    "calibration.samples=0",
 )
 """A run that takes a second or two."""

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from tspc.config import PHASES, TOP_LEVEL, Config, read_config
-from tspc.decompositions import METHODS
+from tspc.decompositions import NAMES, resolve
 from tspc.errors import ConfigError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -32,11 +32,11 @@ def options(group: str) -> list[str]:
 @pytest.mark.parametrize("method", options("method"))
 def test_methods(method):
     assert read(f"method={method}").method.name == method
-    assert read(f"method={method}").method == METHODS[method](), "the file states the defaults of the code"
+    assert read(f"method={method}").method == resolve(method), "the file states the defaults of the code"
 
 
 def test_every_method_has_a_file():
-    assert set(options("method")) == set(METHODS)
+    assert set(options("method")) == set(NAMES)
     assert set(options("phase")) == set(PHASES)
 
 

@@ -12,7 +12,8 @@ from tspc.compression import apply_, compress
 from tspc.decompositions import METHODS
 from tspc.errors import ConfigError, DecompositionError, InfeasibleRateError
 from tspc.models import NetworkSpec
-from tspc.planning import Plan, plan
+from tspc.planning import plan
+from tspc.plans import Plan
 
 
 def resnet(name: str = "resnet20") -> nn.Module:
@@ -28,7 +29,7 @@ def count(model: nn.Module) -> int:
 @pytest.mark.parametrize("scope", ["layers", "network"])
 def test_rate_is_a_ceiling(name, rate, scope):
     model = resnet()
-    made = plan(model, name, rate, rate_scope=scope)
+    made = plan(model, name, rate, rate_scope=scope, allocation="uniform")
     assert 0.85 * rate < made.rate_reached <= rate
     apply_(model, made)
     assert count(model) == made.network_params
@@ -36,7 +37,7 @@ def test_rate_is_a_ceiling(name, rate, scope):
 
 @pytest.mark.parametrize("decay", ["flat", "linear_inc", "linear_dec"])
 def test_decay_moves_the_rate_but_not_the_total(decay):
-    made = plan(resnet("resnet32"), "svd", 0.2, rate_decay=decay)
+    made = plan(resnet("resnet32"), "svd", 0.2, rate_decay=decay, allocation="uniform")
     assert 0.18 < made.rate_reached <= 0.2
     # The stages have kernels of different sizes, so the rates are compared within one of them.
     rates = [x.params / x.dense_params for x in made.tensorized if x.name.startswith("layer3") and "conv2" in x.name]
@@ -84,7 +85,7 @@ def test_a_pattern_that_excludes_nothing_is_a_mistake():
 
 def test_first_and_last_can_be_tensorized():
     made = plan(resnet(), "svd", 0.3, keep_first=False, keep_last=False)
-    assert {"conv1", "linear"} <= {layer.name for layer in made.tensorized}
+    assert {"conv1", "linear"} <= {layer.name for layer in made.budgeted}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -93,7 +94,7 @@ def test_infeasible_rate_names_the_smallest_one(name, scope):
     with pytest.raises(InfeasibleRateError, match="smallest feasible rate") as caught:
         plan(resnet(), name, 1e-4, rate_scope=scope)
     smallest = caught.value.smallest
-    made = plan(resnet(), name, smallest, rate_scope=scope)
+    made = plan(resnet(), name, smallest, rate_scope=scope, allocation="uniform")
     assert made.rate_reached <= smallest
     with pytest.raises(InfeasibleRateError):
         plan(resnet(), name, smallest - 2e-4, rate_scope=scope)
@@ -101,7 +102,7 @@ def test_infeasible_rate_names_the_smallest_one(name, scope):
 
 def test_a_layer_below_its_rank_one_form_takes_rank_one_and_others_pay():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 256, 3), nn.Linear(8, 2))
-    made = plan(model, "svd", 0.09)
+    made = plan(model, "svd", 0.09, allocation="uniform")
     small, large = made.tensorized
     assert small.rank == (1,)
     assert small.params > 0.09 * small.dense_params
@@ -130,7 +131,7 @@ def test_other_wrong_arguments():
 
 def test_plan_round_trip_and_errors():
     model = resnet("resnet8")
-    done = apply_(model, plan(model, "rtt", 0.3, rate_decay="linear_inc"))
+    done = apply_(model, plan(model, "rtt", 0.3, rate_decay="linear_inc", allocation="uniform"))
     assert all(layer.error is not None and 0 < layer.error < 1 for layer in done.tensorized)
     assert Plan.from_dict(done.to_dict()) == done
 

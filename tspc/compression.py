@@ -158,7 +158,10 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, statistics: Statistics | None) 
         metric = None if statistics is None else statistics.metric
         module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric)
     rebuilt = cast(Tensor, module.weight).detach()
-    note = module.decomposition.diagnose(module.factors()) if isinstance(module, TensorizedLayer) else None
+    note = None
+    if isinstance(module, TensorizedLayer):
+        with torch.no_grad():
+            note = module.decomposition.diagnose(module.factors())
     return _Done(
         module,
         replace(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from tspc import decompositions
@@ -18,10 +17,8 @@ from tspc.errors import DecompositionError
 from tspc.layers import DenseLayer
 from tspc.plans import LayerPlan
 
-SHARES = (0.03, 0.06, 0.12, 0.25, 0.5, 0.8)
+SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Sizes, relative to the dense kernel, at which a curve is sampled, beside the smallest rank."""
-SKETCH_STEPS, SKETCH_WORK = 2, 5e10
-"""Refining steps of a sample, and the multiplications that they may take."""
 LEAST = 1e-12
 """Squared relative error that counts as none."""
 
@@ -100,7 +97,7 @@ def error_curves(
         for name, moments in moments_of(model, list(waiting), samples, survey.trace):
             dense = cast(DenseLayer, model.get_submodule(name))
             statistics = survey.statistics(name, dense, moments, samples.settings.damping)
-            measure(name, replace(statistics.metric, steps=SKETCH_STEPS, work=SKETCH_WORK))
+            measure(name, replace(statistics.metric, is_sketch=True))
     for name in list(waiting):  # never called, or too wide: by its kernel alone
         measure(name, None)
     return curves
@@ -114,13 +111,14 @@ def _curve(method: Decomposition, weight: Tensor, metric: Metric | None) -> Erro
         if size * share > method.min_params(shape):
             rank = method.rank_for(shape, int(size * share))
             ranks[rank] = method.num_params(shape, rank)
-    kernel = double(weight)
-    norm = metric or Metric(torch.eye(weight[0].numel()).to(kernel))
-    whole = norm.squared(kernel.flatten(1))
+    # The kernels alone need no more than their own precision.
+    kernel = weight if metric is None else double(weight)
+    squared = (lambda matrix: float(matrix.square().sum())) if metric is None else metric.squared
+    whole = squared(kernel.flatten(1))
     best, points = math.inf, {}
     for rank, params in sorted(ranks.items(), key=lambda item: item[1]):
-        rebuilt = method.reconstruct(method.decompose(kernel, rank, metric))
-        error = norm.squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
+        rebuilt = method.reconstruct(method.sketch().decompose(kernel, rank, metric))
+        error = squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
         best = min(best, error)
         points[params] = best
     # Between an equal say for all layers and one in proportion to the squared change of the answer, of which

@@ -55,7 +55,7 @@ class LayerPlan:
     def form(self) -> str:
         """What the layer becomes: method and ranks, or why it stays dense."""
         if self.method is None or self.rank is None:
-            return f"dense: {self.reason or 'worth its parameters'}"
+            return f"dense: {self.reason or 'kept'}"
         return f"{self.method.name} {', '.join(map(str, self.rank))}"
 
     def __str__(self) -> str:

@@ -34,7 +34,7 @@ def plan_table(plan: Plan, bytes_before: int, bytes_after: int, max_rows: int | 
     table.caption_justify = "left"
     for name, justify in (("layer", "left"), ("kind", "left"), ("shape", "left"), ("ranks", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for name in ("before", "after", "error", "output error"):
+    for name in ("before", "after", "error", "output\nerror"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = list(plan.layers)
     shown = len(rows) if max_rows is None else min(len(rows), max_rows)

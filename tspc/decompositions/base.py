@@ -94,6 +94,10 @@ class Decomposition(ABC):
         """The decompositions that may be chosen for a kernel of this shape: one, unless the method is `auto`."""
         return (self.for_shape(shape),)
 
+    def sketch(self) -> Decomposition:
+        """A quicker form of the same method, for an error that need not be the least."""
+        return self
+
     @abstractmethod
     def max_rank(self, shape: Shape) -> Rank:
         """The rank from which on every kernel of this shape is represented exactly."""

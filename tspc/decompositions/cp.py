@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,8 @@ from tspc.decompositions.base import (
 from tspc.decompositions.linalg import truncated_svd
 from tspc.decompositions.svd import SVD
 
+SKETCH_SWEEPS = 4
+"""Sweeps that show about how large the error will be."""
 RIDGE = 1e-6
 """Weight of the components' squared norms in a first fit, in which they are free to grow."""
 
@@ -139,6 +141,9 @@ class CP(Decomposition):
 
     def for_shape(self, shape: Shape) -> Decomposition:
         return SVD(self.solver) if is_matrix(shape) else self
+
+    def sketch(self) -> CP:
+        return replace(self, max_iterations=min(self.max_iterations, SKETCH_SWEEPS))
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)

@@ -30,6 +30,8 @@ ROOT_FLOOR = 1e-6
 """Least eigenvalue of a mode's covariance, as a share of their mean: what lies below counts as never seen."""
 INNER = 15
 """Most conjugate gradient steps in each Levenberg-Marquardt step."""
+FULL, SKETCH = (12, 5e11), (2, 5e10)
+"""Most Levenberg-Marquardt steps, and the multiplications by the metric that they may take together."""
 STALLED = 1e-3
 """A relative fall of the squared error below which refining ends."""
 
@@ -39,14 +41,13 @@ class Metric:
     """The norm ‖D‖² = tr(G D Σ Dᵀ) of a difference D (T × n) of kernels, both matrices float64.
 
     `inputs` is Σ (n × n, n = S·H·W in this order), positive definite. `outputs` is G (T × T), how much the
-    network's answer depends on the layer's outputs; None stands for the identity. A fit takes at most `steps`
-    refining steps, and fewer where the norm would take more than `work` multiplications.
+    network's answer depends on the layer's outputs; None stands for the identity. With `is_sketch` a fit is
+    quick rather than good.
     """
 
     inputs: Tensor
     outputs: Tensor | None = None
-    steps: int = 12
-    work: float = 5e11
+    is_sketch: bool = False
 
     def apply(self, difference: Tensor) -> Tensor:
         """G D Σ: half the gradient of the squared norm."""
@@ -57,25 +58,32 @@ class Metric:
         """‖D‖²."""
         return float((self.apply(difference) * difference).sum())
 
-    def affordable_steps(self, outputs: int) -> int:
+    def steps(self, outputs: int) -> int:
         """Refining steps for a kernel with so many outputs."""
-        return min(self.steps, int(self.work / (INNER * outputs * self.inputs.numel())))
+        most, work = SKETCH if self.is_sketch else FULL
+        return min(most, int(work / (INNER * outputs * self.inputs.numel())))
 
 
 def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> list[Tensor]:
-    """Factors of a finite float64 kernel with a small error in `metric`, never above the plain solution's."""
+    """Factors of a finite float64 kernel with a small error in `metric`.
+
+    It is never above the plain solution's, except that a sketch does not look at that one.
+    """
     matrix = weight.flatten(1)
 
     def error(tensors: Sequence[Tensor]) -> float:
         return metric.squared(matrix - method._contract(tensors, shape).flatten(1))
 
     shape = tuple(weight.shape)
-    plain = list(method._fit(weight, rank))
     roots = _Roots(method, weight, metric)
-    white = list(method._fit(roots.whiten(weight), rank))
-    candidates = [plain, roots.unwhiten_factors(white)]
+    start = list(method._fit(roots.whiten(weight), rank))
+    candidates = [roots.unwhiten_factors(start)]
+    if not metric.is_sketch:
+        plain = list(method._fit(weight, rank))
+        if error(plain) < error(candidates[0]):
+            start = roots.whiten_factors(plain)
+        candidates.append(plain)
     if not method.is_matrix_factorisation(shape):
-        start = white if error(candidates[1]) <= error(plain) else roots.whiten_factors(plain)
         candidates.append(roots.unwhiten_factors(_refined(method, weight, metric, roots, start)))
     return min(candidates, key=error)
 
@@ -158,7 +166,7 @@ def _refined(method: Decomposition, weight: Tensor, metric: Metric, roots: _Root
     shape = tuple(weight.shape)
     target = roots.whiten(weight).flatten(1)
     contract = lambda tensors: method._contract(tensors, shape).flatten(1)  # noqa: E731
-    return refine(contract, start, target, roots.whitened(metric), metric.affordable_steps(len(weight)))
+    return refine(contract, start, target, roots.whitened(metric), metric.steps(len(weight)))
 
 
 def refine(
@@ -180,8 +188,9 @@ def refine(
     loss = float((pulled * rest).sum())
     damping, scale = 1e-3, None
     for _ in range(steps):
-        leaves = [t.requires_grad_() for t in tensors]
-        value = contract(leaves)
+        with torch.enable_grad():
+            leaves = [t.requires_grad_() for t in tensors]
+            value = contract(leaves)
         tensors = [t.detach() for t in leaves]
         normal = _Normal(contract, tensors, leaves, value, metric)
         gradient = normal.transposed(pulled)

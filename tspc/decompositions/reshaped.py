@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -100,6 +100,9 @@ class Reshaped(Decomposition):
         modes = list(zip(s, t, strict=True)) if self.inner.format.pairs_channels else [(name,) for name in (*s, *t)]
         modes += [("h", "w")] if spatial else []
         return Axes(t, s | ({"h": h, "w": w} if spatial else {}), self.inner.format.axes(modes, spatial))
+
+    def sketch(self) -> Reshaped:
+        return replace(self, inner=self.inner.sketch())
 
     def max_rank(self, shape: Shape) -> Rank:
         return self.inner.format.max_rank(*self._dims(shape))

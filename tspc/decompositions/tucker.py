@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -140,6 +140,9 @@ class Tucker(Decomposition):
 
     def for_shape(self, shape: Shape) -> Decomposition:
         return SVD(self.solver) if is_matrix(shape) else self
+
+    def sketch(self) -> Tucker:
+        return replace(self, max_iterations=1)
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)
