@@ -97,6 +97,7 @@ class Samples:
         for batch in _batches(images, self.settings):
             self._images.append(batch)
         if len(self._images) == 0:
+            self.room.close()
             raise DataError("calibration needs at least one image, but the data gave none")
 
     def __enter__(self) -> Samples:
@@ -139,7 +140,8 @@ def _batches(images: Tensor | Iterable[Any], settings: Calibration) -> Iterator[
         left -= len(rest[-1])
         joined = torch.cat(rest)
         full = len(joined) - len(joined) % settings.batch_size
-        yield from joined[:full].split(settings.batch_size)
+        if full:
+            yield from joined[:full].split(settings.batch_size)
         rest = [joined[full:]]
         if left == 0:
             break

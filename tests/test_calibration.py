@@ -1,0 +1,231 @@
+"""Calibration: patches, moments, the walk through a network, and what compression makes of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tspc.calibration import Calibration, Samples, moments_of
+from tspc.compression import compress, tensorized
+from tspc.errors import DataError, DecompositionError
+from tspc.models import NetworkSpec
+from tspc.moments import Moments, Positions, input_patches, output_rows
+from tspc.planning import plan
+from tspc.stash import Room, Stash
+
+CONVS = [
+    {},
+    {"stride": 2, "padding": 1},
+    {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+    {"padding": "same", "dilation": 2},
+    {"padding": 1, "padding_mode": "circular", "bias": False},
+    {"groups": 3, "padding": 1},
+]
+
+
+@pytest.mark.parametrize("options", CONVS, ids=str)
+@pytest.mark.parametrize("positions", [None, Positions(2, (0, 1)), Positions(3, (2, 0))], ids=str)
+def test_patches_times_kernel_are_the_outputs_of_a_convolution(options, positions):
+    layer, x = nn.Conv2d(6, 9, 3, **options).double(), torch.randn(4, 6, 11, 8, dtype=torch.float64)
+    patches = input_patches(layer, x, positions)
+    kernels = layer.weight.reshape(layer.groups, 9 // layer.groups, -1)
+    answers = torch.einsum("gpn,gtn->pgt", patches, kernels).flatten(1)
+    torch.testing.assert_close(answers, output_rows(layer, layer(x), positions))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (4, 5, 7), (2, 4, 5, 7)])
+def test_patches_of_a_dense_layer_with_any_leading_dimensions(shape):
+    layer, x = nn.Linear(7, 3), torch.randn(shape)
+    for positions in (None, Positions(2, (1, 0))):
+        answers = input_patches(layer, x, positions)[0] @ layer.weight.T
+        torch.testing.assert_close(answers, output_rows(layer, layer(x), positions))
+
+
+def test_moments_and_the_kernel_that_answers_best():
+    x, w = torch.randn(500, 6, dtype=torch.float64) + 1, torch.randn(4, 6, dtype=torch.float64)
+    y = x @ w.T + 3
+    moments = Moments(6, 4, torch.device("cpu"))
+    for part in torch.arange(500).split(120):
+        moments.add(x[part], y[part])
+    found = moments.statistics(torch.zeros(4, 6), centred=True, damping=1e-9)
+    torch.testing.assert_close(found.inputs, torch.cov(x.T, correction=0))
+    torch.testing.assert_close(found.target, w, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.shift(w), torch.full((4,), 3.0, dtype=x.dtype))
+    assert found.error(w) < 1e-6
+    assert found.error(torch.zeros(4, 6)) == pytest.approx(1)
+
+
+def test_directions_never_seen_keep_the_layers_own_weights():
+    x = torch.randn(50, 6, dtype=torch.float64)
+    x[:, 2] = 0
+    moments = Moments(6, 4, torch.device("cpu"))
+    moments.add(x, torch.zeros(50, 4, dtype=torch.float64))
+    own = torch.randn(4, 6, dtype=torch.float64)
+    torch.testing.assert_close(moments.statistics(own, True, 1e-3).target[:, 2], own[:, 2])
+
+
+def test_a_stash_keeps_what_does_not_fit_in_files():
+    room = Room(1 / 1024)
+    stash = Stash(room)
+    values = [((torch.full((100,), float(i)),), {"scale": torch.ones(3)}) for i in range(6)]
+    for value in values:
+        stash.append(value)
+    folder = room.file().parent
+    assert len(list(folder.iterdir())) == 4, "a kilobyte holds two of six"
+    assert [v[0][0][0].item() for v in stash] == [0, 1, 2, 3, 4, 5]
+    stash.clear()
+    assert not list(folder.iterdir())
+    assert room.take(1000), "room is given back"
+    room.close()
+    assert not folder.exists()
+
+
+class Twice(nn.Module):
+    """The first convolution's output goes into a batch norm and around it; one layer is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.again = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.second, self.norm2 = nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x):
+        y = self.first(x)
+        y = y + F.relu(self.norm(y))
+        y = F.relu_(self.again(F.relu(self.again(y))))
+        return self.last(self.norm2(self.second(y)).mean((2, 3)))
+
+
+def images(n: int = 24, size: int = 12, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    model = NetworkSpec("builtin", "resnet8", 10).build()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def convs(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+def test_the_trace_finds_batch_norms_and_blocks_that_follow_each_other():
+    model = resnet()
+    with Samples(images(), Calibration(batch_size=8)) as samples:
+        trace = samples.survey(model, convs(model)).trace
+    assert trace.batch_norms["layer1.0.conv1"] == "layer1.0.bn1"
+    assert [s.module for s in trace.segments] == ["conv1", "layer1.0", "layer2.0", "layer3.0"]
+    assert [s.follows for s in trace.segments] == [False, False, True, True]
+
+
+def test_an_output_that_is_used_twice_has_no_batch_norm_of_its_own():
+    model = Twice().eval()
+    with Samples(images()) as samples:
+        trace = samples.survey(model, ["first", "again", "second"]).trace
+    assert trace.batch_norms == {"second": "norm2"}
+    assert trace.calls == {"first": 1, "again": 2, "second": 1}
+    assert [s.module for s in trace.segments] == [""], "a layer called twice: the whole network is one segment"
+
+
+@pytest.mark.parametrize("build", [resnet, lambda: Twice().eval()])
+@pytest.mark.parametrize("memory", [0, 512])
+def test_the_walk_sees_what_the_whole_network_sees(build, memory):
+    model, x = build(), images()
+    names = convs(model)
+    settings = Calibration(batch_size=5, patches=10**9, memory=memory)
+    with Samples(x, settings) as samples:
+        found = dict(moments_of(model, names, samples, samples.survey(model, names).trace))
+    for name in names:
+        seen = []
+        with torch.no_grad(), model.get_submodule(name).register_forward_hook(lambda m, a, o, s=seen: s.append(a[0])):
+            model(x)
+        rows = torch.cat([input_patches(model.get_submodule(name), s)[0] for s in seen]).double()
+        assert found[name].count == len(rows)
+        torch.testing.assert_close(found[name].xx, rows.T @ rows, rtol=1e-4, atol=1e-3)
+
+
+def output_distance(model: nn.Module, small: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        a, b = model(x), small(x)
+    return float((a - b).norm() / a.norm())
+
+
+@pytest.mark.parametrize("method", ["svd", "cp", "tk", "tt", "rcp", "rtk", "rtt", "auto"])
+def test_function_space_and_compensation_bring_the_answer_closer(method):
+    model, x = resnet(), images(64)
+    before = copy.deepcopy(model.state_dict())
+    plain = compress(model, method, 0.4, allocation="uniform")
+    fitted = compress(model, method, 0.4, calibration=x, settings=Calibration(samples=64, batch_size=16))
+    assert output_distance(model, fitted, images(32, seed=1)) < 0.8 * output_distance(model, plain, images(32, seed=1))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()), "the original is kept"
+
+
+@pytest.mark.parametrize("build", [resnet, lambda: Twice().eval()])
+def test_the_mean_of_a_layers_output_is_the_references(build):
+    model, x = build(), images(40)
+    name = "layer2.0.conv1" if hasattr(model, "layer2") else "second"
+    norm = "layer2.0.bn1" if hasattr(model, "layer2") else "norm2"
+    settings = Calibration(batch_size=8, patches=10**9, batch_norm="keep")
+    with Samples(x, settings) as samples:
+        small, _ = tensorized(model, plan(model, "svd", 0.3, samples=samples, allocation="uniform"), samples)
+    means = []
+    for network in (model, small):
+        seen = []
+        with (
+            torch.no_grad(),
+            network.get_submodule(norm).register_forward_hook(lambda m, a, o, s=seen: s.append(o.mean((0, 2, 3)))),
+        ):
+            network(x)
+        means.append(seen[0])
+    assert name
+    torch.testing.assert_close(*means, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_norm", ["keep", "recalibrate", "auto"])
+def test_batch_norms_are_left_in_eval_mode(batch_norm):
+    small = compress(resnet(), "tt", 0.3, calibration=images(), settings=Calibration(batch_norm=batch_norm))
+    assert not any(module.training for module in small.modules())
+    assert all(torch.isfinite(value).all() for value in small.state_dict().values())
+
+
+def test_a_single_image_and_a_dead_channel():
+    model = resnet()
+    with torch.no_grad():
+        model.layer1[0].bn1.weight[3] = 0
+        model.layer1[0].bn1.bias[3] = 0
+    small = compress(model, "tk", 0.4, calibration=images(1))
+    assert math.isfinite(output_distance(model, small, images(8)))
+
+
+def test_batches_with_labels_are_taken_like_images():
+    x = images(20)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(20)), batch_size=7)
+    settings = Calibration(samples=16, batch_size=5)
+    with Samples(loader, settings) as some:
+        assert [len(batch) for batch in some] == [5, 5, 5, 1]
+        assert torch.equal(torch.cat(list(some)), x[:16])
+
+
+def test_no_image_is_an_error():
+    with pytest.raises(DataError, match="at least one image"):
+        Samples([])
+
+
+def test_a_bad_kernel_is_named_and_nothing_changes():
+    model = resnet()
+    with torch.no_grad():
+        model.layer3[0].conv2.weight[0] = math.nan
+    for calibration in (None, images()):
+        with pytest.raises(DecompositionError, match=r"layer layer3.0.conv2: .*NaN"):
+            compress(model, "svd", 0.3, calibration=calibration)

@@ -1,0 +1,131 @@
+"""Decomposition in function space: never worse than the plain solution, for every method and every kind of Σ."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tspc.decompositions import METHODS, SVD, Decomposition, Metric
+from tspc.decompositions.function_space import _Roots, refine
+
+SHAPES = [(12, 10, 3, 3), (8, 6, 3, 1), (14, 12, 1, 1), (20, 15)]
+
+each_method = pytest.mark.parametrize("name", METHODS)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def kernel_and_size(name: str, shape: tuple[int, ...]) -> tuple[Decomposition, torch.Tensor, int]:
+    k = normal(*shape)
+    return METHODS[name]().for_shape(shape), k, k[0].numel()
+
+
+def covariance(n: int, kind: str) -> torch.Tensor:
+    """A Σ with a falling spectrum; `singular` has half of the directions, `dead` an input that is always zero,
+    `one` has a single direction."""
+    rows = {"full": 4 * n, "singular": n // 2, "dead": 4 * n, "one": 1}[kind]
+    x = normal(rows, n, seed=1) * torch.logspace(0, -1.5, n, dtype=torch.float64)
+    if kind == "dead":
+        x[:, n // 3] = 0
+    return x.T @ x / rows
+
+
+def error(method: Decomposition, kernel: torch.Tensor, rank: tuple[int, ...], metric: Metric, fitted: bool) -> float:
+    factors = method.decompose(kernel, rank, metric if fitted else None)
+    difference = (kernel - method.reconstruct(factors)).flatten(1)
+    return math.sqrt(metric.squared(difference) / metric.squared(kernel.flatten(1)))
+
+
+@each_method
+@each_shape
+@pytest.mark.parametrize("kind", ["full", "singular", "dead", "one"])
+def test_never_worse_than_the_plain_solution(name, shape, kind):
+    method, k, n = kernel_and_size(name, shape)
+    metric = Metric(covariance(n, kind) + 1e-9 * torch.eye(n, dtype=k.dtype))
+    rank = method.rank_for(shape, k.numel() // 3)
+    fitted, plain = (error(method, k, rank, metric, is_fitted) for is_fitted in (True, False))
+    assert math.isfinite(fitted)
+    assert fitted <= plain * (1 + 1e-9)
+    if kind == "full":
+        assert fitted < 0.9 * plain, "a real gain where Σ is far from the identity"
+
+
+@each_method
+def test_outputs_can_be_weighted(name):
+    shape = (12, 10, 3, 3)
+    method, k, n = kernel_and_size(name, shape)
+    important = torch.diag(torch.logspace(0, -3, 12, dtype=k.dtype))
+    metric = Metric(covariance(n, "full"), important)
+    rank = method.rank_for(shape, k.numel() // 3)
+    assert error(method, k, rank, metric, True) < error(method, k, rank, metric, False)
+
+
+@each_method
+def test_error_falls_as_the_rank_grows(name):
+    shape = (12, 10, 3, 3)
+    method, k, n = kernel_and_size(name, shape)
+    metric = Metric(covariance(n, "full"))
+    ranks = [method.rank_for(shape, int(k.numel() * rate)) for rate in (0.1, 0.2, 0.4, 0.8)]
+    errors = [error(method, k, rank, metric, True) for rank in ranks]
+    assert errors == sorted(errors, reverse=True)
+
+
+@each_method
+@each_shape
+def test_full_rank_is_exact(name, shape):
+    method, k, n = kernel_and_size(name, shape)
+    assert error(method, k, method.max_rank(shape), Metric(covariance(n, "full")), True) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(14, 12, 1, 1), (20, 15)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_matrix_gets_the_optimum(shape, weighted):
+    """The squared error left is the sum of the smallest eigenvalues of G^½ W Σ Wᵀ G^½."""
+    k, rank = normal(*shape), (5,)
+    sigma = covariance(k[0].numel(), "full")
+    b = normal(len(k), len(k), seed=3)
+    outputs = b @ b.T if weighted else None
+    metric = Metric(sigma, outputs)
+    rebuilt = SVD().reconstruct(SVD().decompose(k, rank, metric))
+    matrix = k.flatten(1)
+    whole = matrix @ sigma @ matrix.T
+    values = torch.linalg.eigvals(whole if outputs is None else outputs @ whole).real.sort().values
+    assert metric.squared((k - rebuilt).flatten(1)) == pytest.approx(float(values[: len(k) - 5].sum()), rel=1e-6)
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(12, 8, 3, 3), (12, 8)])
+def test_zero_kernel(name, shape):
+    method, _, n = kernel_and_size(name, shape)
+    factors = method.decompose(torch.zeros(shape), method.rank_for(shape, 60), Metric(covariance(n, "full")))
+    assert torch.equal(method.reconstruct(factors), torch.zeros(shape))
+
+
+@each_method
+@each_shape
+def test_whitening_factors_whitens_the_kernel(name, shape):
+    method, k, n = kernel_and_size(name, shape)
+    metric = Metric(covariance(n, "full"), torch.diag(torch.linspace(1, 2, len(k), dtype=k.dtype)))
+    roots = _Roots(method, k, metric)
+    factors = method.decompose(k, method.rank_for(shape, k.numel() // 2))
+    rebuilt = method.reconstruct(factors)
+    white = roots.whiten_factors(factors.tensors)
+    torch.testing.assert_close(method._contract(white, shape), roots.whiten(rebuilt))
+    torch.testing.assert_close(method._contract(roots.unwhiten_factors(white), shape), rebuilt)
+    assert roots.whitened(metric).squared(roots.whiten(k).flatten(1)) == pytest.approx(metric.squared(k.flatten(1)))
+
+
+@torch.no_grad()
+def test_refining_finds_an_exact_fit_and_needs_no_gradient_mode():
+    left, right = normal(9, 3, seed=5), normal(3, 7, seed=6)
+    start = [normal(9, 3, seed=7), normal(3, 7, seed=8)]
+    metric = Metric(covariance(7, "full"))
+    found = refine(lambda t: t[0] @ t[1], start, left @ right, metric, steps=60)
+    before, after = (metric.squared(left @ right - t[0] @ t[1]) for t in (start, found))
+    assert after < 1e-3 * before
+    assert all(not t.requires_grad for t in found)
