@@ -12,6 +12,7 @@ from torch import nn
 
 from tspc.calibration import Calibration, Samples, moments_of
 from tspc.compression import compress, tensorized
+from tspc.decompositions import METHODS, SVD, Auto, TensorTrain
 from tspc.errors import DataError, DecompositionError
 from tspc.models import NetworkSpec
 from tspc.moments import Moments, Positions, input_patches, output_rows
@@ -161,7 +162,7 @@ def output_distance(model: nn.Module, small: nn.Module, x: torch.Tensor) -> floa
     return float((a - b).norm() / a.norm())
 
 
-@pytest.mark.parametrize("method", ["svd", "cp", "tk", "tt", "rcp", "rtk", "rtt", "auto"])
+@pytest.mark.parametrize("method", [*METHODS, Auto((SVD(), TensorTrain()))], ids=str)
 def test_function_space_and_compensation_bring_the_answer_closer(method):
     model, x = resnet(), images(64)
     before = copy.deepcopy(model.state_dict())

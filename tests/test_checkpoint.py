@@ -21,7 +21,7 @@ SPEC = NetworkSpec("builtin", "resnet8", 10)
 
 @pytest.mark.parametrize("name", METHODS)
 def test_round_trip(name, tmp_path):
-    small = tspc.compress(SPEC.build(), name, 0.3).eval()
+    small = tspc.compress(SPEC.build(), name, 0.3, allocation="uniform").eval()
     path = tmp_path / "small.safetensors"
     tspc.save(small, path, network=SPEC)
     x = torch.randn(2, 3, 32, 32)
@@ -49,7 +49,7 @@ def test_tied_weights_are_saved(tmp_path):
 
 def test_wrong_architecture(tmp_path):
     path = tmp_path / "a.safetensors"
-    tspc.save(tspc.compress(SPEC.build(), "tt", 0.3), path)
+    tspc.save(tspc.compress(SPEC.build(), "tt", 0.3, allocation="uniform"), path)
     with pytest.raises(WeightsError, match="does not describe a built-in network"):
         tspc.load(path)
     with pytest.raises(WeightsError, match=r"layer layer1.0.conv1 .* no such layer"):
@@ -123,7 +123,7 @@ def test_a_pickle_that_would_run_code_is_refused(wrapping, tmp_path, monkeypatch
 
 
 def test_a_failed_load_leaves_the_network_as_it_was(tmp_path):
-    tspc.save(tspc.compress(SPEC.build(), "tt", 0.3), tmp_path / "a.safetensors")
+    tspc.save(tspc.compress(SPEC.build(), "tt", 0.3, allocation="uniform"), tmp_path / "a.safetensors")
     other = NetworkSpec("builtin", "resnet8", 7).build()
     with pytest.raises(WeightsError, match=r"linear.weight .* instead of"):
         tspc.load(tmp_path / "a.safetensors", other)
@@ -131,7 +131,7 @@ def test_a_failed_load_leaves_the_network_as_it_was(tmp_path):
 
 
 def test_compressed_weights_are_no_pretrained_ones(tmp_path):
-    tspc.save(tspc.compress(SPEC.build(), "tt", 0.3), tmp_path / "small.safetensors")
+    tspc.save(tspc.compress(SPEC.build(), "tt", 0.3, allocation="uniform"), tmp_path / "small.safetensors")
     with pytest.raises(WeightsError, match="is a network that tspc has compressed"):
         read_state(tmp_path / "small.safetensors")
     tspc.save(SPEC.build(), tmp_path / "dense.safetensors")
@@ -145,7 +145,7 @@ def test_files_are_as_readable_as_any_other(tmp_path):
 
 
 def test_other_dtypes_come_back(tmp_path):
-    small = tspc.compress(SPEC.build().double(), "cp", 0.3)
+    small = tspc.compress(SPEC.build().double(), "cp", 0.3, allocation="uniform")
     tspc.save(small, tmp_path / "a.safetensors", network=SPEC)
     loaded = tspc.load(tmp_path / "a.safetensors")
     assert all(torch.equal(v, small.state_dict()[k]) for k, v in loaded.state_dict().items())

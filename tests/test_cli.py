@@ -100,10 +100,10 @@ def test_sweep_shares_the_reference_and_survives_a_failing_job(cli, tmp_path):
 @pytest.mark.parametrize("method", ["svd", "cp", "tk", "tt", "rcp", "rtk", "rtt"])
 def test_decomposing_from_weights_alone(cli, tmp_path, method, network):
     arguments = ("phase=decompose", "model=torchvision", f"model.name={network}", "pretrained=random", "rate=0.05")
-    code, out, err = cli(*arguments, f"method={method}")
+    code, out, err = cli(*arguments, f"method={method}", "allocation=uniform")
     assert (code, err) == (0, "")
     assert "random initial weights" in out
-    result = json.loads((tmp_path / f"outputs/imagenet/{network}/{method}-0.05/seed0/result.json").read_text())
+    result = json.loads((tmp_path / f"outputs/imagenet/{network}/{method}-0.05-uniform/seed0/result.json").read_text())
     assert 0.045 < result["rate_reached"] <= 0.05
     assert result["accuracy"] is None
 
@@ -134,7 +134,7 @@ def test_own_configs_and_own_network(cli, tmp_path, monkeypatch):
 
 
 MISTAKES = {
-    "method=tucker": "method=tucker does not exist; choose one of cp, rcp",
+    "method=tucker": "method=tucker does not exist; choose one of auto, cp, rcp",
     "dataset=cifar": "choose one of cifar10",
     "phase=train": "choose one of decompose",
     "rat=0.1": "did you mean rate?",
@@ -214,3 +214,38 @@ def test_a_loss_that_is_not_finite_keeps_the_phase_before(cli, tmp_path):
     assert "distill.safetensors" in err
     assert (run / "distill.safetensors").exists()
     assert not (run / "model.safetensors").exists()
+
+
+CALIBRATED = (
+    *TINY[:-1],
+    "calibration.samples=24",
+    "calibration.batch_size=8",
+    "phase.decompose.exclude=[layer1*,layer2*]",
+)
+
+
+def test_the_default_run_calibrates_and_shares_its_curves(cli, tmp_path):
+    assert cli(*CALIBRATED, "method=svd", "rate=0.3", "phase=decompose")[0] == 0
+    code, _, err = cli(*CALIBRATED, "method=svd", "rate=0.2", "phase=decompose")
+    assert (code, err) == (0, "")
+    assert len(list(tmp_path.glob("outputs/synthetic/resnet8/reference/curves-*.json"))) == 1
+    result = json.loads((tmp_path / "outputs/synthetic/resnet8/svd-0.2/seed0/result.json").read_text())
+    assert 0 < result["output_error"] < 1
+    code, _, err = cli(*CALIBRATED, "method=svd", "rate=0.2", "phase=decompose", "calibration.samples=16")
+    assert code == 1
+    assert "calibration.samples: 24 → 16" in err
+
+
+def test_a_plan_is_shown_and_nothing_else_done(cli, tmp_path):
+    code, out, err = cli(*TINY, "method=auto", "method.candidates=[svd,tt]", "phase=plan", "rate=0.3")
+    assert (code, err) == (0, "")
+    for text in ("Plan: auto at rate 0.3", "Rates", "0.05", "0.4"):
+        assert text in out
+    assert os.listdir(tmp_path / "outputs/synthetic/resnet8") == ["reference"]
+
+
+def test_a_target_error_names_the_directory(cli, tmp_path):
+    code, _, err = cli(*TINY, "method=svd", "target_error=0.5", "phase=decompose")
+    assert (code, err) == (0, "")
+    result = json.loads((tmp_path / "outputs/synthetic/resnet8/svd-error0.5/seed0/result.json").read_text())
+    assert 0 < result["rate_reached"] <= result["rate"] < 1

@@ -96,7 +96,7 @@ FAMILIES = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0
 def test_torchvision_networks_compress_and_run(name):
     torch.manual_seed(0)
     model = NetworkSpec("torchvision", name, 10).build().eval()
-    small = compress(model, "tt", 0.3)
+    small = compress(model, "tt", 0.3, allocation="uniform")
     x = torch.randn(1, 3, 96, 96)
     assert small(x).shape == model(x).shape
 
@@ -113,7 +113,7 @@ def test_torchvision_networks_compress_and_run(name):
 )
 def test_blocks_of_torchvision_networks(name, count, first):
     model = NetworkSpec("torchvision", name, 10).build()
-    made = plan(model, "svd", 0.3)
+    made = plan(model, "svd", 0.3, allocation="uniform")
     layers = [layer.name for layer in made.tensorized]
     blocks = find_blocks(model, layers)
     assert (len(blocks), blocks[0]) == (count, first)
@@ -128,14 +128,14 @@ def test_distillation_blocks_do_not_depend_on_the_method(name):
     model = NetworkSpec("torchvision", name, 10).build()
     found = set()
     for method in ("tt", "rtt"):
-        layers = list(tensorized_layers(compress(model, method, 0.1)))
+        layers = list(tensorized_layers(compress(model, method, 0.1, allocation="uniform")))
         found.add(tuple(find_blocks(model, layers)))
     assert len(found) == 1
 
 
 def test_blocks_by_pattern():
     model = NetworkSpec("builtin", "resnet20", 10).build()
-    layers = [layer.name for layer in plan(model, "svd", 0.3).tensorized]
+    layers = [layer.name for layer in plan(model, "svd", 0.3, allocation="uniform").tensorized]
     assert find_blocks(model, layers, "layer?") == ["layer1", "layer2", "layer3"]
     assert len(find_blocks(model, layers, "layer?.*")) == 9
     assert len(find_blocks(model, layers)) == 9
@@ -152,7 +152,7 @@ def test_resnet50_runs_as_its_rebuilt_kernels(name):
 
     torch.manual_seed(0)
     model = NetworkSpec("torchvision", "resnet50", 1000).build().eval()
-    small = compress(model, name, 0.05)
+    small = compress(model, name, 0.05, allocation="uniform")
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-4)):
         small, model = small.to(dtype), model.to(dtype)
         for layer_name, layer in tensorized_layers(small).items():

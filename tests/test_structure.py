@@ -16,7 +16,12 @@ PACKAGE = ROOT / "tspc"
 LAYERS = [
     ["errors"],
     ["files", "sweep", "display", "decompositions", "models", "data", "blocks"],
-    ["layers", "training"],
+    ["layers", "training", "plans", "stash"],
+    ["moments", "selection", "spectra", "walk"],
+    ["sensitivity"],
+    ["calibration"],
+    ["batch_norm", "curves"],
+    ["allocation"],
     ["planning"],
     ["compression"],
     ["checkpoint"],

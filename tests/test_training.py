@@ -116,7 +116,7 @@ def test_dropout_stays_off_in_distillation(context):
             return self.last(self.block(self.first(x)).mean((2, 3)))
 
     reference = Net().eval()
-    model = compress(reference, "svd", 0.5)
+    model = compress(reference, "svd", 0.5, allocation="uniform")
     seen = []
     model.block[2].register_forward_hook(lambda module, args, output: seen.append(module.training))
     distill(model, reference, Distillation(1, 100, 1e-3, blocks="block", optimizer="adam"), context, Progress())
@@ -150,7 +150,7 @@ def test_wrong_number_of_outputs(context):
 def test_distillation_brings_the_activations_closer(context, batch_norm):
     reference = network()
     train_classifier(reference, recipe(epochs=4), context, Progress(), "pretrain")
-    model = compress(reference, "tk", 0.3)
+    model = compress(reference, "tk", 0.3, allocation="uniform")
     images, _ = next(context.data.test_batches(130, CPU))
 
     def distance():
@@ -168,7 +168,7 @@ def test_distillation_brings_the_activations_closer(context, batch_norm):
 
 def test_distilling_a_block_leaves_the_others_alone(context):
     reference = network().eval()
-    model = compress(reference, "tk", 0.3)
+    model = compress(reference, "tk", 0.3, allocation="uniform")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     settings = Distillation(1, 50, 1e-3, blocks="layer2.0", optimizer="adam")
     distill(model, reference, settings, context, Progress())
@@ -179,7 +179,7 @@ def test_distilling_a_block_leaves_the_others_alone(context):
 
 def test_nothing_is_left_hooked(context):
     reference = network().eval()
-    model = compress(reference, "svd", 0.3)
+    model = compress(reference, "svd", 0.3, allocation="uniform")
     distill(model, reference, Distillation(1, 100, 1e-3, optimizer="adam"), context, Progress())
     assert not any(m._forward_hooks for net in (model, reference) for m in net.modules())
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)

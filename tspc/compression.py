@@ -18,8 +18,9 @@ from tspc.layers import DenseLayer, TensorizedLayer, tensorize
 from tspc.moments import Statistics
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
+from tspc.spectra import Spectrum, spectra_of
 
-OnLayer = Callable[[LayerPlan], None]
+OnLayer = Callable[[LayerPlan, "tuple[Spectrum, ...]"], None]
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -53,7 +54,7 @@ def compress(
 
 
 def apply_(
-    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda layer: None
+    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda layer, spectra: None
 ) -> Plan:
     """Tensorizes `model` in place; returns the plan with the errors of each layer filled in.
 
@@ -74,7 +75,7 @@ def apply_(
 
 
 def tensorized(
-    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda layer: None
+    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda layer, spectra: None
 ) -> tuple[nn.Module, Plan]:
     """A tensorized copy of `model`, in eval mode, and the plan with the errors filled in; as `apply_`."""
     work = copy.deepcopy(model).eval()
@@ -87,7 +88,7 @@ def tensorized(
             raise DecompositionError(f"layer {layer.name}: {error}") from error
         set_module(work, layer.name, done[layer.name].module)
         _shift_(done[layer.name], statistics, work, batch_norm)
-        on_layer(done[layer.name].layer)
+        on_layer(done[layer.name].layer, done[layer.name].spectra)
     if samples is not None:
         recalibrate_(work, model, samples)
     layers = tuple(done[layer.name].layer if layer.name in done else layer for layer in plan.layers)
@@ -98,6 +99,7 @@ def tensorized(
 class _Done:
     module: nn.Module
     layer: LayerPlan
+    spectra: tuple[Spectrum, ...]
 
 
 def _in_turn(
@@ -149,6 +151,7 @@ def _check_finite(dense: DenseLayer, name: str) -> None:
 def _fitted(dense: DenseLayer, layer: LayerPlan, statistics: Statistics | None) -> _Done:
     """The layer's replacement: tensorized, or with a kernel that makes up for the layers before it."""
     kernel = None if statistics is None else statistics.target.reshape(dense.weight.shape)
+    spectra: tuple[Spectrum, ...] = ()
     if layer.method is None or layer.rank is None:
         assert kernel is not None
         module: nn.Module = copy.deepcopy(dense)
@@ -157,6 +160,7 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, statistics: Statistics | None) 
     else:
         metric = None if statistics is None else statistics.metric
         module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric)
+        spectra = spectra_of(layer, dense.weight if kernel is None else kernel, metric)
     rebuilt = cast(Tensor, module.weight).detach()
     note = None
     if isinstance(module, TensorizedLayer):
@@ -170,6 +174,7 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, statistics: Statistics | None) 
             output_error=None if statistics is None else statistics.error(rebuilt),
             note=note,
         ),
+        spectra,
     )
 
 

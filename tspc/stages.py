@@ -22,6 +22,7 @@ from tspc.plans import Plan
 from tspc.reference import Reference, reference_curves
 from tspc.report import percent, plan_table, result_table, state_bytes, versions
 from tspc.runs import RunDirectory, differences, fingerprint, plain
+from tspc.spectra import write_spectra
 from tspc.training import Progress, evaluate, place
 
 STAGES = ("decompose", "distill", "finetune")
@@ -170,7 +171,10 @@ class Stages:
             curves = None
             if request.needs_curves:
                 curves = reference_curves(self._source, self.config, samples, self.context, self._shared)
-            self.model, done = decompose(self.reference, request.plan(self.reference, curves), samples, self.context)
+            self.model, done, spectra = decompose(
+                self.reference, request.plan(self.reference, curves), samples, self.context
+            )
+        write_spectra(spectra, self.directory.file("spectra.json"), self.directory.file("spectra.png"))
         place(self.model, self.context.device)
         sizes = self.bytes_before, state_bytes(self.model)
         self.context.display.show(plan_table(done, *sizes), logged=plan_table(done, *sizes, max_rows=None))

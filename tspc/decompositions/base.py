@@ -199,6 +199,10 @@ class Decomposition(ABC):
             tensors = function_space.fit(self, double(kernel), rank, metric)
         return Factors(tuple(t.to(weight).contiguous() for t in tensors), shape, rank)
 
+    @abstractmethod
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """For every entry of the rank the matrix whose singular values beyond it are lost."""
+
     def diagnose(self, factors: Factors) -> str | None:
         """What is wrong with a fit apart from its error, named; None if nothing is."""
         return None
@@ -258,6 +262,10 @@ class TensorFormat(ABC):
 
     @abstractmethod
     def contract(self, tensors: Sequence[Tensor]) -> Tensor: ...
+
+    @abstractmethod
+    def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
+        """As `Decomposition.unfoldings`."""
 
     @abstractmethod
     def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:

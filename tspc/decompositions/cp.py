@@ -72,6 +72,11 @@ class CPFormat(TensorFormat):
     def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
         return tuple((mode, ()) for mode in modes)
 
+    def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
+        # A rank that no unfolding bounds: the largest mode's shows most of the spectrum.
+        largest = max(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
+        return (tensor.movedim(largest, 0).flatten(1),)
+
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         *rows, last = tensors
         return (khatri_rao(rows) @ last.T).reshape([f.shape[0] for f in tensors])
@@ -168,6 +173,9 @@ class CP(Decomposition):
         inputs, space, outputs = self.format.fit(weight.permute(1, 2, 3, 0).reshape(s, h * w, t), rank)
         tensors = inputs.T, space.T, outputs
         return [f.reshape(k) for f, k in zip(tensors, self.factor_shapes(shape, rank), strict=True)]
+
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return self.format.unfoldings(weight.flatten(2).permute(1, 2, 0), True)
 
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         inputs, space, outputs = tensors

@@ -88,6 +88,11 @@ def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> li
     return min(candidates, key=error)
 
 
+def whitened(method: Decomposition, weight: Tensor, metric: Metric) -> Tensor:
+    """The kernel with its modes multiplied by the roots of their covariances, as it is decomposed."""
+    return _Roots(method, weight, metric).whiten(weight)
+
+
 class _Roots:
     """The roots of the modes' marginal covariances, and their inverses."""
 

@@ -116,6 +116,9 @@ class Reshaped(Decomposition):
     def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
         return self.inner.format.fit(self._split(weight), rank)
 
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return self.inner.format.unfoldings(self._split(weight), self._dims(tuple(weight.shape))[1])
+
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         return self._join(self.inner.format.contract(tensors), shape)
 

@@ -51,14 +51,18 @@ class SVD(Decomposition):
 
     def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
         shape = tuple(weight.shape)
-        t, s, h, w = kernel_dims(shape)
+        t, _, _, w = kernel_dims(shape)
         (r,) = rank
-        matrix = weight.reshape(t, s, h, w).permute(1, 2, 3, 0).reshape(s * h, w * t)
+        (matrix,) = self.unfoldings(weight)
         solve = oracle.svd if self.solver == "tensorly" else truncated_svd
         left, right = solve(matrix, r)
         first = left.T
         second = right.reshape(r, w, t).permute(2, 0, 1)
         return [f.reshape(k) for f, k in zip((first, second), self.factor_shapes(shape, rank), strict=True)]
+
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        t, s, h, w = kernel_dims(tuple(weight.shape))
+        return (weight.reshape(t, s, h, w).permute(1, 2, 3, 0).reshape(s * h, w * t),)
 
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         first, second = tensors

@@ -52,6 +52,9 @@ class TensorTrainFormat(TensorFormat):
     def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
         return tuple(((), mode, ()) for mode in modes)
 
+    def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
+        return tuple(tensor.flatten(0, k - 1).flatten(1) for k in range(1, tensor.ndim))
+
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         result = tensors[0]
         for core in tensors[1:]:
@@ -108,6 +111,9 @@ class TensorTrain(Decomposition):
         # A core R × n × R' is the weight R' × R × n of a convolution R → R' (the channel cores have n = 1 tap).
         tensors = [cores[0][0].T, *(c.permute(2, 0, 1) for c in cores[1:3]), cores[3][:, :, 0].T]
         return [f.reshape(k) for f, k in zip(tensors, self.factor_shapes(tuple(weight.shape), rank), strict=True)]
+
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return self.format.unfoldings(weight.permute(1, 2, 3, 0), True)
 
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         a, b, c, d = tensors

@@ -86,6 +86,9 @@ class TuckerFormat(TensorFormat):
         matrices = modes[: len(modes) - spatial]
         return (*((mode, ()) for mode in matrices), (*(() for _ in matrices), *modes[len(matrices) :]))
 
+    def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
+        return tuple(_unfold(tensor, mode) for mode in range(tensor.ndim - spatial))
+
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         *matrices, result = tensors
         for mode, matrix in enumerate(matrices):
@@ -171,6 +174,9 @@ class Tucker(Decomposition):
         inputs, outputs, core = self.format.fit(weight.permute(1, 0, 2, 3).reshape(s, t, h * w), rank)
         tensors = inputs.T, core.movedim(0, 1), outputs
         return [f.reshape(k) for f, k in zip(tensors, self.factor_shapes(shape, rank), strict=True)]
+
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return self.format.unfoldings(weight.flatten(2).permute(1, 0, 2), True)
 
     def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         inputs, core, outputs = tensors

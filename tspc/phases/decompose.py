@@ -16,6 +16,7 @@ from tspc.decompositions import Auto, Method
 from tspc.phases.context import Context
 from tspc.planning import Outline, outline, plan
 from tspc.plans import LayerPlan, Plan
+from tspc.spectra import Spectrum
 
 
 @dataclass(frozen=True)
@@ -94,18 +95,23 @@ def measure_curves(
         return error_curves(reference, layers, method, samples, on_layer=on_layer)
 
 
-def decompose(reference: nn.Module, plan: Plan, samples: Samples | None, context: Context) -> tuple[nn.Module, Plan]:
-    """A tensorized copy of `reference`, and the plan with the errors of each layer."""
+def decompose(
+    reference: nn.Module, plan: Plan, samples: Samples | None, context: Context
+) -> tuple[nn.Module, Plan, list[Spectrum]]:
+    """A tensorized copy of `reference`, the plan with the errors of each layer, and the layers' spectra."""
+    spectra: list[Spectrum] = []
     total = len(plan.tensorized)
     with context.display.bar(f"{'decompose':<9} {total} layers", total) as bar:
         done = 0
 
-        def on_layer(layer: LayerPlan) -> None:
+        def on_layer(layer: LayerPlan, of_layer: tuple[Spectrum, ...]) -> None:
             nonlocal done
+            spectra.extend(of_layer)
             done += layer.method is not None
             shown = layer.error if layer.output_error is None else layer.output_error
             bar.advance(done, f"{layer.name}  error {shown or math.nan:.3f}")
             errors = {"error": layer.error, "output_error": layer.output_error}
             context.note({"phase": "decompose", "layer": layer.name, "parameters": layer.params} | errors)
 
-        return tensorized(reference, plan, samples, on_layer)
+        model, plan = tensorized(reference, plan, samples, on_layer)
+    return model, plan, spectra
