@@ -27,7 +27,8 @@ LAYERS = [
     ["checkpoint"],
     ["phases"],
     ["config", "report", "runs"],
-    ["reference", "stages"],
+    ["reference"],
+    ["stages"],
     ["pipeline"],
     ["cli"],
 ]
