@@ -96,8 +96,11 @@ def test_sweep_shares_the_reference_and_survives_a_failing_job(cli, tmp_path):
     assert len(list(tmp_path.glob("outputs/synthetic/resnet8/*/seed0/result.json"))) == 2
 
 
+SLOW_METHODS = [pytest.param(name, marks=pytest.mark.slow) for name in ("svd", "tt", "rcp", "rtk", "rtt")]
+
+
 @pytest.mark.parametrize("network", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", ["svd", "cp", "tk", "tt", "rcp", "rtk", "rtt"])
+@pytest.mark.parametrize("method", ["cp", "tk", *SLOW_METHODS])
 def test_decomposing_from_weights_alone(cli, tmp_path, method, network):
     arguments = ("phase=decompose", "model=torchvision", f"model.name={network}", "pretrained=random", "rate=0.05")
     code, out, err = cli(*arguments, f"method={method}", "allocation=uniform")

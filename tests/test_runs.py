@@ -106,7 +106,7 @@ def test_variants_keep_runs_apart(cli, tmp_path):
 
 def test_accuracy_is_measured_once_there_is_data(cli, tmp_path):
     given = weights(1, tmp_path / "a.pt")
-    folder = ("dataset=imagefolder", "dataset.num_classes=10", "model=resnet8", given)
+    folder = ("dataset=imagefolder", "dataset.num_classes=10", "model=resnet8", given, "calibration.samples=0")
     assert cli(*folder, "phase=decompose")[0] == 0
     result = tmp_path / "outputs/imagefolder/resnet8/tt-0.2/seed0/result.json"
     assert json.loads(result.read_text())["accuracy"] is None

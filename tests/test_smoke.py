@@ -21,7 +21,8 @@ def test_fashion_mnist_resnet20_rcp(cli, tmp_path, fashion_mnist):
     result = json.loads((tmp_path / "outputs/fashion_mnist/resnet20/rcp-0.2/seed0/result.json").read_text())
     assert result["rate_reached"] <= 0.2
     assert result["accuracy"]["images"] == 10000
-    assert result["accuracy"]["top1"] > max(0.4, result["phases"]["decompose"]["accuracy"]["top1"])
+    assert result["phases"]["decompose"]["accuracy"]["top1"] > 0.3, "no step of training yet"
+    assert result["accuracy"]["top1"] > 0.4
 
 
 @pytest.mark.slow

@@ -48,6 +48,8 @@ def run(config: Config, display: Display) -> dict[str, Any]:
         _check_images(reference.model, data, spec)
     if config.plan is not None or config.decompose is not None:
         _outline(config, reference.model, display)
+        if data is None and config.calibration.samples > 0:
+            display.line("plan       no data to calibrate with: the weights alone decide")
     context = Context(data, device, config.seed, display)
     shared = _shared(config, spec)
     if not set(config.phases) & set(STAGES):

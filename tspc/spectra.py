@@ -63,11 +63,12 @@ def write_spectra(spectra: Sequence[Spectrum], data: Path, picture: Path) -> Non
 def _draw(spectra: Sequence[Spectrum], path: Path) -> None:
     # The object interface draws without a display, and leaves the user's pyplot alone.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     layers = list(dict.fromkeys(spectrum.layer for spectrum in spectra))
     columns = max(1, min(COLUMNS, len(layers)))
     rows = max(1, math.ceil(len(layers) / columns))
-    figure = Figure(figsize=(2.6 * columns, 2.1 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(2.6 * columns, 2.3 * rows + 0.5))
     grid: Any = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(layers) :]:
         axes.set_visible(False)
@@ -78,7 +79,11 @@ def _draw(spectra: Sequence[Spectrum], path: Path) -> None:
             (line,) = axes.plot(positions, [max(v, 1e-4) for v in spectrum.values], linewidth=1)
             axes.axvline(spectrum.rank, color=line.get_color(), linestyle="--", linewidth=0.8)
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{name}\n{own[0].method} {', '.join(str(s.rank) for s in own)}", fontsize=7)
         axes.tick_params(labelsize=6)
     figure.suptitle("Singular values, relative to the largest; dashed: the rank chosen", fontsize=9)
+    # By hand: the layout engines measure every text, which takes seconds for a large network.
+    height = 2.3 * rows + 0.5
+    figure.subplots_adjust(left=0.4 / columns, right=0.98, bottom=0.3 / height, top=1 - 0.75 / height, hspace=0.5)
     figure.savefig(path, dpi=110, format="png")
