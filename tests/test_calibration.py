@@ -230,3 +230,15 @@ def test_a_bad_kernel_is_named_and_nothing_changes():
     for calibration in (None, images()):
         with pytest.raises(DecompositionError, match=r"layer layer3.0.conv2: .*NaN"):
             compress(model, "svd", 0.3, calibration=calibration)
+
+
+def test_few_rows_hardly_move_the_kernel():
+    """The best kernel for noise is the layer's own, however well another one would fit the few rows seen."""
+    torch.manual_seed(0)
+    own = torch.randn(4, 60, dtype=torch.float64)
+    x = torch.randn(20, 60, dtype=torch.float64)
+    moments = Moments(60, 4, torch.device("cpu"))
+    moments.add(x, x @ own.T + torch.randn(20, 4, dtype=torch.float64))
+    found = moments.statistics(own, False, 1e-3).target
+    fresh = torch.randn(500, 60, dtype=torch.float64)
+    assert float((fresh @ (found - own).T).square().mean()) < 0.5, "0.7 where few rows count as many"

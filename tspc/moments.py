@@ -13,6 +13,12 @@ from tspc.decompositions import Metric, double
 from tspc.layers import DenseLayer, explicit_padding
 
 
+ROWS = 8
+"""Rows for each input from which on second moments are trusted as they are."""
+SCARCITY = 0.1
+"""Damping, relative to the mean second moment, for each input without a row to itself."""
+
+
 @dataclass(frozen=True)
 class Positions:
     """The positions of a layer's output to look at: every `step`-th row and column of a map, from `offset` on.
@@ -143,7 +149,9 @@ class Moments:
             cross = cross - torch.outer(mean_y, mean_x)
             outputs = outputs - torch.outer(mean_y, mean_y)
         size = float(inputs.diagonal().mean())
-        shift = damping * size if size > 0 else 1.0
+        # Of fewer rows than this the moments are partly noise, which a best kernel would follow.
+        scarcity = max(0.0, len(inputs) / count - 1 / ROWS)
+        shift = (damping + SCARCITY * scarcity) * size if size > 0 else 1.0
         damped = inputs + shift * torch.eye(len(inputs)).to(inputs)
         target = matrix
         if self._pairs is not None:
