@@ -80,7 +80,8 @@ def _plain_pointwise_(model: nn.Module) -> None:
     """Puts nn.Conv2d in the place of the package's own subclass where the kernel is 1×1: nothing is padded there."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
-            plain = nn.Conv2d(module.in_channels, module.out_channels, 1, module.stride, bias=module.bias is not None)
+            stride = cast(tuple[int, int], module.stride)
+            plain = nn.Conv2d(module.in_channels, module.out_channels, 1, stride, bias=module.bias is not None)
             plain.load_state_dict(module.state_dict())
             set_module(model, name, plain)
 

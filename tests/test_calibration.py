@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tspc.calibration import Calibration, Samples, moments_of
-from tspc.compression import compress, tensorized
-from tspc.decompositions import METHODS, SVD, Auto, TensorTrain
-from tspc.errors import DataError, DecompositionError
 from tspc.models import NetworkSpec
 from tspc.moments import Moments, Positions, input_patches, output_rows
-from tspc.planning import plan
 from tspc.stash import Room, Stash
 
 CONVS = [
@@ -154,91 +147,3 @@ def test_the_walk_sees_what_the_whole_network_sees(build, memory):
         rows = torch.cat([input_patches(model.get_submodule(name), s)[0] for s in seen]).double()
         assert found[name].count == len(rows)
         torch.testing.assert_close(found[name].xx, rows.T @ rows, rtol=1e-4, atol=1e-3)
-
-
-def output_distance(model: nn.Module, small: nn.Module, x: torch.Tensor) -> float:
-    with torch.no_grad():
-        a, b = model(x), small(x)
-    return float((a - b).norm() / a.norm())
-
-
-@pytest.mark.parametrize("method", [*METHODS, Auto((SVD(), TensorTrain()))], ids=str)
-def test_function_space_and_compensation_bring_the_answer_closer(method):
-    model, x = resnet(), images(64)
-    before = copy.deepcopy(model.state_dict())
-    plain = compress(model, method, 0.4, allocation="uniform")
-    fitted = compress(model, method, 0.4, calibration=x, settings=Calibration(samples=64, batch_size=16))
-    assert output_distance(model, fitted, images(32, seed=1)) < 0.8 * output_distance(model, plain, images(32, seed=1))
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()), "the original is kept"
-
-
-@pytest.mark.parametrize("build", [resnet, lambda: Twice().eval()])
-def test_the_mean_of_a_layers_output_is_the_references(build):
-    model, x = build(), images(40)
-    name = "layer2.0.conv1" if hasattr(model, "layer2") else "second"
-    norm = "layer2.0.bn1" if hasattr(model, "layer2") else "norm2"
-    settings = Calibration(batch_size=8, patches=10**9, batch_norm="keep")
-    with Samples(x, settings) as samples:
-        small, _ = tensorized(model, plan(model, "svd", 0.3, samples=samples, allocation="uniform"), samples)
-    means = []
-    for network in (model, small):
-        seen = []
-        with (
-            torch.no_grad(),
-            network.get_submodule(norm).register_forward_hook(lambda m, a, o, s=seen: s.append(o.mean((0, 2, 3)))),
-        ):
-            network(x)
-        means.append(seen[0])
-    assert name
-    torch.testing.assert_close(*means, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("batch_norm", ["keep", "recalibrate", "auto"])
-def test_batch_norms_are_left_in_eval_mode(batch_norm):
-    small = compress(resnet(), "tt", 0.3, calibration=images(), settings=Calibration(batch_norm=batch_norm))
-    assert not any(module.training for module in small.modules())
-    assert all(torch.isfinite(value).all() for value in small.state_dict().values())
-
-
-def test_a_single_image_and_a_dead_channel():
-    model = resnet()
-    with torch.no_grad():
-        model.layer1[0].bn1.weight[3] = 0
-        model.layer1[0].bn1.bias[3] = 0
-    small = compress(model, "tk", 0.4, calibration=images(1))
-    assert math.isfinite(output_distance(model, small, images(8)))
-
-
-def test_batches_with_labels_are_taken_like_images():
-    x = images(20)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(20)), batch_size=7)
-    settings = Calibration(samples=16, batch_size=5)
-    with Samples(loader, settings) as some:
-        assert [len(batch) for batch in some] == [5, 5, 5, 1]
-        assert torch.equal(torch.cat(list(some)), x[:16])
-
-
-def test_no_image_is_an_error():
-    with pytest.raises(DataError, match="at least one image"):
-        Samples([])
-
-
-def test_a_bad_kernel_is_named_and_nothing_changes():
-    model = resnet()
-    with torch.no_grad():
-        model.layer3[0].conv2.weight[0] = math.nan
-    for calibration in (None, images()):
-        with pytest.raises(DecompositionError, match=r"layer layer3.0.conv2: .*NaN"):
-            compress(model, "svd", 0.3, calibration=calibration)
-
-
-def test_few_rows_hardly_move_the_kernel():
-    """The best kernel for noise is the layer's own, however well another one would fit the few rows seen."""
-    torch.manual_seed(0)
-    own = torch.randn(4, 60, dtype=torch.float64)
-    x = torch.randn(20, 60, dtype=torch.float64)
-    moments = Moments(60, 4, torch.device("cpu"))
-    moments.add(x, x @ own.T + torch.randn(20, 4, dtype=torch.float64))
-    found = moments.statistics(own, False, 1e-3).target
-    fresh = torch.randn(500, 60, dtype=torch.float64)
-    assert float((fresh @ (found - own).T).square().mean()) < 0.5, "0.7 where few rows count as many"

@@ -140,7 +140,7 @@ def _errors(candidate: Candidate, sizes: np.ndarray) -> list[float]:
 
 
 def _filled(candidates: Sequence[Candidate], layers: list[LayerPlan], budget: int) -> list[LayerPlan]:
-    """Raises single ranks, or makes a layer dense again, as long as the budget allows; the largest gain first."""
+    """Raises single ranks, of layers that stay below dense, as long as the budget allows; the largest gain first."""
     layers = list(layers)
     left = budget - sum(layer.params for layer in layers)
     while True:

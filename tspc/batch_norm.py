@@ -17,7 +17,7 @@ def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> No
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     choice = samples.settings.batch_norm
-    if choice == "keep" or not norms:
+    if choice == "keep" or not norms or len(next(iter(samples))) < 2:
         return
     before = {id(norm): {k: v.clone() for k, v in norm.state_dict().items()} for norm in norms}
     distance = _distance(model, reference, samples) if choice == "auto" else None
@@ -34,8 +34,11 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over all batches
         norm.train()
+    size = 0
     for images in samples:
-        model(images)
+        size = size or len(images)
+        if len(images) == size:  # a smaller last batch would count as much as a whole one
+            model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
@@ -43,7 +46,7 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
 
 @torch.no_grad()
 def _distance(model: nn.Module, reference: nn.Module, samples: Samples) -> float:
-    """Squared distance of the networks' answers, summed over the images; infinite if they cannot be compared."""
+    """Squared distance of the networks' answers, summed over the images; 0 if they cannot be compared."""
     total = 0.0
     for images in samples:
         answer, wanted = model(images), reference(images)

@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.errors import DataError
+from tspc.errors import ConfigError, DataError
 from tspc.layers import DenseLayer
 from tspc.moments import Moments, Positions, Statistics, input_patches, output_rows
 from tspc.sensitivity import output_sensitivity
 from tspc.stash import Room, Stash
-from tspc.walk import Trace, Walker, trace
+from tspc.walk import Trace, Walker, evaluating, trace
 
 WIDEST = 8192
 """Longest input patch whose second moments are kept (half a gigabyte in float64)."""
@@ -91,14 +91,21 @@ class Samples:
         self, images: Tensor | Iterable[Any], settings: Calibration | None = None, device: torch.device | None = None
     ) -> None:
         self.settings, self.device = settings or Calibration(), device
+        problems = self.settings.problems("calibration")
+        if problems:
+            raise ConfigError(problems)
         self.room = Room(self.settings.memory)
         self._surveyed: tuple[nn.Module, Survey] | None = None
         self._images = Stash(self.room)
-        for batch in _batches(images, self.settings):
-            self._images.append(batch)
-        if len(self._images) == 0:
+        try:
+            for batch in _batches(images, self.settings):
+                _check(batch)
+                self._images.append(batch)
+            if len(self._images) == 0:
+                raise DataError("calibration needs at least one image, but the data gave none")
+        except BaseException:
             self.room.close()
-            raise DataError("calibration needs at least one image, but the data gave none")
+            raise
 
     def __enter__(self) -> Samples:
         return self
@@ -121,10 +128,19 @@ class Samples:
             self._surveyed = model, self._survey(model, layers)
         return self._surveyed[1]
 
+    @property
+    def patches_of_a_batch(self) -> int:
+        return max(1, self.settings.patches // len(self._images))
+
     def _survey(self, model: nn.Module, layers: Collection[str]) -> Survey:
-        model.eval()
-        found = trace(model, layers, next(iter(self))[:2])
-        weights = output_sensitivity(model, list(layers), self) if self.settings.sensitivity else {}
+        images = next(iter(self))[:2]
+        with evaluating(model):
+            try:
+                found = trace(model, layers, images)
+            except (RuntimeError, ValueError, TypeError) as error:
+                given = f"{tuple(images.shape[1:])}, {images.dtype}"
+                raise DataError(f"the network cannot take the calibration images ({given} each): {error}") from error
+            weights = output_sensitivity(model, list(layers), self) if self.settings.sensitivity else {}
         return Survey(found, weights)
 
     def walk(self, model: nn.Module, trace: Trace) -> Walker:
@@ -135,10 +151,15 @@ def _batches(images: Tensor | Iterable[Any], settings: Calibration) -> Iterator[
     """Batches of equal size (the last one may be smaller), of as many images as asked for."""
     left, rest = settings.samples, []
     for given in images.split(settings.batch_size) if isinstance(images, Tensor) else images:
-        batch = given if isinstance(given, Tensor) else given[0]
+        batch = given[0] if isinstance(given, tuple | list) and given else given
+        if not isinstance(batch, Tensor):
+            raise DataError(f"calibration needs tensors, or tuples that begin with one, not {type(batch).__name__}")
         rest.append(batch[:left])
         left -= len(rest[-1])
-        joined = torch.cat(rest)
+        try:
+            joined = torch.cat(rest)
+        except RuntimeError as error:
+            raise DataError(f"the calibration images are not all of one size: {error}") from error
         full = len(joined) - len(joined) % settings.batch_size
         if full:
             yield from joined[:full].split(settings.batch_size)
@@ -147,6 +168,11 @@ def _batches(images: Tensor | Iterable[Any], settings: Calibration) -> Iterator[
             break
     if rest and len(rest[0]):
         yield rest[0]
+
+
+def _check(batch: Tensor) -> None:
+    if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
+        raise DataError("a calibration image holds NaN or infinite values")
 
 
 def is_narrow(layer: nn.Module) -> bool:
@@ -162,11 +188,14 @@ def moments_of(
     Layers that are never called, or whose inputs are too wide, are left out.
     """
     walker = samples.walk(model, trace)
-    for segment in trace.segments:
-        walker.advance()
-        inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
-        for group in _groups(model, inside, samples.settings.memory):
-            yield from _gather(walker, group, samples.settings).items()
+    try:
+        for segment in trace.segments:
+            walker.advance()
+            inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
+            for group in _groups(model, inside, samples.settings.memory):
+                yield from _gather(walker, group, samples).items()
+    finally:
+        walker.close()
 
 
 def _groups(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[list[str]]:
@@ -184,17 +213,17 @@ def _groups(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[lis
         yield group
 
 
-def moments_of_layer(walker: Walker, layer: str, settings: Calibration) -> Moments:
+def moments_of_layer(walker: Walker, layer: str, samples: Samples) -> Moments:
     """Moments of the inputs of a layer in the walker's present segment."""
-    return _gather(walker, [layer], settings)[layer]
+    return _gather(walker, [layer], samples)[layer]
 
 
-def _gather(walker: Walker, layers: Collection[str], settings: Calibration) -> dict[str, Moments]:
+def _gather(walker: Walker, layers: Collection[str], samples: Samples) -> dict[str, Moments]:
     moments: dict[str, Moments] = {}
 
     def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
         layer = cast(DenseLayer, walker.model.get_submodule(name))
-        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, settings))[0]
+        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))[0]
         moments.setdefault(name, Moments(x.shape[1], None, x.device)).add(x)
 
     for _ in walker.inputs_of(layers, see):
@@ -202,17 +231,17 @@ def _gather(walker: Walker, layers: Collection[str], settings: Calibration) -> d
     return moments
 
 
-def moments_of_pair(reference: Walker, small: Walker, name: str, settings: Calibration) -> Moments:
+def moments_of_pair(reference: Walker, small: Walker, name: str, samples: Samples) -> Moments:
     """Moments of a layer's inputs in the compressed network with the reference's outputs as targets."""
     layer = cast(DenseLayer, reference.model.get_submodule(name))
     moments: list[Moments] = []
     targets: list[Tensor] = []
 
     def see_target(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        targets.append(output_rows(layer, outputs, _positions(layer, name, batch, outputs, settings)))
+        targets.append(output_rows(layer, outputs, _positions(layer, name, batch, outputs, samples)))
 
     def see_input(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, settings))[0]
+        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))[0]
         if not moments:
             moments.append(Moments(x.shape[1], len(layer.weight), x.device))
         moments[0].add(x, targets.pop(0))
@@ -222,6 +251,5 @@ def moments_of_pair(reference: Walker, small: Walker, name: str, settings: Calib
     return moments[0]
 
 
-def _positions(layer: DenseLayer, name: str, batch: int, outputs: Tensor, settings: Calibration) -> Positions:
-    most = max(1, settings.patches * settings.batch_size // settings.samples)
-    return Positions.at_most(most, layer, outputs, zlib.crc32(name.encode()) + batch)
+def _positions(layer: DenseLayer, name: str, batch: int, outputs: Tensor, samples: Samples) -> Positions:
+    return Positions.at_most(samples.patches_of_a_batch, layer, outputs, zlib.crc32(name.encode()) + batch)

@@ -19,6 +19,7 @@ from tspc.moments import Statistics
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
 from tspc.spectra import Spectrum, spectra_of
+from tspc.walk import evaluating
 
 OnLayer = Callable[[LayerPlan, "tuple[Spectrum, ...]"], None]
 
@@ -44,7 +45,7 @@ def compress(
     without it the weights alone decide. Raises what `plan` and `apply_` raise.
     """
     small = copy.deepcopy(model)
-    if calibration is None:
+    if calibration is None or (settings is not None and settings.samples == 0):
         apply_(small, plan(small, method, rate, **options))
         return small
     device = next((p.device for p in model.parameters()), None)
@@ -69,7 +70,8 @@ def apply_(
     """
     small, done = tensorized(model, plan, samples, on_layer)
     for layer in done.tensorized:
-        set_module(model, layer.name, small.get_submodule(layer.name))
+        mode = model.get_submodule(layer.name).training
+        set_module(model, layer.name, small.get_submodule(layer.name).train(mode))
     model.load_state_dict(small.state_dict())
     return done
 
@@ -78,7 +80,12 @@ def tensorized(
     model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda layer, spectra: None
 ) -> tuple[nn.Module, Plan]:
     """A tensorized copy of `model`, in eval mode, and the plan with the errors filled in; as `apply_`."""
-    work = copy.deepcopy(model).eval()
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        return _tensorized(model, plan, samples, on_layer)
+
+
+def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer) -> tuple[nn.Module, Plan]:
+    work = copy.deepcopy(model)
     done: dict[str, _Done] = {}
     for layer, statistics, batch_norm in _in_turn(model, work, plan, samples):
         dense = cast(DenseLayer, work.get_submodule(layer.name))
@@ -126,18 +133,22 @@ def _statistics(
 ) -> Iterator[tuple[str, Statistics]]:
     settings = samples.settings
     reference, small = samples.walk(model, survey.trace), samples.walk(work, survey.trace)
-    for segment in survey.trace.segments:
-        reference.advance()
-        small.advance()
-        for name in (name for name in segment.layers if name in layers):
-            dense = cast(DenseLayer, model.get_submodule(name))
-            if not is_narrow(dense):
-                continue
-            if settings.compensate:
-                moments = moments_of_pair(reference, small, name, settings)
-            else:
-                moments = moments_of_layer(reference, name, settings)
-            yield name, survey.statistics(name, dense, moments, settings.damping)
+    try:
+        for segment in survey.trace.segments:
+            reference.advance()
+            small.advance()
+            for name in (name for name in segment.layers if name in layers):
+                dense = cast(DenseLayer, model.get_submodule(name))
+                if not is_narrow(dense):
+                    continue
+                if settings.compensate:
+                    moments = moments_of_pair(reference, small, name, samples)
+                else:
+                    moments = moments_of_layer(reference, name, samples)
+                yield name, survey.statistics(name, dense, moments, settings.damping)
+    finally:
+        reference.close()
+        small.close()
 
 
 def _check_finite(dense: DenseLayer, name: str) -> None:

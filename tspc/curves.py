@@ -16,6 +16,7 @@ from tspc.decompositions import Decomposition, Method, Metric, double
 from tspc.errors import DecompositionError
 from tspc.layers import DenseLayer
 from tspc.plans import LayerPlan
+from tspc.walk import evaluating
 
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Sizes, relative to the dense kernel, at which a curve is sampled, beside the smallest rank."""
@@ -94,10 +95,11 @@ def error_curves(
 
     if samples is not None:
         survey = samples.survey(model, list(waiting))
-        for name, moments in moments_of(model, list(waiting), samples, survey.trace):
-            dense = cast(DenseLayer, model.get_submodule(name))
-            statistics = survey.statistics(name, dense, moments, samples.settings.damping)
-            measure(name, replace(statistics.metric, is_sketch=True))
+        with evaluating(model):
+            for name, moments in moments_of(model, list(waiting), samples, survey.trace):
+                dense = cast(DenseLayer, model.get_submodule(name))
+                statistics = survey.statistics(name, dense, moments, samples.settings.damping)
+                measure(name, replace(statistics.metric, is_sketch=True))
     for name in list(waiting):  # never called, or too wide: by its kernel alone
         measure(name, None)
     return curves

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tspc.decompositions import Metric, double
 from tspc.layers import DenseLayer, explicit_padding
 
-
 ROWS = 8
 """Rows for each input from which on second moments are trusted as they are."""
 SCARCITY = 0.1
@@ -63,14 +62,18 @@ def input_patches(layer: DenseLayer, inputs: Tensor, positions: Positions | None
 
 def output_rows(layer: DenseLayer, outputs: Tensor, positions: Positions | None = None) -> Tensor:
     """The layer's outputs without its bias, in the order of `input_patches`: positions × T."""
+    rows = rows_of(layer, outputs, positions)
+    return rows if layer.bias is None else rows - layer.bias
+
+
+def rows_of(layer: DenseLayer, outputs: Tensor, positions: Positions | None = None) -> Tensor:
+    """Anything of the shape of the layer's outputs in the order of `input_patches`: positions × T."""
     positions = positions or Positions()
     step, (top, left) = positions.step, positions.offset
     if isinstance(layer, nn.Linear):
-        rows = outputs.reshape(-1, outputs.shape[-1])[top * step + left :: step * step]
-    else:
-        maps = outputs if outputs.ndim == 4 else outputs[None]
-        rows = maps[..., top::step, left::step].permute(0, 2, 3, 1).flatten(0, 2)
-    return rows if layer.bias is None else rows - layer.bias
+        return outputs.reshape(-1, outputs.shape[-1])[top * step + left :: step * step]
+    maps = outputs if outputs.ndim == 4 else outputs[None]
+    return maps[..., top::step, left::step].permute(0, 2, 3, 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)

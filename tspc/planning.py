@@ -200,6 +200,10 @@ def _smallest_plan(at: Callable[[float], Plan], target_error: float) -> Plan:
     else:
         low = 1e-9
     best, high = at(1.0), 1.0
+    if _expected(best) > target_error:
+        least = _expected(best)
+        message = f"target_error={target_error} cannot be met: at rate 1 it is {least:.4g}; allocation=global can"
+        raise ConfigError([message])
     if _expected(smallest := at(low)) <= target_error:
         return smallest
     for _ in range(RATE_STEPS):

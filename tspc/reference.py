@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tspc import checkpoint
+from tspc import __version__, checkpoint
 from tspc.calibration import Samples
 from tspc.config import Config
 from tspc.curves import Curves, ErrorCurve
@@ -129,9 +129,12 @@ def reference_curves(
     identity = {
         "reference": reference.identity,
         "method": config.method.to_dict(),
-        "layers": [layer.name for layer in sketch.chosen],
+        "network": network_spec(config, context.data).to_dict(),
+        "layers": [[layer.name, *layer.shape] for layer in sketch.chosen],
+        "version": __version__,
         "calibration": calibration_identity(config, samples is not None),
         "data": None if samples is None or context.data is None else context.data.fingerprint,
+        "dataset": None if samples is None else data_identity(config),
     }
     path = folder / f"curves-{fingerprint(identity)}.json"
     if path.exists():

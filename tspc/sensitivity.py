@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tspc.decompositions import double
 from tspc.layers import DenseLayer
-from tspc.moments import output_rows
+from tspc.moments import rows_of
 
 IMAGES = 128
 """Images of which the gradients are taken, in batches of `BATCH`: they need the memory of training."""
@@ -27,15 +28,15 @@ def output_sensitivity(model: nn.Module, layers: Iterable[str], batches: Iterabl
     Martens & Grosse, ICML 2015, with Gaussian projections of the logits in place of sampled labels). Where few
     gradients stand against many outputs the matrix is shrunk towards a multiple of the identity.
 
-    Empty if the network does not answer with one tensor.
+    Empty if the network does not answer with one tensor, or takes no floating-point input; a layer on which
+    the answer does not depend is left out.
     """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
     def on_gradient(name: str, layer: DenseLayer) -> Callable[[Tensor], None]:
         def add(gradient: Tensor) -> None:
-            g = output_rows(layer, gradient) if layer.bias is None else output_rows(layer, gradient) + layer.bias
-            g = g.detach().float()
+            g = rows_of(layer, gradient).detach().float()
             sums[name] = sums.get(name, torch.zeros(())).to(g) + g.T @ g
             rows[name] = rows.get(name, 0) + len(g)
 
@@ -55,7 +56,9 @@ def output_sensitivity(model: nn.Module, layers: Iterable[str], batches: Iterabl
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _shrunk(double(total) / (images * PROBES), rows[name]) for name, total in sums.items()}
+    found = {name: double(total) / (images * PROBES) for name, total in sums.items()}
+    seen = {name: total for name, total in found.items() if 0 < float(total.trace()) < math.inf}
+    return {name: _shrunk(total, rows[name]) for name, total in seen.items()}
 
 
 def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -63,6 +66,8 @@ def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
     generator = torch.Generator().manual_seed(0)
     images = 0
     for batch in batches:
+        if not batch.is_floating_point():
+            return images
         for part in batch.split(BATCH):
             with torch.enable_grad():
                 inputs = part.detach().clone().requires_grad_()
@@ -71,8 +76,9 @@ def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
                     return images
                 for probe in range(PROBES):
                     direction = torch.randn(answer.shape, generator=generator).to(answer)
-                    # A constant added to all logits changes no probability.
-                    direction -= direction.mean(-1, keepdim=True)
+                    if answer.ndim == 2 and answer.shape[1] > 1:
+                        # A constant added to all logits changes no probability.
+                        direction -= direction.mean(1, keepdim=True)
                     torch.autograd.grad((answer * direction).sum(), inputs, retain_graph=probe + 1 < PROBES)
             images += len(part)
         if images >= IMAGES:

@@ -222,6 +222,7 @@ class Stages:
             "rate_decay": ranks.rate_decay,
             "rate_scope": ranks.rate_scope,
             "allocation": ranks.allocation,
+            "target_error": self.config.target_error,
             "output_error": ranks.output_error,
             "dataset": self.config.dataset.name,
             "network": self.spec.name,
@@ -247,5 +248,8 @@ class Stages:
         display = self.context.display
         display.show(result_table(result))
         before, after = result["parameters"]["before"], result["parameters"]["after"]
-        display.line(f"rate       {result['rate_reached']:.4f} reached, {result['rate']} asked")
+        asked = f"{result['rate']} asked"
+        if result["target_error"] is not None:
+            asked = f"for an expected output error of at most {result['target_error']}"
+        display.line(f"rate       {result['rate_reached']:.4f} reached, {asked}")
         display.line(f"network    {before:,} → {after:,} parameters, {result['bytes']['file']:,} bytes in {target}")

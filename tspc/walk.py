@@ -44,6 +44,18 @@ class Trace:
     batch_norms: dict[str, str]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside, in the modes that the modules had after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 class _Stop(Exception):
     """Ends a forward pass early."""
 
@@ -75,14 +87,25 @@ class _Consumers(TorchFunctionMode):
         return result
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """The one tensor with which a block was called (None if there were others), and its version at that moment.
+
+    An operation in place leaves the tensor the same object, but not the same version.
+    """
+
+    tensor: Tensor | None
+    version: int
+
+
 @dataclass
 class _Record:
     """Notes of the hooks during a traced pass."""
 
     order: list[str] = field(default_factory=list)
-    inputs: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
-    outputs: dict[str, Any] = field(default_factory=dict)
-    normalised: dict[int, str] = field(default_factory=dict)
+    entered: dict[str, list[_Entry]] = field(default_factory=dict)
+    left: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    normalised: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -99,44 +122,53 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor) -> Trace:
         return hook
 
     def on_block(name: str) -> Callable:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            record.inputs.setdefault(name, []).append((args, kwargs))
-            record.outputs[name] = output
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+            entry = _Entry(args[0], args[0]._version) if alone else _Entry(None, 0)
+            record.entered.setdefault(name, []).append(entry)
+
+        return hook
+
+    def on_block_end(name: str) -> Callable:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            record.left[name] = output, output._version if isinstance(output, Tensor) else 0
 
         return hook
 
     def on_batch_norm(name: str) -> Callable:
-        return lambda module, args: record.normalised.__setitem__(id(args[0]), name)
+        return lambda module, args: record.normalised.append((name, args[0]))
 
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(on_layer(name)) for name in layers]
-    handles += [modules[name].register_forward_hook(on_block(name), with_kwargs=True) for name in blocks]
+    handles += [modules[name].register_forward_pre_hook(on_block(name), with_kwargs=True) for name in blocks]
+    handles += [modules[name].register_forward_hook(on_block_end(name)) for name in blocks]
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(on_batch_norm(name)))
     with _hooks(handles), consumers:
         model(images)
     calls = {name: record.order.count(name) for name in layers}
+    norms = [norm for norm, _ in record.normalised]
     batch_norms = {
-        name: record.normalised[key]
-        for key, (name, _) in consumers.watched.items()
-        if key in record.normalised and consumers.counts.get(name) == 1 and calls[name] == 1
+        name: norm
+        for name, output in consumers.watched.values()
+        for norm, normalised in record.normalised
+        if normalised is output and consumers.counts.get(name) == calls[name] == norms.count(norm) == 1
     }
     return Trace(_segments(blocks, record), calls, batch_norms)
 
 
 def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
     called = list(dict.fromkeys(record.order))
-    if any(len(calls) != 1 for calls in record.inputs.values()):
+    if any(len(calls) != 1 for calls in record.entered.values()):
         return (Segment("", tuple(called), False),)
     segments: list[Segment] = []
-    before = None
-    for name in record.inputs:
+    before, version = None, 0
+    for name, (entry,) in record.entered.items():
         inside = tuple(layer for layer in called if block_of(layer, [name]) is not None)
-        ((args, kwargs),) = record.inputs[name]
-        follows = before is not None and not kwargs and len(args) == 1 and args[0] is before
-        segments.append(Segment(name, inside, follows and isinstance(before, Tensor)))
-        before = record.outputs[name]
+        follows = entry.tensor is not None and entry.tensor is before and entry.version == version
+        segments.append(Segment(name, inside, follows))
+        before, version = record.left[name]
     return tuple(segments)
 
 
@@ -147,10 +179,15 @@ class Walker:
     """
 
     def __init__(self, model: nn.Module, trace: Trace, images: Iterable[Tensor], room: Room) -> None:
-        self.model, self._trace, self._images = model.eval(), trace, images
+        self.model, self._trace, self._images = model, trace, images
         self._arguments = Stash(room)
         self._next = Stash(room)
         self._position = -1
+
+    def close(self) -> None:
+        """Gives the room back."""
+        self._arguments.clear()
+        self._next.clear()
 
     @property
     def segment(self) -> Segment:
