@@ -47,7 +47,7 @@ def test_moments_and_the_kernel_that_answers_best():
     for part in torch.arange(500).split(120):
         moments.add(x[part], y[part])
     found = moments.statistics(torch.zeros(4, 6), centred=True, damping=1e-9)
-    torch.testing.assert_close(found.inputs, torch.cov(x.T, correction=0))
+    torch.testing.assert_close(found.metric.inputs, torch.cov(x.T, correction=0))
     torch.testing.assert_close(found.target, w, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.shift(w), torch.full((4,), 3.0, dtype=x.dtype))
     assert found.error(w) < 1e-6

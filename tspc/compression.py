@@ -145,7 +145,9 @@ def _statistics(
                     moments = moments_of_pair(reference, small, name, samples)
                 else:
                     moments = moments_of_layer(reference, name, samples)
-                yield name, survey.statistics(name, dense, moments, settings.damping)
+                statistics = survey.statistics(name, dense, moments, settings.damping)
+                del moments  # room for the fit
+                yield name, statistics
     finally:
         reference.close()
         small.close()

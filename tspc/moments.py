@@ -14,6 +14,8 @@ from tspc.layers import DenseLayer, explicit_padding
 
 ROWS = 8
 """Rows for each input from which on second moments are trusted as they are."""
+LEAST_ROWS = 2
+"""Rows for each input without which the layer's own kernel is the best known."""
 SCARCITY = 0.1
 """Damping, relative to the mean second moment, for each input without a row to itself."""
 
@@ -81,8 +83,8 @@ class Statistics:
     """What one layer should do, given its inputs x: answer with y, the reference's output without its bias.
 
     With `centred`, a constant can be added to the layer's output, so that only what varies counts: the means are
-    taken off all second moments. `metric` is the norm of the damped `inputs` E[xxᵀ], `target` the kernel (T × n)
-    that answers best; `cross` is E[yxᵀ], `outputs` E[yyᵀ].
+    taken off all second moments. `metric` is the norm of E[xxᵀ] + `damping`·I, `target` the kernel (T × n) that
+    answers best; `cross` is E[yxᵀ], `outputs` E[yyᵀ].
     """
 
     metric: Metric
@@ -90,7 +92,7 @@ class Statistics:
     centred: bool
     mean_x: Tensor
     mean_y: Tensor
-    inputs: Tensor
+    damping: float
     cross: Tensor
     outputs: Tensor
 
@@ -98,7 +100,8 @@ class Statistics:
         """The root of E‖y − kernel·x‖² ÷ E‖y‖², outputs weighted as in the metric; 0 answers like the reference."""
         matrix = kernel.detach().flatten(1).to(self.cross)
         product = matrix @ self.cross.T
-        rest = self.outputs - product - product.T + matrix @ self.inputs @ matrix.T
+        answers = matrix @ self.metric.inputs @ matrix.T - self.damping * (matrix @ matrix.T)
+        rest = self.outputs - product - product.T + answers
         weights = self.metric.outputs
         lost, whole = (float(m.trace() if weights is None else (m * weights).sum()) for m in (rest, self.outputs))
         return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
@@ -148,16 +151,17 @@ class Moments:
         else:
             mean_y, cross, outputs = (total / count for total in self._pairs)
         if centred:
-            inputs = inputs - torch.outer(mean_x, mean_x)
+            inputs.addr_(mean_x, mean_x, alpha=-1)
             cross = cross - torch.outer(mean_y, mean_x)
             outputs = outputs - torch.outer(mean_y, mean_y)
         size = float(inputs.diagonal().mean())
         # Of fewer rows than this the moments are partly noise, which a best kernel would follow.
         scarcity = max(0.0, len(inputs) / count - 1 / ROWS)
         shift = (damping + SCARCITY * scarcity) * size if size > 0 else 1.0
-        damped = inputs + shift * torch.eye(len(inputs)).to(inputs)
+        # In place, here and below: of a wide layer each such matrix is hundreds of megabytes.
+        inputs.diagonal().add_(shift)
         target = matrix
-        if self._pairs is not None:
-            target = torch.linalg.solve(damped, (cross + shift * matrix).T).T
-        metric = Metric(damped, None if sensitivity is None else sensitivity.to(damped))
-        return Statistics(metric, target, centred, mean_x, mean_y, inputs, cross, outputs)
+        if self._pairs is not None and count >= LEAST_ROWS * len(inputs):
+            target = torch.linalg.solve(inputs, (cross + shift * matrix).T).T
+        metric = Metric(inputs, None if sensitivity is None else sensitivity.to(inputs))
+        return Statistics(metric, target, centred, mean_x, mean_y, shift, cross, outputs)

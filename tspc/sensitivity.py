@@ -15,7 +15,7 @@ from tspc.moments import rows_of
 
 IMAGES = 128
 """Images of which the gradients are taken, in batches of `BATCH`: they need the memory of training."""
-BATCH = 16
+BATCH = 8
 PROBES = 2
 SHRINKAGE = 1e-2
 """Least share of the mean added to all outputs alike."""
