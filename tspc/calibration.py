@@ -47,7 +47,7 @@ class Calibration:
     sensitivity: bool = True
     compensate: bool = True
     batch_norm: str = "auto"
-    memory: int = 512
+    memory: int = 256
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
@@ -193,7 +193,9 @@ def moments_of(
             walker.advance()
             inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
             for group in _groups(model, inside, samples.settings.memory):
-                yield from _gather(walker, group, samples).items()
+                found = _gather(walker, group, samples)
+                for name in group:
+                    yield name, found.pop(name)  # given away, so that its memory can be freed
     finally:
         walker.close()
 

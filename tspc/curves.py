@@ -99,6 +99,7 @@ def error_curves(
             for name, moments in moments_of(model, list(waiting), samples, survey.trace):
                 dense = cast(DenseLayer, model.get_submodule(name))
                 statistics = survey.statistics(name, dense, moments, samples.settings.damping)
+                del moments  # room for the fits
                 measure(name, replace(statistics.metric, is_sketch=True))
     for name in list(waiting):  # never called, or too wide: by its kernel alone
         measure(name, None)
