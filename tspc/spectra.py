@@ -39,8 +39,8 @@ def spectra_of(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> tuple
     """One spectrum for every entry of the layer's rank."""
     assert layer.method is not None
     assert layer.rank is not None
-    weight = double(kernel.detach())
-    weight = weight if metric is None else whitened(layer.method, weight, metric)
+    # A picture of the kernels themselves needs no more than float32.
+    weight = kernel.detach().float() if metric is None else whitened(layer.method, double(kernel.detach()), metric)
     return tuple(
         Spectrum(layer.name, layer.method.name, entry, rank, _singular_values(matrix))
         for entry, (rank, matrix) in enumerate(zip(layer.rank, layer.method.unfoldings(weight), strict=True))
