@@ -31,8 +31,8 @@ def options(group: str) -> list[str]:
 
 @pytest.mark.parametrize("method", options("method"))
 def test_methods(method):
-    assert read(f"method={method}").method.name == method
-    assert read(f"method={method}").method == resolve(method), "the file states the defaults of the code"
+    assert read(f"method={method}").request.method.name == method
+    assert read(f"method={method}").request.method == resolve(method), "the file states the defaults of the code"
 
 
 def test_every_method_has_a_file():

@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.errors import ConfigError, DataError
+from tspc.errors import ConfigError, DataError, out_of_range
 from tspc.layers import DenseLayer
 from tspc.moments import Moments, Positions, Statistics, input_patches, output_rows
+from tspc.selection import why_dense
 from tspc.sensitivity import output_sensitivity
 from tspc.stash import Room, Stash
 from tspc.walk import Trace, Walker, evaluating, trace
@@ -59,7 +60,7 @@ class Calibration:
             ("memory", self.memory >= 0, "at least 0"),
             ("batch_norm", self.batch_norm in BATCH_NORMS, f"one of {', '.join(BATCH_NORMS)}"),
         ]
-        return [f"{where}.{k}={getattr(self, k)}: expected {expected}" for k, ok, expected in rules if not ok]
+        return out_of_range(self, where, rules)
 
 
 BATCH_NORMS = ("keep", "recalibrate", "auto")
@@ -76,8 +77,9 @@ class Survey:
         """Whether a constant can be added to the layer's output: by its bias, or by its batch norm."""
         return layer.bias is not None or name in self.trace.batch_norms
 
-    def statistics(self, name: str, layer: DenseLayer, moments: Moments, damping: float) -> Statistics:
-        return moments.statistics(layer.weight, self.is_centred(name, layer), damping, self.sensitivity.get(name))
+    def statistics(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples) -> Statistics:
+        centred, weights = self.is_centred(name, layer), self.sensitivity.get(name)
+        return moments.statistics(layer.weight, centred, samples.settings.damping, weights)
 
 
 class Samples:
@@ -95,7 +97,7 @@ class Samples:
         if problems:
             raise ConfigError(problems)
         self.room = Room(self.settings.memory)
-        self._surveyed: tuple[nn.Module, Survey] | None = None
+        self._sensitivity: tuple[nn.Module, dict[str, Tensor]] | None = None
         self._images = Stash(self.room)
         try:
             for batch in _batches(images, self.settings):
@@ -119,20 +121,7 @@ class Samples:
             yield batch if self.device is None else batch.to(self.device)
 
     def survey(self, model: nn.Module, layers: Collection[str]) -> Survey:
-        """How a network calls some layers, and how its answer depends on them; looked up if asked for again."""
-        if (
-            self._surveyed is None
-            or self._surveyed[0] is not model
-            or not set(layers) <= self._surveyed[1].trace.calls.keys()
-        ):
-            self._surveyed = model, self._survey(model, layers)
-        return self._surveyed[1]
-
-    @property
-    def patches_of_a_batch(self) -> int:
-        return max(1, self.settings.patches // len(self._images))
-
-    def _survey(self, model: nn.Module, layers: Collection[str]) -> Survey:
+        """How a network calls some layers, and how its answer depends on them."""
         images = next(iter(self))[:2]
         with evaluating(model):
             try:
@@ -140,8 +129,18 @@ class Samples:
             except (RuntimeError, ValueError, TypeError) as error:
                 given = f"{tuple(images.shape[1:])}, {images.dtype}"
                 raise DataError(f"the network cannot take the calibration images ({given} each): {error}") from error
-            weights = output_sensitivity(model, list(layers), self) if self.settings.sensitivity else {}
-        return Survey(found, weights)
+            return Survey(found, self._sensitivity_of(model))
+
+    def _sensitivity_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """Of all layers that could be treated, whichever are asked for: the gradients come in one pass, kept."""
+        if self._sensitivity is None or self._sensitivity[0] is not model:
+            layers = [name for name, module in model.named_modules() if why_dense(module) is None]
+            self._sensitivity = model, output_sensitivity(model, layers, self) if self.settings.sensitivity else {}
+        return self._sensitivity[1]
+
+    @property
+    def patches_of_a_batch(self) -> int:
+        return max(1, self.settings.patches // len(self._images))
 
     def walk(self, model: nn.Module, trace: Trace) -> Walker:
         return Walker(model, trace, self, self.room)
@@ -213,11 +212,6 @@ def _groups(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[lis
         used += size
     if group:
         yield group
-
-
-def moments_of_layer(walker: Walker, layer: str, samples: Samples) -> Moments:
-    """Moments of the inputs of a layer in the walker's present segment."""
-    return _gather(walker, [layer], samples)[layer]
 
 
 def _gather(walker: Walker, layers: Collection[str], samples: Samples) -> dict[str, Moments]:

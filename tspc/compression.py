@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from tspc.batch_norm import recalibrate_
-from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of_layer, moments_of_pair
-from tspc.decompositions import Method, double
+from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of, moments_of_pair
+from tspc.decompositions import Method, Metric, check_finite, double
 from tspc.errors import DecompositionError
 from tspc.layers import DenseLayer, TensorizedLayer, tensorize
-from tspc.moments import Statistics
+from tspc.moments import Moments, Statistics
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
-from tspc.spectra import Spectrum, spectra_of
-from tspc.walk import evaluating
+from tspc.walk import Trace, evaluating
 
-OnLayer = Callable[[LayerPlan, "tuple[Spectrum, ...]"], None]
+OnLayer = Callable[[LayerPlan, Tensor, Metric | None], None]
+"""Called after each layer with its row, the kernel that was fitted (not always its own), and the norm, if any."""
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -55,7 +56,7 @@ def compress(
 
 
 def apply_(
-    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda layer, spectra: None
+    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
 ) -> Plan:
     """Tensorizes `model` in place; returns the plan with the errors of each layer filled in.
 
@@ -77,7 +78,7 @@ def apply_(
 
 
 def tensorized(
-    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda layer, spectra: None
+    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
 ) -> tuple[nn.Module, Plan]:
     """A tensorized copy of `model`, in eval mode, and the plan with the errors filled in; as `apply_`."""
     with evaluating(model), torch.random.fork_rng(devices=[]):
@@ -89,13 +90,13 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
     done: dict[str, _Done] = {}
     for layer, statistics, batch_norm in _in_turn(model, work, plan, samples):
         dense = cast(DenseLayer, work.get_submodule(layer.name))
-        try:
-            done[layer.name] = _fitted(dense, layer, statistics)
-        except DecompositionError as error:
-            raise DecompositionError(f"layer {layer.name}: {error}") from error
+        kernel = dense.weight if statistics is None else statistics.target.reshape(dense.weight.shape)
+        metric = None if statistics is None else statistics.metric
+        with _naming(layer.name):
+            done[layer.name] = _fitted(dense, layer, kernel, metric, statistics)
         set_module(work, layer.name, done[layer.name].module)
         _shift_(done[layer.name], statistics, work, batch_norm)
-        on_layer(done[layer.name].layer, done[layer.name].spectra)
+        on_layer(done[layer.name].layer, kernel, metric)
     if samples is not None:
         recalibrate_(work, model, samples)
     layers = tuple(done[layer.name].layer if layer.name in done else layer for layer in plan.layers)
@@ -106,7 +107,14 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
 class _Done:
     module: nn.Module
     layer: LayerPlan
-    spectra: tuple[Spectrum, ...]
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    try:
+        yield
+    except DecompositionError as error:
+        raise DecompositionError(f"layer {layer}: {error}") from error
 
 
 def _in_turn(
@@ -114,8 +122,9 @@ def _in_turn(
 ) -> Iterator[tuple[LayerPlan, Statistics | None, str | None]]:
     """Every layer to treat with its statistics, taken when the layers before it in `work` have been treated."""
     waiting = {layer.name: layer for layer in plan.tensorized}
-    for layer in waiting.values():
-        _check_finite(cast(DenseLayer, model.get_submodule(layer.name)), layer.name)
+    for name in waiting:
+        with _naming(name):
+            check_finite(cast(DenseLayer, model.get_submodule(name)).weight)
     if samples is not None:
         compensate = samples.settings.compensate
         dense = [x for x in plan.layers if x.method is None and x.compensates]
@@ -131,49 +140,42 @@ def _in_turn(
 def _statistics(
     model: nn.Module, work: nn.Module, layers: list[str], samples: Samples, survey: Survey
 ) -> Iterator[tuple[str, Statistics]]:
-    settings = samples.settings
-    reference, small = samples.walk(model, survey.trace), samples.walk(work, survey.trace)
+    for name, moments in _moments(model, work, layers, samples, survey.trace):
+        statistics = survey.statistics(name, cast(DenseLayer, model.get_submodule(name)), moments, samples)
+        del moments  # room for the fit
+        yield name, statistics
+
+
+def _moments(
+    model: nn.Module, work: nn.Module, layers: list[str], samples: Samples, trace: Trace
+) -> Iterator[tuple[str, Moments]]:
+    """Of the inputs that the layers have in `work` by then; without compensation of those in the reference."""
+    if not samples.settings.compensate:
+        yield from moments_of(model, layers, samples, trace)
+        return
+    reference, small = samples.walk(model, trace), samples.walk(work, trace)
     try:
-        for segment in survey.trace.segments:
+        for segment in trace.segments:
             reference.advance()
             small.advance()
-            for name in (name for name in segment.layers if name in layers):
-                dense = cast(DenseLayer, model.get_submodule(name))
-                if not is_narrow(dense):
-                    continue
-                if settings.compensate:
-                    moments = moments_of_pair(reference, small, name, samples)
-                else:
-                    moments = moments_of_layer(reference, name, samples)
-                statistics = survey.statistics(name, dense, moments, settings.damping)
-                del moments  # room for the fit
-                yield name, statistics
+            for name in segment.layers:
+                if name in layers and is_narrow(model.get_submodule(name)):
+                    yield name, moments_of_pair(reference, small, name, samples)
     finally:
         reference.close()
         small.close()
 
 
-def _check_finite(dense: DenseLayer, name: str) -> None:
-    if not torch.isfinite(dense.weight).all():
-        shape = tuple(dense.weight.shape)
-        raise DecompositionError(
-            f"layer {name}: the kernel of shape {shape} holds NaN or infinite values; mend the weights first"
-        )
-
-
-def _fitted(dense: DenseLayer, layer: LayerPlan, statistics: Statistics | None) -> _Done:
-    """The layer's replacement: tensorized, or with a kernel that makes up for the layers before it."""
-    kernel = None if statistics is None else statistics.target.reshape(dense.weight.shape)
-    spectra: tuple[Spectrum, ...] = ()
+def _fitted(
+    dense: DenseLayer, layer: LayerPlan, kernel: Tensor, metric: Metric | None, statistics: Statistics | None
+) -> _Done:
+    """The layer's replacement: tensorized, or dense with a kernel that makes up for the layers before it."""
     if layer.method is None or layer.rank is None:
-        assert kernel is not None
         module: nn.Module = copy.deepcopy(dense)
         with torch.no_grad():
             cast(DenseLayer, module).weight.copy_(kernel)
     else:
-        metric = None if statistics is None else statistics.metric
         module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric)
-        spectra = spectra_of(layer, dense.weight if kernel is None else kernel, metric)
     rebuilt = cast(Tensor, module.weight).detach()
     note = None
     if isinstance(module, TensorizedLayer):
@@ -187,7 +189,6 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, statistics: Statistics | None) 
             output_error=None if statistics is None else statistics.error(rebuilt),
             note=note,
         ),
-        spectra,
     )
 
 

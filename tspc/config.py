@@ -22,7 +22,7 @@ from tspc.models import FAMILIES, NetworkSpec
 from tspc.phases.decompose import PlanRequest, Selection
 from tspc.phases.distill import Distillation
 from tspc.phases.plan import PlanOverview
-from tspc.planning import RATE_DECAYS, RATE_SCOPES
+from tspc.planning import RATE_DECAYS, RATE_SCOPES, conflicts
 from tspc.training import Recipe
 
 PHASES = ("pretrain", "plan", "decompose", "distill", "finetune")
@@ -43,13 +43,7 @@ T = TypeVar("T")
 class Config:
     """Everything that a run depends on. A phase that was not asked for is None."""
 
-    method: Method
-    rate: float
-    target_error: float | None
-    allocation: str
-    rate_decay: str
-    rate_scope: str
-    rank_multiple: int
+    request: PlanRequest
     calibration: Calibration
     dataset: DataSpec
     data_dir: Path | None
@@ -74,20 +68,6 @@ class Config:
         """Whether data is indispensable."""
         return not {"plan", "decompose"} >= set(self.phases) or self.pretrained is None
 
-    @property
-    def request(self) -> PlanRequest:
-        """What a plan is made for."""
-        return PlanRequest(
-            self.method,
-            self.rate,
-            self.target_error,
-            self.allocation,
-            self.rate_decay,
-            self.rate_scope,
-            self.rank_multiple,
-            self.decompose or Selection(),
-        )
-
 
 def read_config(config: DictConfig | dict[str, Any]) -> Config:
     """Checks a composed configuration. Raises ConfigError with every problem found, not just the first."""
@@ -99,7 +79,7 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
     raw = cast(dict[str, Any], raw)
     reader.known(raw, TOP_LEVEL, "")
     dataset = reader.mapping(raw, "dataset")
-    values: dict[str, Any] = {
+    request: dict[str, Any] = {
         "method": reader.method(raw.get("method")),
         "rate": reader.number(raw, "rate", 0, 1, open_low=True),
         "target_error": reader.optional_share(raw, "target_error"),
@@ -107,6 +87,8 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
         "rate_decay": reader.choice(raw, "rate_decay", RATE_DECAYS),
         "rate_scope": reader.choice(raw, "rate_scope", RATE_SCOPES),
         "rank_multiple": reader.number(raw, "rank_multiple", 1, 2**31 - 1, whole=True),
+    }
+    values: dict[str, Any] = {
         "calibration": reader.section(Calibration, reader.mapping(raw, "calibration"), "calibration"),
         "dataset": reader.dataset(dataset),
         "data_dir": None if raw.get("data_dir") is None else Path(str(raw["data_dir"])),
@@ -127,15 +109,13 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
             f"pretrained=null, but dataset {dataset.get('name')} has no recipe to train a reference; "
             "pass pretrained=FILE, default or random"
         )
-    if values["rate_decay"] in RATE_DECAYS[1:] and values["allocation"] == "global":
-        reader.problems.append(
-            f"rate_decay={values['rate_decay']} prescribes each layer's share: it needs allocation=uniform"
-        )
+    reader.problems += conflicts(request["allocation"], request["rate_decay"])
     if values["phases"] == ("pretrain",) and values["pretrained"] is not None:
         reader.problems.append(f"phase=pretrain, but pretrained={values['pretrained']} is given: nothing to train")
     if reader.problems:
         raise ConfigError(reader.problems)
-    return Config(**values)
+    selection = values["decompose"] or Selection()
+    return Config(request=PlanRequest(**request, selection=selection), **values)
 
 
 class _Reader:

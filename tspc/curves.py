@@ -98,7 +98,7 @@ def error_curves(
         with evaluating(model):
             for name, moments in moments_of(model, list(waiting), samples, survey.trace):
                 dense = cast(DenseLayer, model.get_submodule(name))
-                statistics = survey.statistics(name, dense, moments, samples.settings.damping)
+                statistics = survey.statistics(name, dense, moments, samples)
                 del moments  # room for the fits
                 measure(name, replace(statistics.metric, is_sketch=True))
     for name in list(waiting):  # never called, or too wide: by its kernel alone

@@ -1,5 +1,10 @@
 """Everything that tspc raises on purpose: one family, whose messages are written for the user."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
 
 class TspcError(Exception):
     """A mistake that the user can mend; the message names the thing, its value and the likely remedy."""
@@ -19,6 +24,13 @@ class InfeasibleRateError(TspcError):
     def __init__(self, message: str, smallest: float) -> None:
         self.smallest = smallest
         super().__init__(message)
+
+
+def out_of_range(settings: Any, where: str, rules: Iterable[tuple[str, bool, str]]) -> list[str]:
+    """One line for each rule (field, whether it is kept, what is expected) that `settings` break."""
+    return [
+        f"{where}.{field}={getattr(settings, field)}: expected {expected}" for field, ok, expected in rules if not ok
+    ]
 
 
 class DecompositionError(TspcError):

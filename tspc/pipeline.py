@@ -70,16 +70,17 @@ def run(config: Config, display: Display) -> dict[str, Any]:
 
 def _outline(config: Config, model: nn.Module, display: Display) -> None:
     """Says what will be tensorized; raises what is wrong with the rate, the layers or the blocks."""
-    sketch = config.request.outline(model)
+    request = config.request
+    sketch = request.outline(model)
     chosen = sketch.chosen
     if config.distill is not None:
         find_blocks(model, [layer.name for layer in chosen], config.distill.blocks)
     dense = sum(layer.dense_params for layer in chosen)
-    if config.target_error is None:
-        goal = f"at most {sketch.budget(config.rate):,} of {dense:,} parameters"
+    if request.target_error is None:
+        goal = f"at most {sketch.budget(request.rate):,} of {dense:,} parameters"
     else:
-        goal = f"{dense:,} parameters to an output error of {config.target_error:g}"
-    display.line(f"plan       {config.method.name}, {len(chosen)} of {len(sketch.layers)} layers: {goal}")
+        goal = f"{dense:,} parameters to an output error of {request.target_error:g}"
+    display.line(f"plan       {request.method.name}, {len(chosen)} of {len(sketch.layers)} layers: {goal}")
 
 
 def _show_plans(reference: Reference, config: Config, context: Context, shared: Path) -> None:
@@ -89,8 +90,8 @@ def _show_plans(reference: Reference, config: Config, context: Context, shared: 
     plans = plans_at(reference.model, config.request, config.plan, curves)
     asked = config.request.plan(reference.model, curves)
     size = state_bytes(reference.model)
-    bits = next((p.element_size() for p in reference.model.parameters()), 4)
-    after = size - bits * (asked.network_dense_params - asked.network_params)
+    entry = next(p.element_size() for p in reference.model.parameters())
+    after = size - entry * (asked.network_dense_params - asked.network_params)
     context.display.show(plan_table(asked, size, after), logged=plan_table(asked, size, after, max_rows=None))
     context.display.show(rates_table(plans))
 
@@ -157,15 +158,16 @@ def pick_device(name: str) -> torch.device:
 def run_path(config: Config, spec: NetworkSpec) -> Path:
     """`<output_dir>/<dataset>/<network>/<method>-<rate>/seed<seed>`; settings of the method, allocation, multiple,
     decay and scope that depart from the defaults are appended to the rate, and so is `variant`."""
-    settings = config.method.to_dict()
+    request = config.request
+    settings = request.method.to_dict()
     defaults = resolve(settings["name"]).to_dict()
-    goal = f"{config.rate:g}" if config.target_error is None else f"error{config.target_error:g}"
+    goal = f"{request.rate:g}" if request.target_error is None else f"error{request.target_error:g}"
     parts = [f"{settings['name']}-{goal}"]
     parts += [f"{key}{_brief(value)}" for key, value in settings.items() if value != defaults[key]]
-    parts += [config.allocation] if config.allocation != "global" else []
-    parts += [f"multiple{config.rank_multiple}"] if config.rank_multiple != 1 else []
-    parts += [config.rate_decay] if config.rate_decay != "flat" else []
-    parts += ["network"] if config.rate_scope == "network" else []
+    parts += [request.allocation] if request.allocation != "global" else []
+    parts += [f"multiple{request.rank_multiple}"] if request.rank_multiple != 1 else []
+    parts += [request.rate_decay] if request.rate_decay != "flat" else []
+    parts += ["network"] if request.rate_scope == "network" else []
     parts += [config.variant] if config.variant else []
     return config.output_dir / config.dataset.name / spec.name / "-".join(parts) / f"seed{config.seed}"
 
@@ -192,14 +194,7 @@ def _data(config: Config, display: Display) -> Data | None:
 
 def _identity(config: Config, spec: NetworkSpec, reference: Reference, data: Data | None) -> dict[str, Any]:
     """What everything in the run's directory depends on, as plain data."""
-    return {
-        "method": config.method.to_dict(),
-        "rate": config.rate,
-        "rate_decay": config.rate_decay,
-        "rate_scope": config.rate_scope,
-        "target_error": config.target_error,
-        "allocation": config.allocation,
-        "rank_multiple": config.rank_multiple,
+    return config.request.identity | {
         "calibration": calibration_identity(config, data is not None),
         "dataset": data_identity(config),
         "network": spec.to_dict(),

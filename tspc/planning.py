@@ -72,8 +72,7 @@ def plan(
     )
     if target_error is None:
         sketch.budget(rate)  # a rate that cannot be met is refused before the work
-    needs_curves = allocation == "global" or isinstance(sketch.method, Auto) or target_error is not None
-    if curves is None and needs_curves:
+    if curves is None and needs_curves(sketch.method, allocation, target_error):
         curves = error_curves(model, sketch.chosen, sketch.method, samples, on_layer=on_layer)
     candidates = [_candidate(layer, sketch.method, curves, rank_multiple) for layer in sketch.chosen]
     weights = _weights(model, sketch.chosen, rate_decay)
@@ -85,7 +84,12 @@ def plan(
         final = tuple(by_name.get(layer.name, layer) for layer in sketch.layers)
         return Plan(sketch.method, rate, rate_decay, rate_scope, allocation, final, sketch.network_params)
 
-    return at(rate) if target_error is None else _smallest_plan(at, target_error)
+    return at(rate) if target_error is None else _smallest_plan(at, sketch.smallest_rate, target_error)
+
+
+def needs_curves(method: Method, allocation: str, target_error: float | None) -> bool:
+    """Whether a plan follows from more than the rate."""
+    return allocation == "global" or target_error is not None or isinstance(method, Auto)
 
 
 @dataclass(frozen=True)
@@ -103,22 +107,37 @@ class Outline:
         """The layers that share the budget."""
         return [layer for layer in self.layers if layer.reason is None]
 
+    @property
+    def _base(self) -> int:
+        """Parameters that the rate counts, before."""
+        return self.network_params if self.rate_scope == "network" else self._dense
+
+    @property
+    def _dense(self) -> int:
+        return sum(layer.dense_params for layer in self.chosen)
+
+    @property
+    def _least(self) -> int:
+        """Parameters that the rate counts with the smallest rank in every layer."""
+        smallest = sum(_candidate(layer, self.method, None, self.rank_multiple).minimum for layer in self.chosen)
+        return self._base - self._dense + smallest
+
+    @property
+    def smallest_rate(self) -> float:
+        """The smallest feasible rate; rounded up, so that it is itself feasible."""
+        return math.ceil(self._least / self._base * 1e4) / 1e4
+
     def budget(self, rate: float) -> int:
         """Parameters that these layers together may have. Raises InfeasibleRateError if they cannot have so few."""
-        dense = sum(layer.dense_params for layer in self.chosen)
-        minimum = sum(_candidate(layer, self.method, None, self.rank_multiple).minimum for layer in self.chosen)
-        base = self.network_params if self.rate_scope == "network" else dense
-        untouched = base - dense
-        budget = math.floor(rate * base) - untouched
-        if budget < minimum:
-            # Rounded up, so that the rate that the message names is itself feasible.
-            smallest = math.ceil((minimum + untouched) / base * 1e4) / 1e4
+        counted = math.floor(rate * self._base)
+        if counted < self._least:
             raise InfeasibleRateError(
-                f"rate={rate} cannot be met: the smallest rank in every layer already needs {minimum + untouched:,} of "
-                f"{base:,} parameters; the smallest feasible rate for this method and network is {smallest}",
-                smallest,
+                f"rate={rate} cannot be met: the smallest rank in every layer already needs {self._least:,} of "
+                f"{self._base:,} parameters; the smallest feasible rate for this method and network is "
+                f"{self.smallest_rate}",
+                self.smallest_rate,
             )
-        return budget
+        return counted - (self._base - self._dense)
 
 
 def outline(
@@ -154,12 +173,18 @@ def check(rate: Any, target_error: Any, allocation: Any, rate_decay: Any, rate_s
     ):
         if value not in options:
             problems.append(f"{key}={value!r}: choose one of {', '.join(options)}")
-    if rate_decay in RATE_DECAYS[1:] and allocation == "global":
-        problems.append(f"rate_decay={rate_decay} prescribes each layer's share: it needs allocation=uniform")
+    problems += conflicts(allocation, rate_decay)
     if isinstance(rank_multiple, bool) or not isinstance(rank_multiple, int) or rank_multiple < 1:
         problems.append(f"rank_multiple={rank_multiple!r}: expected a whole number of at least 1")
     if problems:
         raise ConfigError(problems)
+
+
+def conflicts(allocation: Any, rate_decay: Any) -> list[str]:
+    """What is wrong with an allocation and a decay together."""
+    if rate_decay in RATE_DECAYS[1:] and allocation == "global":
+        return [f"rate_decay={rate_decay} prescribes each layer's share: it needs allocation=uniform"]
+    return []
 
 
 def _is_share(value: Any) -> bool:
@@ -191,14 +216,8 @@ def _weights(model: nn.Module, layers: list[LayerPlan], rate_decay: str) -> list
     return [float(d + 1 if rate_decay == "linear_inc" else len(blocks) - d) for d in depths]
 
 
-def _smallest_plan(at: Callable[[float], Plan], target_error: float) -> Plan:
-    """The plan with the smallest rate whose expected error is at most the target."""
-    try:
-        at(1e-9)
-    except InfeasibleRateError as error:
-        low = error.smallest
-    else:
-        low = 1e-9
+def _smallest_plan(at: Callable[[float], Plan], low: float, target_error: float) -> Plan:
+    """The plan with the smallest rate, from `low` on, whose expected error is at most the target."""
     best, high = at(1.0), 1.0
     if _expected(best) > target_error:
         least = _expected(best)

@@ -128,7 +128,7 @@ def reference_curves(
     sketch = config.request.outline(reference.model)
     identity = {
         "reference": reference.identity,
-        "method": config.method.to_dict(),
+        "method": config.request.method.to_dict(),
         "network": network_spec(config, context.data).to_dict(),
         "layers": [[layer.name, *layer.shape] for layer in sketch.chosen],
         "version": __version__,
@@ -140,7 +140,7 @@ def reference_curves(
     if path.exists():
         return {name: [ErrorCurve.from_dict(c) for c in curves] for name, curves in read_json(path).items()}
     place(reference.model, context.device).eval()
-    curves = measure_curves(reference.model, sketch.chosen, config.method, samples, context)
+    curves = measure_curves(reference.model, sketch.chosen, config.request.method, samples, context)
     _make(folder)
     write_json(path, {name: [curve.to_dict() for curve in of_layer] for name, of_layer in curves.items()})
     return curves

@@ -33,7 +33,7 @@ def select(
         )
     layers = []
     for name, module in modules.items():
-        reason = _why_dense(module)
+        reason = why_dense(module)
         if name in shared:
             reason = "its weight is shared with another layer"
         elif keep_first and name == first:
@@ -53,7 +53,8 @@ def _some(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
 
 
-def _why_dense(module: nn.Module) -> str | None:
+def why_dense(module: nn.Module) -> str | None:
+    """Why a module cannot be tensorized, apart from its place in the network; None if it can."""
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"{type(module).__name__} is not supported"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):

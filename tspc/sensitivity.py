@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.decompositions import double
+from tspc.hooks import hooked
 from tspc.layers import DenseLayer
 from tspc.moments import rows_of
 
@@ -51,11 +52,8 @@ def output_sensitivity(model: nn.Module, layers: Iterable[str], batches: Iterabl
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(on_output(name)) for name in layers]
-    try:
+    with hooked(handles):
         images = _backward(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
     found = {name: double(total) / (images * PROBES) for name, total in sums.items()}
     seen = {name: total for name, total in found.items() if 0 < float(total.trace()) < math.inf}
     return {name: _shrunk(total, rows[name]) for name, total in seen.items()}

@@ -216,13 +216,13 @@ class Stages:
         ranks = Plan.from_dict(self.finished["decompose"]["plan"])
         result = {
             "directory": str(self.directory.path),
-            "method": self.config.method.to_dict(),
+            "method": self.config.request.method.to_dict(),
             "rate": ranks.rate,
             "rate_reached": ranks.rate_reached,
             "rate_decay": ranks.rate_decay,
             "rate_scope": ranks.rate_scope,
             "allocation": ranks.allocation,
-            "target_error": self.config.target_error,
+            "target_error": self.config.request.target_error,
             "output_error": ranks.output_error,
             "dataset": self.config.dataset.name,
             "network": self.spec.name,

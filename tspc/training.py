@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.data import Data
-from tspc.errors import ConfigError, TrainingError
+from tspc.errors import ConfigError, TrainingError, out_of_range
 from tspc.files import write_atomically
 
 OPTIMIZERS = ("sgd", "adam")
@@ -54,7 +54,7 @@ class Recipe:
             ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         ]
-        return [f"{where}.{k}={getattr(self, k)}: expected {expected}" for k, ok, expected in rules if not ok]
+        return out_of_range(self, where, rules)
 
     def total_steps(self, data: Data) -> int:
         return self.steps or self.epochs * data.steps(self.batch_size)

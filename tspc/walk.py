@@ -7,8 +7,8 @@ walk keeps the activations between the blocks instead, so that all layers togeth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tspc.blocks import block_of, find_blocks
+from tspc.hooks import Reached, hooked, run_until_reached
 from tspc.stash import Room, Stash, tensors_in
 
 
@@ -54,19 +55,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-class _Stop(Exception):
-    """Ends a forward pass early."""
-
-
-@contextmanager
-def _hooks(handles: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Consumers(TorchFunctionMode):
@@ -145,7 +133,7 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor) -> Trace:
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(on_batch_norm(name)))
-    with _hooks(handles), consumers:
+    with hooked(handles), consumers:
         model(images)
     calls = {name: record.order.count(name) for name in layers}
     norms = [norm for norm, _ in record.normalised]
@@ -221,13 +209,10 @@ class Walker:
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             found.append((args, kwargs))
-            raise _Stop
+            raise Reached
 
-        with (
-            _hooks([self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)]),
-            suppress(_Stop),
-        ):
-            self.model(images)
+        module = self.model.get_submodule(name)
+        run_until_reached(self.model, [module.register_forward_pre_hook(hook, with_kwargs=True)], images)
         return found[0]
 
     @torch.no_grad()
@@ -249,13 +234,12 @@ class Walker:
                     see(name, batch, args[0], output)
                     seen += 1
                     if seen == expected:
-                        raise _Stop
+                        raise Reached
 
                 return on_call
 
             handles = [self.model.get_submodule(n).register_forward_hook(hook(n, number)) for n in layers]
-            with _hooks(handles), suppress(_Stop):
-                module(*given, **named)
+            run_until_reached(module, handles, *given, **named)
             yield
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tspc.decompositions.auto import Auto
-from tspc.decompositions.base import Decomposition, Factors, Rank, Shape, double, is_matrix, kernel_dims
+from tspc.decompositions.base import Decomposition, Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
 from tspc.decompositions.cp import CP
 from tspc.decompositions.function_space import Metric
 from tspc.decompositions.reshaped import Reshaped
@@ -31,6 +31,7 @@ __all__ = [
     "Shape",
     "TensorTrain",
     "Tucker",
+    "check_finite",
     "decomposition_from_dict",
     "double",
     "from_dict",

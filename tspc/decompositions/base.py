@@ -51,6 +51,14 @@ def double(tensor: Tensor) -> Tensor:
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
+def check_finite(weight: Tensor) -> None:
+    """Raises DecompositionError for a kernel with NaN or infinite entries."""
+    # A finite sum is quick proof; an infinite one may be an overflow.
+    if not weight.sum().isfinite() and not weight.isfinite().all():
+        shape = tuple(weight.shape)
+        raise DecompositionError(f"the kernel of shape {shape} holds NaN or infinite values; mend the weights first")
+
+
 def kernel_dims(shape: Shape) -> tuple[int, int, int, int]:
     """(T, S, H, W) of a kernel; a dense layer counts as H = W = 1."""
     if len(shape) == 2:
@@ -222,11 +230,7 @@ class Decomposition(ABC):
             raise DecompositionError(
                 f"rank {rank} of {self.name}: one entry exceeds what the others can carry; lower it"
             )
-        # A finite sum is quick proof; an infinite one may be an overflow.
-        if not weight.sum().isfinite() and not weight.isfinite().all():
-            raise DecompositionError(
-                f"the kernel of shape {shape} holds NaN or infinite values; mend the weights first"
-            )
+        check_finite(weight)
 
     def _require(self, ok: bool, setting: str, expected: str) -> None:
         """Raises DecompositionError for a setting out of range."""

@@ -6,17 +6,18 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tspc.calibration import Calibration, Samples
 from tspc.compression import tensorized
 from tspc.curves import Curves, error_curves
-from tspc.decompositions import Auto, Method
+from tspc.decompositions import Method, Metric
 from tspc.phases.context import Context
-from tspc.planning import Outline, outline, plan
+from tspc.planning import Outline, needs_curves, outline, plan
 from tspc.plans import LayerPlan, Plan
-from tspc.spectra import Spectrum
+from tspc.spectra import Spectrum, spectra_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,13 @@ class PlanRequest:
     @property
     def needs_curves(self) -> bool:
         """Whether the ranks follow from more than the rate."""
-        return self.allocation == "global" or self.target_error is not None or isinstance(self.method, Auto)
+        return needs_curves(self.method, self.allocation, self.target_error)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings as plain data, without the selection, which belongs to its phase."""
+        plain = ("rate", "rate_decay", "rate_scope", "target_error", "allocation", "rank_multiple")
+        return {"method": self.method.to_dict()} | {name: getattr(self, name) for name in plain}
 
     def outline(self, model: nn.Module) -> Outline:
         """The layers and the budget; raises what `plan` raises, before any work."""
@@ -104,10 +111,11 @@ def decompose(
     with context.display.bar(f"{'decompose':<9} {total} layers", total) as bar:
         done = 0
 
-        def on_layer(layer: LayerPlan, of_layer: tuple[Spectrum, ...]) -> None:
+        def on_layer(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:
             nonlocal done
-            spectra.extend(of_layer)
-            done += layer.method is not None
+            if layer.method is not None:
+                spectra.extend(spectra_of(layer, kernel, metric))
+                done += 1
             shown = layer.error if layer.output_error is None else layer.output_error
             bar.advance(done, f"{layer.name}  error {shown or math.nan:.3f}")
             errors = {"error": layer.error, "output_error": layer.output_error}

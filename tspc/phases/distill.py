@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from tspc.blocks import find_blocks
 from tspc.errors import ConfigError
+from tspc.hooks import Reached, run_until_reached
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
 from tspc.training import Progress, Recipe, fit
@@ -35,10 +35,6 @@ class Distillation(Recipe):
         return super().problems(where) + [f"{where}.batch_norm={self.batch_norm!r}: {w}" for w in wrong]
 
 
-class _Reached(Exception):
-    """Ends a forward pass once the block's output is there."""
-
-
 class _BlockOutput:
     """The output of one block of a network; layers after the block are not run."""
 
@@ -48,13 +44,8 @@ class _BlockOutput:
         self._output: Any = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        handle = self._module.register_forward_hook(self._keep)
         self._output = None
-        try:
-            with suppress(_Reached):
-                self._model(images)
-        finally:
-            handle.remove()
+        run_until_reached(self._model, [self._module.register_forward_hook(self._keep)], images)
         if not isinstance(self._output, Tensor):
             raise ConfigError(
                 [
@@ -66,7 +57,7 @@ class _BlockOutput:
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self._output = output
-        raise _Reached
+        raise Reached
 
 
 def distill(

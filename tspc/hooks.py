@@ -1,0 +1,30 @@
+"""Forward hooks that are taken off again, and forward passes that end early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Reached(Exception):
+    """Raised by a hook to end the forward pass of `run_until_reached`."""
+
+
+@contextmanager
+def hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are registered already, until the end of the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_until_reached(model: nn.Module, handles: Sequence[RemovableHandle], *args: Any, **kwargs: Any) -> None:
+    """Runs `model` up to the hook that raises `Reached`, or to the end if none does; then removes the hooks."""
+    with hooked(handles), suppress(Reached):
+        model(*args, **kwargs)
