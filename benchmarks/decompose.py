@@ -4,10 +4,11 @@
     python -m benchmarks.decompose --weights resnet32.pt        # the kernels in a file of weights
 
 All convolutions but the first, without the depthwise ones, and all dense layers, in float32, at the ranks of each
-rate. tensorly runs with its defaults, its CP with at most --cp-iterations sweeps. Our time of `cp` and `rcp` is of
-the fewest sweeps that come down to 1.001 × tensorly's error, our error that of the default settings; "default s" is
-how long those take. Layers of one shape count as often as they occur but only the first is decomposed, unless
---full is given.
+rate. tensorly runs with its defaults, its CP with at most --cp-iterations sweeps, one layer after the other on all
+threads; layers of one shape count as often as they occur but only the first is decomposed. Ours is the time of all
+layers, side by side on the same threads as tspc decomposes them, of `cp` and `rcp` with the fewest sweeps that come
+down to 1.001 × tensorly's error in each shape; "default s" is how long the default settings take, and our error
+theirs.
 """
 
 from __future__ import annotations
@@ -15,17 +16,16 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import machine, table
 from tspc.decompositions import METHODS, Decomposition, Rank, Shape
-from tspc.errors import DecompositionError
 from tspc.models.torchvision_zoo import torchvision_network
 from tspc.models.weights import read_state
+from tspc.parallel import side_by_side
 
 SLACK = 1.001
 """Our error counts as equal to theirs up to this factor."""
@@ -35,15 +35,29 @@ MOST_SWEEPS = 256
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One kernel at one rank; `count` layers share it. Errors are ‖K − K̂‖/‖K‖."""
+class Job:
+    """One kernel to decompose by one method. `count` layers share its shape."""
 
-    count: int
+    method: Decomposition
+    kernel: Tensor
+    rank: Rank
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All layers by one method at one rate. Seconds, and ‖K − K̂‖/‖K‖ of every shape."""
+
+    layers: int
     theirs: float
     ours: float
     default: float
-    error_theirs: float
-    error_ours: float
+    errors_theirs: list[float]
+    errors_ours: list[float]
+    counts: list[int]
+
+    def mean(self, errors: list[float]) -> float:
+        return sum(e * n for e, n in zip(errors, self.counts, strict=True)) / self.layers
 
 
 def falling_kernel(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -68,25 +82,33 @@ def stored_kernels(path: str) -> list[Tensor]:
     return [k.contiguous() for k in kernels[1:] if k.shape[1] > 1]
 
 
-def grouped(kernels: list[Tensor], full: bool) -> list[tuple[Tensor, int]]:
-    """Kernels and how many layers each stands for."""
-    if full:
-        return [(kernel, 1) for kernel in kernels]
-    first: dict[Shape, Tensor] = {}
+def jobs_of(method: Decomposition, rate: float, kernels: list[Tensor]) -> list[Job]:
+    """Layers whose rank-1 form is over the rate are left out."""
+    jobs = []
     for kernel in kernels:
-        first.setdefault(tuple(kernel.shape), kernel)
-    return [(kernel, sum(k.shape == kernel.shape for k in kernels)) for kernel in first.values()]
+        shape = tuple(kernel.shape)
+        own = method.for_shape(shape)
+        if own.min_params(shape) <= (budget := math.floor(rate * kernel.numel())):
+            jobs.append(Job(own, kernel, own.rank_for(shape, budget)))
+    return jobs
 
 
-def fit(method: Decomposition, kernel: Tensor, rank: Rank) -> tuple[float, float]:
+def one_of_each(jobs: list[Job]) -> list[Job]:
+    first: dict[Shape, Job] = {}
+    for job in jobs:
+        first.setdefault(tuple(job.kernel.shape), job)
+    count = lambda job: sum(j.kernel.shape == job.kernel.shape for j in jobs)  # noqa: E731
+    return [replace(job, count=count(job)) for job in first.values()]
+
+
+def fit(method: Decomposition, job: Job) -> tuple[float, float]:
     """Seconds and relative error."""
-    method = method.for_shape(tuple(kernel.shape))
-    _synchronise(kernel)
+    _synchronise(job.kernel)
     start = time.perf_counter()
-    factors = method.decompose(kernel, rank)
-    _synchronise(kernel)
+    factors = method.decompose(job.kernel, job.rank)
+    _synchronise(job.kernel)
     seconds = time.perf_counter() - start
-    return seconds, float((method.reconstruct(factors) - kernel).norm() / kernel.norm())
+    return seconds, float((method.reconstruct(factors) - job.kernel).norm() / job.kernel.norm())
 
 
 def _synchronise(kernel: Tensor) -> None:
@@ -94,55 +116,79 @@ def _synchronise(kernel: Tensor) -> None:
         torch.cuda.synchronize(kernel.device)
 
 
-def seconds_to(error: float, name: str, kernel: Tensor, rank: Rank) -> float:
-    """Time of the fewest sweeps that reach `error`; infinite if MOST_SWEEPS do not, in a worse local minimum."""
+def seconds(jobs: list[Job]) -> float:
+    """Of all of them side by side; the better of two, for a first run also warms up."""
 
-    def swept(count: int) -> tuple[float, float]:
-        return fit(METHODS[name](max_iterations=count, tolerance=0.0), kernel, rank)
+    def once() -> float:
+        start = time.perf_counter()
+        list(side_by_side(lambda j: j.method.decompose(j.kernel, j.rank), jobs, size=lambda j: j.kernel.numel()))
+        _synchronise(jobs[0].kernel)
+        return time.perf_counter() - start
 
-    low, high = 0, 8
-    while (found := swept(high))[1] > error:
+    return min(once(), once())
+
+
+def swept(job: Job, sweeps: int) -> Decomposition:
+    """The job's CP with exactly so many sweeps."""
+    inner = {"max_iterations": sweeps, "tolerance": 0.0}
+    return METHODS[job.method.name](**inner)
+
+
+def fewest_sweeps(error: float, job: Job) -> int | None:
+    """That come down to `error`; None if MOST_SWEEPS do not, in a worse local minimum."""
+    low, high = 0, 4
+    while fit(swept(job, high), job)[1] > error:
         low, high = high, 2 * high
         if high > MOST_SWEEPS:
-            return math.inf
+            return None
     while high - low > 1:
         middle = (low + high) // 2
-        tried = swept(middle)
-        if tried[1] <= error:
-            high, found = middle, tried
-        else:
-            low = middle
-    return found[0]
+        low, high = (low, middle) if fit(swept(job, middle), job)[1] <= error else (middle, high)
+    return high
 
 
-def timings(name: str, rate: float, kernels: list[tuple[Tensor, int]], sweeps: int) -> Iterator[Timing]:
+def equally_good(jobs: list[Job], errors: dict[Shape, float]) -> list[Job]:
+    """The jobs with as few sweeps of CP as meet tensorly's errors."""
+    sweeps = {}
+    for job in one_of_each(jobs):
+        shape = tuple(job.kernel.shape)
+        if job.method.name in ("cp", "rcp") and not (job.method.name == "rcp" and math.prod(shape[2:]) == 1):
+            sweeps[shape] = fewest_sweeps(SLACK * errors[shape], job)
+            if sweeps[shape] is None:
+                print(f"{job.method.name} of {shape} at rank {job.rank}: {SLACK} × tensorly's error not met")
+    return [
+        replace(job, method=swept(job, found)) if (found := sweeps.get(tuple(job.kernel.shape))) else job
+        for job in jobs
+    ]
+
+
+def outcome(name: str, rate: float, kernels: list[Tensor], iterations: int) -> Outcome:
     settings = {
-        "cp": {"max_iterations": sweeps, "tolerance": 1e-8},
+        "cp": {"max_iterations": iterations, "tolerance": 1e-8},
         "tk": {"max_iterations": 100, "tolerance": 1e-4},
     }.get(name.removeprefix("r"), {})
-    native, tensorly = METHODS[name](), METHODS[name](solver="tensorly", **settings)
-    for kernel, count in kernels:
-        shape = tuple(kernel.shape)
-        method = native.for_shape(shape)
-        try:
-            rank = method.rank_for(shape, math.floor(rate * kernel.numel()))
-        except DecompositionError:
-            continue
-        theirs, error_theirs = fit(tensorly, kernel, rank)
-        default, error_ours = fit(native, kernel, rank)
-        alternates = method.name in ("cp", "rcp") and not (method.name == "rcp" and math.prod(shape[2:]) == 1)
-        ours = seconds_to(SLACK * error_theirs, name, kernel, rank) if alternates else default
-        yield Timing(count, theirs, ours, default, error_theirs, error_ours)
+    tensorly = METHODS[name](solver="tensorly", **settings)
+    jobs = jobs_of(METHODS[name](), rate, kernels)
+    each = one_of_each(jobs)
+    theirs = [fit(tensorly.for_shape(tuple(job.kernel.shape)), job) for job in each]
+    errors = {tuple(job.kernel.shape): error for job, (_, error) in zip(each, theirs, strict=True)}
+    return Outcome(
+        len(jobs),
+        sum(spent * job.count for job, (spent, _) in zip(each, theirs, strict=True)),
+        seconds(equally_good(jobs, errors)),
+        seconds(jobs),
+        list(errors.values()),
+        [fit(job.method, job)[1] for job in each],
+        [job.count for job in each],
+    )
 
 
-def row(name: str, rate: float, found: list[Timing]) -> list[str]:
-    """One line of the table: sums of seconds, means of errors, over layers."""
-    layers = sum(t.count for t in found)
-    theirs, ours, default = (sum(getattr(t, key) * t.count for t in found) for key in ("theirs", "ours", "default"))
-    errors = [sum(getattr(t, key) * t.count for t in found) / layers for key in ("error_theirs", "error_ours")]
-    worst = max(t.error_ours / t.error_theirs for t in found)
-    numbers = [f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.1f}", f"{default:.2f}"]
-    return [f"`{name}`", f"{rate:g}", str(layers), *numbers, *(f"{e:.4f}" for e in errors), f"{worst:.4f}"]
+def row(name: str, rate: float, found: Outcome) -> list[str]:
+    """One line of the table: sums of seconds, means of errors over layers."""
+    worst = max(ours / theirs for ours, theirs in zip(found.errors_ours, found.errors_theirs, strict=True))
+    spent = [f"{found.theirs:.2f}", f"{found.ours:.2f}", f"{found.theirs / found.ours:.1f}", f"{found.default:.2f}"]
+    errors = [f"{found.mean(e):.4f}" for e in (found.errors_theirs, found.errors_ours)]
+    return [f"`{name}`", f"{rate:g}", str(found.layers), *spent, *errors, f"{worst:.4f}"]
 
 
 def main() -> None:
@@ -153,14 +199,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cp-iterations", type=int, default=20, help="most sweeps of tensorly's CP")
-    parser.add_argument("--full", action="store_true", help="decompose every layer, also those of equal shapes")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     kernels = stored_kernels(options.weights) if options.weights else synthetic_kernels(options.seed)
-    layers = [(kernel.to(options.device), count) for kernel, count in grouped(kernels, options.full)]
-    warm_up = [(falling_kernel((24, 16, 3, 3), torch.Generator().manual_seed(0)).to(options.device), 1)]
+    kernels = [kernel.to(options.device) for kernel in kernels]
+    warm_up = [falling_kernel((24, 16, 3, 3), torch.Generator().manual_seed(0)).to(options.device)]
     rates, names = [float(r) for r in options.rates.split(",")], options.methods.split(",")
     print(f"{len(kernels)} layers, {options.threads} threads, {options.device}. {machine(options.seed)}\n")
     head = ["method", "rate", "layers", "theirs s", "ours s", "ratio", "default s", "error theirs", "error ours"]
@@ -168,9 +213,9 @@ def main() -> None:
     for rate in rates:
         total = 0.0
         for name in names:
-            list(timings(name, 0.4, warm_up, options.cp_iterations))
-            found = list(timings(name, rate, layers, options.cp_iterations))
-            total += sum(t.default * t.count for t in found)
+            outcome(name, 0.4, warm_up, options.cp_iterations)
+            found = outcome(name, rate, kernels, options.cp_iterations)
+            total += found.default
             print(f"| {' | '.join(row(name, rate, found))} |", flush=True)
         print(f"| all | {rate:g} | | | | | {total:.2f} | | | |", flush=True)
 

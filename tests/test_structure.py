@@ -15,7 +15,7 @@ PACKAGE = ROOT / "tspc"
 
 LAYERS = [
     ["errors"],
-    ["files", "hooks", "sweep", "display", "decompositions", "models", "data", "blocks"],
+    ["files", "hooks", "parallel", "sweep", "display", "decompositions", "models", "data", "blocks"],
     ["layers", "training", "plans", "stash"],
     ["moments", "selection", "spectra", "walk"],
     ["sensitivity"],

@@ -17,6 +17,7 @@ from tspc.decompositions import Method, Metric, check_finite, double
 from tspc.errors import DecompositionError
 from tspc.layers import DenseLayer, TensorizedLayer, tensorize
 from tspc.moments import Moments, Statistics
+from tspc.parallel import side_by_side
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
 from tspc.walk import Trace, evaluating
@@ -88,19 +89,35 @@ def tensorized(
 def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer) -> tuple[nn.Module, Plan]:
     work = copy.deepcopy(model)
     done: dict[str, _Done] = {}
-    for layer, statistics, batch_norm in _in_turn(model, work, plan, samples):
-        dense = cast(DenseLayer, work.get_submodule(layer.name))
-        kernel = dense.weight if statistics is None else statistics.target.reshape(dense.weight.shape)
-        metric = None if statistics is None else statistics.metric
-        with _naming(layer.name):
-            done[layer.name] = _fitted(dense, layer, kernel, metric, statistics)
-        set_module(work, layer.name, done[layer.name].module)
-        _shift_(done[layer.name], statistics, work, batch_norm)
-        on_layer(done[layer.name].layer, kernel, metric)
+    for name in (layer.name for layer in plan.tensorized):
+        with _naming(name):
+            check_finite(cast(DenseLayer, model.get_submodule(name)).weight)
+
+    def keep(fitted: _Done, kernel: Tensor, metric: Metric | None) -> None:
+        set_module(work, fitted.layer.name, fitted.module)
+        done[fitted.layer.name] = fitted
+        on_layer(fitted.layer, kernel, metric)
+
+    if samples is not None:
+        for layer, statistics, batch_norm in _in_turn(model, work, plan, samples):
+            dense = cast(DenseLayer, work.get_submodule(layer.name))
+            kernel = statistics.target.reshape(dense.weight.shape)
+            fitted = _fitted(dense, layer, kernel, statistics)
+            _shift_(fitted, statistics, work, batch_norm)
+            keep(fitted, kernel, statistics.metric)
+    # Without samples, never called, or too wide: by the kernel alone.
+    rest = [layer for layer in plan.tensorized if layer.name not in done]
+    layers = {layer.name: cast(DenseLayer, work.get_submodule(layer.name)) for layer in rest}
+
+    def alone(layer: LayerPlan) -> _Done:
+        return _fitted(layers[layer.name], layer, layers[layer.name].weight, None)
+
+    for layer, fitted in side_by_side(alone, rest, size=lambda layer: layer.dense_params):
+        keep(fitted, layers[layer.name].weight, None)
     if samples is not None:
         recalibrate_(work, model, samples)
-    layers = tuple(done[layer.name].layer if layer.name in done else layer for layer in plan.layers)
-    return work, replace(plan, layers=layers)
+    rows = tuple(done[layer.name].layer if layer.name in done else layer for layer in plan.layers)
+    return work, replace(plan, layers=rows)
 
 
 @dataclass(frozen=True)
@@ -118,23 +135,14 @@ def _naming(layer: str) -> Iterator[None]:
 
 
 def _in_turn(
-    model: nn.Module, work: nn.Module, plan: Plan, samples: Samples | None
-) -> Iterator[tuple[LayerPlan, Statistics | None, str | None]]:
-    """Every layer to treat with its statistics, taken when the layers before it in `work` have been treated."""
-    waiting = {layer.name: layer for layer in plan.tensorized}
-    for name in waiting:
-        with _naming(name):
-            check_finite(cast(DenseLayer, model.get_submodule(name)).weight)
-    if samples is not None:
-        compensate = samples.settings.compensate
-        dense = [x for x in plan.layers if x.method is None and x.compensates]
-        waiting |= {layer.name: layer for layer in dense if compensate}
-        survey = samples.survey(model, list(waiting))
-        for name, statistics in _statistics(model, work, list(waiting), samples, survey):
-            yield waiting.pop(name), statistics, survey.trace.batch_norms.get(name)
-    for layer in waiting.values():  # never called, too wide, or no samples: by the kernel alone
-        if layer.method is not None:
-            yield layer, None, None
+    model: nn.Module, work: nn.Module, plan: Plan, samples: Samples
+) -> Iterator[tuple[LayerPlan, Statistics, str | None]]:
+    """Every layer that is called, with its statistics, taken when the layers before it in `work` have been treated."""
+    compensates = [x for x in plan.layers if x.method is None and x.compensates and samples.settings.compensate]
+    waiting = {layer.name: layer for layer in (*plan.tensorized, *compensates)}
+    survey = samples.survey(model, list(waiting))
+    for name, statistics in _statistics(model, work, list(waiting), samples, survey):
+        yield waiting[name], statistics, survey.trace.batch_norms.get(name)
 
 
 def _statistics(
@@ -166,16 +174,16 @@ def _moments(
         small.close()
 
 
-def _fitted(
-    dense: DenseLayer, layer: LayerPlan, kernel: Tensor, metric: Metric | None, statistics: Statistics | None
-) -> _Done:
+def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | None) -> _Done:
     """The layer's replacement: tensorized, or dense with a kernel that makes up for the layers before it."""
-    if layer.method is None or layer.rank is None:
-        module: nn.Module = copy.deepcopy(dense)
-        with torch.no_grad():
-            cast(DenseLayer, module).weight.copy_(kernel)
-    else:
-        module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric)
+    with _naming(layer.name):
+        if layer.method is None or layer.rank is None:
+            module: nn.Module = copy.deepcopy(dense)
+            with torch.no_grad():
+                cast(DenseLayer, module).weight.copy_(kernel)
+        else:
+            metric = None if statistics is None else statistics.metric
+            module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric)
     rebuilt = cast(Tensor, module.weight).detach()
     note = None
     if isinstance(module, TensorizedLayer):
@@ -202,9 +210,9 @@ def relative_error(kernel: Tensor, rebuilt: Tensor) -> float:
 
 
 @torch.no_grad()
-def _shift_(done: _Done, statistics: Statistics | None, model: nn.Module, batch_norm: str | None) -> None:
+def _shift_(done: _Done, statistics: Statistics, model: nn.Module, batch_norm: str | None) -> None:
     """Gives the layer's output the reference's mean, by its bias or by the batch norm after it."""
-    shift = None if statistics is None else statistics.shift(cast(Tensor, done.module.weight).detach())
+    shift = statistics.shift(cast(Tensor, done.module.weight).detach())
     if shift is None:
         return
     bias = cast("nn.Parameter | None", done.module.bias)

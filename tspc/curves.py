@@ -6,15 +6,17 @@ import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from tspc import decompositions
 from tspc.calibration import Samples, moments_of
-from tspc.decompositions import Decomposition, Method, Metric, double
+from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
 from tspc.errors import DecompositionError
 from tspc.layers import DenseLayer
+from tspc.parallel import side_by_side
 from tspc.plans import LayerPlan
 from tspc.walk import evaluating
 
@@ -87,7 +89,7 @@ def error_curves(
     def measure(name: str, metric: Metric | None) -> None:
         weight = cast(DenseLayer, model.get_submodule(name)).weight.detach()
         try:
-            curves[name] = [_curve(m, weight, metric) for m in method.candidates(tuple(weight.shape))]
+            curves[name] = _curves(method.candidates(tuple(weight.shape)), weight, metric)
         except DecompositionError as error:
             raise DecompositionError(f"layer {name}: {error}") from error
         waiting.pop(name)
@@ -106,25 +108,36 @@ def error_curves(
     return curves
 
 
-def _curve(method: Decomposition, weight: Tensor, metric: Metric | None) -> ErrorCurve:
-    shape = tuple(weight.shape)
-    size = weight.numel()
-    ranks = {tuple(1 for _ in method.max_rank(shape)): method.min_params(shape)}
-    for share in SHARES:
-        if size * share > method.min_params(shape):
-            rank = method.rank_for(shape, int(size * share))
-            ranks[rank] = method.num_params(shape, rank)
+def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | None) -> list[ErrorCurve]:
+    """One curve for each method."""
+    shape, size = tuple(weight.shape), weight.numel()
     # The kernels alone need no more than their own precision.
     kernel = weight if metric is None else double(weight)
     squared = (lambda matrix: float(matrix.square().sum())) if metric is None else metric.squared
     whole = squared(kernel.flatten(1))
-    best, points = math.inf, {}
-    for rank, params in sorted(ranks.items(), key=lambda item: item[1]):
-        rebuilt = method.reconstruct(method.sketch().decompose(kernel, rank, metric))
-        error = squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
-        best = min(best, error)
-        points[params] = best
     # Between an equal say for all layers and one in proportion to the squared change of the answer, of which
     # the latter trusts a linear model too far where errors are large: the geometric mean of the two.
     importance = math.sqrt(whole) if metric is not None and metric.outputs is not None else 1.0
-    return ErrorCurve(method, tuple(points), tuple(points.values()), size, importance)
+
+    def error(point: tuple[Decomposition, Rank]) -> float:
+        method, rank = point
+        rebuilt = method.reconstruct(method.sketch().decompose(kernel, rank, metric))
+        return squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
+
+    points = [(method, rank) for method in methods for rank in _sampled_ranks(method, shape)]
+    errors = dict(side_by_side(error, points, size=lambda point: point[0].num_params(shape, point[1])))
+    curves = []
+    for method in methods:
+        own = {method.num_params(shape, rank): e for (m, rank), e in errors.items() if m == method}
+        params = sorted(own)
+        falling = accumulate((own[p] for p in params), min)
+        curves.append(ErrorCurve(method, tuple(params), tuple(falling), size, importance))
+    return curves
+
+
+def _sampled_ranks(method: Decomposition, shape: Shape) -> list[Rank]:
+    """The smallest one, and the largest within each of the SHARES; no two of them have one size."""
+    smallest, size = method.min_params(shape), math.prod(shape)
+    ranks = [tuple(1 for _ in method.max_rank(shape))]
+    ranks += [method.rank_for(shape, int(size * share)) for share in SHARES if size * share > smallest]
+    return list({method.num_params(shape, rank): rank for rank in ranks}.values())

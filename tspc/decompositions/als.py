@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions.base import double
-from tspc.decompositions.linalg import dominant_basis
+from tspc.decompositions.linalg import dominant_basis, mode_product, unfold
 
 FIRST_STEP, LONGEST_STEP, GROWTH = 1.0, 1.5, 1.1
 """How far a sweep starts ahead of the last one, in units of what that one changed."""
+NARROW, SHARE = 64, 0.6
+"""Most directions of a mode that a projection keeps, in number or as a share of all of them."""
 
 
 def khatri_rao(matrices: Sequence[Tensor]) -> Tensor:
@@ -34,7 +36,7 @@ def khatri_rao(matrices: Sequence[Tensor]) -> Tensor:
 class Components:
     """Σ_r size_r · u_r ∘ v_r ∘ … : one n_i × R matrix of unit columns a mode, and R sizes.
 
-    `objective` is what is minimised, relative to ‖X‖².
+    `objective` is what is minimised, relative to ‖X‖²; infinite before it is known.
     """
 
     units: list[Tensor]
@@ -70,6 +72,41 @@ def slice_svd(tensor: Tensor, rank: int) -> Components:
     return Components([*(a[:, i] for a, i in zip(axes, index, strict=True)), left.T, units], sizes)
 
 
+@dataclass(frozen=True)
+class Projection:
+    """A tensor projected on the dominant subspaces of its large modes: their bases are n_i × q_i.
+
+    `share` is the part of ‖X‖² that `core` still holds.
+    """
+
+    core: Tensor
+    bases: dict[int, Tensor]
+    share: float = 1.0
+
+    def lifted(self, found: Components) -> Components:
+        """Components of `core` as components of the tensor."""
+        units = [self.bases[mode] @ unit if mode in self.bases else unit for mode, unit in enumerate(found.units)]
+        return Components(units, found.sizes, 1 - (1 - found.objective) * self.share)
+
+
+def project(tensor: Tensor, rank: int) -> Projection:
+    """Sums of R components lie in subspaces of R dimensions, of which the dominant ones are nearly the best.
+
+    Sweeps within them cost a fraction of those over the whole tensor (CANDELINC: Carroll, Pruzansky & Kruskal,
+    Psychometrika 1980; Bro & Andersson, Chemometr. Intell. Lab. Syst. 1998). Nothing is projected where too
+    little would be left for R components.
+    """
+    sizes = [n if rank >= n else min(rank, max(NARROW, int(SHARE * n))) for n in tensor.shape]
+    core, bases = tensor, dict[int, Tensor]()
+    if math.prod(sizes) // max(sizes) >= rank:
+        for mode, (n, q) in enumerate(zip(tensor.shape, sizes, strict=True)):
+            if q < n:
+                bases[mode] = dominant_basis(unfold(core, mode), q)
+                core = mode_product(core, bases[mode].T, mode)
+    norm2 = _square(tensor)
+    return Projection(core.contiguous(), bases, _square(core) / norm2 if norm2 > 0 else 1.0)
+
+
 def gaussian(tensor: Tensor, rank: int, generator: torch.Generator) -> Components:
     """Random directions, the same on every device."""
     draws = [torch.randn(n, rank, generator=generator, dtype=tensor.dtype) for n in tensor.shape]
@@ -80,18 +117,20 @@ def gaussian(tensor: Tensor, rank: int, generator: torch.Generator) -> Component
 def alternate(tensor: Tensor, start: Components, ridge: float, max_iterations: int, tolerance: float) -> Components:
     """Sweeps over the modes until the relative error stops falling; `ridge` is μ, above 0.
 
-    `start` has orthogonal components, or none of any size. One small gain is no end, the sweeps may be leaving a
-    saddle; two in a row are.
+    A `start` whose objective is not known has orthogonal components, or none of any size. One small gain is no
+    end, the sweeps may be leaving a saddle; two in a row are.
 
     Each sweep starts from directions extrapolated along the last change, and is taken back where that went too
     far (Ang, Cohen, Gillis & Hien, "Accelerating block coordinate descent for nonnegative tensor factorization",
     Numer. Linear Algebra Appl. 2021).
     """
-    norm2 = float(double(tensor).square().sum())
+    norm2 = _square(tensor)
     if norm2 == 0:
         return start
-    captured = float(double(start.sizes).square().sum()) / norm2
-    best = guess = replace(start, objective=1 - (1 - ridge) * captured)
+    if math.isinf(start.objective):
+        captured = _square(start.sizes) / norm2
+        start = replace(start, objective=1 - (1 - ridge) * captured)
+    best = guess = start
     step, slow = FIRST_STEP, False
     for _ in range(max_iterations):
         found = _sweep(tensor, norm2, guess.units, ridge)
@@ -143,6 +182,11 @@ def _solve(product: Tensor, grams: list[Tensor], mode: int, ridge: float) -> Ten
     # Unit columns have a unit diagonal; writing it also makes room for columns that vanished.
     system.fill_diagonal_(1 + ridge)
     return torch.cholesky_solve(double(product).T, torch.linalg.cholesky(system)).T
+
+
+def _square(tensor: Tensor) -> float:
+    """‖X‖²."""
+    return float(double(tensor).square().sum())
 
 
 def _gram(unit: Tensor) -> Tensor:

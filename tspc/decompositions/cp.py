@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions import oracle
-from tspc.decompositions.als import Components, alternate, gaussian, khatri_rao, slice_svd
+from tspc.decompositions.als import Components, alternate, gaussian, khatri_rao, project, slice_svd
 from tspc.decompositions.base import (
     Axes,
     Decomposition,
@@ -28,6 +28,9 @@ from tspc.decompositions.svd import SVD
 
 SKETCH_SWEEPS = 4
 """Sweeps that show about how large the error will be."""
+FINISHING, LAX = 5, 10.0
+"""Sweeps over the whole tensor, after those over its projection, are at most one to so many of these, and end at a
+gain larger by this factor."""
 RIDGE = 1e-6
 """Weight of the components' squared norms in a first fit, in which they are free to grow."""
 
@@ -93,15 +96,19 @@ class CPFormat(TensorFormat):
 
     def _best(self, tensor: Tensor, rank: int) -> list[Tensor]:
         """The best of all starts; fitted again with a larger ridge for as long as components exceed their bound."""
-        principal = slice_svd(tensor, rank)
         if (rank,) == self.max_rank(tuple(tensor.shape), False):
-            return principal.factors()
+            return slice_svd(tensor, rank).factors()
+        projection = project(tensor, rank)
         generator = torch.Generator().manual_seed(self.seed)
-        starts = [principal, *(gaussian(tensor, rank, generator) for _ in range(self.restarts - 1))]
+        randoms = (gaussian(projection.core, rank, generator) for _ in range(self.restarts - 1))
+        starts = [slice_svd(projection.core, rank), *randoms]
 
         def best(ridge: float) -> list[Tensor]:
-            fits = [self._alternate(tensor, start, ridge) for start in starts]
-            return min(fits, key=lambda fit: fit.objective).factors()
+            fits = [self._alternate(projection.core, start, ridge) for start in starts]
+            found = min(fits, key=lambda fit: fit.objective)
+            if projection.bases:
+                found = self._finish(tensor, projection.lifted(found), ridge)
+            return found.factors()
 
         # At the last of these ridges no component can exceed the bound.
         ridge, last = RIDGE, self.max_component_norm**-2
@@ -113,6 +120,9 @@ class CPFormat(TensorFormat):
 
     def _alternate(self, tensor: Tensor, start: Components, ridge: float) -> Components:
         return alternate(tensor, start, ridge, self.max_iterations, self.tolerance)
+
+    def _finish(self, tensor: Tensor, start: Components, ridge: float) -> Components:
+        return alternate(tensor, start, ridge, max(1, self.max_iterations // FINISHING), LAX * self.tolerance)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Dominant subspaces and truncated factorisations of a matrix, in the matrix's own precision.
+"""Unfoldings of a tensor, their dominant subspaces and truncated factorisations, in the tensor's own precision.
 
 A wide unfolding never needs its full singular vectors: the eigenvectors of the Gram matrix of its short side
 span the dominant subspace, and projecting the matrix on that subspace keeps the result accurate.
@@ -17,6 +17,8 @@ MAX_STEPS = 24
 GAIN = 1e-3
 """The iteration stops once a step lowers the squared error by less than this share; with the oversampling below
 the error is then within 0.1 % of the least possible, for flat spectra and falling ones."""
+REPEATED = 2
+"""Steps of orthogonal iteration that renew a basis."""
 NOISE = 1e-5
 """Squared relative error below which a float32 Gram matrix no longer tells a tail from rounding."""
 
@@ -24,19 +26,37 @@ NOISE = 1e-5
 def dominant_basis(matrix: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
     """Orthonormal basis (m × rank) of the dominant left singular subspace of an m × n matrix.
 
-    With `start`, a basis m × rank that is already near, the answer may instead be one step of orthogonal
-    iteration from it, which never captures less of the matrix than `start` does.
+    With `start`, a basis m × rank that is already near, the answer may instead be a few steps of orthogonal
+    iteration from it, none of which captures less of the matrix than the one before.
     """
     m, n = matrix.shape
     if m > n:
         return torch.linalg.qr(matrix @ dominant_basis(matrix.T, rank)).Q
     if start is not None and m > EXACT_SIZE:
-        return torch.linalg.qr(matrix @ (matrix.T @ start)).Q
+        basis = start
+        for _ in range(REPEATED):
+            basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+        return basis
     basis, error2 = _eigenvectors(matrix @ matrix.T, rank)
     if matrix.dtype == torch.float32 and error2 < NOISE:
         wide = matrix.double()
         basis = _eigenvectors(wide @ wide.T, rank)[0].to(matrix.dtype)
     return basis
+
+
+def unfold(tensor: Tensor, mode: int) -> Tensor:
+    """n × rest; a copy unless the mode is the first or the last of a contiguous tensor."""
+    n = tensor.shape[mode]
+    return tensor.reshape(-1, n).T if mode == tensor.ndim - 1 else tensor.movedim(mode, 0).reshape(n, -1)
+
+
+def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """Contracts `mode` of the tensor with the columns of `matrix` (rows become the new mode)."""
+    if mode == tensor.ndim - 1:
+        return (tensor.reshape(-1, tensor.shape[-1]) @ matrix.T).reshape(*tensor.shape[:-1], -1)
+    product = matrix @ unfold(tensor, mode)
+    rest = tensor.shape[:mode] + tensor.shape[mode + 1 :]
+    return product.reshape(-1, *rest).movedim(0, mode)
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

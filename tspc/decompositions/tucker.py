@@ -12,23 +12,8 @@ from torch import Tensor
 
 from tspc.decompositions import oracle
 from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
-from tspc.decompositions.linalg import dominant_basis
+from tspc.decompositions.linalg import dominant_basis, mode_product, unfold
 from tspc.decompositions.svd import SVD
-
-
-def _mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """Contracts `mode` of the tensor with the columns of `matrix` (rows become the new mode)."""
-    if mode == tensor.ndim - 1:
-        return (tensor.reshape(-1, tensor.shape[-1]) @ matrix.T).reshape(*tensor.shape[:-1], -1)
-    product = matrix @ _unfold(tensor, mode)
-    rest = tensor.shape[:mode] + tensor.shape[mode + 1 :]
-    return product.reshape(-1, *rest).movedim(0, mode)
-
-
-def _unfold(tensor: Tensor, mode: int) -> Tensor:
-    """n × rest; a copy unless the mode is the first or the last of a contiguous tensor."""
-    n = tensor.shape[mode]
-    return tensor.reshape(-1, n).T if mode == tensor.ndim - 1 else tensor.movedim(mode, 0).reshape(n, -1)
 
 
 def _energy(tensor: Tensor) -> float:
@@ -71,11 +56,11 @@ class TuckerFormat(TensorFormat):
         tensor = tensor.permute(layout).contiguous()
         core, bases = tensor, dict[int, Tensor]()
         for axis in _outermost_first(axes, tensor):
-            bases[axis] = dominant_basis(_unfold(core, axis), rank[axes.index(axis)])
-            core = _mode_product(core, bases[axis].T, axis)
+            bases[axis] = dominant_basis(unfold(core, axis), rank[axes.index(axis)])
+            core = mode_product(core, bases[axis].T, axis)
         total, captured = _energy(tensor), _energy(core)
         for _ in range(self.max_iterations):
-            core = _mode_product(_sweep(tensor, axes, bases), bases[axes[-1]].T, axes[-1])
+            core = mode_product(_sweep(tensor, axes, bases), bases[axes[-1]].T, axes[-1])
             energy = _energy(core)
             gain, captured = energy - captured, energy
             if gain <= 2 * self.tolerance * (total - captured):
@@ -87,12 +72,12 @@ class TuckerFormat(TensorFormat):
         return (*((mode, ()) for mode in matrices), (*(() for _ in matrices), *modes[len(matrices) :]))
 
     def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
-        return tuple(_unfold(tensor, mode) for mode in range(tensor.ndim - spatial))
+        return tuple(unfold(tensor, mode) for mode in range(tensor.ndim - spatial))
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         *matrices, result = tensors
         for mode, matrix in enumerate(matrices):
-            result = _mode_product(result, matrix, mode)
+            result = mode_product(result, matrix, mode)
         return result
 
 
@@ -107,14 +92,14 @@ def _sweep(tensor: Tensor, axes: list[int], bases: dict[int, Tensor]) -> Tensor:
     """
     if len(axes) == 1:
         (axis,) = axes
-        bases[axis] = dominant_basis(_unfold(tensor, axis), bases[axis].shape[1], start=bases[axis])
+        bases[axis] = dominant_basis(unfold(tensor, axis), bases[axis].shape[1], start=bases[axis])
         return tensor
     half = (len(axes) + 1) // 2
     projected = tensor
     for kept, dropped in ((axes[:half], axes[half:]), (axes[half:], axes[:half])):
         projected = tensor
         for axis in _outermost_first(dropped, tensor):
-            projected = _mode_product(projected, bases[axis].T, axis)
+            projected = mode_product(projected, bases[axis].T, axis)
         projected = _sweep(projected, kept, bases)
     return projected
 
@@ -129,7 +114,7 @@ class Tucker(Decomposition):
 
     name: ClassVar[str] = "tk"
     max_iterations: int = 10
-    tolerance: float = 1e-4
+    tolerance: float = 5e-4
     solver: str = "native"
 
     def __post_init__(self) -> None:

@@ -1,0 +1,48 @@
+"""Independent pieces of work side by side, one core each.
+
+The linear algebra of one layer gains little from a second core, two layers at once do. Every piece runs on one
+thread, whatever the number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def side_by_side(
+    function: Callable[[Item], Result], items: Sequence[Item], size: Callable[[Item], float]
+) -> Iterator[tuple[Item, Result]]:
+    """Every item with `function` of it, as they get ready, on as many threads as PyTorch may use.
+
+    The largest `size` comes first. What `function` raises is raised here; pieces that have not begun are then
+    dropped. The gradient mode is the caller's.
+    """
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    order = sorted(items, key=size, reverse=True)
+
+    def piece(item: Item) -> Result:
+        with torch.set_grad_enabled(gradients):
+            return function(item)
+
+    torch.set_num_threads(1)
+    try:
+        if threads == 1 or len(order) < 2:
+            yield from ((item, function(item)) for item in order)
+            return
+        # Threads of a pool count their own: each has to be told.
+        pool = ThreadPoolExecutor(min(threads, len(order)), initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            futures = {pool.submit(piece, item): item for item in order}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    finally:
+        torch.set_num_threads(threads)
