@@ -41,26 +41,28 @@ __all__ = [
 ]
 
 
-def _reshaped(inner: type[CP | Tucker | TensorTrain], default_order: int) -> Callable[..., Reshaped]:
-    def build(order: int = default_order, **settings: Any) -> Reshaped:
-        return Reshaped(inner(**settings), order)
+_FORMS: dict[str, tuple[type[CP | Tucker | TensorTrain], dict[str, Any]]] = {
+    "rcp": (CP, {"order": 2}),
+    # Twice as many bases wait for each other: its sweeps converge more slowly.
+    "rtk": (Tucker, {"order": 2, "tolerance": 2e-4}),
+    "rtt": (TensorTrain, {"order": 3}),
+}
+"""The reshaped methods: what they apply to the reshaped kernel, and their own default settings."""
+
+_PLAIN: dict[str, type[Decomposition]] = {"svd": SVD, "cp": CP, "tk": Tucker, "tt": TensorTrain}
+
+
+def _reshaped(inner: type[CP | Tucker | TensorTrain], defaults: dict[str, Any]) -> Callable[..., Reshaped]:
+    def build(**settings: Any) -> Reshaped:
+        given = defaults | settings
+        return Reshaped(inner(**{k: v for k, v in given.items() if k != "order"}), given["order"])
 
     return build
 
 
-_CLASSES: dict[str, tuple[type[Decomposition], int | None]] = {
-    "svd": (SVD, None),
-    "cp": (CP, None),
-    "tk": (Tucker, None),
-    "tt": (TensorTrain, None),
-    "rcp": (CP, 2),
-    "rtk": (Tucker, 2),
-    "rtt": (TensorTrain, 3),
-}
-
 METHODS: dict[str, Callable[..., Decomposition]] = {
-    name: cls if order is None else _reshaped(cls, order)  # type: ignore[arg-type]
-    for name, (cls, order) in _CLASSES.items()
+    **_PLAIN,
+    **{name: _reshaped(inner, defaults) for name, (inner, defaults) in _FORMS.items()},
 }
 """Name → constructor, whose keyword arguments are the method's settings."""
 
@@ -75,9 +77,8 @@ def settings_of(name: str) -> dict[str, Any]:
     """The settings that a method takes, with their defaults."""
     if name == Auto.name:
         return {"candidates": list(METHODS)}
-    cls, order = _CLASSES[name]
-    settings = {f.name: f.default for f in dataclasses.fields(cls)}
-    return settings if order is None else settings | {"order": order}
+    cls, own = _FORMS.get(name) or (_PLAIN[name], {})
+    return {f.name: f.default for f in dataclasses.fields(cls)} | own
 
 
 def from_dict(data: Mapping[str, Any]) -> Method:
