@@ -6,8 +6,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.small import CPU, SPEC, network, recipe
 
 SHARED = os.environ.get("TSPC_TEST_DATA")
 """A folder with data/ and weights/ for the tests on real weights; `.ci/run` sets it where there is one."""
@@ -62,6 +65,31 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     return run
 
 
+@pytest.fixture
+def context() -> Any:
+    """What a phase is given; `records` has what it notes."""
+    from tspc.data import load_data
+    from tspc.display import Display
+    from tspc.phases.context import Context
+    from tspc.training import Hardware
+
+    records: list[dict[str, Any]] = []
+    made = Context(load_data(SPEC), Hardware(CPU), 0, Display(), records.append)
+    object.__setattr__(made, "records", records)
+    return made
+
+
+@pytest.fixture
+def reference(context: Any) -> Any:
+    """A trained network."""
+    from tspc.phases.finetune import train_classifier
+    from tspc.training import Progress
+
+    model = network()
+    train_classifier(model, recipe(epochs=4), context, Progress(), "pretrain")
+    return model
+
+
 TINY = (
     "dataset=synthetic",
     "dataset.options.train=200",
@@ -69,5 +97,6 @@ TINY = (
     "dataset.pretrain.steps=4",
     "epochs=1",
     "calibration.samples=0",
+    "phase.distill.images=128",
 )
 """A run that takes a second or two."""

@@ -74,7 +74,7 @@ def test_other_settings_are_refused_with_the_difference_and_redone_on_request(cl
     before = (run / "finetune.safetensors").read_bytes()
     code, _, err = cli(*TINY, "phase.finetune.learning_rate=0.5")
     assert code == 1
-    assert "phase.finetune.learning_rate: 0.01 → 0.5" in err
+    assert "phase.finetune.learning_rate: 0.003 → 0.5" in err
     code, _, err = cli(*TINY, "pretrained=random")
     assert code == 1
     assert "reference" in err

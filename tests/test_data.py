@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tspc.data import DataSpec, load_data
+from tspc.data import DataSpec, Feed, load_data
 from tspc.errors import DataError
+from tspc.processes import Share
 
 CPU = torch.device("cpu")
 
@@ -56,16 +57,55 @@ def test_digits():
 
 def test_batches_repeat_with_the_seed_and_change_with_the_epoch():
     data = load_data(spec("digits", channels=1, pad=1, flip=True))
-    first, again, other = (collect(data.train_batches(64, 5, epoch, CPU)) for epoch in (0, 0, 1))
+    first, again, other = (collect(data.train_batches(Feed(64, 5, CPU), epoch)) for epoch in (0, 0, 1))
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[1], other[1])
-    assert len(first[1]) == data.steps(64) * 64
+    assert len(first[1]) == data.steps(Feed(64, 5, CPU)) * 64
+
+
+@pytest.fixture(params=["in memory", "streamed"])
+def pictures(request, tmp_path):
+    """Ten training images a class, each unlike all others."""
+    root = write_images(tmp_path, size=12, count=10)
+    streamed = request.param == "streamed"
+    changes = {"in_memory": False, "resize": 10, "workers": 0} if streamed else {"pad": 1}
+    return load_data(spec("folder", num_classes=2, flip=True, **changes), root)
+
+
+def test_a_pass_can_be_entered_at_any_batch(pictures):
+    feed = Feed(6, 3, CPU)
+    whole = [images for images, _ in pictures.train_batches(feed, 1)]
+    rest = [images for images, _ in pictures.train_batches(feed, 1, start=2)]
+    assert len(whole) == 3
+    assert torch.equal(rest[0], whole[2])
+
+
+def test_processes_share_every_batch(pictures):
+    whole = [(images, labels) for images, labels in pictures.train_batches(Feed(6, 3, CPU), 1)]
+    parts = [list(pictures.train_batches(Feed(6, 3, CPU, share=Share(p, 2)), 1)) for p in range(2)]
+    for (images, labels), *own in zip(whole, *parts, strict=True):
+        for process, (some, theirs) in enumerate(own):
+            assert torch.equal(some, images[process::2]), "the same images, augmented alike"
+            assert torch.equal(theirs, labels[process::2])
+    counted = [len(labels) for p in range(3) for _, labels in pictures.test_batches(4, CPU, None, Share(p, 3))]
+    assert sum(counted) == pictures.test_size, "uneven shares count every image once"
+
+
+def test_held_out_images_are_never_trained_on(tmp_path):
+    data = load_data(spec("folder", num_classes=2), write_images(tmp_path, count=10))
+    feed = Feed(4, 0, CPU, held_out=6)
+    assert data.steps(feed) == 3
+    held_out = collect(data.held_out_batches(6, 4, CPU))[0].flatten(1)
+    trained = torch.cat([collect(data.train_batches(feed, epoch))[0] for epoch in range(6)]).flatten(1)
+    assert len(held_out) == 6
+    assert not (held_out[:, None] == trained[None]).all(2).any()
+    assert len(trained.unique(dim=0)) == 14
 
 
 def test_pad_and_flip_move_pixels_only():
     data = load_data(spec("digits", channels=1, pad=1, mean=(0.0,), std=(1.0,)))
     plain = load_data(spec("digits", channels=1, mean=(0.0,), std=(1.0,)))
-    moved, original = (next(iter(d.train_batches(512, 0, 0, CPU))) for d in (data, plain))
+    moved, original = (next(iter(d.train_batches(Feed(512, 0, CPU), 0))) for d in (data, plain))
     inner = original[0][:, :, 1:-1, 1:-1]
     shifted = [original[0][:, :, i : i + 6, j : j + 6] for i in range(3) for j in range(3)]
     matches = torch.stack([(moved[0][:, :, 1:-1, 1:-1] == s).flatten(1).all(1) for s in shifted])
@@ -83,7 +123,7 @@ def test_every_test_image_once_and_a_fixed_subset():
 
 def test_a_batch_larger_than_the_data_is_the_whole_data():
     data = load_data(spec("synthetic", options={"train": 50, "test": 20}))
-    assert [len(labels) for _, labels in data.train_batches(128, 0, 0, CPU)] == [50]
+    assert [len(labels) for _, labels in data.train_batches(Feed(128, 0, CPU), 0)] == [50]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -94,7 +134,7 @@ def test_image_folder(in_memory, tmp_path):
     images, labels = collect(data.test_batches(3, CPU))
     assert images.shape == (8, 3, 8, 8)
     assert labels.tolist() == [0] * 4 + [1] * 4
-    once, again = (collect(data.train_batches(4, 1, 2, CPU))[0] for _ in range(2))
+    once, again = (collect(data.train_batches(Feed(4, 1, CPU), 2))[0] for _ in range(2))
     assert torch.equal(once, again)
 
 
@@ -154,7 +194,7 @@ def test_streamed_augmentation_does_not_depend_on_the_workers(tmp_path):
     batches = [
         collect(
             load_data(spec("folder", num_classes=2, in_memory=False, flip=True, workers=w), root).train_batches(
-                4, 1, 2, CPU
+                Feed(4, 1, CPU), 2
             )
         )
         for w in (0, 2)

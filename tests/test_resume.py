@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 COMMAND = (
     "method=cp method.tolerance=0 method.max_iterations=1500 rate=0.2 dataset.pretrain.epochs=6 epochs=6 "
-    "checkpoint_seconds=0"
+    "checkpoint_seconds=0 phase.distill.least_gain=0 phase.distill.images=1024"
 ).split()
 RUN = "digits/resnet8/cp-0.2-max_iterations1500-tolerance0/seed0"
 

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tspc"
 
 LAYERS = [
-    ["errors"],
-    ["files", "hooks", "parallel", "sweep", "display", "decompositions", "models", "data", "blocks"],
+    ["errors", "launch"],
+    ["files", "hooks", "interrupts", "parallel", "processes"],
+    ["sweep", "display", "decompositions", "models", "data", "blocks"],
     ["layers", "training", "plans", "stash"],
     ["moments", "selection", "spectra", "walk"],
     ["sensitivity"],

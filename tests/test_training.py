@@ -1,41 +1,22 @@
-"""The loop: schedules, recovery, NaN, evaluation, and what distillation trains."""
+"""The loop: schedules, recovery, signals, NaN, and evaluation."""
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from tspc.compression import compress
-from tspc.data import DataSpec, load_data
-from tspc.display import Display
-from tspc.errors import ConfigError, TrainingError
+from tests.small import CPU, cross_entropy, network, recipe
+from tspc import interrupts
+from tspc.data import DataSpec, Feed, load_data
+from tspc.errors import ConfigError, Interrupted, RunError, TrainingError
 from tspc.models import NetworkSpec
-from tspc.phases.context import Context
-from tspc.phases.distill import Distillation, distill
 from tspc.phases.finetune import train_classifier
-from tspc.training import Progress, Recipe, evaluate, fit
-
-CPU = torch.device("cpu")
-SPEC = DataSpec("synthetic", "s", 10, 3, 16, (0.5,), (0.25,), options={"train": 200, "test": 130})
-
-
-@pytest.fixture
-def context():
-    records = []
-    made = Context(load_data(SPEC), CPU, 0, Display(), records.append)
-    object.__setattr__(made, "records", records)
-    return made
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return NetworkSpec("builtin", "resnet8", 10).build()
-
-
-def recipe(**changes) -> Recipe:
-    return Recipe(**{"epochs": 2, "batch_size": 50, "learning_rate": 0.05} | changes)
+from tspc.training import Hardware, Labelled, Progress, Watchers, evaluate, fit
 
 
 def test_schedules():
@@ -64,28 +45,114 @@ def test_training_learns(context, optimizer):
     assert context.records[-1]["step"] == 24
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(context, tmp_path):
-    whole, interrupted = network(), network()
-    train_classifier(whole, recipe(epochs=4), context, Progress(), "finetune")
-
+@pytest.mark.parametrize("extra", [{}, {"average": 0.9, "held_out": 20, "clip": 1.0}, {"accumulate": 2}])
+def test_an_interrupted_run_ends_with_the_same_weights(context, tmp_path, monkeypatch, extra):
     class Killed(Exception): ...
 
     def kill(step):
         if step.number == 10:
             raise Killed
 
-    data = context.data
-    model = interrupted.train()
-    loss_of = lambda x, y: F.cross_entropy(model(x), y)  # noqa: E731
-    progress = Progress(tmp_path / "p.pt", "settings", interval=0)
-    with pytest.raises(Killed):
-        fit(model, model.parameters(), loss_of, data, recipe(epochs=4), CPU, 0, progress=progress, on_step=kill)
-    resumed = network()
-    train_classifier(resumed, recipe(epochs=4), context, Progress(tmp_path / "p.pt", "settings"), "finetune")
+    settings = recipe(epochs=4, **extra)
+    whole, killed, resumed = network(), network(), network()
+    train_classifier(whole, settings, context, Progress(), "finetune")
+    path = tmp_path / "p.progress.pt"
+    with monkeypatch.context() as patched:
+        patched.setattr("tspc.phases.context.Watch._on_step", lambda self, step: kill(step))
+        with pytest.raises(Killed):
+            train_classifier(killed, settings, context, Progress(path, "settings", interval=0), "finetune")
+    assert Progress(path, "settings").state_of(0)["step"] == 10, "in the middle of an epoch"
+    train_classifier(resumed, settings, context, Progress(path, "settings"), "finetune")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    assert Progress(tmp_path / "p.pt", "other settings").restore(resumed) == 0, "another run's progress is ignored"
-    (tmp_path / "p.pt").write_bytes(b"damaged")
-    assert Progress(tmp_path / "p.pt", "settings").restore(resumed) == 0
+    assert Progress(path, "other settings").state_of(0) is None, "another run's progress is ignored"
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path):
+    path = tmp_path / "p.progress.pt"
+    progress = Progress(path, "settings")
+    progress.save(0, {"step": 1})
+    progress.save(0, {"step": 2})
+    assert Progress(path, "settings").state_of(0) == {"step": 2}
+    path.write_bytes(path.read_bytes()[:100])
+    found = Progress(path, "settings")
+    assert found.state_of(0) == {"step": 1}
+    assert "p.progress.pt is damaged" in found.warning
+    found.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
+    path = tmp_path / "p.progress.pt"
+    progress = Progress(path, "settings")
+    progress.save(0, {"step": 1})
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tspc.training.progress.torch.save", full)
+        with pytest.raises(
+            RunError, match=r"cannot write .*: No space left on device; free some space and run the same"
+        ):
+            progress.save(0, {"step": 2})
+    assert Progress(path, "settings").state_of(0) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["p.progress.pt"]
+
+
+def test_the_best_by_the_held_out_images_is_the_result(context):
+    model, scores, states = network(), iter([0.2, 0.9, 0.3]), []
+
+    def judge(judged):
+        states.append({k: v.clone() for k, v in judged.state_dict().items()})
+        return next(scores)
+
+    fit(
+        model.train(),
+        Labelled(context.data, Feed(50, 0, CPU)),
+        cross_entropy,
+        recipe(steps=6, evaluations=2),
+        Hardware(CPU),
+        0,
+        watchers=Watchers(judge=judge),
+    )
+    assert len(states) == 3, "before the first step, half-way, and at the end"
+    assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
+
+
+def test_accumulated_parts_make_one_step(context):
+    parts, whole = (nn.Sequential(nn.Flatten(), nn.Linear(768, 10)) for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    for model, count in ((whole, 1), (parts, 3)):
+        batches = Labelled(context.data, Feed(50, 0, CPU))
+        fit(model, batches, cross_entropy, recipe(steps=3, accumulate=count), Hardware(CPU), 0)
+    torch.testing.assert_close(list(parts.parameters()), list(whole.parameters()))
+
+
+def test_bfloat16_and_float16_train(context):
+    for precision in (torch.bfloat16, torch.float16):
+        model = network().train()
+        before = evaluate(model, context.data, CPU).top1
+        batches = Labelled(context.data, Feed(50, 0, CPU))
+        fit(model, batches, cross_entropy, recipe(epochs=5), Hardware(CPU, precision), 0)
+        assert next(model.parameters()).dtype == torch.float32
+        assert evaluate(model, context.data, CPU).top1 > before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(context, tmp_path, monkeypatch, number):
+    path = tmp_path / "p.progress.pt"
+    monkeypatch.setattr(
+        "tspc.phases.context.Watch._on_step", lambda self, step: step.number == 4 and os.kill(os.getpid(), number)
+    )
+    with interrupts.handled(), pytest.raises(Interrupted, match=r"after step 5 of 8, which is saved; the same command"):
+        train_classifier(network(), recipe(), context, Progress(path, "settings"), "finetune")
+    assert Progress(path, "settings").state_of(0)["step"] == 5
+
+
+def test_a_signal_elsewhere_stops_at_once():
+    with interrupts.handled(), pytest.raises(Interrupted, match="^stopped by SIGTERM; the same command"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_nan_stops(context):
@@ -96,32 +163,13 @@ def test_nan_stops(context):
 def test_weights_that_end_non_finite_are_no_result(context):
     model = network().train()
     steep = recipe(steps=1, learning_rate=1e30, momentum=0.0)
-    with pytest.raises(TrainingError, match="the weights stopped being finite in epoch 1"):
-        fit(model, model.parameters(), lambda x, y: 1e20 * model(x).square().sum(), context.data, steep, CPU, 0)
+    batches = Labelled(context.data, Feed(50, 0, CPU))
+    with pytest.raises(TrainingError, match="the weights stopped being finite before step 2"):
+        fit(model, batches, lambda net, x, y: 1e20 * net(x).square().sum(), steep, Hardware(CPU), 0)
 
 
 def test_plain_sgd_without_momentum(context):
     train_classifier(network(), recipe(steps=1, momentum=0.0), context, Progress(), "finetune")
-
-
-def test_dropout_stays_off_in_distillation(context):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Conv2d(3, 8, 3)
-            self.block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.9))
-            self.last = nn.Linear(8, 10)
-
-        def forward(self, x):
-            return self.last(self.block(self.first(x)).mean((2, 3)))
-
-    reference = Net().eval()
-    model = compress(reference, "svd", 0.5, allocation="uniform")
-    seen = []
-    model.block[2].register_forward_hook(lambda module, args, output: seen.append(module.training))
-    distill(model, reference, Distillation(1, 100, 1e-3, blocks="block", optimizer="adam"), context, Progress())
-    assert seen
-    assert not any(seen)
 
 
 def test_evaluation_counts_every_image_once(context):
@@ -144,42 +192,3 @@ def test_top5_from_100_classes_on():
 def test_wrong_number_of_outputs(context):
     with pytest.raises(ConfigError, match="10 classes"):
         evaluate(NetworkSpec("builtin", "resnet8", 12).build(), context.data, CPU)
-
-
-@pytest.mark.parametrize("batch_norm", ["frozen", "updated"])
-def test_distillation_brings_the_activations_closer(context, batch_norm):
-    reference = network()
-    train_classifier(reference, recipe(epochs=4), context, Progress(), "pretrain")
-    model = compress(reference, "tk", 0.3, allocation="uniform")
-    images, _ = next(context.data.test_batches(130, CPU))
-
-    def distance():
-        with torch.no_grad():
-            return float(F.mse_loss(model.eval()(images), reference(images)))
-
-    stem = model.conv1.weight.clone()
-    before = distance()
-    settings = Distillation(6, 50, 2e-3, optimizer="adam", schedule="constant", batch_norm=batch_norm)
-    distill(model, reference, settings, context, Progress())
-    assert distance() < 0.7 * before
-    assert torch.equal(model.conv1.weight, stem), "layers outside the blocks stay as they are"
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_distilling_a_block_leaves_the_others_alone(context):
-    reference = network().eval()
-    model = compress(reference, "tk", 0.3, allocation="uniform")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    settings = Distillation(1, 50, 1e-3, blocks="layer2.0", optimizer="adam")
-    distill(model, reference, settings, context, Progress())
-    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed
-    assert all(k.startswith("layer2.0") for k in changed)
-
-
-def test_nothing_is_left_hooked(context):
-    reference = network().eval()
-    model = compress(reference, "svd", 0.3, allocation="uniform")
-    distill(model, reference, Distillation(1, 100, 1e-3, optimizer="adam"), context, Progress())
-    assert not any(m._forward_hooks for net in (model, reference) for m in net.modules())
-    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)

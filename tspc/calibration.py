@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from tspc.errors import ConfigError, DataError, out_of_range
+from tspc.hooks import evaluating
 from tspc.layers import DenseLayer
 from tspc.moments import Moments, Positions, Statistics, input_patches, output_rows
 from tspc.selection import why_dense
 from tspc.sensitivity import output_sensitivity
 from tspc.stash import Room, Stash
-from tspc.walk import Trace, Walker, evaluating, trace
+from tspc.walk import Trace, Walker, trace
 
 WIDEST = 8192
 """Longest input patch whose second moments are kept (half a gigabyte in float64)."""
@@ -79,7 +80,7 @@ class Survey:
 
     def statistics(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples) -> Statistics:
         centred, weights = self.is_centred(name, layer), self.sensitivity.get(name)
-        return moments.statistics(layer.weight, centred, samples.settings.damping, weights)
+        return moments.statistics(layer.weight, centred, samples.settings.damping, weights, len(samples))
 
 
 class Samples:
@@ -98,11 +99,12 @@ class Samples:
             raise ConfigError(problems)
         self.room = Room(self.settings.memory)
         self._sensitivity: tuple[nn.Module, dict[str, Tensor]] | None = None
-        self._images = Stash(self.room)
+        self._images, self._count = Stash(self.room), 0
         try:
             for batch in _batches(images, self.settings):
                 _check(batch)
                 self._images.append(batch)
+                self._count += len(batch)
             if len(self._images) == 0:
                 raise DataError("calibration needs at least one image, but the data gave none")
         except BaseException:
@@ -114,6 +116,10 @@ class Samples:
 
     def __exit__(self, *exception: Any) -> None:
         self.room.close()
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return self._count
 
     def __iter__(self) -> Iterator[Tensor]:
         """The images, batch by batch, on the device."""

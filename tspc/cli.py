@@ -20,14 +20,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tspc import __version__
-from tspc.errors import TspcError
+from tspc.errors import Interrupted, TspcError
+from tspc.launch import is_first
 from tspc.sweep import forget_empty_sweep, sweep_folder, write_record
 
 FAILED, INTERRUPTED = 1, 130
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a mistake or a failed job (one line on stderr), 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 a mistake or a failed job (a line on stderr), 128 + n stopped by signal n."""
     if sys.argv[1:] == ["--version"]:
         print(f"tspc {__version__}")
         return
@@ -36,16 +37,22 @@ def main() -> None:
     failures: list[str] = []
     try:
         hydra.main(version_base="1.3", config_path=_config_path(), config_name="config")(_job(failures))()
-    except KeyboardInterrupt:
-        print("tspc: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        _complain(str(stop) or "interrupted; the same command goes on where it stopped")
+        sys.exit(128 + stop.signal if isinstance(stop, Interrupted) else INTERRUPTED)
     except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         GlobalHydra.instance().clear()
         forget_empty_sweep()
         failures.append(_plain_error(error))
-        print(f"tspc: {failures[-1]}", file=sys.stderr)
+        _complain(failures[-1])
     if failures:
         sys.exit(FAILED)
+
+
+def _complain(message: str) -> None:
+    """To stderr, once for all processes."""
+    if is_first():
+        print(f"tspc: {message}", file=sys.stderr)
 
 
 def _config_path() -> str:
@@ -67,29 +74,32 @@ def _job(failures: list[str]) -> Any:
         except Exception as exception:
             error = _describe(exception)
             failures.append(error)
-            print(f"tspc: {error}", file=sys.stderr)
-        if is_sweep:
+            _complain(error)
+        if is_sweep and is_first():
             write_record(sweep_folder(settings.sweep.dir), int(settings.job.num), overrides, result, error)
 
     return job
 
 
 def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
+    from tspc import interrupts
     from tspc.config import read_config
     from tspc.display import Display
     from tspc.pipeline import run
 
-    display = Display()
+    display = Display(is_silent=not is_first())
     if heading is not None:
         display.heading(heading)
-    return run(read_config(config), display)
+    with interrupts.handled():
+        return run(read_config(config), display)
 
 
 def _describe(error: Exception) -> str:
     """One line for a mistake of the user's; anything else is ours, and its traceback is shown."""
     if isinstance(error, TspcError):
         return " ".join(str(error).split())
-    traceback.print_exception(error)
+    if is_first():
+        traceback.print_exception(error)
     return f"unexpected {type(error).__name__}: {error}"
 
 

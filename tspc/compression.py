@@ -15,12 +15,13 @@ from tspc.batch_norm import recalibrate_
 from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of, moments_of_pair
 from tspc.decompositions import Method, Metric, check_finite, double
 from tspc.errors import DecompositionError
+from tspc.hooks import evaluating
 from tspc.layers import DenseLayer, TensorizedLayer, tensorize
 from tspc.moments import Moments, Statistics
 from tspc.parallel import side_by_side
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
-from tspc.walk import Trace, evaluating
+from tspc.walk import Trace
 
 OnLayer = Callable[[LayerPlan, Tensor, Metric | None], None]
 """Called after each layer with its row, the kernel that was fitted (not always its own), and the norm, if any."""

@@ -21,10 +21,12 @@ from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
 from tspc.phases.decompose import PlanRequest, Selection
 from tspc.phases.distill import Distillation
+from tspc.phases.finetune import Finetuning
 from tspc.phases.plan import PlanOverview
 from tspc.planning import RATE_DECAYS, RATE_SCOPES, conflicts
 from tspc.training import Recipe
 
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 PHASES = ("pretrain", "plan", "decompose", "distill", "finetune")
 """In the order in which they run."""
 
@@ -32,7 +34,7 @@ TOP_LEVEL = (
     *("method", "rate", "target_error", "allocation", "rate_decay", "rate_scope", "rank_multiple", "calibration"),
     *("dataset", "data_dir", "model", "pretrained", "output_dir"),
     *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "variant"),
-    *("eval_samples", "checkpoint_seconds"),
+    *("eval_samples", "checkpoint_seconds", "precision", "compile"),
 )
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "pretrain")
 
@@ -57,11 +59,13 @@ class Config:
     variant: str | None
     eval_samples: int | None
     checkpoint_seconds: float
+    precision: str
+    compile: bool
     phases: tuple[str, ...]
     plan: PlanOverview | None
     decompose: Selection | None
     distill: Distillation | None
-    finetune: Recipe | None
+    finetune: Finetuning | None
 
     @property
     def trains(self) -> bool:
@@ -102,6 +106,8 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
         "variant": reader.variant(raw.get("variant")),
         "eval_samples": reader.optional_count(raw, "eval_samples"),
         "checkpoint_seconds": reader.number(raw, "checkpoint_seconds", 0, float("inf")),
+        "precision": reader.choice(raw, "precision", PRECISIONS),
+        "compile": reader.flag(raw, "compile"),
         **reader.phases(reader.mapping(raw, "phase")),
     }
     if values["pretrained"] is None and dataset.get("pretrain") is None:
@@ -224,7 +230,7 @@ class _Reader:
             "plan": self.section(PlanOverview, data.get("plan"), "phase.plan"),
             "decompose": self.section(Selection, data.get("decompose"), "phase.decompose"),
             "distill": self.section(Distillation, data.get("distill"), "phase.distill"),
-            "finetune": self.section(Recipe, data.get("finetune"), "phase.finetune"),
+            "finetune": self.section(Finetuning, data.get("finetune"), "phase.finetune"),
         }
 
     def number(

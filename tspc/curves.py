@@ -15,10 +15,10 @@ from tspc import decompositions
 from tspc.calibration import Samples, moments_of
 from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
 from tspc.errors import DecompositionError
+from tspc.hooks import evaluating
 from tspc.layers import DenseLayer
 from tspc.parallel import side_by_side
 from tspc.plans import LayerPlan
-from tspc.walk import evaluating
 
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Sizes, relative to the dense kernel, at which a curve is sampled, beside the smallest rank."""

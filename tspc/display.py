@@ -29,8 +29,8 @@ class Bar(Protocol):
 class Display:
     """Lines, tables and bars on one console; lines also go to the log."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or rich.get_console()
+    def __init__(self, console: Console | None = None, is_silent: bool = False) -> None:
+        self.console = Console(quiet=True) if is_silent else console or rich.get_console()
         if not self.console.is_terminal:
             self.console.width = PLAIN_WIDTH
 

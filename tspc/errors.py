@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from signal import Signals
 from typing import Any
 
 
@@ -51,3 +52,12 @@ class RunError(TspcError):
 
 class TrainingError(TspcError):
     """Training cannot go on, for example because the loss is no longer finite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by a signal; `where` says how far it had come, if it was saved on purpose."""
+
+    def __init__(self, signal: Signals, where: str) -> None:
+        self.signal = signal
+        progress = f" {where}, which is saved" if where else ""
+        super().__init__(f"stopped by {signal.name}{progress}; the same command goes on from there")

@@ -28,3 +28,15 @@ def run_until_reached(model: nn.Module, handles: Sequence[RemovableHandle], *arg
     """Runs `model` up to the hook that raises `Reached`, or to the end if none does; then removes the hooks."""
     with hooked(handles), suppress(Reached):
         model(*args, **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside, in the modes that the modules had after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

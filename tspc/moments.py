@@ -135,12 +135,13 @@ class Moments:
                 total += value.to(total)
 
     def statistics(
-        self, kernel: Tensor, centred: bool, damping: float, sensitivity: Tensor | None = None
+        self, kernel: Tensor, centred: bool, damping: float, sensitivity: Tensor | None = None, images: int = 0
     ) -> Statistics:
         """For a layer with this kernel, whose own outputs are the targets unless there were others.
 
         The damping pulls the best kernel towards the layer's own, so that directions that the images did
-        not show stay as they are. `sensitivity` (T × T) weighs the outputs.
+        not show stay as they are. `sensitivity` (T × T) weighs the outputs. The rows of one of the `images` resemble
+        each other: they count for as many as the geometric mean of rows and images.
         """
         matrix = kernel.detach().flatten(1).to(self.xx)
         count = max(self.count, 1)
@@ -156,7 +157,8 @@ class Moments:
             outputs = outputs - torch.outer(mean_y, mean_y)
         size = float(inputs.diagonal().mean())
         # Of fewer rows than this the moments are partly noise, which a best kernel would follow.
-        scarcity = max(0.0, len(inputs) / count - 1 / ROWS)
+        independent = math.sqrt(count * min(images, count)) if images else count
+        scarcity = max(0.0, len(inputs) / independent - 1 / ROWS)
         shift = (damping + SCARCITY * scarcity) * size if size > 0 else 1.0
         # In place, here and below: of a wide layer each such matrix is hundreds of megabytes.
         inputs.diagonal().add_(shift)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tspc import processes
 from tspc.blocks import find_blocks
 from tspc.config import Config
 from tspc.data import Data, load_data
@@ -33,6 +34,7 @@ from tspc.reference import (
 from tspc.report import percent, plan_table, rates_table, state_bytes
 from tspc.runs import RunDirectory
 from tspc.stages import STAGES, Stages
+from tspc.training import Hardware
 
 
 def run(config: Config, display: Display) -> dict[str, Any]:
@@ -41,6 +43,11 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     Everything that can be wrong is checked before anything is written. Raises TspcError.
     """
     device = pick_device(config.device)
+    with processes.joined(cpu=device.type == "cpu"):
+        return _run(config, hardware(config, processes.own_device(device)), display)
+
+
+def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     data = _data(config, display)
     spec = network_spec(config, data)
     reference = untrained_reference(config, spec, data)
@@ -50,20 +57,20 @@ def run(config: Config, display: Display) -> dict[str, Any]:
         _outline(config, reference.model, display)
         if data is None and config.calibration.samples > 0:
             display.line("plan       no data to calibrate with: the weights alone decide")
-    context = Context(data, device, config.seed, display)
+    context = Context(data, machine, config.seed, display)
     shared = _shared(config, spec)
     if not set(config.phases) & set(STAGES):
         summary = _prepare(reference, config, spec, context)
         if config.plan is not None:
-            _show_plans(reference, config, context, shared)
+            processes.by_first(lambda: _show_plans(reference, config, context, shared))
         return {"directory": str(shared), "reference": summary, "phases": {}}
     directory = RunDirectory(run_path(config, spec), _identity(config, spec, reference, data), config.overwrite)
     if config.decompose is None:
-        _require_decomposed(directory, config)
+        processes.by_first(lambda: _require_decomposed(directory, config))
     with directory:
         summary = _prepare(reference, config, spec, context)
         if config.plan is not None:
-            _show_plans(reference, config, context, shared)
+            processes.by_first(lambda: _show_plans(reference, config, context, shared))
         noted = dataclasses.replace(context, note=directory.note)
         return Stages(config, spec, reference, noted, directory, shared).execute(summary)
 
@@ -138,6 +145,17 @@ def _prepare(reference: Reference, config: Config, spec: NetworkSpec, context: C
     source = "random initial weights" if config.pretrained == "random" else config.pretrained or "trained here"
     context.display.line(f"reference  {spec.name}, {source}: top-1 {percent(accuracy)}")
     return {"accuracy": accuracy, "seconds": reference.seconds, "source": source}
+
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def hardware(config: Config, device: torch.device) -> Hardware:
+    """The device and the precision of training; `auto` takes bfloat16 on GPUs that have it, float32 elsewhere."""
+    if config.precision == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware(device, torch.bfloat16 if has_bfloat16 else None, config.compile)
+    return Hardware(device, PRECISIONS[config.precision], config.compile)
 
 
 def pick_device(name: str) -> torch.device:

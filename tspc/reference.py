@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tspc import __version__, checkpoint
+from tspc import __version__, checkpoint, processes
 from tspc.calibration import Samples
 from tspc.config import Config
 from tspc.curves import Curves, ErrorCurve
 from tspc.data import Data
 from tspc.errors import RunError, TrainingError
 from tspc.files import read_json, write_json
+from tspc.launch import is_first
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state, read_state
 from tspc.phases.context import Context
@@ -99,7 +100,7 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
     if config.overwrite and directory.held_by_another():
         display.line(f"reference  made anew in {folder}; the runs that shared the old one can no longer be continued")
     with directory as run:
-        if result.exists() and not (config.overwrite and config.phases == ("pretrain",)):
+        if processes.by_first(result.exists) and not (config.overwrite and config.phases == ("pretrain",)):
             header, state = checkpoint.read(result)
             load_state(reference.model, state, str(result))
             reference.seconds = header["info"]["seconds"]
@@ -114,9 +115,9 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
         except TrainingError as error:
             raise TrainingError(f"pretrain: {error}, as dataset.pretrain.learning_rate") from error
         reference.seconds = progress.seconds
-        for pattern in ("accuracy-*.json", "curves-*.json"):
-            for stale in folder.glob(pattern):
-                stale.unlink()
+        stale = [path for pattern in ("accuracy-*.json", "curves-*.json") for path in folder.glob(pattern)]
+        for path in stale if is_first() else ():
+            path.unlink()
         checkpoint.save(reference.model, result, network=spec, info={"seconds": reference.seconds})
         progress.discard()
 
@@ -159,7 +160,7 @@ def reference_accuracy(reference: Reference, config: Config, context: Context, f
         return None
     identity = {"reference": reference.identity, "dataset": data_identity(config), "data": context.data.fingerprint}
     path = folder / f"accuracy-{fingerprint(identity)}.json"
-    if path.exists():
+    if processes.by_first(path.exists):
         return read_json(path)
     place(reference.model, context.device).eval()
     accuracy = evaluate(reference.model, context.data, context.device).to_dict()
@@ -169,6 +170,8 @@ def reference_accuracy(reference: Reference, config: Config, context: Context, f
 
 
 def _make(folder: Path) -> None:
+    if not is_first():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

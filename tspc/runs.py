@@ -13,8 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tspc import processes
 from tspc.errors import RunError
 from tspc.files import PARTIAL, read_json, write_json
+from tspc.launch import is_first
 
 RESULTS = ("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json")
 """What a directory holds of a run, apart from its history."""
@@ -67,6 +69,10 @@ class RunDirectory:
         self._handler: logging.FileHandler | None = None
 
     def __enter__(self) -> RunDirectory:
+        processes.by_first(self._open)
+        return self
+
+    def _open(self) -> None:
         try:
             self._created = self._create()
             try:
@@ -79,11 +85,12 @@ class RunDirectory:
         except OSError as error:
             reason = error.strerror or error
             raise RunError(f"cannot write into {self.path}: {reason}; choose another output_dir") from error
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not is_first():
+            return
         if kind is not None and not self._results() and not self.file("metrics.jsonl").exists():
             self._undo()
         self._close()
@@ -93,6 +100,8 @@ class RunDirectory:
 
     def note(self, record: dict[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`."""
+        if not is_first():
+            return
         try:
             with self.file("metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")

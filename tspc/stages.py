@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from tspc import checkpoint
+from tspc import checkpoint, processes
 from tspc.config import Config
 from tspc.errors import RunError, TrainingError
 from tspc.files import write_json
+from tspc.launch import is_first
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
 from tspc.phases.decompose import calibration_samples, decompose
 from tspc.phases.distill import distill
-from tspc.phases.finetune import train_classifier
+from tspc.phases.finetune import finetune
 from tspc.plans import Plan
 from tspc.reference import Reference, reference_curves
 from tspc.report import percent, plan_table, result_table, state_bytes, versions
@@ -56,13 +57,14 @@ class Stages:
             if not self._skip(stage, settings):
                 self._do(stage, settings, is_last=stage == requested[-1])
         self._collect(before=None)
-        return self._finish(reference)
+        return processes.by_first(lambda: self._finish(reference))
 
     def _settings(self, stage: str) -> dict[str, Any]:
         """What the stage depends on, beside the run's identity and the stage before."""
         settings = plain(getattr(self.config, stage))
         if settings.get("steps") is not None:
             settings["epochs"] = None  # has no effect
+        settings.pop("memory", None)  # nor on the result
         if stage != "decompose" or self._calibrates:
             settings["data"] = self.context.required_data.fingerprint
         return settings
@@ -130,8 +132,11 @@ class Stages:
         self.directory.note({"phase": stage, "event": "start", "seconds_before": progress.seconds})
         started = time.monotonic()
         plan_data = None
+        if progress.warning:
+            self.context.display.line(f"{stage:<9}  {progress.warning}")
         if stage == "decompose":
-            plan_data = self._decompose().to_dict()
+            self.model, plan_data = processes.by_first(self._decompose)
+            place(self.model, self.context.device)
             seconds = time.monotonic() - started
         else:
             self._train(stage, progress)
@@ -149,9 +154,11 @@ class Stages:
         assert self.model is not None
         # First the outdated ones go: a kill in between must not leave a chain of stages that does not hold together.
         for later in STAGES[STAGES.index(stage) + 1 :]:
-            self._file(later).unlink(missing_ok=True)
+            if is_first():
+                self._file(later).unlink(missing_ok=True)
         checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
         progress.discard()
+        processes.wait()
         self.finished[stage] = info
         self.directory.note({"phase": stage, "event": "end", "seconds": seconds, "accuracy": info["accuracy"]})
         self.context.display.line(f"{stage:<9}  top-1 {percent(info['accuracy'])}", style="bold")
@@ -165,20 +172,20 @@ class Stages:
                 "pass variant=NAME or another output_dir to keep both, or overwrite=true to give it up"
             )
 
-    def _decompose(self) -> Plan:
+    def _decompose(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The decomposed network, and its plan as plain data."""
         request = self.config.request
         with calibration_samples(self.config.calibration, self.context) as samples:
             curves = None
             if request.needs_curves:
                 curves = reference_curves(self._source, self.config, samples, self.context, self._shared)
-            self.model, done, spectra = decompose(
+            model, done, spectra = decompose(
                 self.reference, request.plan(self.reference, curves), samples, self.context
             )
         write_spectra(spectra, self.directory.file("spectra.json"), self.directory.file("spectra.png"))
-        place(self.model, self.context.device)
-        sizes = self.bytes_before, state_bytes(self.model)
+        sizes = self.bytes_before, state_bytes(model)
         self.context.display.show(plan_table(done, *sizes), logged=plan_table(done, *sizes, max_rows=None))
-        return done
+        return model, done.to_dict()
 
     def _train(self, stage: str, progress: Progress) -> None:
         model = self._current(stage)
@@ -188,7 +195,7 @@ class Stages:
                 distill(model, self.reference, self.config.distill, self.context, progress)
             else:
                 assert self.config.finetune is not None
-                train_classifier(model, self.config.finetune, self.context, progress, stage)
+                finetune(model, self.reference, self.config.finetune, self.context, progress, stage)
         except TrainingError as error:
             kept = self._file(next(reversed(self.finished)))
             raise TrainingError(f"{stage}: {error}; the network before it is kept in {kept}") from error

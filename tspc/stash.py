@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,16 @@ class Room:
 
 
 class Stash:
-    """One value (tensors in tuples, lists and dicts) for each batch."""
+    """One value (tensors in tuples, lists and dicts) for each batch; with `half`, float32 is kept as float16."""
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, room: Room, half: bool = False) -> None:
+        self._room, self._half = room, half
         self._items: list[Any] = []
         self._held = 0
 
     def append(self, value: Any) -> None:
+        if self._half:
+            value = mapped(value, lambda t: t.half() if t.dtype == torch.float32 else t)
         size = sum(t.numel() * t.element_size() for t in tensors_in(value))
         if self._room.take(size):
             self._held += size
@@ -53,9 +55,13 @@ class Stash:
             value = path
         self._items.append(value)
 
+    def __getitem__(self, number: int) -> Any:
+        item = self._items[number]
+        value = torch.load(item, weights_only=True) if isinstance(item, Path) else item
+        return mapped(value, lambda t: t.float() if t.dtype == torch.float16 else t) if self._half else value
+
     def __iter__(self) -> Iterator[Any]:
-        for item in self._items:
-            yield torch.load(item, weights_only=True) if isinstance(item, Path) else item
+        return (self[number] for number in range(len(self)))
 
     def __len__(self) -> int:
         return len(self._items)
@@ -76,3 +82,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same tuples, lists and dicts with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(item, change) for item in value)
+    return {key: mapped(item, change) for key, item in value.items()} if isinstance(value, dict) else value

@@ -8,8 +8,8 @@ walk keeps the activations between the blocks instead, so that all layers togeth
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from tspc.blocks import block_of, find_blocks
 from tspc.hooks import Reached, hooked, run_until_reached
-from tspc.stash import Room, Stash, tensors_in
+from tspc.stash import Room, Stash, mapped, tensors_in
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,6 @@ class Trace:
     segments: tuple[Segment, ...]
     calls: dict[str, int]
     batch_norms: dict[str, str]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode inside, in the modes that the modules had after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Consumers(TorchFunctionMode):
@@ -97,9 +85,9 @@ class _Record:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, layers: Collection[str], images: Tensor) -> Trace:
-    """Runs `model` on a few images and finds its segments."""
-    blocks = find_blocks(model, layers)
+def trace(model: nn.Module, layers: Collection[str], images: Tensor, pattern: str | None = None) -> Trace:
+    """Runs `model` on a few images and finds its segments: its blocks, or those that the pattern names."""
+    blocks = find_blocks(model, layers, pattern)
     record, consumers = _Record(), _Consumers()
 
     def on_layer(name: str) -> Callable:
@@ -164,18 +152,37 @@ class Walker:
     """A network on its way through the segments: `inputs_of` looks into the present one, `advance` leaves it.
 
     `images` gives a tensor for each batch. The network is in eval mode; its layers may be replaced on the way.
+    With `half` what is kept of float32 is float16.
     """
 
-    def __init__(self, model: nn.Module, trace: Trace, images: Iterable[Tensor], room: Room) -> None:
+    def __init__(
+        self, model: nn.Module, trace: Trace, images: Iterable[Tensor], room: Room, half: bool = False
+    ) -> None:
         self.model, self._trace, self._images = model, trace, images
-        self._arguments = Stash(room)
-        self._next = Stash(room)
+        self._arguments, self._next = Stash(room, half), Stash(room, half)
         self._position = -1
 
     def close(self) -> None:
         """Gives the room back."""
         self._arguments.clear()
         self._next.clear()
+
+    @torch.no_grad()
+    def answer(self) -> None:
+        """Runs the segment over all batches and keeps what it answers: for `output`, and for the way on."""
+        module = self.model.get_submodule(self.segment.module)
+        for args, kwargs in self._copies():
+            self._next.append(((module(*args, **kwargs),), {}))
+
+    def output(self, number: int) -> Any:
+        """What the segment answered to a batch; after `answer`."""
+        return self._next[number][0][0]
+
+    def arguments(self, number: int) -> tuple[Any, Any]:
+        """With what the segment's module is called for a batch; copies, for it may change its input in place."""
+        if self.segment.module == "":
+            return (next(islice(self._images, number, None)),), {}
+        return mapped(self._arguments[number], Tensor.clone)
 
     @property
     def segment(self) -> Segment:
@@ -185,23 +192,23 @@ class Walker:
     def advance(self) -> None:
         """Goes to the next segment (at first to the first)."""
         following = self._trace.segments[self._position + 1]
-        if following.module == "":
-            self._arguments.clear()
-        elif following.follows:
-            module = self.model.get_submodule(self.segment.module)
-            for args, kwargs in self._copies():
-                self._next.append(((module(*args, **kwargs),), {}))
+        if following.follows:
+            if len(self._next) == 0:
+                self.answer()
         else:
-            for images in self._images:
+            self._next.clear()
+            for images in self._images if following.module else ():
                 self._next.append(self._entering(following.module, images))
         self._arguments.clear()
         self._arguments, self._next = self._next, self._arguments
         self._position += 1
 
     def _copies(self) -> Iterator[Any]:
-        """The arguments of the segment's module; copies, for a module may change its input in place."""
-        for value in self._arguments:
-            yield _copied(value)
+        """The arguments of every batch, as `arguments`."""
+        if self.segment.module == "":
+            yield from (((images,), {}) for images in self._images)
+        else:
+            yield from (mapped(value, Tensor.clone) for value in self._arguments)
 
     def _entering(self, name: str, images: Tensor) -> tuple[Any, Any]:
         """The arguments with which a module is called when the network is given the images."""
@@ -221,11 +228,9 @@ class Walker:
 
         Yields after every batch, so that two walkers can go side by side.
         """
-        whole = self.segment.module == ""
         module = self.model.get_submodule(self.segment.module)
-        batches = (((images,), {}) for images in self._images) if whole else self._copies()
         expected = sum(self._trace.calls[name] for name in layers)
-        for number, (given, named) in enumerate(batches):
+        for number, (given, named) in enumerate(self._copies()):
             seen = 0
 
             def hook(name: str, batch: int) -> Callable:
@@ -241,11 +246,3 @@ class Walker:
             handles = [self.model.get_submodule(n).register_forward_hook(hook(n, number)) for n in layers]
             run_until_reached(module, handles, *given, **named)
             yield
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, tuple | list):
-        return type(value)(_copied(item) for item in value)
-    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value

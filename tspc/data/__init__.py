@@ -7,11 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from tspc.data import small
-from tspc.data.base import Batch, Data, DataSpec
+from tspc.data.base import Batch, Data, DataSpec, Feed, generator_of
 from tspc.data.folder import image_folder
 from tspc.errors import ConfigError
 
-__all__ = ["KINDS", "OPTIONS", "Batch", "Data", "DataSpec", "load_data"]
+__all__ = ["KINDS", "OPTIONS", "Batch", "Data", "DataSpec", "Feed", "generator_of", "load_data"]
 
 KINDS: dict[str, Callable[[DataSpec, Path | None, bool], Data]] = {
     "digits": small.digits,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tspc.errors import DataError
+from tspc.processes import ALONE, Share
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,6 +42,22 @@ class DataSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Feed:
+    """How the training split is read: shuffled batches of `batch_size` images, those of all processes together.
+
+    `held_out` images are left out (see `Data.held_out_batches`). Everything random in a batch follows from the
+    seed, the epoch and the batch's number: any batch can be read without those before it, and an image is
+    augmented alike whichever process takes it.
+    """
+
+    batch_size: int
+    seed: int
+    device: torch.device
+    held_out: int = 0
+    share: Share = ALONE
+
+
 class Data(Protocol):
     """A training and a test split."""
 
@@ -50,40 +67,66 @@ class Data(Protocol):
     fingerprint: str
     """A digest of the content (of large streamed sets, of the file names), the same wherever the data lies."""
 
-    def train_batches(self, batch_size: int, seed: int, epoch: int, device: torch.device) -> Iterator[Batch]:
-        """Augmented, shuffled float batches (N, C, H, W) and labels (N); the same for the same seed and epoch.
+    def train_batches(self, feed: Feed, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Augmented float batches (N, C, H, W) and labels (N) of one pass, from the batch number `start` on.
 
         The last, incomplete batch is left out, unless it is the only one.
         """
         ...
 
-    def test_batches(self, batch_size: int, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
+    def test_batches(
+        self, batch_size: int, device: torch.device, limit: int | None = None, share: Share = ALONE
+    ) -> Iterator[Batch]:
         """Every test image exactly once, or a fixed random subset of `limit` images."""
+        ...
+
+    def held_out_batches(
+        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE
+    ) -> Iterator[Batch]:
+        """The training images that a feed with `held_out=count` leaves out, not augmented, each once."""
         ...
 
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         """A fixed random choice of training images, neither augmented nor labelled."""
         ...
 
-    def steps(self, batch_size: int) -> int:
+    def steps(self, feed: Feed) -> int:
         """Batches in one pass over the training split."""
         ...
 
 
-def steps_per_epoch(train_size: int, batch_size: int) -> int:
-    return max(1, train_size // batch_size)
+def steps_per_epoch(train_size: int, feed: Feed) -> int:
+    return max(1, (train_size - feed.held_out) // feed.batch_size)
+
+
+def training_order(train_size: int, feed: Feed, epoch: int) -> Tensor:
+    """Indices of the training images that a pass takes, in its order."""
+    kept = _shuffled(train_size)[: train_size - feed.held_out].sort().values
+    return kept[torch.randperm(len(kept), generator=generator_of(feed.seed, epoch))]
+
+
+def held_out_indices(train_size: int, count: int) -> Tensor:
+    """As far as possible from the images that `subset` takes."""
+    return _shuffled(train_size)[train_size - count :].sort().values
 
 
 def subset(size: int, limit: int | None) -> Tensor:
     """Indices of the images of a split to use, in order; a subset does not depend on any seed of the run."""
     if limit is None or limit >= size:
         return torch.arange(size)
-    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit].sort().values
+    return _shuffled(size)[:limit].sort().values
 
 
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Random numbers of one epoch: independent of what was drawn before, so that a resumed run sees the same."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+def _shuffled(size: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """Random numbers that follow from some whole numbers alone, so that a resumed run sees the same."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return torch.Generator().manual_seed(seed)
 
 
 def _digest(*tensors: Tensor) -> str:
@@ -118,28 +161,38 @@ class InMemory:
         self.fingerprint = _digest(*train, *test)
         self._on_device: dict[tuple[str, torch.device], Batch] = {}
 
-    def steps(self, batch_size: int) -> int:
-        return steps_per_epoch(self.train_size, batch_size)
+    def steps(self, feed: Feed) -> int:
+        return steps_per_epoch(self.train_size, feed)
 
-    def train_batches(self, batch_size: int, seed: int, epoch: int, device: torch.device) -> Iterator[Batch]:
-        images, labels = self._moved("train", device)
-        generator = epoch_generator(seed, epoch)
-        order = torch.randperm(self.train_size, generator=generator)
-        for step in range(self.steps(batch_size)):
-            index = order[step * batch_size : (step + 1) * batch_size].to(device)
-            batch = self._augment(images[index], generator)
-            yield self._normalise(batch), labels[index]
+    def train_batches(self, feed: Feed, epoch: int, start: int = 0) -> Iterator[Batch]:
+        images, labels = self._moved("train", feed.device)
+        order = training_order(self.train_size, feed, epoch)
+        for step in range(start, self.steps(feed)):
+            batch = order[step * feed.batch_size : (step + 1) * feed.batch_size]
+            drawn = self._draw(len(batch), generator_of(feed.seed, epoch, step))
+            index = feed.share.of(batch).to(feed.device)
+            augmented = self._augment(images[index], [feed.share.of(d).to(feed.device) for d in drawn])
+            yield self._normalise(augmented), labels[index]
 
-    def test_batches(self, batch_size: int, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
-        images, labels = self._moved("test", device)
-        for index in subset(self.test_size, limit).split(batch_size):
+    def test_batches(
+        self, batch_size: int, device: torch.device, limit: int | None = None, share: Share = ALONE
+    ) -> Iterator[Batch]:
+        yield from self._plain("test", share.of(subset(self.test_size, limit)), batch_size, device)
+
+    def held_out_batches(
+        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE
+    ) -> Iterator[Batch]:
+        yield from self._plain("train", share.of(held_out_indices(self.train_size, count)), batch_size, device)
+
+    def _plain(self, split: str, indices: Tensor, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        images, labels = self._moved(split, device)
+        for index in indices.split(batch_size) if len(indices) else ():
             index = index.to(device)
             yield self._normalise(images[index]), labels[index]
 
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-        images, _ = self._moved("train", device)
-        for index in subset(self.train_size, count).split(batch_size):
-            yield self._normalise(images[index.to(device)])
+        for images, _ in self._plain("train", subset(self.train_size, count), batch_size, device):
+            yield images
 
     def _moved(self, split: str, device: torch.device) -> Batch:
         key = split, device
@@ -148,20 +201,24 @@ class InMemory:
             self._on_device[key] = images.to(device), labels.to(device)
         return self._on_device[key]
 
-    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """For each image of a batch how far it moves down and to the right, and whether it is mirrored."""
+        down, right = torch.randint(2 * self.spec.pad + 1, (2, count, 1), generator=generator)
+        return down, right, torch.rand(count, generator=generator) < 0.5
+
+    def _augment(self, images: Tensor, drawn: Sequence[Tensor]) -> Tensor:
         n, _, h, w = images.shape
+        down, right, mirrored = drawn
         if self.spec.pad:
             pad = self.spec.pad
-            shifts = torch.randint(2 * pad + 1, (2, n, 1), generator=generator).to(images.device)
-            rows = shifts[0] + torch.arange(h, device=images.device)
-            columns = shifts[1] + torch.arange(w, device=images.device)
+            rows = down + torch.arange(h, device=images.device)
+            columns = right + torch.arange(w, device=images.device)
             padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
             which = torch.arange(n, device=images.device)[:, None, None]
             # Indexing by image, row and column puts the channels last.
             images = padded.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
         if self.spec.flip:
-            chosen = torch.rand(n, generator=generator).to(images.device) < 0.5
-            images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images
 
     def _normalise(self, images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,11 +14,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from tspc.data.base import Batch, DataSpec, InMemory, epoch_generator, existing, steps_per_epoch, subset
+from tspc.data.base import (
+    Batch,
+    DataSpec,
+    Feed,
+    InMemory,
+    existing,
+    generator_of,
+    held_out_indices,
+    steps_per_epoch,
+    subset,
+    training_order,
+)
 from tspc.errors import DataError
+from tspc.processes import ALONE, Share
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 Samples = list[tuple[Path, int]]
+PREFETCH = 4
+"""Batches that each worker keeps ready."""
 
 
 def image_folder(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory | Streaming:
@@ -116,31 +130,39 @@ class Streaming:
         centre = v2.Compose([v2.Resize(resize), v2.CenterCrop(spec.image_size), *end])
         self._train, self._augment = train, augment
         self._test = _Files(test, spec.channels, centre)
-        self._calibration = _Files(train, spec.channels, centre)
+        self._plain_train = _Files(train, spec.channels, centre)
 
-    def steps(self, batch_size: int) -> int:
-        return steps_per_epoch(self.train_size, batch_size)
+    def steps(self, feed: Feed) -> int:
+        return steps_per_epoch(self.train_size, feed)
 
-    def train_batches(self, batch_size: int, seed: int, epoch: int, device: torch.device) -> Iterator[Batch]:
-        generator = epoch_generator(seed, epoch)
-        order = torch.randperm(self.train_size, generator=generator)[: self.steps(batch_size) * batch_size]
-        drawn = int(torch.randint(2**31, (1,), generator=generator))
+    def train_batches(self, feed: Feed, epoch: int, start: int = 0) -> Iterator[Batch]:
+        order = training_order(self.train_size, feed, epoch)[: self.steps(feed) * feed.batch_size]
+        drawn = int(torch.randint(2**31, (1,), generator=generator_of(feed.seed, epoch)))
         files = _Files(self._train, self.spec.channels, self._augment, drawn)
-        yield from self._batches(files, order, batch_size, device)
+        batches = [feed.share.of(batch) for batch in order.split(feed.batch_size)[start:]]
+        yield from self._batches(files, batches, feed.device)
 
-    def test_batches(self, batch_size: int, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
-        yield from self._batches(self._test, subset(self.test_size, limit), batch_size, device)
+    def test_batches(
+        self, batch_size: int, device: torch.device, limit: int | None = None, share: Share = ALONE
+    ) -> Iterator[Batch]:
+        yield from self._batches(self._test, _split(share.of(subset(self.test_size, limit)), batch_size), device)
+
+    def held_out_batches(
+        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE
+    ) -> Iterator[Batch]:
+        indices = share.of(held_out_indices(self.train_size, count))
+        yield from self._batches(self._plain_train, _split(indices, batch_size), device)
 
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-        for images, _ in self._batches(self._calibration, subset(self.train_size, count), batch_size, device):
+        for images, _ in self._batches(self._plain_train, _split(subset(self.train_size, count), batch_size), device):
             yield images
 
-    def _batches(self, files: _Files, order: Tensor, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    def _batches(self, files: _Files, batches: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
         loader = DataLoader(
             files,
-            batch_size=batch_size,
-            sampler=order.tolist(),
+            batch_sampler=[batch.tolist() for batch in batches],
             num_workers=self.spec.workers,
+            prefetch_factor=PREFETCH if self.spec.workers else None,
             pin_memory=device.type == "cuda",
         )
         try:
@@ -150,3 +172,7 @@ class Streaming:
         except DataError as error:
             # A worker's error arrives with its traceback as the message; the last line is ours.
             raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from None
+
+
+def _split(indices: Tensor, batch_size: int) -> Sequence[Tensor]:
+    return indices.split(batch_size) if len(indices) else ()

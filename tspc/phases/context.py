@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from tspc.data import Data
+from tspc import processes
+from tspc.data import Data, Feed
 from tspc.display import Display
-from tspc.training import Step
+from tspc.errors import ConfigError
+from tspc.training import Hardware, Labelled, Recipe, Step
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,32 @@ class Context:
     """`note` receives one dict a measurement, for `metrics.jsonl`."""
 
     data: Data | None
-    device: torch.device
+    hardware: Hardware
     seed: int
     display: Display
     note: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
 
     @property
+    def device(self) -> torch.device:
+        return self.hardware.device
+
+    @property
     def required_data(self) -> Data:
         assert self.data is not None, "the pipeline loads data for the phases that train"
         return self.data
+
+    def feed(self, recipe: Recipe) -> Feed:
+        """How a recipe reads the training split. Raises ConfigError if its batches cannot be shared out."""
+        count = processes.count()
+        if recipe.batch_size % count:
+            raise ConfigError(
+                [f"batch_size={recipe.batch_size}: {count} processes share it, take a multiple of {count}"]
+            )
+        held_out = min(recipe.held_out, self.required_data.train_size // 10)
+        return Feed(recipe.batch_size, self.seed, self.device, held_out, processes.share())
+
+    def labelled(self, recipe: Recipe) -> Labelled:
+        return Labelled(self.required_data, self.feed(recipe))
 
     def watch(self, phase: str, label: str, total: int, **where: Any) -> Watch:
         """A progress bar that also notes about fifty steps of the phase."""

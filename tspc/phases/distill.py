@@ -1,63 +1,69 @@
-"""Phase 1: block after block learns to reproduce the reference network's activations (arXiv:1805.10352, section 5)."""
+"""Phase 1: block after block learns to reproduce the reference network's activations (arXiv:1805.10352, section 5).
+
+The paper's code runs both whole networks for every step of every block. Here a block's inputs and targets are computed
+once, when its turn comes, and kept: a step then costs one block, forward and backward.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspc.blocks import find_blocks
-from tspc.errors import ConfigError
-from tspc.hooks import Reached, run_until_reached
+from tspc import processes
+from tspc.data import generator_of
+from tspc.errors import ConfigError, out_of_range
+from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
-from tspc.training import Progress, Recipe, fit
+from tspc.phases.finetune import relative_error
+from tspc.stash import Room, Stash
+from tspc.training import Progress, Recipe, Step, Watchers, fit
+from tspc.walk import Trace, Walker, trace
 
 BATCH_NORMS = ("frozen", "updated")
+WAYS = ("sequential", "parallel", "mixed")
+JUDGES = 8
+"""One in so many of the kept batches judges, and is not trained on."""
+WINDOW = 10
+"""Steps over which the loss is averaged before one asks whether it still falls."""
 
 
 @dataclass(frozen=True)
 class Distillation(Recipe):
     """A recipe for every block. `blocks` is a wildcard over module names; None finds them in the module tree.
 
-    `batch_norm` says whether the block under training normalises by its running statistics, as the
-    reference does (`frozen`), or by the batch's, updating them (`updated`).
+    `images` augmented training images are sent through both networks, and what they are at the block's place is kept
+    (float16; beyond `memory` MB in temporary files). `inputs` says what a block learns from: what the compressed
+    blocks before it make of the images (`sequential`, as in the paper), what the reference's do (`parallel`), or both
+    by turns (`mixed`). A block is done when its loss falls by less than `least_gain`, as a share, over ten steps.
+
+    `batch_norm` says whether the block under training normalises by its running statistics, as the reference does
+    (`frozen`), or by the batch's, updating them (`updated`).
     """
 
     blocks: str | None = None
     batch_norm: str = "updated"
+    inputs: str = "sequential"
+    images: int = 4096
+    memory: int = 1024
+    least_gain: float = 0.02
 
     def problems(self, where: str) -> list[str]:
-        wrong = [] if self.batch_norm in BATCH_NORMS else [f"choose one of {', '.join(BATCH_NORMS)}"]
-        return super().problems(where) + [f"{where}.batch_norm={self.batch_norm!r}: {w}" for w in wrong]
-
-
-class _BlockOutput:
-    """The output of one block of a network; layers after the block are not run."""
-
-    def __init__(self, model: nn.Module, block: str) -> None:
-        self._model, self._name = model, block
-        self._module = model.get_submodule(block)
-        self._output: Any = None
-
-    def __call__(self, images: Tensor) -> Tensor:
-        self._output = None
-        run_until_reached(self._model, [self._module.register_forward_hook(self._keep)], images)
-        if not isinstance(self._output, Tensor):
-            raise ConfigError(
-                [
-                    f"block {self._name} gives {type(self._output).__name__}, not one tensor; name others by "
-                    "phase.distill.blocks='PATTERN'"
-                ]
-            )
-        return self._output
-
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._output = output
-        raise Reached
+        rules = [
+            ("batch_norm", self.batch_norm in BATCH_NORMS, f"one of {', '.join(BATCH_NORMS)}"),
+            ("inputs", self.inputs in WAYS, f"one of {', '.join(WAYS)}"),
+            ("images", self.images >= 1, "at least 1"),
+            ("memory", self.memory >= 0, "at least 0"),
+            ("least_gain", 0 <= self.least_gain < 1, "from 0 up to 1"),
+            ("accumulate", self.accumulate == 1, "1: a block's batch is never too large"),
+        ]
+        return super().problems(where) + out_of_range(self, where, rules)
 
 
 def distill(
@@ -65,59 +71,140 @@ def distill(
 ) -> None:
     """Trains the blocks of `model` in order, in place.
 
-    Block k sees the input that the blocks before it, already trained and now frozen, really give it, and is
-    asked for the reference's activation at that place (mean squared error). Layers outside every block with
-    a tensorized layer equal the reference's and stay as they are.
+    Layers outside every block with a tensorized layer equal the reference's and stay as they are. A block is never
+    left worse than it was, by the images kept for judging.
 
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
-    # In the reference, for the factors of a layer must not count as layers of a block.
-    blocks = find_blocks(reference, list(tensorized_layers(model)), settings.blocks)
+    state = progress.state_of(progress.stage)
+    if state is not None:
+        model.load_state_dict(state["network"])
+    model.eval().requires_grad_(False)
     reference.eval()
-    progress.restore(model, stage=progress.stage)
-    for number, block in enumerate(blocks):
-        if number < progress.stage:
-            continue
-        _train_block(model, reference, block, number, len(blocks), settings, context, progress)
-        progress.save(model, None, number + 1, 0, force=True)
+    room = Room(settings.memory)
+    try:
+        images = _augmented(settings, context, room)
+        # In the reference, for the factors of a layer must not count as layers of a block.
+        found = trace(reference, list(tensorized_layers(model)), images[0][:2], settings.blocks)
+        kept = _Kept(reference, model, found, images, room, settings.inputs, context.seed)
+        for number, segment in enumerate(found.segments):
+            kept.advance()
+            if number >= progress.stage:
+                label = f"block {number + 1}/{len(found.segments)} {segment.module or 'whole network'}"
+                _train_block(model, segment.module, number, label, kept, settings, context, progress)
+                progress.save(number + 1, {"network": model.state_dict()})
+    finally:
+        room.close()
     model.eval().requires_grad_(True)
+
+
+def _augmented(settings: Distillation, context: Context, room: Room) -> Stash:
+    """Batches of training images, each augmented once; one pass over the split after the other, as many as it takes."""
+    data, feed = context.required_data, context.feed(settings)
+    wanted, images = max(2, settings.images // settings.batch_size), Stash(room)
+    for epoch in count():
+        for batch, _ in data.train_batches(feed, epoch):
+            images.append(batch)
+            if len(images) == wanted:
+                return images
+    raise AssertionError
+
+
+class _Kept:
+    """What a block is trained on: its inputs and the reference's answers, batch by batch; the next one by `advance`."""
+
+    def __init__(
+        self, reference: nn.Module, model: nn.Module, trace: Trace, images: Stash, room: Room, inputs: str, seed: int
+    ) -> None:
+        self._reference = Walker(reference, trace, images, room, half=True)
+        self._small = None if inputs == "parallel" else Walker(model, trace, images, room, half=True)
+        self._inputs, self._seed = inputs, seed
+        self._judging = max(1, len(images) // JUDGES)
+        self.per_epoch = len(images) - self._judging
+
+    def advance(self) -> None:
+        """To the next block, past one whose training is over."""
+        self._reference.advance()
+        if self._small is not None:
+            self._small.advance()
+        self._reference.answer()
+
+    def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor]]:
+        for number in torch.randperm(self.per_epoch, generator=generator_of(self._seed, epoch))[start:].tolist():
+            yield self._pair(number, from_reference=self._inputs == "mixed" and (number + epoch) % 2 == 1)
+
+    def judging(self) -> Iterator[tuple[Any, Tensor]]:
+        """Batches that are not trained on."""
+        return (self._pair(self.per_epoch + number) for number in range(self._judging))
+
+    def _pair(self, number: int, from_reference: bool = False) -> tuple[Any, Tensor]:
+        walker = self._reference if self._small is None or from_reference else self._small
+        return walker.arguments(number), self._reference.output(number)
 
 
 def _train_block(
     model: nn.Module,
-    reference: nn.Module,
-    block: str,
+    name: str,
     number: int,
-    count: int,
+    label: str,
+    kept: _Kept,
     settings: Distillation,
     context: Context,
     progress: Progress,
 ) -> None:
+    block = model.get_submodule(name)
     model.eval().requires_grad_(False)
-    module = model.get_submodule(block).requires_grad_(True)
-    for inner in module.modules():
+    block.requires_grad_(True)
+    for module in block.modules():
         # Nothing but batch norm: dropout would only be noise against a reference that has none.
-        if isinstance(inner, nn.modules.batchnorm._BatchNorm):
-            inner.train(settings.batch_norm == "updated")
-    student, teacher = _BlockOutput(model, block), _BlockOutput(reference, block)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(settings.batch_norm == "updated")
 
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = teacher(images)
-        return F.mse_loss(student(images), target)
+    def loss_of(network: nn.Module, call: Any, target: Tensor) -> Tensor:
+        args, named = call
+        output = network(*args, **named)
+        if not isinstance(output, Tensor):
+            kind = type(output).__name__
+            raise ConfigError(
+                [f"block {name} gives {kind}, not one tensor; name others by phase.distill.blocks='PATTERN'"]
+            )
+        return relative_error(output, target)
 
-    data = context.required_data
-    total = settings.total_steps(data)
-    with context.watch("distill", f"block {number + 1}/{count} {block}", total, block=block) as on_step:
+    @torch.no_grad()
+    def judge(network: nn.Module) -> float:
+        with evaluating(network):
+            errors = torch.stack([loss_of(network, call, target) for call, target in kept.judging()])
+        return -float(processes.summed(errors.mean())) / processes.count()
+
+    total = settings.total_steps(kept.per_epoch)
+    with context.watch("distill", label, total, block=name) as on_step:
         fit(
-            model,
-            module.parameters(),
+            block,
+            kept,
             loss_of,
-            data,
             settings,
-            context.device,
+            context.hardware,
             context.seed,
             stage=number,
             progress=progress,
-            on_step=on_step,
+            watchers=Watchers(on_step, judge, _Stalled(settings.least_gain)),
+            kept=model,
         )
+    model.eval()
+
+
+class _Stalled:
+    """Whether the loss, averaged over a window of steps, falls too little from one window to the next."""
+
+    def __init__(self, least_gain: float) -> None:
+        self._least_gain = least_gain
+        self._before, self._losses = math.inf, list[float]()
+
+    def __call__(self, step: Step) -> bool:
+        self._losses.append(step.loss)
+        if len(self._losses) < WINDOW:
+            return False
+        mean = sum(self._losses) / WINDOW
+        stalled = mean > (1 - self._least_gain) * self._before
+        self._before, self._losses = mean, []
+        return stalled

@@ -1,29 +1,128 @@
-"""Training with the task's loss: phase 2, and the making of a reference network."""
+"""Training end to end: phase 2, and the making of a reference network."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tspc.blocks import find_blocks
+from tspc.errors import out_of_range
+from tspc.hooks import hooked
+from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
-from tspc.training import Progress, Recipe, fit
+from tspc.training import LossOf, Progress, Recipe, Watchers, accuracy, fit
+
+
+@dataclass(frozen=True)
+class Finetuning(Recipe):
+    """A recipe, and what the reference network teaches.
+
+    `distillation` is the share of the loss that goes by the reference's answers at `temperature` (Hinton, Vinyals &
+    Dean, arXiv:1503.02531), the rest goes by the labels. `features` weighs how far the outputs of the blocks are
+    from the reference's: their mean squared error, relative to the variance there, mean over the blocks (Romero et
+    al., "FitNets", ICLR 2015).
+    """
+
+    distillation: float = 0.9
+    temperature: float = 4.0
+    features: float = 0.0
+
+    def problems(self, where: str) -> list[str]:
+        rules = [
+            ("distillation", 0 <= self.distillation <= 1, "from 0 to 1"),
+            ("temperature", 0 < self.temperature < math.inf, "above 0"),
+            ("features", 0 <= self.features < math.inf, "at least 0"),
+        ]
+        return super().problems(where) + out_of_range(self, where, rules)
 
 
 def train_classifier(model: nn.Module, recipe: Recipe, context: Context, progress: Progress, phase: str) -> None:
-    """Trains all parameters of `model` end to end with cross-entropy, in place.
+    """Trains all parameters of `model` with cross-entropy, in place.
 
     Raises TrainingError if the loss stops being finite.
     """
-    data = context.required_data
-    model.train()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
 
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
+    def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(network(images), labels, label_smoothing=recipe.label_smoothing)
 
-    total = recipe.total_steps(data)
+    _train(model, recipe, context, progress, phase, loss_of)
+
+
+def finetune(
+    model: nn.Module, reference: nn.Module, settings: Finetuning, context: Context, progress: Progress, phase: str
+) -> None:
+    """Trains all parameters of `model` by the labels and by the reference network, in place.
+
+    Raises TrainingError if the loss stops being finite.
+    """
+    reference.eval()
+    blocks = find_blocks(reference, list(tensorized_layers(model))) if settings.features else []
+    with _outputs(reference, blocks) as wanted, _outputs(model, blocks) as given:
+
+        def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+            with torch.no_grad():
+                target = reference(images)
+            logits = network(images)
+            loss = settings.distillation * _answer_loss(logits, target, settings.temperature)
+            by_label = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+            loss = loss + (1 - settings.distillation) * by_label
+            if blocks:
+                loss = (
+                    loss + settings.features * torch.stack([relative_error(given[b], wanted[b]) for b in blocks]).mean()
+                )
+            return loss
+
+        _train(model, settings, context, progress, phase, loss_of)
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error ÷ the target's variance."""
+    return F.mse_loss(output.float(), target.float()) / target.float().var().clamp(min=1e-12)
+
+
+def _answer_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence from the reference's softened answers, times the temperature squared."""
+    ours, theirs = (F.log_softmax(values.float() / temperature, dim=1) for values in (logits, target))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+@contextmanager
+def _outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of some modules in the last forward pass."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: found.__setitem__(name, output)
+
+    with hooked([model.get_submodule(name).register_forward_hook(keep(name)) for name in names]):
+        yield found
+
+
+def _train(model: nn.Module, recipe: Recipe, context: Context, progress: Progress, phase: str, loss_of: LossOf) -> None:
+    model.train().requires_grad_(True)
+    data, feed, batches = context.required_data, context.feed(recipe), context.labelled(recipe)
+
+    def judge(network: nn.Module) -> float:
+        held_out = data.held_out_batches(feed.held_out, 250, context.device, feed.share)
+        return accuracy(network, held_out, data.num_classes, context.device).top1
+
+    total = recipe.total_steps(batches.per_epoch)
     with context.watch(phase, f"{total} steps", total) as on_step:
-        parameters = model.parameters()
-        fit(model, parameters, loss_of, data, recipe, context.device, context.seed, progress=progress, on_step=on_step)
+        watchers = Watchers(on_step, judge if feed.held_out else None)
+        fit(
+            model,
+            batches,
+            loss_of,
+            recipe,
+            context.hardware,
+            context.seed,
+            progress=progress,
+            watchers=watchers,
+        )
     model.eval()

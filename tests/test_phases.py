@@ -1,0 +1,141 @@
+"""What distillation and finetuning train, and that they go on where they were stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.small import CPU, network
+from tspc.compression import compress
+from tspc.phases.distill import Distillation, distill
+from tspc.phases.finetune import Finetuning, finetune
+from tspc.training import Progress, evaluate
+
+DISTILLATION = Distillation(20, 25, 2e-3, optimizer="adam", schedule="constant", images=200)
+
+
+def distance(model, reference, images):
+    with torch.no_grad():
+        return float(F.mse_loss(model.eval()(images), reference.eval()(images)))
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_norm": "frozen"}, {"inputs": "parallel"}, {"inputs": "mixed"}, {"memory": 0}, {}]
+)
+def test_distillation_brings_the_activations_closer(context, reference, change):
+    model = compress(reference, "tk", 0.3, allocation="uniform")
+    images, _ = next(context.data.test_batches(130, CPU))
+    stem = model.conv1.weight.clone()
+    before = distance(model, reference, images)
+    distill(model, reference, replace(DISTILLATION, **change), context, Progress())
+    assert distance(model, reference, images) < 0.7 * before
+    assert torch.equal(model.conv1.weight, stem), "layers outside the blocks stay as they are"
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_block_is_never_left_worse_than_it_was(context, reference):
+    model = compress(reference, "tk", 0.3, allocation="uniform")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ruinous = replace(DISTILLATION, steps=4, optimizer="sgd", learning_rate=5.0, blocks="layer3.0")
+    distill(model, reference, ruinous, context, Progress())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_block_is_done_when_its_loss_no_longer_falls(context, reference):
+    model = compress(reference, "tk", 0.3, allocation="uniform")
+    distill(model, reference, replace(DISTILLATION, steps=300, learning_rate=1e-9, least_gain=0.5), context, Progress())
+    steps = {record["block"]: record["step"] for record in context.records if record["phase"] == "distill"}
+    assert len(steps) == 3
+    assert max(steps.values()) <= 20
+
+
+def test_distillation_goes_on_inside_a_block(context, reference, tmp_path, monkeypatch):
+    class Killed(Exception): ...
+
+    def kill(watch, step):
+        if watch._where["block"] == "layer2.0" and step.number == 7:
+            raise Killed
+
+    settings = replace(DISTILLATION, steps=12, least_gain=0.0)
+    whole, killed, resumed = (compress(reference, "tk", 0.3, allocation="uniform") for _ in range(3))
+    distill(whole, reference, settings, context, Progress())
+    path = tmp_path / "p.progress.pt"
+    with monkeypatch.context() as patched:
+        patched.setattr("tspc.phases.context.Watch._on_step", kill)
+        with pytest.raises(Killed):
+            distill(killed, reference, settings, context, Progress(path, "s", interval=0))
+    assert Progress(path, "s").state_of(1)["step"] == 7
+    distill(resumed, reference, settings, context, Progress(path, "s"))
+    assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_a_network_that_calls_its_blocks_twice_is_distilled_as_a_whole(context):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.head(self.block(self.block(self.stem(x)).relu()).mean((2, 3)))
+
+    torch.manual_seed(0)
+    reference = Twice().eval()
+    model = compress(reference, "svd", 0.3, allocation="uniform")
+    images, _ = next(context.data.test_batches(130, CPU))
+    before = distance(model, reference, images)
+    distill(model, reference, DISTILLATION, context, Progress())
+    assert distance(model, reference, images) < before
+
+
+def test_distilling_a_block_leaves_the_others_alone(context):
+    reference = network().eval()
+    model = compress(reference, "tk", 0.3, allocation="uniform")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    settings = replace(DISTILLATION, blocks="layer2.0")
+    distill(model, reference, settings, context, Progress())
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all(k.startswith("layer2.0") for k in changed)
+
+
+def test_nothing_is_left_hooked(context):
+    reference = network().eval()
+    model = compress(reference, "svd", 0.3, allocation="uniform")
+    distill(model, reference, replace(DISTILLATION, steps=1), context, Progress())
+    assert not any(m._forward_hooks for net in (model, reference) for m in net.modules())
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_dropout_stays_off_in_distillation(context):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+            self.block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.9))
+            self.last = nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.last(self.block(self.first(x)).mean((2, 3)))
+
+    reference = Net().eval()
+    model = compress(reference, "svd", 0.5, allocation="uniform")
+    seen = []
+    model.block[2].register_forward_hook(lambda module, args, output: seen.append(module.training))
+    distill(model, reference, replace(DISTILLATION, blocks="block"), context, Progress())
+    assert seen
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("change", [{"distillation": 1.0}, {"distillation": 0.0}, {"features": 1.0}])
+def test_finetuning_restores_accuracy(context, reference, change):
+    model = compress(reference, "tk", 0.1, allocation="uniform")
+    before = evaluate(model, context.data, CPU).top1
+    settings = Finetuning(5, 50, 3e-3, optimizer="adam", held_out=20, **change)
+    finetune(model, reference, settings, context, Progress(), "finetune")
+    assert evaluate(model, context.data, CPU).top1 > before
+    assert not any(m._forward_hooks for net in (model, reference) for m in net.modules())
+    assert all(p.grad is None for p in reference.parameters())

@@ -1,0 +1,25 @@
+"""Training and evaluation, whatever is trained."""
+
+from tspc.training.evaluation import Accuracy, accuracy, evaluate
+from tspc.training.loop import Batches, Hardware, Labelled, LossOf, Step, Watchers, fit
+from tspc.training.placement import place
+from tspc.training.progress import Progress
+from tspc.training.recipe import OPTIMIZERS, SCHEDULES, Recipe
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Accuracy",
+    "Batches",
+    "Hardware",
+    "Labelled",
+    "LossOf",
+    "Progress",
+    "Recipe",
+    "Step",
+    "Watchers",
+    "accuracy",
+    "evaluate",
+    "fit",
+    "place",
+]

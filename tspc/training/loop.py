@@ -1,0 +1,259 @@
+"""The optimisation loop that every training phase shares."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tspc import interrupts, processes
+from tspc.data import Batch, Data, Feed
+from tspc.errors import TrainingError
+from tspc.training.progress import Progress
+from tspc.training.recipe import Recipe
+
+EVERY = 10
+"""Steps between two looks at the loss on an accelerator, which would otherwise wait for each."""
+
+LossOf = Callable[[nn.Module, Any, Tensor], Tensor]
+"""The loss of the network on inputs and targets: a mean over the batch."""
+
+
+class Batches(Protocol):
+    """What is trained on: `per_epoch` batches a pass, any of which can be read without those before it."""
+
+    per_epoch: int
+
+    def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs (a tensor, unless the loss takes others) and targets of this process, on the device.
+
+        They begin with the batch number `start` of the pass.
+        """
+        ...
+
+
+class Labelled:
+    """Augmented training images with their labels."""
+
+    def __init__(self, data: Data, feed: Feed) -> None:
+        self._data, self._feed = data, feed
+        self.per_epoch = data.steps(feed)
+
+    def read(self, epoch: int, start: int) -> Iterator[Batch]:
+        return self._data.train_batches(self._feed, epoch, start)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step tells: 0-based number, how many there will be, loss, learning rate."""
+
+    number: int
+    total: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """`precision` is the dtype of autocast (None: float32 throughout); `compile` runs through torch.compile."""
+
+    device: torch.device
+    precision: torch.dtype | None = None
+    compile: bool = False
+
+
+@dataclass
+class Watchers:
+    """Who follows the loop. `judge` scores the network (higher is better); `enough` may end a stage early."""
+
+    on_step: Callable[[Step], None] = field(default=lambda step: None)
+    judge: Callable[[nn.Module], float] | None = None
+    enough: Callable[[Step], bool] = field(default=lambda step: False)
+
+
+def fit(
+    network: nn.Module,
+    batches: Batches,
+    loss_of: LossOf,
+    recipe: Recipe,
+    hardware: Hardware,
+    seed: int,
+    *,
+    stage: int = 0,
+    progress: Progress | None = None,
+    watchers: Watchers | None = None,
+    kept: nn.Module | None = None,
+) -> None:
+    """Minimises `loss_of` over the parameters of `network` that ask for a gradient, in place.
+
+    The caller sets the modes of the modules. Everything random in a step follows from the seed, the stage and the
+    step's number, so that an interrupted run ends with the same weights as one that was left alone. With a judge
+    the best of its evaluations is the result. `kept` is what the saved states hold, where that is more than
+    `network`.
+
+    Raises TrainingError when the loss or the weights stop being finite (no such state is ever saved), Interrupted
+    after a signal.
+    """
+    loop = _Loop(network, batches, loss_of, recipe, hardware, seed, stage)
+    loop.follow(progress or Progress(), watchers or Watchers(), kept or network)
+    loop.run()
+
+
+class _Loop:
+    def __init__(
+        self,
+        network: nn.Module,
+        batches: Batches,
+        loss_of: LossOf,
+        recipe: Recipe,
+        hardware: Hardware,
+        seed: int,
+        stage: int,
+    ) -> None:
+        self.network, self.batches, self.loss_of, self.recipe = network, batches, loss_of, recipe
+        self.hardware, self.seed, self.stage = hardware, seed, stage
+        self.total = recipe.total_steps(batches.per_epoch)
+        self.optimizer = recipe.build(network)
+        # The loss of float16 is scaled, so that small gradients do not vanish.
+        self.scaler = torch.GradScaler(hardware.device.type, enabled=hardware.precision == torch.float16)
+        self.averaged = None
+        if recipe.average:
+            self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
+        self.best: dict[str, Any] | None = None
+        self.step = 0
+
+    def follow(self, progress: Progress, watchers: Watchers, kept: nn.Module) -> None:
+        """Goes on from what was saved, if anything was."""
+        self.progress, self.watchers, self.kept = progress, watchers, kept
+        state = progress.state_of(self.stage)
+        if state is None or "step" not in state:
+            return
+        self.step, self.best = state["step"], state["best"]
+        kept.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+
+    def run(self) -> None:
+        """All steps that are left, then the result into the network."""
+        with interrupts.deferred(), processes.synchronised(self.network):
+            trained = processes.together(self.network)
+            if self.hardware.compile:
+                trained = cast(nn.Module, torch.compile(trained))
+            for inputs, targets in self._left():
+                self._judge_if_due()
+                told = self._one(trained, inputs, targets)
+                self.step += 1
+                if told is not None and self.watchers.enough(told):
+                    break
+                self._save_if_due()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._check_weights()
+        if self.averaged is not None:
+            self.network.load_state_dict(self.averaged.module.state_dict())
+        if self.watchers.judge is not None:
+            self._judge()
+            assert self.best is not None
+            self.network.load_state_dict(self.best["network"])
+
+    def _left(self) -> Iterator[tuple[Any, Tensor]]:
+        while self.step < self.total:
+            epoch, start = divmod(self.step, self.batches.per_epoch)
+            for batch in self.batches.read(epoch, start):
+                if self.step == self.total:
+                    return
+                yield batch
+
+    def _one(self, trained: nn.Module, inputs: Any, targets: Tensor) -> Step | None:
+        """One optimizer step; tells of it where the loss was looked at."""
+        torch.manual_seed(((self.seed * 1009 + self.stage) * 1_000_003 + self.step) % 2**63)
+        rate = self.recipe.rate_at(self.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=targets.device)
+        for some, wanted in self._parts(inputs, targets):
+            with torch.autocast(targets.device.type, self.hardware.precision, self.hardware.precision is not None):
+                part = self.loss_of(trained, some, wanted) * (len(wanted) / len(targets))
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        if self.recipe.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
+        return self._tell(loss, rate)
+
+    def _parts(self, inputs: Any, targets: Tensor) -> list[tuple[Any, Tensor]]:
+        count = self.recipe.accumulate
+        return [(inputs, targets)] if count == 1 else list(zip(inputs.chunk(count), targets.chunk(count), strict=True))
+
+    def _tell(self, loss: Tensor, rate: float) -> Step | None:
+        is_last = self.step + 1 == self.total
+        if loss.device.type != "cpu" and not is_last and self.step % EVERY:
+            return None
+        value = float(processes.summed(loss)) / processes.count()
+        if not math.isfinite(value):
+            raise TrainingError(f"the loss became {value} at step {self.step + 1} of {self.total}; {self._remedy}")
+        told = Step(self.step, self.total, value, rate)
+        self.watchers.on_step(told)
+        return told
+
+    @property
+    def _remedy(self) -> str:
+        return f"lower the learning rate (learning_rate={self.recipe.learning_rate})"
+
+    def _check_weights(self) -> None:
+        if not all(bool(torch.isfinite(t).all()) for t in self.network.state_dict().values()):
+            raise TrainingError(f"the weights stopped being finite before step {self.step + 1}; {self._remedy}")
+
+    def _judge_if_due(self) -> None:
+        """Before the first step, and then at even distances; the last time is after the last step."""
+        distance = max(1, self.total // self.recipe.evaluations)
+        if self.watchers.judge is not None and self.step % distance == 0 and self.step < self.total:
+            self._judge()
+
+    def _judge(self) -> None:
+        assert self.watchers.judge is not None
+        judged = self.network if self.averaged is None or self.step == 0 else self.averaged.module
+        if self.best is not None and self.best["step"] == self.step:
+            return  # after a restart
+        score = self.watchers.judge(judged)
+        if self.best is None or score > self.best["score"]:
+            self.best = {"step": self.step, "score": score, "network": copy.deepcopy(judged.state_dict())}
+
+    def _save_if_due(self) -> None:
+        stop = self._stopped()
+        if self.step < self.total and (stop or self.progress.is_due):
+            self._check_weights()
+            self.progress.save(self.stage, self._state())
+        if stop:
+            raise interrupts.interruption(f"after step {self.step} of {self.total}")
+
+    def _stopped(self) -> bool:
+        """Whether a signal came, to any of the processes: they look together, or they would wait for each other."""
+        if processes.count() == 1:
+            return interrupts.received()
+        if self.step % EVERY:
+            return False
+        flag = torch.tensor(float(interrupts.received()), device=self.hardware.device)
+        return float(processes.summed(flag)) > 0
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "network": self.kept.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "best": self.best,
+        }

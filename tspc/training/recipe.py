@@ -1,0 +1,93 @@
+"""How to optimise: learning rates, optimizer, and what happens around a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tspc.errors import out_of_range
+
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("constant", "cosine", "step")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to optimise. `steps` (optimizer steps), where given, replaces `epochs` (passes over the data).
+
+    A step takes `batch_size` images, of all processes together, in `accumulate` parts one after the other. SGD is
+    Nesterov's wherever there is momentum; weight decay does not touch vectors (biases, batch norms). `warmup` is
+    the share of all steps over which the learning rate rises linearly from zero. The `step` schedule divides it by
+    ten after half and after three quarters of the steps. Gradients are clipped to the norm `clip`, if above 0. With
+    `average` above 0 the result is the exponential moving average of the weights at that decay.
+
+    With `held_out` above 0 so many training images (at most a tenth of them) are never trained on; the network is
+    judged by them `evaluations` times, also before the first step, and the best one is the result.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    steps: int | None = None
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    clip: float = 0.0
+    accumulate: int = 1
+    average: float = 0.0
+    held_out: int = 0
+    evaluations: int = 5
+
+    def problems(self, where: str) -> list[str]:
+        """One line for each value out of range."""
+        rules = [
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("steps", self.steps is None or self.steps >= 1, "at least 1, or null"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
+            ("momentum", 0 <= self.momentum < 1, "from 0 up to 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("warmup", 0 <= self.warmup < 1, "from 0 up to 1"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 up to 1"),
+            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("clip", 0 <= self.clip < math.inf, "at least 0"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
+            ("average", 0 <= self.average < 1, "from 0 up to 1"),
+            ("held_out", self.held_out >= 0, "at least 0"),
+            ("evaluations", self.evaluations >= 1, "at least 1"),
+        ]
+        return out_of_range(self, where, rules)
+
+    def total_steps(self, per_epoch: int) -> int:
+        return self.steps or self.epochs * per_epoch
+
+    def rate_at(self, step: int, total: int) -> float:
+        """Learning rate of step 0 … total − 1."""
+        rising = round(self.warmup * total)
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        done = (step - rising) / max(1, total - rising)
+        if self.schedule == "cosine":
+            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        if self.schedule == "step":
+            return self.learning_rate * (1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01)
+        return self.learning_rate
+
+    def build(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Of the parameters that ask for a gradient."""
+        trained = [p for p in network.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if self.optimizer == "adam":
+            return torch.optim.AdamW(groups, self.learning_rate)
+        return torch.optim.SGD(groups, self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0)
