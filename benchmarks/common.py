@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from torch import nn
 
-from tspc.config import read_config
+from tspc.config import Config, read_config
+from tspc.data import Data, load_data
 from tspc.display import Display
 from tspc.pipeline import run
+from tspc.reference import untrained_reference
 from tspc.report import versions
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -28,8 +32,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def cifar_run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
-    """A run from the pretrained ResNet-32; returns its result."""
+def cifar_config(options: argparse.Namespace, *overrides: str) -> Config:
+    """The settings of a run from the pretrained ResNet-32."""
     given = [
         "dataset=imagefolder",
         "dataset.name=cifar10_jpeg",
@@ -40,8 +44,20 @@ def cifar_run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
         f"output_dir={options.out}",
     ]
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        config = read_config(compose("config", [*given, *overrides]))
-    return run(config, Display())
+        return read_config(compose("config", [*given, *overrides]))
+
+
+def cifar_run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
+    """A run from the pretrained ResNet-32; returns its result."""
+    return run(cifar_config(options, *overrides), Display())
+
+
+def cifar_reference(options: argparse.Namespace) -> tuple[Config, Data, nn.Module]:
+    """The settings of a run, its data and its reference network."""
+    config = cifar_config(options)
+    data = load_data(config.dataset, config.data_dir)
+    spec = dataclasses.replace(config.network, num_classes=data.num_classes)
+    return config, data, untrained_reference(config, spec, data).model
 
 
 def machine(seed: int) -> str:

@@ -23,20 +23,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from benchmarks.common import CONF, machine, table
+from benchmarks.common import cifar_reference, machine, table
 from tspc import decompositions
 from tspc.calibration import Calibration, Samples
 from tspc.compression import set_module, tensorized
-from tspc.config import read_config
 from tspc.curves import Curves, error_curves
-from tspc.data import load_data
 from tspc.decompositions import NAMES
 from tspc.files import write_json
 from tspc.planning import outline, plan
-from tspc.reference import untrained_reference
 from tspc.training import place
 
 WAYS = ("original", "+global", "+function space", "+compensation")
@@ -45,12 +41,7 @@ Split = tuple[Tensor, Tensor]
 
 def cifar(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Split]:
     """The reference network, calibration images, test images with labels."""
-    given = ["dataset=imagefolder", "model=resnet32", f"data_dir={options.data}", f"pretrained={options.weights}"]
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        config = read_config(compose("config", given))
-    data = load_data(config.dataset, config.data_dir)
-    spec = dataclasses.replace(config.network, num_classes=data.num_classes)
-    model = untrained_reference(config, spec, data).model
+    _, data, model = cifar_reference(options)
     device = torch.device(options.device)
     calibration = torch.cat(list(data.calibration_batches(512, 512, device)))
     batches = list(data.test_batches(500, device))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tspc import processes
 from tspc.blocks import find_blocks
 from tspc.errors import out_of_range
-from tspc.hooks import hooked
+from tspc.hooks import outputs_of
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
 from tspc.training import LossOf, Progress, Recipe, Watchers, accuracy, fit
@@ -63,7 +62,7 @@ def finetune(
     """
     reference.eval()
     blocks = find_blocks(reference, list(tensorized_layers(model))) if settings.features else []
-    with _outputs(reference, blocks) as wanted, _outputs(model, blocks) as given:
+    with outputs_of(reference, blocks) as wanted, outputs_of(model, blocks) as given:
 
         def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
             with torch.no_grad():
@@ -82,26 +81,22 @@ def finetune(
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error ÷ the target's variance."""
-    return F.mse_loss(output.float(), target.float()) / target.float().var().clamp(min=1e-12)
+    """Mean squared error ÷ the target's variance over the batches of all processes."""
+    target = target.float()
+    spread = (target - target.mean()).square().mean() if processes.count() == 1 else _variance(target)
+    return F.mse_loss(output.float(), target) / spread.clamp(min=1e-12)
+
+
+def _variance(tensor: Tensor) -> Tensor:
+    count = torch.tensor(float(tensor.numel()), device=tensor.device)
+    number, total = processes.summed(torch.stack((count, tensor.sum())))
+    return processes.summed((tensor - total / number).square().sum()) / number
 
 
 def _answer_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Kullback-Leibler divergence from the reference's softened answers, times the temperature squared."""
     ours, theirs = (F.log_softmax(values.float() / temperature, dim=1) for values in (logits, target))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
-
-
-@contextmanager
-def _outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of some modules in the last forward pass."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, output: found.__setitem__(name, output)
-
-    with hooked([model.get_submodule(name).register_forward_hook(keep(name)) for name in names]):
-        yield found
 
 
 def _train(model: nn.Module, recipe: Recipe, context: Context, progress: Progress, phase: str, loss_of: LossOf) -> None:

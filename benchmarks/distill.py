@@ -1,0 +1,239 @@
+"""Accuracy in a given time: tspc's three phases against the procedure of arXiv:1805.10352's code, on CIFAR-10.
+
+    python -m benchmarks.distill --data CIFAR --weights resnet32.pt --threads 1
+
+Each cell gives both the same seconds, in one process, from the same reference network. The original's way: every layer
+decomposed by the least error of its kernel at the same rate; then block after block, all for equally long, tuned by
+Adam at 1e-3 on the mean squared error of its activations, both whole networks run forward for every step, batch norms
+in inference mode; then the whole network finetuned with cross-entropy (SGD, 0.01, momentum 0.9, weight decay 5e-4,
+cosine), for half of all the time. tspc: its defaults, the steps of the phases cut to the time. Seconds are those of the
+work; looking at the test images is not counted. Every cell is kept in --out, and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import cifar_reference, machine, parser, table
+from tspc.blocks import find_blocks
+from tspc.calibration import Calibration, Samples
+from tspc.compression import tensorized
+from tspc.config import Config
+from tspc.curves import error_curves
+from tspc.data import Data, Feed
+from tspc.decompositions import METHODS, resolve
+from tspc.display import Display
+from tspc.files import write_json
+from tspc.hooks import outputs_of
+from tspc.layers import tensorized_layers
+from tspc.phases.context import Context
+from tspc.phases.distill import distill
+from tspc.phases.finetune import finetune
+from tspc.planning import outline, plan
+from tspc.training import Hardware, Progress, evaluate, place
+
+BATCH = 128
+DISTILL_STEPS, DISTILL_IMAGES = 30, 2048
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Seconds of work, and the accuracies seen on the way (of `limit` test images, which costs no time here)."""
+
+    def __init__(self, data: Data, device: torch.device, budget: float, limit: int) -> None:
+        self._data, self._device, self._limit, self.budget = data, device, limit, budget
+        self._started, self._paused = time.monotonic(), 0.0
+        self.points: list[tuple[str, float, float]] = []
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started - self._paused
+
+    @property
+    def left(self) -> float:
+        return self.budget - self.seconds
+
+    def look(self, label: str, model: nn.Module, whole: bool = False) -> None:
+        at, began = self.seconds, time.monotonic()
+        top1 = evaluate(model, self._data, self._device, limit=None if whole else self._limit).top1
+        self.points.append((label, round(at, 1), 100 * top1))
+        self._paused += time.monotonic() - began
+
+
+def batches(data: Data, device: torch.device, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    feed = Feed(BATCH, seed, device)
+    endless = (batch for epoch in range(10**9) for batch in data.train_batches(feed, epoch))
+    return lambda: next(endless)
+
+
+def original(reference: nn.Module, method: str, rate: float, data: Data, clock: Clock, options: Any) -> int:
+    """The procedure of the paper's code; returns the number of optimizer steps."""
+    model, _ = tensorized(reference, plan(reference, method, rate, allocation="uniform"), None)
+    place(model, options.device)
+    clock.look("decompose", model)
+    read = batches(data, options.device, options.seed)
+    blocks = find_blocks(reference, list(tensorized_layers(model)))
+    steps, end = 0, clock.budget / 2
+    for number, name in enumerate(blocks):
+        model.eval().requires_grad_(False)
+        block = model.get_submodule(name).requires_grad_(True)
+        optimizer = torch.optim.Adam(block.parameters(), 1e-3)
+        until = clock.seconds + (end - clock.seconds) / (len(blocks) - number)
+        with outputs_of(model, [name]) as given, outputs_of(reference, [name]) as wanted:
+            while clock.seconds < until:
+                images, _ = read()
+                with torch.no_grad():
+                    reference(images)
+                model(images)
+                optimizer.zero_grad()
+                F.mse_loss(given[name], wanted[name]).backward()
+                optimizer.step()
+                steps += 1
+        if number % 5 == 4:
+            clock.look("distill", model)
+    _classify(model, read, clock)
+    clock.look("finetune", model, whole=True)
+    return steps
+
+
+def _classify(model: nn.Module, read: Callable[[], tuple[Tensor, Tensor]], clock: Clock) -> None:
+    """Cross-entropy for the time that is left."""
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    whole, looks = clock.left, 1
+    while (done := 1 - clock.left / whole) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.005 * (1 + torch.cos(torch.tensor(torch.pi * done)).item())
+        images, labels = read()
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        if done > looks / 4:
+            clock.look("finetune", model)
+            looks += 1
+
+
+def ours(reference: nn.Module, method: str, rate: float, config: Config, data: Data, clock: Clock, options: Any) -> int:
+    """tspc's phases; returns the number of optimizer steps in phase 2."""
+    assert config.distill is not None
+    assert config.finetune is not None
+    settings = Calibration()
+    images = data.calibration_batches(settings.samples, settings.batch_size, options.device)
+    with Samples(images, settings, options.device) as samples:
+        chosen = outline(reference, method).chosen
+        curves = error_curves(reference, chosen, resolve(method), samples)
+        model, _ = tensorized(reference, plan(reference, method, rate, curves=curves), samples)
+    place(model, options.device)
+    clock.look("decompose", model)
+    context = Context(data, Hardware(options.device), options.seed, Display(is_silent=True))
+    short = dataclasses.replace(config.distill, batch_size=BATCH, steps=DISTILL_STEPS, images=DISTILL_IMAGES)
+    distill(model, reference, short, context, Progress())
+    clock.look("distill", model)
+    recipe = dataclasses.replace(config.finetune, batch_size=BATCH, steps=4, held_out=0)
+    before = clock.seconds
+    finetune(copy.deepcopy(model), reference, recipe, context, Progress(), "finetune")
+    each = (clock.seconds - before) / 4
+    # Judging by the held-out images costs about a fifth of a step for each hundred of them.
+    judging = (config.finetune.evaluations + 1) * config.finetune.held_out / BATCH * each / 4
+    recipe = dataclasses.replace(recipe, steps=max(10, int((clock.left - judging) / each)), held_out=1000)
+    seen = _looking(clock, model, recipe.steps or 0, context)
+    finetune(model, reference, recipe, seen, Progress(), "finetune")
+    clock.look("finetune", model, whole=True)
+    return recipe.steps or 0
+
+
+def _looking(clock: Clock, model: nn.Module, steps: int, context: Context) -> Context:
+    """A context whose notes, about fifty in a phase, are used to look at the test images four times."""
+    marks = [steps * k // 5 for k in range(1, 5)]
+
+    def note(record: dict[str, Any]) -> None:
+        if marks and record["step"] >= marks[0]:
+            marks.pop(0)
+            clock.look("finetune", model)
+
+    return dataclasses.replace(context, note=note)
+
+
+def cell(method: str, rate: float, config: Config, data: Data, reference: nn.Module, options: Any) -> dict[str, Any]:
+    path = Path(options.out) / f"{method}-{rate}.json"
+    if not path.exists():
+        found: dict[str, Any] = {"method": method, "rate": rate, "budget": options.seconds}
+        for name in ("original", "ours"):
+            clock = Clock(data, options.device, options.seconds, options.limit)
+            if name == "ours":
+                steps = ours(reference, method, rate, config, data, clock, options)
+            else:
+                steps = original(reference, method, rate, data, clock, options)
+            found[name] = {"points": clock.points, "steps": steps}
+            print(f"{method} {rate:g} {name}: {clock.points}", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    return json.loads(path.read_text())
+
+
+def row(found: dict[str, Any]) -> list[str]:
+    theirs, own = found["original"]["points"], found["ours"]["points"]
+    best = max(top1 for _, _, top1 in theirs)
+    reached = next((at for _, at, top1 in own if top1 >= best), None)
+    sooner = "not reached" if reached is None else f"{found['budget'] / reached:.1f}"
+    phases = [f"{[top1 for name, _, top1 in own if name == phase][-1]:.1f}" for phase in ("decompose", "distill")]
+    cells = [f"`{found['method']}`", f"{found['rate']:g}", f"{theirs[-1][2]:.2f}", " → ".join(phases)]
+    return [*cells, f"{own[-1][2]:.2f}", f"{own[-1][2] - theirs[-1][2]:+.1f}", sooner, f"{own[-1][1]:.0f}"]
+
+
+def draw(cells: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against minutes, one panel a cell."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(cells), 3), layout="constrained")
+    for found, axes in zip(cells, figure.subplots(1, len(cells), squeeze=False, sharey=True)[0], strict=True):
+        for name, label in (("original", "the paper's procedure"), ("ours", "tspc")):
+            points = found[name]["points"]
+            axes.plot([at / 60 for _, at, _ in points], [top1 for *_, top1 in points], marker=".", label=label)
+        axes.set_title(f"{found['method']}, rate {found['rate']:g}", fontsize=10)
+        axes.set_xlabel("minutes")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("top-1 accuracy, %")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--methods", default=",".join(METHODS))
+    arguments.add_argument("--rates", default="0.05,0.1,0.2,0.4")
+    arguments.add_argument("--seconds", type=float, default=240)
+    arguments.add_argument("--limit", type=int, default=2000, help="test images for the looks on the way")
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--picture", help="a PNG file for the curves")
+    arguments.set_defaults(out="outputs/distill")
+    options: argparse.Namespace = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    options.device = torch.device(options.device)
+    config, data, reference = cifar_reference(options)
+    place(reference, options.device).eval()
+    pairs = [(m, float(r)) for m in options.methods.split(",") for r in options.rates.split(",")]
+    cells = [cell(method, rate, config, data, reference, options) for method, rate in pairs]
+    top1 = 100 * evaluate(reference, data, options.device).top1
+    print(f"\nReference: {top1:.2f} %. {options.seconds:g} s for each cell, {options.threads} threads.")
+    print(f"{machine(options.seed)}\n")
+    head = ["method", "rate", "original %", "ours: decompose → distill %", "ours %", "gain", "times sooner", "ours s"]
+    print(table(head, [row(found) for found in cells]))
+    if options.picture:
+        draw(cells, Path(options.picture))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Two processes with half a batch each do what one does with the whole: training, distillation, evaluation, a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import TINY
+
+WORKER = """
+import sys
+import torch
+from pathlib import Path
+from tests.small import CPU, SPEC, cross_entropy, network, recipe
+from tspc import processes
+from tspc.compression import compress
+from tspc.data import load_data
+from tspc.display import Display
+from tspc.phases.context import Context
+from tspc.phases.distill import Distillation, distill
+from tspc.phases.finetune import Finetuning, finetune, train_classifier
+from tspc.training import Hardware, Progress, evaluate
+
+torch.set_num_threads(1)
+with processes.joined(cpu=True):
+    context = Context(load_data(SPEC), Hardware(CPU), 0, Display(is_silent=True))
+    model = network()
+    train_classifier(model, recipe(epochs=3, held_out=20), context, Progress(), "pretrain")
+    # Each phase from a start of its own: training amplifies the rounding of what came before.
+    reference = network()
+    small, tuned = (compress(reference, "tk", 0.3, allocation="uniform") for _ in range(2))
+    distill(small, reference, Distillation(3, 50, 1e-2, images=200), context, Progress())
+    finetune(tuned, reference, Finetuning(2, 50, 1e-2, features=1.0), context, Progress(), "finetune")
+    found = evaluate(small, context.data, CPU, batch_size=7)
+    if processes.is_first():
+        networks = {"trained": model, "distilled": small, "tuned": tuned}
+        state = {f"{n}.{k}": v for n, net in networks.items() for k, v in net.state_dict().items()}
+        torch.save({"state": state, "accuracy": [found.top1, found.images]}, sys.argv[1])
+"""
+
+
+def launch(count: int, *arguments: str, folder: Path) -> None:
+    """The command in `count` processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = []
+    for rank in range(count):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        environment = os.environ | place | there | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+    ended = [(process.communicate(timeout=300), process.returncode) for process in running]
+    for (_, err), code in ended:
+        assert code == 0, err.decode()[-2000:]
+    assert all(not out for (out, _), _ in ended[1:]), "only the first process speaks"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_two_processes_train_as_one(tmp_path):
+    for count in (1, 2):
+        launch(count, "-c", WORKER, str(tmp_path / f"{count}.pt"), folder=tmp_path)
+    one, two = (torch.load(tmp_path / f"{count}.pt", weights_only=True) for count in (1, 2))
+    for name, value in one["state"].items():
+        torch.testing.assert_close(two["state"][name], value, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert two["accuracy"] == one["accuracy"]
+    assert one["accuracy"][1] == 130, "an uneven split counts every image once"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_run_in_two_processes(tmp_path):
+    # Not Adam: its steps are as long for a gradient that is but rounding.
+    sgd = [
+        f"phase.{phase}.{change}"
+        for phase in ("distill", "finetune")
+        for change in ("optimizer=sgd", "learning_rate=0.01")
+    ]
+    options = [
+        *TINY,
+        *sgd,
+        "method=svd",
+        "rate=0.3",
+        "phase.finetune.steps=3",
+        "phase.distill.steps=2",
+        "batch_size=50",
+    ]
+    for count in (1, 2):
+        launch(count, "-m", "tspc", *options, f"output_dir={tmp_path / str(count)}", folder=tmp_path)
+    runs = [next((tmp_path / str(count)).rglob("result.json")) for count in (1, 2)]
+    one, two = (json.loads(path.read_text()) for path in runs)
+    assert two["parameters"] == one["parameters"]
+    weights = [load_file(path.with_name("model.safetensors")) for path in runs]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=5e-3, atol=5e-4)
+    left = [path.name for path in tmp_path.rglob("*") if "progress" in path.name or "partial" in path.name]
+    assert left == []
+    # The same command again, in two processes: everything is done before.
+    launch(2, "-m", "tspc", *options, f"output_dir={tmp_path / '2'}", folder=tmp_path)
