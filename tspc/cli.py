@@ -125,7 +125,7 @@ def _unknown_key(key: str) -> str:
     """The settings beside a key that does not exist."""
     parent, dot, name = key.rpartition(".")
     # Composed with the groups that were chosen, for each method and each phase has keys of its own.
-    chosen = [re.sub(r",[^\]]*$", "", a) for a in sys.argv[1:] if re.match(r"(method|dataset|model|phase)=\w", a)]
+    chosen = [re.sub(r",[^\]]*$", "", a) for a in sys.argv[1:] if re.match(r"(method|dataset|model|phase)=[\w[]", a)]
     with hydra.initialize_config_dir(_config_path(), version_base="1.3"):
         try:
             node: Any = hydra.compose("config", chosen)

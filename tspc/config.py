@@ -24,6 +24,7 @@ from tspc.phases.distill import Distillation
 from tspc.phases.finetune import Finetuning
 from tspc.phases.plan import PlanOverview
 from tspc.planning import RATE_DECAYS, RATE_SCOPES, conflicts
+from tspc.trackers import TRACKERS
 from tspc.training import Recipe
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -34,7 +35,7 @@ TOP_LEVEL = (
     *("method", "rate", "target_error", "allocation", "rate_decay", "rate_scope", "rank_multiple", "calibration"),
     *("dataset", "data_dir", "model", "pretrained", "output_dir"),
     *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "variant"),
-    *("eval_samples", "checkpoint_seconds", "precision", "compile"),
+    *("eval_samples", "checkpoint_seconds", "precision", "compile", "tracker"),
 )
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "pretrain")
 
@@ -61,6 +62,7 @@ class Config:
     checkpoint_seconds: float
     precision: str
     compile: bool
+    tracker: str
     phases: tuple[str, ...]
     plan: PlanOverview | None
     decompose: Selection | None
@@ -108,6 +110,7 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
         "checkpoint_seconds": reader.number(raw, "checkpoint_seconds", 0, float("inf")),
         "precision": reader.choice(raw, "precision", PRECISIONS),
         "compile": reader.flag(raw, "compile"),
+        "tracker": reader.choice(raw, "tracker", TRACKERS),
         **reader.phases(reader.mapping(raw, "phase")),
     }
     if values["pretrained"] is None and dataset.get("pretrain") is None:

@@ -34,6 +34,7 @@ from tspc.reference import (
 from tspc.report import percent, plan_table, rates_table, state_bytes
 from tspc.runs import RunDirectory
 from tspc.stages import STAGES, Stages
+from tspc.trackers import tracked
 from tspc.training import Hardware
 
 
@@ -71,8 +72,9 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         summary = _prepare(reference, config, spec, context)
         if config.plan is not None:
             processes.by_first(lambda: _show_plans(reference, config, context, shared))
-        noted = dataclasses.replace(context, note=directory.note)
-        return Stages(config, spec, reference, noted, directory, shared).execute(summary)
+        with tracked(config.tracker, directory.path, directory.identity, directory.note, machine.is_cpu) as note:
+            noted = dataclasses.replace(context, note=note)
+            return Stages(config, spec, reference, noted, directory, shared).execute(summary)
 
 
 def _outline(config: Config, model: nn.Module, display: Display) -> None:

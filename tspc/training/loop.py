@@ -67,6 +67,10 @@ class Hardware:
     precision: torch.dtype | None = None
     compile: bool = False
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
 
 @dataclass
 class Watchers:
