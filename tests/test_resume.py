@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -19,8 +20,14 @@ COMMAND = (
 RUN = "digits/resnet8/cp-0.2-max_iterations1500-tolerance0/seed0"
 
 
-def start(folder: Path) -> subprocess.Popen:
-    arguments = [sys.executable, "-m", "tspc", *COMMAND, f"output_dir={folder}"]
+SHORT = (
+    "method=svd rate=0.2 dataset.pretrain.epochs=4 epochs=4 checkpoint_seconds=0 phase.distill.least_gain=0 "
+    "phase.distill.images=512 calibration.samples=64"
+).split()
+
+
+def start(folder: Path, command: list[str] = COMMAND) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "tspc", *command, f"output_dir={folder}"]
     return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -47,8 +54,8 @@ def kill_in(phase: str, folder: Path, lines: int) -> None:
     process.communicate()
 
 
-def finish(folder: Path) -> None:
-    process = start(folder)
+def finish(folder: Path, command: list[str] = COMMAND) -> None:
+    process = start(folder, command)
     _, err = process.communicate()
     assert process.returncode == 0, err
 
@@ -71,3 +78,28 @@ def test_killed_in_every_phase(tmp_path):
     assert max(r["seconds_before"] for r in resumed if r["phase"] == "finetune") > 0, "it began anew"
     left = [p.name for p in killed.rglob("*") if "progress" in p.name or "partial" in p.name]
     assert left == [], "nothing is left over"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_killed_at_ten_random_moments(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole, SHORT)
+    started = time.monotonic()
+    finish(tmp_path / "again", SHORT)
+    seconds = time.monotonic() - started
+    moments = random.Random(0)
+    for _ in range(10):
+        process = start(killed, SHORT)
+        try:
+            process.wait(timeout=moments.uniform(0.4, 0.7) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(moments.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
+    finish(killed, SHORT)
+    run = "digits/resnet8/svd-0.2/seed0/model.safetensors"
+    expected, found = (load_file(folder / run) for folder in (whole, killed))
+    assert all(expected[k].equal(found[k]) for k in expected)
+    left = [p.name for p in killed.rglob("*") if "progress" in p.name or "partial" in p.name]
+    assert left == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,16 +48,19 @@ class Context:
     def labelled(self, recipe: Recipe) -> Labelled:
         return Labelled(self.required_data, self.feed(recipe))
 
-    def watch(self, phase: str, label: str, total: int, **where: Any) -> Watch:
-        """A progress bar that also notes about fifty steps of the phase."""
-        return Watch(self, phase, label, total, where)
+    def watch(self, phase: str, label: str, total: int, batch_size: int, **where: Any) -> Watch:
+        """A progress bar that also notes about fifty steps of the phase, and tells the images per second."""
+        return Watch(self, phase, label, total, batch_size, where)
 
 
 class Watch:
     """Passes optimizer steps on to the display and, thinned out, to the metrics."""
 
-    def __init__(self, context: Context, phase: str, label: str, total: int, where: dict[str, Any]) -> None:
+    def __init__(
+        self, context: Context, phase: str, label: str, total: int, batch_size: int, where: dict[str, Any]
+    ) -> None:
         self._context, self._phase, self._where = context, phase, where
+        self._batch_size, self._first = batch_size, (0, 0.0)
         self._every = max(1, total // 50)
         self._bar = context.display.bar(f"{phase:<9} {label}", total)
 
@@ -68,7 +72,17 @@ class Watch:
         self._bar.__exit__(*exception)
 
     def _on_step(self, step: Step) -> None:
-        self._bar.advance(step.number + 1, f"loss {step.loss:.4g}")
+        speed = self._images_per_second(step.number)
+        self._bar.advance(step.number + 1, f"loss {step.loss:.4g}" + (f"  {speed:,.0f} images/s" if speed else ""))
         if step.number % self._every == 0 or step.number + 1 == step.total:
             record = {"phase": self._phase, "step": step.number + 1, "loss": step.loss}
-            self._context.note(record | self._where | {"learning_rate": step.learning_rate})
+            more = {"learning_rate": step.learning_rate, "images_per_second": speed}
+            self._context.note(record | self._where | {key: value for key, value in more.items() if value})
+
+    def _images_per_second(self, step: int) -> float | None:
+        """Since the first step that was seen, for it includes the warming up."""
+        now = time.monotonic()
+        if self._first[1] == 0.0:
+            self._first = step, now
+        steps, seconds = step - self._first[0], now - self._first[1]
+        return round(steps * self._batch_size / seconds, 1) if steps and seconds > 0 else None

@@ -177,7 +177,7 @@ def _train_block(
         return -float(processes.summed(errors.mean())) / processes.count()
 
     total = settings.total_steps(kept.per_epoch)
-    with context.watch("distill", label, total, block=name) as on_step:
+    with context.watch("distill", label, total, settings.batch_size, block=name) as on_step:
         fit(
             block,
             kept,

@@ -108,7 +108,7 @@ def _train(model: nn.Module, recipe: Recipe, context: Context, progress: Progres
         return accuracy(network, held_out, data.num_classes, context.device).top1
 
     total = recipe.total_steps(batches.per_epoch)
-    with context.watch(phase, f"{total} steps", total) as on_step:
+    with context.watch(phase, f"{total} steps", total, recipe.batch_size) as on_step:
         watchers = Watchers(on_step, judge if feed.held_out else None)
         fit(
             model,
