@@ -22,6 +22,9 @@ from tspc.plans import LayerPlan
 
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Sizes, relative to the dense kernel, at which a curve is sampled, beside the smallest rank."""
+WIDE = 1024
+"""Inputs from which on the points of a curve are measured one after the other: each takes the memory of several
+second moments, and its products are large enough for all threads."""
 LEAST = 1e-12
 """Squared relative error that counts as none."""
 
@@ -125,7 +128,10 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
         return squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
 
     points = [(method, rank) for method in methods for rank in _sampled_ranks(method, shape)]
-    errors = dict(side_by_side(error, points, size=lambda point: point[0].num_params(shape, point[1])))
+    if metric is not None and len(metric.inputs) > WIDE:
+        errors = {point: error(point) for point in points}
+    else:
+        errors = dict(side_by_side(error, points, size=lambda point: point[0].num_params(shape, point[1])))
     curves = []
     for method in methods:
         own = {method.num_params(shape, rank): e for (m, rank), e in errors.items() if m == method}
