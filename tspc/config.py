@@ -37,7 +37,7 @@ TOP_LEVEL = (
     *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "variant"),
     *("eval_samples", "checkpoint_seconds", "precision", "compile", "tracker"),
 )
-DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "pretrain")
+DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "learning_rate", "pretrain")
 
 T = TypeVar("T")
 
