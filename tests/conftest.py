@@ -97,6 +97,5 @@ TINY = (
     "dataset.pretrain.steps=4",
     "epochs=1",
     "calibration.samples=0",
-    "phase.distill.images=128",
 )
 """A run that takes a second or two."""

@@ -33,8 +33,7 @@ def test_a_tracker_that_is_not_installed(cli):
 
 
 def test_a_sweep_on_two_cores(cli):
-    tiny = [option for option in TINY if not option.startswith("phase.")]
-    code, out, err = cli("-m", "hydra/launcher=cores", *tiny, "phase=[pretrain,decompose]", "rate=0.2,0.3")
+    code, out, err = cli("-m", "hydra/launcher=cores", *TINY, "phase=[pretrain,decompose]", "rate=0.2,0.3")
     assert code == 0, err
     assert len(list(Path("outputs").rglob("result.json"))) == 2
     assert "0.3" in out, "the table at the end"

@@ -30,6 +30,8 @@ BATCH_NORMS = ("frozen", "updated")
 WAYS = ("sequential", "parallel", "mixed")
 JUDGES = 8
 """One in so many of the kept batches judges, and is not trained on."""
+VIEWS = 4
+"""Most augmentations of one training image."""
 WINDOW = 10
 """Steps over which the loss is averaged before one asks whether it still falls."""
 
@@ -38,7 +40,7 @@ WINDOW = 10
 class Distillation(Recipe):
     """A recipe for every block. `blocks` is a wildcard over module names; None finds them in the module tree.
 
-    `images` augmented training images are sent through both networks, and what they are at the block's place is kept
+    `images` augmented training images (at most four views of each) are sent through both networks, and what they are at the block's place is kept
     (float16; beyond `memory` MB in temporary files). `inputs` says what a block learns from: what the compressed
     blocks before it make of the images (`sequential`, as in the paper), what the reference's do (`parallel`), or both
     by turns (`mixed`). A block is done when its loss falls by less than `least_gain`, as a share, over ten steps.
@@ -101,7 +103,8 @@ def distill(
 def _augmented(settings: Distillation, context: Context, room: Room) -> Stash:
     """Batches of training images, each augmented once; one pass over the split after the other, as many as it takes."""
     data, feed = context.required_data, context.feed(settings)
-    wanted, images = max(2, settings.images // settings.batch_size), Stash(room)
+    images = Stash(room)
+    wanted = max(2, min(settings.images, VIEWS * data.train_size) // settings.batch_size)
     for epoch in count():
         for batch, _ in data.train_batches(feed, epoch):
             images.append(batch)
