@@ -137,7 +137,7 @@ class Moments:
     def statistics(
         self, kernel: Tensor, centred: bool, damping: float, sensitivity: Tensor | None = None, images: int = 0
     ) -> Statistics:
-        """For a layer with this kernel, whose own outputs are the targets unless there were others.
+        """For a layer with this kernel, whose own outputs are the targets unless there were others. Uses up the sums.
 
         The damping pulls the best kernel towards the layer's own, so that directions that the images did
         not show stay as they are. `sensitivity` (T × T) weighs the outputs. The rows of one of the `images` resemble
@@ -145,7 +145,8 @@ class Moments:
         """
         matrix = kernel.detach().flatten(1).to(self.xx)
         count = max(self.count, 1)
-        mean_x, inputs = self.x / count, self.xx / count
+        # The sums are used up: of a wide layer each such matrix is hundreds of megabytes.
+        mean_x, inputs = self.x / count, self.xx.div_(count)
         if self._pairs is None:
             mean_y, cross = matrix @ mean_x, matrix @ inputs
             outputs = cross @ matrix.T
@@ -160,7 +161,6 @@ class Moments:
         independent = math.sqrt(count * min(images, count)) if images else count
         scarcity = max(0.0, len(inputs) / independent - 1 / ROWS)
         shift = (damping + SCARCITY * scarcity) * size if size > 0 else 1.0
-        # In place, here and below: of a wide layer each such matrix is hundreds of megabytes.
         inputs.diagonal().add_(shift)
         target = matrix
         if self._pairs is not None and count >= LEAST_ROWS * len(inputs):

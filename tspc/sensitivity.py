@@ -9,14 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.decompositions import double
 from tspc.hooks import hooked
 from tspc.layers import DenseLayer
 from tspc.moments import rows_of
 
 IMAGES = 128
 """Images of which the gradients are taken, in batches of `BATCH`: they need the memory of training."""
-BATCH = 8
+BATCH = 4
 PROBES = 2
 SHRINKAGE = 1e-2
 """Least share of the mean added to all outputs alike."""
@@ -54,7 +53,8 @@ def output_sensitivity(model: nn.Module, layers: Iterable[str], batches: Iterabl
     handles = [model.get_submodule(name).register_forward_hook(on_output(name)) for name in layers]
     with hooked(handles):
         images = _backward(model, batches)
-    found = {name: double(total) / (images * PROBES) for name, total in sums.items()}
+    # In float32, for all layers' matrices are kept at once; they are widened when their layer's turn comes.
+    found = {name: total / (images * PROBES) for name, total in sums.items()}
     seen = {name: total for name, total in found.items() if 0 < float(total.trace()) < math.inf}
     return {name: _shrunk(total, rows[name]) for name, total in seen.items()}
 
