@@ -57,10 +57,10 @@ def test_distillation_goes_on_inside_a_block(context, reference, tmp_path, monke
     class Killed(Exception): ...
 
     def kill(watch, step):
-        if watch._where["block"] == "layer2.0" and step.number == 7:
+        if watch._where["block"] == "layer2.0" and step.number == 13:
             raise Killed
 
-    settings = replace(DISTILLATION, steps=12, least_gain=0.0)
+    settings = replace(DISTILLATION, steps=60, least_gain=0.3)
     whole, killed, resumed = (compress(reference, "tk", 0.3, allocation="uniform") for _ in range(3))
     distill(whole, reference, settings, context, Progress())
     path = tmp_path / "p.progress.pt"
@@ -68,7 +68,7 @@ def test_distillation_goes_on_inside_a_block(context, reference, tmp_path, monke
         patched.setattr("tspc.phases.context.Watch._on_step", kill)
         with pytest.raises(Killed):
             distill(killed, reference, settings, context, Progress(path, "s", interval=0))
-    assert Progress(path, "s").state_of(1)["step"] == 7
+    assert Progress(path, "s").state_of(1)["step"] == 13
     distill(resumed, reference, settings, context, Progress(path, "s"))
     assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in whole.state_dict().items())
 

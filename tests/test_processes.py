@@ -30,20 +30,20 @@ from tspc.phases.finetune import Finetuning, finetune, train_classifier
 from tspc.training import Hardware, Progress, evaluate
 
 torch.set_num_threads(1)
-with processes.joined(cpu=True):
-    context = Context(load_data(SPEC), Hardware(CPU), 0, Display(is_silent=True))
-    model = network()
-    train_classifier(model, recipe(epochs=3, held_out=20), context, Progress(), "pretrain")
-    # Each phase from a start of its own: training amplifies the rounding of what came before.
-    reference = network()
-    small, tuned = (compress(reference, "tk", 0.3, allocation="uniform") for _ in range(2))
-    distill(small, reference, Distillation(3, 50, 1e-2, images=200), context, Progress())
-    finetune(tuned, reference, Finetuning(2, 50, 1e-2, features=1.0), context, Progress(), "finetune")
-    found = evaluate(small, context.data, CPU, batch_size=7)
-    if processes.is_first():
-        networks = {"trained": model, "distilled": small, "tuned": tuned}
-        state = {f"{n}.{k}": v for n, net in networks.items() for k, v in net.state_dict().items()}
-        torch.save({"state": state, "accuracy": [found.top1, found.images]}, sys.argv[1])
+processes.join(cpu=True)
+context = Context(load_data(SPEC), Hardware(CPU), 0, Display(is_silent=True))
+model = network()
+train_classifier(model, recipe(epochs=3, held_out=20), context, Progress(), "pretrain")
+# Each phase from a start of its own: training amplifies the rounding of what came before.
+reference = network()
+small, tuned = (compress(reference, "tk", 0.3, allocation="uniform") for _ in range(2))
+distill(small, reference, Distillation(3, 50, 1e-2, images=200), context, Progress())
+finetune(tuned, reference, Finetuning(2, 50, 1e-2, features=1.0), context, Progress(), "finetune")
+found = evaluate(small, context.data, CPU, batch_size=7)
+if processes.is_first():
+    networks = {"trained": model, "distilled": small, "tuned": tuned}
+    state = {f"{n}.{k}": v for n, net in networks.items() for k, v in net.state_dict().items()}
+    torch.save({"state": state, "accuracy": [found.top1, found.images]}, sys.argv[1])
 """
 
 
@@ -112,3 +112,15 @@ def test_a_run_in_two_processes(tmp_path):
     assert left == []
     # The same command again, in two processes: everything is done before.
     launch(2, "-m", "tspc", *options, f"output_dir={tmp_path / '2'}", folder=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_sweep_in_two_processes_and_a_batch_that_they_cannot_share(tmp_path):
+    options = [*TINY, "phase=pretrain", "batch_size=50", f"output_dir={tmp_path / 'o'}"]
+    launch(2, "-m", "tspc", "-m", *options, "model=resnet8,resnet8_v2", folder=tmp_path)
+    assert len(list(tmp_path.rglob("model.safetensors"))) == 2
+    with pytest.raises(
+        AssertionError, match=r"tspc: phase\.distill\.batch_size=100: 3 processes share it, take a multiple of 3"
+    ):
+        launch(3, "-m", "tspc", *TINY, f"output_dir={tmp_path / 'p'}", folder=tmp_path)
+    assert not (tmp_path / "p").exists()

@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tspc import __version__
-from tspc.errors import Interrupted, TspcError
-from tspc.launch import is_first
+from tspc.errors import DataError, Interrupted, TrainingError, TspcError
+from tspc.launch import count, is_first
 from tspc.sweep import forget_empty_sweep, sweep_folder, write_record
 
 FAILED, INTERRUPTED = 1, 130
@@ -49,10 +49,12 @@ def main() -> None:
         sys.exit(FAILED)
 
 
-def _complain(message: str) -> None:
-    """To stderr, once for all processes."""
+def _complain(message: str, error: Exception | None = None) -> None:
+    """To stderr; of several processes the first one speaks for all, but what only another can know it says itself."""
     if is_first():
         print(f"tspc: {message}", file=sys.stderr)
+    elif isinstance(error, DataError | TrainingError):
+        print(f"tspc: process {os.environ.get('RANK')}: {message}", file=sys.stderr)
 
 
 def _config_path() -> str:
@@ -74,7 +76,7 @@ def _job(failures: list[str]) -> Any:
         except Exception as exception:
             error = _describe(exception)
             failures.append(error)
-            _complain(error)
+            _complain(error, exception)
         if is_sweep and is_first():
             write_record(sweep_folder(settings.sweep.dir), int(settings.job.num), overrides, result, error)
 
@@ -98,6 +100,8 @@ def _describe(error: Exception) -> str:
     """One line for a mistake of the user's; anything else is ours, and its traceback is shown."""
     if isinstance(error, TspcError):
         return " ".join(str(error).split())
+    if count() > 1 and "onnection" in str(error):
+        return "lost another process; if it left a line, that says why"
     if is_first():
         traceback.print_exception(error)
     return f"unexpected {type(error).__name__}: {error}"

@@ -18,7 +18,10 @@ _waits = False
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Inside, a first signal raises Interrupted, or waits for `check` where `deferred`; a second one does not wait."""
+    """Inside, a signal raises Interrupted, at once or, where `deferred`, when it is asked for.
+
+    A second Ctrl-C does not wait. A second SIGTERM does: launchers send it more than once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers; whoever runs others handles signals there
         return
@@ -53,8 +56,15 @@ def interruption(where: str) -> Interrupted:
     return Interrupted(_received or signal.SIGTERM, where)
 
 
+def check(where: str) -> None:
+    """Raises Interrupted if a signal waits: one that came too late for the training to see it."""
+    if received():
+        raise interruption(where)
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _received
-    again, _received = _received is not None, signal.Signals(number)
+    again = _received == number == signal.SIGINT
+    _received = signal.Signals(number)
     if again or not _waits:
         raise Interrupted(_received, "")

@@ -44,11 +44,12 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     Everything that can be wrong is checked before anything is written. Raises TspcError.
     """
     device = pick_device(config.device)
-    with processes.joined(cpu=device.type == "cpu"):
-        return _run(config, hardware(config, processes.own_device(device)), display)
+    processes.join(cpu=device.type == "cpu")
+    return _run(config, hardware(config, processes.own_device(device)), display)
 
 
 def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
+    _check_batches(config)
     data = _data(config, display)
     spec = network_spec(config, data)
     reference = untrained_reference(config, spec, data)
@@ -72,9 +73,27 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         summary = _prepare(reference, config, spec, context)
         if config.plan is not None:
             processes.by_first(lambda: _show_plans(reference, config, context, shared))
-        with tracked(config.tracker, directory.path, directory.identity, directory.note, machine.is_cpu) as note:
+        noted_before = directory.lines
+        with tracked(
+            config.tracker, directory.path, directory.identity, directory.note, machine.is_cpu, noted_before
+        ) as note:
             noted = dataclasses.replace(context, note=note)
             return Stages(config, spec, reference, noted, directory, shared).execute(summary)
+
+
+def _check_batches(config: Config) -> None:
+    """Raises ConfigError if a batch cannot be shared out among the processes."""
+    recipes = {"phase.distill": config.distill, "phase.finetune": config.finetune}
+    if config.pretrained is None:
+        recipes["dataset.pretrain"] = config.pretrain_recipe
+    count = processes.count()
+    problems = [
+        f"{name}.batch_size={recipe.batch_size}: {count} processes share it, take a multiple of {count}"
+        for name, recipe in recipes.items()
+        if recipe is not None and recipe.batch_size % count
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _outline(config: Config, model: nn.Module, display: Display) -> None:
@@ -204,6 +223,8 @@ def _data(config: Config, display: Display) -> Data | None:
     if config.dataset.kind == "none":
         raise DataError(f"phase={','.join(config.phases)} needs data: name a data set, for example dataset=imagefolder")
     try:
+        if config.trains and processes.count() > 1:  # one downloads, all read
+            processes.by_first(lambda: load_data(config.dataset, config.data_dir) and None)
         return load_data(config.dataset, config.data_dir, download=config.trains)
     except DataError as error:
         if config.trains or config.data_dir is not None:

@@ -6,6 +6,7 @@ nothing. They share the run's directory: the first process writes, the others re
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,21 +65,18 @@ def share() -> Share:
     return Share(rank(), count())
 
 
-@contextmanager
-def joined(cpu: bool) -> Iterator[None]:
-    """Joins the processes that the launcher started together, if it started several; `cpu` keeps off its GPUs."""
+def join(cpu: bool) -> None:
+    """Joins the processes that the launcher started together, if it started several; `cpu` keeps off its GPUs.
+
+    Once for all jobs of a sweep: a second meeting at the same place fails.
+    """
     if launch.count() == 1 or dist.is_initialized():
-        yield
         return
     # accelerate knows the launchers, and the backend that suits the device.
     from accelerate import PartialState
 
     PartialState(cpu=cpu, timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        PartialState._reset_state()
+    atexit.register(dist.destroy_process_group)
 
 
 def wait() -> None:
@@ -115,7 +112,9 @@ def together(network: nn.Module) -> nn.Module:
     if count() == 1:
         return network
     # The batch norms agree by themselves, so that no buffer needs to be sent.
-    return DistributedDataParallel(network, broadcast_buffers=False)
+    buffers = [name for name, _ in network.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)
+    return DistributedDataParallel(network)
 
 
 @contextmanager
@@ -133,6 +132,18 @@ def synchronised(network: nn.Module) -> Iterator[None]:
             norm.__class__ = cls
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, through which gradients flow: each process's part is in all losses."""
+
+    @staticmethod
+    def forward(context: Any, part: Tensor) -> Tensor:
+        return summed(part.clone())
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return summed(gradient.clone())
+
+
 class _SharedBatchNorm(_BatchNorm):
     """Mean and variance over the batch's parts in all processes."""
 
@@ -146,9 +157,9 @@ class _SharedBatchNorm(_BatchNorm):
         view = [1, -1] + [1] * (input.ndim - 2)
         values = input.float()
         number = summed(torch.tensor(float(input.numel() // input.shape[1]), device=input.device))
-        mean = all_reduce(values.sum(axes)) / number
+        mean = _Sum.apply(values.sum(axes)) / number
         centred = values - mean.view(view)
-        variance = all_reduce(centred.square().sum(axes)) / number
+        variance = _Sum.apply(centred.square().sum(axes)) / number
         self._follow(mean.detach(), variance.detach() * (number / (number - 1)))
         result = centred * (variance + self.eps).rsqrt().view(view)
         if self.affine:

@@ -107,7 +107,9 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
             display.line(f"reference  read from {result}")
             return
         place(reference.model, context.device)
-        progress = Progress(run.file("progress.pt"), fingerprint(identity), config.checkpoint_seconds)
+        progress = Progress(
+            run.file("progress.pt"), fingerprint([identity, str(context.hardware.precision)]), config.checkpoint_seconds
+        )
         # The reference does not depend on the run's seed: a sweep over seeds shares it.
         shared = dataclasses.replace(context, seed=0, note=run.note)
         try:
@@ -119,7 +121,7 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
         for path in stale if is_first() else ():
             path.unlink()
         checkpoint.save(reference.model, result, network=spec, info={"seconds": reference.seconds})
-        progress.discard()
+        Progress.discard(run.file("progress.pt"))
 
 
 def reference_curves(

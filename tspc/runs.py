@@ -108,6 +108,12 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"cannot write {self.file('metrics.jsonl')}: {error.strerror}") from error
 
+    @property
+    def lines(self) -> int:
+        """How many `metrics.jsonl` has."""
+        path = self.file("metrics.jsonl")
+        return path.read_text().count("\n") if path.exists() else 0
+
     def held_by_another(self) -> list[str]:
         """How the identity of the results in the directory differs from this one's; empty if there are none."""
         path = self.file("run.json")

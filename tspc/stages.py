@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tspc import checkpoint, processes
+from tspc import checkpoint, interrupts, processes
 from tspc.config import Config
 from tspc.errors import RunError, TrainingError
 from tspc.files import write_json
@@ -65,6 +65,8 @@ class Stages:
         if settings.get("steps") is not None:
             settings["epochs"] = None  # has no effect
         settings.pop("memory", None)  # nor on the result
+        if stage != "decompose" and self.context.hardware.precision is not None:
+            settings["precision"] = str(self.context.hardware.precision).removeprefix("torch.")
         if stage != "decompose" or self._calibrates:
             settings["data"] = self.context.required_data.fingerprint
         return settings
@@ -75,6 +77,9 @@ class Stages:
 
     def _mark(self, settings: dict[str, Any], after: str) -> str:
         return fingerprint([self.directory.identity, settings, after])
+
+    def _progress_file(self, stage: str) -> Path:
+        return self.directory.file(f"{stage}.progress.pt")
 
     def _file(self, stage: str) -> Path:
         return self.directory.file(f"{stage}.safetensors")
@@ -109,7 +114,7 @@ class Stages:
                 "pass variant=NAME or another output_dir to keep both, or overwrite=true to redo it"
             )
         self.model = None
-        Progress(self.directory.file(f"{stage}.progress.pt")).discard()
+        Progress.discard(self._progress_file(stage))
         self.finished[stage] = self._measured(stage, info)
         self.context.display.line(f"{stage:<9}  done before: {percent(self.finished[stage]['accuracy'])}")
         return True
@@ -128,15 +133,14 @@ class Stages:
         self._refuse_to_outdate(stage)
         after = self._after()
         mark = self._mark(settings, after)
-        progress = Progress(self.directory.file(f"{stage}.progress.pt"), mark, self.config.checkpoint_seconds)
+        progress = Progress(self._progress_file(stage), mark, self.config.checkpoint_seconds)
         self.directory.note({"phase": stage, "event": "start", "seconds_before": progress.seconds})
         started = time.monotonic()
         plan_data = None
         if progress.warning:
             self.context.display.line(f"{stage:<9}  {progress.warning}")
         if stage == "decompose":
-            self.model, plan_data = processes.by_first(self._decompose)
-            place(self.model, self.context.device)
+            self.model, plan_data = self._decomposed_by_first()
             seconds = time.monotonic() - started
         else:
             self._train(stage, progress)
@@ -157,8 +161,9 @@ class Stages:
             if is_first():
                 self._file(later).unlink(missing_ok=True)
         checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
-        progress.discard()
+        Progress.discard(self._progress_file(stage))
         processes.wait()
+        interrupts.check(f"after {stage}")
         self.finished[stage] = info
         self.directory.note({"phase": stage, "event": "end", "seconds": seconds, "accuracy": info["accuracy"]})
         self.context.display.line(f"{stage:<9}  top-1 {percent(info['accuracy'])}", style="bold")
@@ -171,6 +176,25 @@ class Stages:
                 f"{later[0]} did not start from {stage}, and would be outdated by it; "
                 "pass variant=NAME or another output_dir to keep both, or overwrite=true to give it up"
             )
+
+    def _decomposed_by_first(self) -> tuple[nn.Module, dict[str, Any]]:
+        """What the first process decomposed, in all of them: the others read it from a file."""
+        if processes.count() == 1:
+            model, plan_data = self._decompose()
+            return place(model, self.context.device), plan_data
+        path = self.directory.file("decompose.shared.safetensors")
+
+        def decompose() -> dict[str, Any]:
+            model, plan_data = self._decompose()
+            checkpoint.save(model, path, network=self.spec)
+            return plan_data
+
+        plan_data = processes.by_first(decompose)
+        model = checkpoint.load(path, copy.deepcopy(self.reference))
+        processes.wait()
+        if is_first():
+            path.unlink()
+        return place(model, self.context.device), plan_data
 
     def _decompose(self) -> tuple[nn.Module, dict[str, Any]]:
         """The decomposed network, and its plan as plain data."""

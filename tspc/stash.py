@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tspc.errors import RunError
+
 
 class Room:
     """Memory that several stashes share; a folder of temporary files takes what does not fit."""
@@ -30,9 +32,18 @@ class Room:
         self._left -= size
         return True
 
-    def file(self) -> Path:
+    def write(self, value: Any) -> Path:
+        """Raises RunError if there is no space."""
         self._files += 1
-        return Path(self._folder.name) / f"{self._files}.pt"
+        path = Path(self._folder.name) / f"{self._files}.pt"
+        try:
+            torch.save(value, path)
+        except (OSError, RuntimeError) as error:
+            raise RunError(
+                f"cannot keep activations in {path.parent}: {error}; free some space there, name another folder by "
+                "TMPDIR, or raise calibration.memory or phase.distill.memory"
+            ) from error
+        return path
 
 
 class Stash:
@@ -50,9 +61,7 @@ class Stash:
         if self._room.take(size):
             self._held += size
         else:
-            path = self._room.file()
-            torch.save(value, path)
-            value = path
+            value = self._room.write(value)
         self._items.append(value)
 
     def __getitem__(self, number: int) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from tspc.launch import is_first
+
 _FOLDER = "TSPC_SWEEP_DIR"
 """Environment variable that tells the jobs of a sweep, also in other processes, where its records are."""
 
@@ -64,7 +66,7 @@ class SweepTable(Callback):
         if not records:
             return
         del os.environ[_FOLDER]
-        display = Display()
+        display = Display(is_silent=not is_first())
         display.show(sweep_table(records))
         display.line(f"records in {os.path.relpath(folder)}")
         if any(record["error"] for record in records):

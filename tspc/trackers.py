@@ -16,8 +16,10 @@ Note = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def tracked(tracker: str, folder: Path, settings: dict[str, Any], note: Note, cpu: bool) -> Iterator[Note]:
-    """`note`, which also tells the tracker; the run is named by its folder.
+def tracked(
+    tracker: str, folder: Path, settings: dict[str, Any], note: Note, cpu: bool, start: int = 0
+) -> Iterator[Note]:
+    """`note`, which also tells the tracker, numbering what it tells from `start`; the run is named by its folder.
 
     Raises ConfigError if the tracker's package is not installed.
     """
@@ -31,7 +33,7 @@ def tracked(tracker: str, folder: Path, settings: dict[str, Any], note: Note, cp
         raise ConfigError([f"tracker={tracker}: its package is not installed; pip install 'tspc[{tracker}]'"])
     accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=str(folder))
     accelerator.init_trackers("tspc", _flat(settings))
-    numbers = count()
+    numbers = count(start)
 
     def both(record: dict[str, Any]) -> None:
         note(record)

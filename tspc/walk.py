@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,8 +150,8 @@ def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
 class Walker:
     """A network on its way through the segments: `inputs_of` looks into the present one, `advance` leaves it.
 
-    `images` gives a tensor for each batch. The network is in eval mode; its layers may be replaced on the way.
-    With `half` what is kept of float32 is float16.
+    `images` gives a tensor for each batch (a Stash, where `arguments` is asked for). The network is in eval mode; its
+    layers may be replaced on the way. With `half` what is kept of float32 is float16.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class Walker:
     def arguments(self, number: int) -> tuple[Any, Any]:
         """With what the segment's module is called for a batch; copies, for it may change its input in place."""
         if self.segment.module == "":
-            return (next(islice(self._images, number, None)),), {}
+            return (cast(Stash, self._images)[number].clone(),), {}
         return mapped(self._arguments[number], Tensor.clone)
 
     @property
@@ -206,7 +205,7 @@ class Walker:
     def _copies(self) -> Iterator[Any]:
         """The arguments of every batch, as `arguments`."""
         if self.segment.module == "":
-            yield from (((images,), {}) for images in self._images)
+            yield from (((images.clone(),), {}) for images in self._images)
         else:
             yield from (mapped(value, Tensor.clone) for value in self._arguments)
 

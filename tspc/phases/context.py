@@ -12,7 +12,6 @@ import torch
 from tspc import processes
 from tspc.data import Data, Feed
 from tspc.display import Display
-from tspc.errors import ConfigError
 from tspc.training import Hardware, Labelled, Recipe, Step
 
 
@@ -36,12 +35,7 @@ class Context:
         return self.data
 
     def feed(self, recipe: Recipe) -> Feed:
-        """How a recipe reads the training split. Raises ConfigError if its batches cannot be shared out."""
-        count = processes.count()
-        if recipe.batch_size % count:
-            raise ConfigError(
-                [f"batch_size={recipe.batch_size}: {count} processes share it, take a multiple of {count}"]
-            )
+        """How a recipe reads the training split."""
         held_out = min(recipe.held_out, self.required_data.train_size // 10)
         return Feed(recipe.batch_size, self.seed, self.device, held_out, processes.share())
 

@@ -6,7 +6,6 @@ once, when its turn comes, and kept: a step then costs one block, forward and ba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -23,7 +22,7 @@ from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
 from tspc.stash import Room, Stash
-from tspc.training import Progress, Recipe, Step, Watchers, fit
+from tspc.training import Progress, Recipe, Watchers, fit
 from tspc.walk import Trace, Walker, trace
 
 BATCH_NORMS = ("frozen", "updated")
@@ -32,18 +31,17 @@ JUDGES = 8
 """One in so many of the kept batches judges, and is not trained on."""
 VIEWS = 4
 """Most augmentations of one training image."""
-WINDOW = 10
-"""Steps over which the loss is averaged before one asks whether it still falls."""
 
 
 @dataclass(frozen=True)
 class Distillation(Recipe):
     """A recipe for every block. `blocks` is a wildcard over module names; None finds them in the module tree.
 
-    `images` augmented training images (at most four views of each) are sent through both networks, and what they are at the block's place is kept
-    (float16; beyond `memory` MB in temporary files). `inputs` says what a block learns from: what the compressed
-    blocks before it make of the images (`sequential`, as in the paper), what the reference's do (`parallel`), or both
-    by turns (`mixed`). A block is done when its loss falls by less than `least_gain`, as a share, over ten steps.
+    `images` augmented training images (at most four views of each) are sent through both networks, and what they are
+    at the block's place is kept (float16; beyond `memory` MB in temporary files). `inputs` says what a block learns
+    from: what the compressed blocks before it make of the images (`sequential`, as in the paper), what the reference's
+    do (`parallel`), or both by turns (`mixed`). A block is done when its loss falls by less than `least_gain`, as a
+    share, over ten steps; 0 never ends it early. `held_out` images are left out, for finetuning judges by them.
 
     `batch_norm` says whether the block under training normalises by its running statistics, as the reference does
     (`frozen`), or by the batch's, updating them (`updated`).
@@ -190,24 +188,12 @@ def _train_block(
             context.seed,
             stage=number,
             progress=progress,
-            watchers=Watchers(on_step, judge, _Stalled(settings.least_gain)),
+            watchers=Watchers(on_step, judge, lambda losses: _stalled(losses, settings.least_gain)),
             kept=model,
         )
     model.eval()
 
 
-class _Stalled:
-    """Whether the loss, averaged over a window of steps, falls too little from one window to the next."""
-
-    def __init__(self, least_gain: float) -> None:
-        self._least_gain = least_gain
-        self._before, self._losses = math.inf, list[float]()
-
-    def __call__(self, step: Step) -> bool:
-        self._losses.append(step.loss)
-        if len(self._losses) < WINDOW:
-            return False
-        mean = sum(self._losses) / WINDOW
-        stalled = mean > (1 - self._least_gain) * self._before
-        self._before, self._losses = mean, []
-        return stalled
+def _stalled(losses: list[float], least_gain: float) -> bool:
+    """Whether the last of the losses fell by less than that share; never, if it is 0."""
+    return least_gain > 0 and len(losses) > 1 and losses[-1] > (1 - least_gain) * losses[-2]

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tspc import interrupts, processes
-from tspc.data import Batch, Data, Feed
+from tspc.data import Batch, Data, Feed, generator_of
 from tspc.errors import TrainingError
 from tspc.training.progress import Progress
 from tspc.training.recipe import Recipe
 
 EVERY = 10
-"""Steps between two looks at the loss on an accelerator, which would otherwise wait for each."""
+"""Steps between two looks at the loss on an accelerator, which would otherwise wait for each; over so many steps it is
+averaged before one asks whether it still falls."""
 
 LossOf = Callable[[nn.Module, Any, Tensor], Tensor]
 """The loss of the network on inputs and targets: a mean over the batch."""
@@ -74,11 +75,14 @@ class Hardware:
 
 @dataclass
 class Watchers:
-    """Who follows the loop. `judge` scores the network (higher is better); `enough` may end a stage early."""
+    """Who follows the loop. `judge` scores the network (higher is better).
+
+    `enough` may end a stage early: it is given the losses so far, each the mean of ten steps.
+    """
 
     on_step: Callable[[Step], None] = field(default=lambda step: None)
     judge: Callable[[nn.Module], float] | None = None
-    enough: Callable[[Step], bool] = field(default=lambda step: False)
+    enough: Callable[[list[float]], bool] = field(default=lambda losses: False)
 
 
 def fit(
@@ -130,7 +134,9 @@ class _Loop:
         if recipe.average:
             self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
         self.best: dict[str, Any] | None = None
-        self.step = 0
+        self.step, self.is_over = 0, False
+        self.losses: list[float] = []
+        self.recent = torch.zeros((), device=hardware.device)
 
     def follow(self, progress: Progress, watchers: Watchers, kept: nn.Module) -> None:
         """Goes on from what was saved, if anything was."""
@@ -138,10 +144,12 @@ class _Loop:
         state = progress.state_of(self.stage)
         if state is None or "step" not in state:
             return
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.is_over = state["step"], state["best"], state["is_over"]
+        self.losses, self.recent = state["losses"], state["recent"].to(self.hardware.device)
         kept.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
 
@@ -153,10 +161,10 @@ class _Loop:
                 trained = cast(nn.Module, torch.compile(trained))
             for inputs, targets in self._left():
                 self._judge_if_due()
-                told = self._one(trained, inputs, targets)
+                self._one(trained, inputs, targets)
                 self.step += 1
-                if told is not None and self.watchers.enough(told):
-                    break
+                if self.step % EVERY == 0:
+                    self.is_over = self.watchers.enough(self.losses)
                 self._save_if_due()
         self.optimizer.zero_grad(set_to_none=True)
         self._check_weights()
@@ -168,16 +176,17 @@ class _Loop:
             self.network.load_state_dict(self.best["network"])
 
     def _left(self) -> Iterator[tuple[Any, Tensor]]:
-        while self.step < self.total:
+        while self.step < self.total and not self.is_over:
             epoch, start = divmod(self.step, self.batches.per_epoch)
             for batch in self.batches.read(epoch, start):
-                if self.step == self.total:
-                    return
                 yield batch
+                if self.step == self.total or self.is_over:
+                    return
 
-    def _one(self, trained: nn.Module, inputs: Any, targets: Tensor) -> Step | None:
-        """One optimizer step; tells of it where the loss was looked at."""
-        torch.manual_seed(((self.seed * 1009 + self.stage) * 1_000_003 + self.step) % 2**63)
+    def _one(self, trained: nn.Module, inputs: Any, targets: Tensor) -> None:
+        """One optimizer step."""
+        numbers = (self.seed, self.stage, self.step, processes.rank())
+        torch.manual_seed(generator_of(*numbers).initial_seed())
         rate = self.recipe.rate_at(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -195,22 +204,25 @@ class _Loop:
         self.scaler.update()
         if self.averaged is not None:
             self.averaged.update_parameters(self.network)
-        return self._tell(loss, rate)
+        self._tell(loss, rate)
 
     def _parts(self, inputs: Any, targets: Tensor) -> list[tuple[Any, Tensor]]:
         count = self.recipe.accumulate
         return [(inputs, targets)] if count == 1 else list(zip(inputs.chunk(count), targets.chunk(count), strict=True))
 
-    def _tell(self, loss: Tensor, rate: float) -> Step | None:
-        is_last = self.step + 1 == self.total
-        if loss.device.type != "cpu" and not is_last and self.step % EVERY:
-            return None
+    def _tell(self, loss: Tensor, rate: float) -> None:
+        """Of the loss; an accelerator is not made to wait for it more often than needed."""
+        self.recent += loss
+        is_mark = (self.step + 1) % EVERY == 0
+        if not self.hardware.is_cpu and not is_mark and self.step + 1 < self.total:
+            return
         value = float(processes.summed(loss)) / processes.count()
         if not math.isfinite(value):
             raise TrainingError(f"the loss became {value} at step {self.step + 1} of {self.total}; {self._remedy}")
-        told = Step(self.step, self.total, value, rate)
-        self.watchers.on_step(told)
-        return told
+        if is_mark:
+            self.losses.append(float(processes.summed(self.recent)) / processes.count() / EVERY)
+            self.recent = torch.zeros_like(self.recent)
+        self.watchers.on_step(Step(self.step, self.total, value, rate))
 
     @property
     def _remedy(self) -> str:
@@ -237,7 +249,7 @@ class _Loop:
 
     def _save_if_due(self) -> None:
         stop = self._stopped()
-        if self.step < self.total and (stop or self.progress.is_due):
+        if stop or (self.step < self.total and self.progress.is_due):
             self._check_weights()
             self.progress.save(self.stage, self._state())
         if stop:
@@ -247,7 +259,7 @@ class _Loop:
         """Whether a signal came, to any of the processes: they look together, or they would wait for each other."""
         if processes.count() == 1:
             return interrupts.received()
-        if self.step % EVERY:
+        if self.step % EVERY and self.step < self.total and not self.is_over:
             return False
         flag = torch.tensor(float(interrupts.received()), device=self.hardware.device)
         return float(processes.summed(flag)) > 0
@@ -255,6 +267,9 @@ class _Loop:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "is_over": self.is_over,
+            "losses": self.losses,
+            "recent": self.recent,
             "network": self.kept.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

@@ -54,10 +54,12 @@ class Progress:
         found = {"settings": self.settings, "stage": stage, "seconds": self.seconds, "state": state}
         write_atomically(self.path, lambda path: torch.save(found, path), keep_as=_previous(self.path))
 
-    def discard(self) -> None:
-        if self.path is not None and is_first():
-            self.path.unlink(missing_ok=True)
-            _previous(self.path).unlink(missing_ok=True)
+    @staticmethod
+    def discard(path: Path) -> None:
+        """Removes what was saved there."""
+        if is_first():
+            path.unlink(missing_ok=True)
+            _previous(path).unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
         if self.path is None:
@@ -69,6 +71,7 @@ class Progress:
                 found = torch.load(path, map_location="cpu", weights_only=True)
             except Exception:  # a damaged zip file raises nearly anything
                 self.warning = f"{path} is damaged; going on from the state before it, if there is one"
+                path.unlink()  # or it would take the place of the good one at the next save
                 continue
             if isinstance(found, dict) and found.get("settings") == self.settings:
                 return found

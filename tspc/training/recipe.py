@@ -21,7 +21,7 @@ class Recipe:
     A step takes `batch_size` images, of all processes together, in `accumulate` parts one after the other. SGD is
     Nesterov's wherever there is momentum; weight decay does not touch vectors (biases, batch norms). `warmup` is
     the share of all steps over which the learning rate rises linearly from zero. The `step` schedule divides it by
-    ten after half and after three quarters of the steps. Gradients are clipped to the norm `clip`, if above 0. With
+    ten after half and after three quarters of the rest. Gradients are clipped to the norm `clip`, if above 0. With
     `average` above 0 the result is the exponential moving average of the weights at that decay.
 
     With `held_out` above 0 so many training images (at most a tenth of them) are never trained on; the network is
