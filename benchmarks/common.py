@@ -6,16 +6,20 @@ import argparse
 import dataclasses
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
-from torch import nn
+from torch import Tensor, nn
 
 from tspc.config import Config, read_config
 from tspc.data import Data, load_data
 from tspc.display import Display
+from tspc.hooks import outputs_of
 from tspc.pipeline import run
 from tspc.reference import untrained_reference
 from tspc.report import versions
@@ -58,6 +62,24 @@ def cifar_reference(options: argparse.Namespace) -> tuple[Config, Data, nn.Modul
     data = load_data(config.dataset, config.data_dir)
     spec = dataclasses.replace(config.network, num_classes=data.num_classes)
     return config, data, untrained_reference(config, spec, data).model
+
+
+@contextmanager
+def tuned_block(model: nn.Module, reference: nn.Module, name: str) -> Iterator[Callable[[Tensor], None]]:
+    """A step of the paper's code for one block: both whole networks forward, Adam at 1e-3, inference mode."""
+    model.eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(model.get_submodule(name).requires_grad_(True).parameters(), 1e-3)
+    with outputs_of(model, [name]) as given, outputs_of(reference, [name]) as wanted:
+
+        def step(images: Tensor) -> None:
+            with torch.no_grad():
+                reference(images)
+            model(images)
+            optimizer.zero_grad()
+            F.mse_loss(given[name], wanted[name]).backward()
+            optimizer.step()
+
+        yield step
 
 
 def machine(seed: int) -> str:

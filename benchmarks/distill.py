@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import cifar_reference, machine, parser, table
+from benchmarks.common import cifar_reference, machine, parser, table, tuned_block
 from tspc.blocks import find_blocks
 from tspc.calibration import Calibration, Samples
 from tspc.compression import tensorized
@@ -35,7 +35,6 @@ from tspc.data import Data, Feed
 from tspc.decompositions import METHODS, resolve
 from tspc.display import Display
 from tspc.files import write_json
-from tspc.hooks import outputs_of
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
 from tspc.phases.distill import distill
@@ -86,19 +85,10 @@ def original(reference: nn.Module, method: str, rate: float, data: Data, clock: 
     blocks = find_blocks(reference, list(tensorized_layers(model)))
     steps, end = 0, clock.budget / 2
     for number, name in enumerate(blocks):
-        model.eval().requires_grad_(False)
-        block = model.get_submodule(name).requires_grad_(True)
-        optimizer = torch.optim.Adam(block.parameters(), 1e-3)
         until = clock.seconds + (end - clock.seconds) / (len(blocks) - number)
-        with outputs_of(model, [name]) as given, outputs_of(reference, [name]) as wanted:
+        with tuned_block(model, reference, name) as step:
             while clock.seconds < until:
-                images, _ = read()
-                with torch.no_grad():
-                    reference(images)
-                model(images)
-                optimizer.zero_grad()
-                F.mse_loss(given[name], wanted[name]).backward()
-                optimizer.step()
+                step(read()[0])
                 steps += 1
         if number % 5 == 4:
             clock.look("distill", model)

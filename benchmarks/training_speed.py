@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import cifar_reference, machine, parser, table
+from benchmarks.common import cifar_reference, machine, parser, table, tuned_block
 from tspc.blocks import find_blocks
 from tspc.compression import compress
 from tspc.data import Data, Feed
 from tspc.decompositions import METHODS
 from tspc.display import Display
-from tspc.hooks import outputs_of
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
 from tspc.phases.distill import Distillation, distill
@@ -55,18 +54,9 @@ def whole_networks(model: nn.Module, reference: nn.Module, data: Data, steps: in
     batches = data.train_batches(Feed(BATCH, 0, CPU), 0)
     started = time.perf_counter()
     for name in blocks:
-        model.eval().requires_grad_(False)
-        block = model.get_submodule(name).requires_grad_(True)
-        optimizer = torch.optim.Adam(block.parameters(), 1e-3)
-        with outputs_of(model, [name]) as given, outputs_of(reference, [name]) as wanted:
+        with tuned_block(model, reference, name) as step:
             for _ in range(steps):
-                images, _ = next(batches)
-                with torch.no_grad():
-                    reference(images)
-                model(images)
-                optimizer.zero_grad()
-                F.mse_loss(given[name], wanted[name]).backward()
-                optimizer.step()
+                step(next(batches)[0])
     return len(blocks) * steps / (time.perf_counter() - started)
 
 

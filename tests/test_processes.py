@@ -83,6 +83,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert one["accuracy"][1] == 130, "an uneven split counts every image once"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_run_in_two_processes(tmp_path):
     # Not Adam: its steps are as long for a gradient that is but rounding.
@@ -114,6 +115,7 @@ def test_a_run_in_two_processes(tmp_path):
     launch(2, "-m", "tspc", *options, f"output_dir={tmp_path / '2'}", folder=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_sweep_in_two_processes_and_a_batch_that_they_cannot_share(tmp_path):
     options = [*TINY, "phase=pretrain", "batch_size=50", f"output_dir={tmp_path / 'o'}"]
