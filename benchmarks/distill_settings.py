@@ -26,12 +26,11 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=40, help="optimizer steps for each block")
     options = arguments.parse_args()
     rows = []
-    out = options.out
     for changes in CHANGES:
-        options.out = f"{out}/distill-{'-'.join(changes.values()) or 'default'}"
+        variant = f"variant=distill-{'-'.join(changes.values()) or 'default'}"
         given = [f"phase.distill.{k}={v}" for k, v in ({"least_gain": "0"} | changes).items()]
         common = (f"method={options.method}", f"rate={options.rate}", "phase=[decompose,distill]")
-        result = cifar_run(options, *common, *given, f"phase.distill.steps={options.steps}")
+        result = cifar_run(options, variant, *common, *given, f"phase.distill.steps={options.steps}")
         phases = result["phases"]
         named = ", ".join(f"`{k}={v}`" for k, v in changes.items()) or "default"
         rows.append([named, top1(phases["decompose"]), top1(phases["distill"]), f"{phases['distill']['seconds']:.0f}"])
