@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tspc.calibration import Calibration, Samples, moments_of
+from tspc.errors import RunError
 from tspc.models import NetworkSpec
 from tspc.moments import Moments, Positions, input_patches, output_rows
 from tspc.stash import Room, Stash
@@ -69,7 +70,9 @@ def test_a_stash_keeps_what_does_not_fit_in_files():
     values = [((torch.full((100,), float(i)),), {"scale": torch.ones(3)}) for i in range(6)]
     for value in values:
         stash.append(value)
-    folder = room.file().parent
+    extra = room.write(values[0])
+    folder = extra.parent
+    extra.unlink()
     assert len(list(folder.iterdir())) == 4, "a kilobyte holds two of six"
     assert [v[0][0][0].item() for v in stash] == [0, 1, 2, 3, 4, 5]
     stash.clear()
@@ -77,6 +80,8 @@ def test_a_stash_keeps_what_does_not_fit_in_files():
     assert room.take(1000), "room is given back"
     room.close()
     assert not folder.exists()
+    with pytest.raises(RunError, match=r"cannot keep activations in .*; free some space there, name another folder"):
+        room.write(values[0])
 
 
 class Twice(nn.Module):
