@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from tspc.data.base import (
@@ -164,14 +164,20 @@ class Streaming:
             num_workers=self.spec.workers,
             prefetch_factor=PREFETCH if self.spec.workers else None,
             pin_memory=device.type == "cuda",
+            collate_fn=_channels_last,
         )
         try:
             for images, labels in loader:
-                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-                yield images, labels.to(device, non_blocking=True)
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         except DataError as error:
             # A worker's error arrives with its traceback as the message; the last line is ours.
             raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from None
+
+
+def _channels_last(samples: list[tuple[Tensor, int]]) -> Batch:
+    """A batch in the layout of the networks; the workers make it."""
+    images, labels = default_collate(samples)
+    return images.contiguous(memory_format=torch.channels_last), labels
 
 
 def _split(indices: Tensor, batch_size: int) -> Sequence[Tensor]:
