@@ -67,8 +67,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(context, tmp_path, monkey
     assert Progress(path, "other settings").state_of(0) is None, "another run's progress is ignored"
 
 
-def test_a_damaged_state_gives_way_to_the_one_before(tmp_path):
-    path = tmp_path / "p.progress.pt"
+@pytest.mark.parametrize("name", ["p.progress.pt", "progress.pt"])
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, name):
+    path = tmp_path / name
     progress = Progress(path, "settings")
     progress.save(0, {"step": 1})
     progress.save(0, {"step": 2})
@@ -76,7 +77,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     found = Progress(path, "settings")
     assert found.state_of(0) == {"step": 1}
-    assert "p.progress.pt is damaged" in found.warning
+    assert f"{name} is damaged" in found.warning
     assert not path.exists(), "it would take the place of the good one at the next save"
     Progress.discard(path)
     assert list(tmp_path.iterdir()) == []

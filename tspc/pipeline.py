@@ -168,15 +168,12 @@ def _prepare(reference: Reference, config: Config, spec: NetworkSpec, context: C
     return {"accuracy": accuracy, "seconds": reference.seconds, "source": source}
 
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 def hardware(config: Config, device: torch.device) -> Hardware:
     """The device and the precision of training; `auto` takes bfloat16 on GPUs that have it, float32 elsewhere."""
     if config.precision == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return Hardware(device, torch.bfloat16 if has_bfloat16 else None, config.compile)
-    return Hardware(device, PRECISIONS[config.precision], config.compile)
+    return Hardware(device, None if config.precision == "float32" else getattr(torch, config.precision), config.compile)
 
 
 def pick_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions.base import double
-from tspc.decompositions.linalg import dominant_basis, mode_product, unfold
+from tspc.decompositions.linalg import dominant_basis, projected
 
 FIRST_STEP, LONGEST_STEP, GROWTH = 1.0, 1.5, 1.1
 """How far a sweep starts ahead of the last one, in units of what that one changed."""
@@ -97,12 +97,8 @@ def project(tensor: Tensor, rank: int) -> Projection:
     little would be left for R components.
     """
     sizes = [n if rank >= n else min(rank, max(NARROW, int(SHARE * n))) for n in tensor.shape]
-    core, bases = tensor, dict[int, Tensor]()
-    if math.prod(sizes) // max(sizes) >= rank:
-        for mode, (n, q) in enumerate(zip(tensor.shape, sizes, strict=True)):
-            if q < n:
-                bases[mode] = dominant_basis(unfold(core, mode), q)
-                core = mode_product(core, bases[mode].T, mode)
+    is_enough = math.prod(sizes) // max(sizes) >= rank
+    core, bases = projected(tensor, {mode: q for mode, q in enumerate(sizes) if is_enough and q < tensor.shape[mode]})
     norm2 = _square(tensor)
     return Projection(core.contiguous(), bases, _square(core) / norm2 if norm2 > 0 else 1.0)
 

@@ -6,6 +6,8 @@ span the dominant subspace, and projecting the matrix on that subspace keeps the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,18 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     product = matrix @ unfold(tensor, mode)
     rest = tensor.shape[:mode] + tensor.shape[mode + 1 :]
     return product.reshape(-1, *rest).movedim(0, mode)
+
+
+def projected(tensor: Tensor, sizes: Mapping[int, int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """The tensor in the dominant subspaces of some modes, one after the other, and their bases, n × size.
+
+    The sequentially truncated HOSVD (Vannieuwenhoven, Vandebril & Meerbergen, SIAM J. Sci. Comput. 2012).
+    """
+    bases = dict[int, Tensor]()
+    for mode, size in sizes.items():
+        bases[mode] = dominant_basis(unfold(tensor, mode), size)
+        tensor = mode_product(tensor, bases[mode].T, mode)
+    return tensor, bases
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

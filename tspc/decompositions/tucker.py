@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tspc.decompositions import oracle
 from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
-from tspc.decompositions.linalg import dominant_basis, mode_product, unfold
+from tspc.decompositions.linalg import dominant_basis, mode_product, projected, unfold
 from tspc.decompositions.svd import SVD
 
 
@@ -54,10 +54,7 @@ class TuckerFormat(TensorFormat):
         layout = [*range(half), *range(count, tensor.ndim), *range(half, count)]
         axes = [layout.index(mode) for mode in range(count)]
         tensor = tensor.permute(layout).contiguous()
-        core, bases = tensor, dict[int, Tensor]()
-        for axis in _outermost_first(axes, tensor):
-            bases[axis] = dominant_basis(unfold(core, axis), rank[axes.index(axis)])
-            core = mode_product(core, bases[axis].T, axis)
+        core, bases = projected(tensor, {axis: rank[axes.index(axis)] for axis in _outermost_first(axes, tensor)})
         total, captured = _energy(tensor), _energy(core)
         for _ in range(self.max_iterations):
             core = mode_product(_sweep(tensor, axes, bases), bases[axes[-1]].T, axes[-1])
@@ -95,13 +92,13 @@ def _sweep(tensor: Tensor, axes: list[int], bases: dict[int, Tensor]) -> Tensor:
         bases[axis] = dominant_basis(unfold(tensor, axis), bases[axis].shape[1], start=bases[axis])
         return tensor
     half = (len(axes) + 1) // 2
-    projected = tensor
+    rest = tensor
     for kept, dropped in ((axes[:half], axes[half:]), (axes[half:], axes[:half])):
-        projected = tensor
+        rest = tensor
         for axis in _outermost_first(dropped, tensor):
-            projected = mode_product(projected, bases[axis].T, axis)
-        projected = _sweep(projected, kept, bases)
-    return projected
+            rest = mode_product(rest, bases[axis].T, axis)
+        rest = _sweep(rest, kept, bases)
+    return rest
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from tspc import processes
 from tspc.data import Data, Feed
 from tspc.display import Display
-from tspc.training import Hardware, Labelled, Recipe, Step
+from tspc.training import Hardware, Recipe, Step
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,6 @@ class Context:
         """How a recipe reads the training split."""
         held_out = min(recipe.held_out, self.required_data.train_size // 10)
         return Feed(recipe.batch_size, self.seed, self.device, held_out, processes.share())
-
-    def labelled(self, recipe: Recipe) -> Labelled:
-        return Labelled(self.required_data, self.feed(recipe))
 
     def watch(self, phase: str, label: str, total: int, batch_size: int, **where: Any) -> Watch:
         """A progress bar that also notes about fifty steps of the phase, and tells the images per second."""

@@ -15,7 +15,7 @@ from tspc.errors import out_of_range
 from tspc.hooks import outputs_of
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
-from tspc.training import LossOf, Progress, Recipe, Watchers, accuracy, fit
+from tspc.training import Labelled, LossOf, Progress, Recipe, Watchers, accuracy, fit
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def finetune(
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error ÷ the target's variance over the batches of all processes."""
     target = target.float()
-    spread = (target - target.mean()).square().mean() if processes.count() == 1 else _variance(target)
-    return F.mse_loss(output.float(), target) / spread.clamp(min=1e-12)
+    return F.mse_loss(output.float(), target) / _variance(target).clamp(min=1e-12)
 
 
 def _variance(tensor: Tensor) -> Tensor:
@@ -101,7 +100,8 @@ def _answer_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
 
 def _train(model: nn.Module, recipe: Recipe, context: Context, progress: Progress, phase: str, loss_of: LossOf) -> None:
     model.train().requires_grad_(True)
-    data, feed, batches = context.required_data, context.feed(recipe), context.labelled(recipe)
+    data, feed = context.required_data, context.feed(recipe)
+    batches = Labelled(data, feed)
 
     def judge(network: nn.Module) -> float:
         held_out = data.held_out_batches(feed.held_out, 250, context.device, feed.share)

@@ -79,4 +79,4 @@ class Progress:
 
 
 def _previous(path: Path) -> Path:
-    return path.with_name(path.name.replace(".progress", ".previous.progress"))
+    return path.with_name(f"previous.{path.name}")
