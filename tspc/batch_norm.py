@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from tspc.calibration import Samples
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+JUDGES = 128
+"""Images by whose answers the better statistics are chosen."""
 
 
 def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> None:
@@ -20,9 +24,13 @@ def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> No
     if choice == "keep" or not norms or len(next(iter(samples))) < 2:
         return
     before = {id(norm): {k: v.clone() for k, v in norm.state_dict().items()} for norm in norms}
-    distance = _distance(model, reference, samples) if choice == "auto" else None
+    if choice == "recalibrate":
+        _measure_(model, norms, samples)
+        return
+    wanted = _answers(reference, samples)
+    distance = _distance(model, wanted, samples)
     _measure_(model, norms, samples)
-    if distance is not None and not _distance(model, reference, samples) < distance:
+    if not _distance(model, wanted, samples) < distance:
         for norm in norms:
             norm.load_state_dict(before[id(norm)])
 
@@ -45,12 +53,20 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
 
 
 @torch.no_grad()
-def _distance(model: nn.Module, reference: nn.Module, samples: Samples) -> float:
-    """Squared distance of the networks' answers, summed over the images; 0 if they cannot be compared."""
-    total = 0.0
+def _answers(model: nn.Module, samples: Samples) -> list[Any]:
+    """The network's answers to at least JUDGES images, where there are as many; batch by batch."""
+    answers, count = [], 0
     for images in samples:
-        answer, wanted = model(images), reference(images)
-        if not isinstance(answer, Tensor):
-            return 0.0
-        total += float((answer - wanted).square().sum())
-    return total
+        if count >= JUDGES:
+            break
+        answers.append(model(images))
+        count += len(images)
+    return answers
+
+
+def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:
+    """Squared distance of the network's answers from those wanted, summed over the images; 0 if it is not known."""
+    if not all(isinstance(answer, Tensor) for answer in wanted):
+        return 0.0
+    pairs = zip(_answers(model, samples), wanted, strict=True)
+    return sum(float((answer - target).square().sum()) for answer, target in pairs)

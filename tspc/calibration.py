@@ -197,8 +197,9 @@ def moments_of(
         for segment in trace.segments:
             walker.advance()
             inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
-            for group in _groups(model, inside, samples.settings.memory):
-                found = _gather(walker, group, samples)
+            groups = list(_groups(model, inside, samples.settings.memory))
+            for group in groups:
+                found = _gather(walker, group, samples, for_the_last_time=group is groups[-1])
                 for name in group:
                     yield name, found.pop(name)  # given away, so that its memory can be freed
     finally:
@@ -220,7 +221,7 @@ def _groups(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[lis
         yield group
 
 
-def _gather(walker: Walker, layers: Collection[str], samples: Samples) -> dict[str, Moments]:
+def _gather(walker: Walker, layers: Collection[str], samples: Samples, for_the_last_time: bool) -> dict[str, Moments]:
     moments: dict[str, Moments] = {}
 
     def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
@@ -228,27 +229,41 @@ def _gather(walker: Walker, layers: Collection[str], samples: Samples) -> dict[s
         x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))[0]
         moments.setdefault(name, Moments(x.shape[1], None, x.device)).add(x)
 
-    for _ in walker.inputs_of(layers, see):
+    for _ in walker.inputs_of(layers, see, for_the_last_time):
         pass
     return moments
 
 
-def moments_of_pair(reference: Walker, small: Walker, name: str, samples: Samples) -> Moments:
-    """Moments of a layer's inputs in the compressed network with the reference's outputs as targets."""
-    layer = cast(DenseLayer, reference.model.get_submodule(name))
+def targets_of(reference: Walker, layers: Collection[str], samples: Samples) -> dict[str, Stash]:
+    """The rows that each layer answers in the reference, a value for every call."""
+    targets = {name: Stash(samples.room) for name in layers}
+
+    def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
+        layer = cast(DenseLayer, reference.model.get_submodule(name))
+        rows = output_rows(layer, outputs, _positions(layer, name, batch, outputs, samples))
+        targets[name].append(rows.clone())  # a later operation may change the output in place
+
+    for _ in reference.inputs_of(layers, see, for_the_last_time=True):
+        pass
+    return targets
+
+
+def moments_towards(targets: Stash, small: Walker, name: str, samples: Samples) -> Moments:
+    """Moments of a layer's inputs in the compressed network, with the reference's rows as targets.
+
+    The layer in `small` is still the reference's own.
+    """
+    layer = cast(DenseLayer, small.model.get_submodule(name))
     moments: list[Moments] = []
-    targets: list[Tensor] = []
+    wanted = iter(targets)
 
-    def see_target(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        targets.append(output_rows(layer, outputs, _positions(layer, name, batch, outputs, samples)))
-
-    def see_input(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
+    def see(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
         x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))[0]
         if not moments:
             moments.append(Moments(x.shape[1], len(layer.weight), x.device))
-        moments[0].add(x, targets.pop(0))
+        moments[0].add(x, next(wanted))
 
-    for _ in zip(reference.inputs_of([name], see_target), small.inputs_of([name], see_input), strict=True):
+    for _ in small.inputs_of([name], see):
         pass
     return moments[0]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.batch_norm import recalibrate_
-from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of, moments_of_pair
+from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of, moments_towards, targets_of
 from tspc.decompositions import Method, Metric, check_finite, double
 from tspc.errors import DecompositionError
 from tspc.hooks import evaluating
@@ -167,9 +167,11 @@ def _moments(
         for segment in trace.segments:
             reference.advance()
             small.advance()
-            for name in segment.layers:
-                if name in layers and is_narrow(model.get_submodule(name)):
-                    yield name, moments_of_pair(reference, small, name, samples)
+            inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
+            targets = targets_of(reference, inside, samples) if inside else {}
+            for name in inside:
+                yield name, moments_towards(targets[name], small, name, samples)
+                targets.pop(name).clear()
     finally:
         reference.close()
         small.close()

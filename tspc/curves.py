@@ -20,7 +20,7 @@ from tspc.layers import DenseLayer
 from tspc.parallel import side_by_side
 from tspc.plans import LayerPlan
 
-SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
+SHARES = (0.03, 0.08, 0.2, 0.5)
 """Sizes, relative to the dense kernel, at which a curve is sampled, beside the smallest rank."""
 WIDE = 1024
 """Inputs from which on the points of a curve are measured one after the other: each takes the memory of several

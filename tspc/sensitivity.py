@@ -14,8 +14,9 @@ from tspc.layers import DenseLayer
 from tspc.moments import rows_of
 
 IMAGES = 128
-"""Images of which the gradients are taken, in batches of `BATCH`: they need the memory of training."""
-BATCH = 4
+"""Images of which the gradients are taken."""
+AT_ONCE = 640_000
+"""Numbers in the images whose gradients are taken at once, at least one image: they need the memory of training."""
 PROBES = 2
 SHRINKAGE = 1e-2
 """Least share of the mean added to all outputs alike."""
@@ -66,7 +67,7 @@ def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
     for batch in batches:
         if not batch.is_floating_point():
             return images
-        for part in batch.split(BATCH):
+        for part in batch.split(max(1, AT_ONCE // batch[0].numel())):
             with torch.enable_grad():
                 inputs = part.detach().clone().requires_grad_()
                 answer = model(inputs)

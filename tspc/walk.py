@@ -222,13 +222,17 @@ class Walker:
         return found[0]
 
     @torch.no_grad()
-    def inputs_of(self, layers: Collection[str], see: Callable[[str, int, Tensor, Tensor], None]) -> Iterator[None]:
+    def inputs_of(
+        self, layers: Collection[str], see: Callable[[str, int, Tensor, Tensor], None], for_the_last_time: bool = False
+    ) -> Iterator[None]:
         """Runs the segment batch by batch, and calls `see(layer, batch, input, output)` for the named layers.
 
-        Yields after every batch, so that two walkers can go side by side.
+        Yields after every batch. `for_the_last_time` says that no layer of the segment will change any more: what it
+        answers is then kept for the way on, instead of being computed again.
         """
         module = self.model.get_submodule(self.segment.module)
         expected = sum(self._trace.calls[name] for name in layers)
+        keeps = for_the_last_time and self._is_followed
         for number, (given, named) in enumerate(self._copies()):
             seen = 0
 
@@ -237,11 +241,21 @@ class Walker:
                     nonlocal seen
                     see(name, batch, args[0], output)
                     seen += 1
-                    if seen == expected:
+                    if seen == expected and not keeps:
                         raise Reached
 
                 return on_call
 
             handles = [self.model.get_submodule(n).register_forward_hook(hook(n, number)) for n in layers]
-            run_until_reached(module, handles, *given, **named)
+            if keeps:
+                with hooked(handles):
+                    self._next.append(((module(*given, **named),), {}))
+            else:
+                run_until_reached(module, handles, *given, **named)
             yield
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether the next segment takes just what this one answers."""
+        following = self._trace.segments[self._position + 1 : self._position + 2]
+        return any(segment.follows for segment in following)

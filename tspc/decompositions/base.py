@@ -45,6 +45,11 @@ class Axes:
     inputs: dict[str, int]
     factors: tuple[tuple[tuple[str, ...], ...], ...]
 
+    @property
+    def modes(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """The kernel's modes, whatever the factors."""
+        return tuple(self.outputs.items()), tuple(self.inputs.items())
+
 
 def double(tensor: Tensor) -> Tensor:
     """In float64; on the CPU if the tensor's device has no such numbers."""

@@ -16,19 +16,19 @@ For a matrix the whitened truncated SVD is already the optimum, and nothing is r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tspc.decompositions.base import Decomposition, Rank
+    from tspc.decompositions.base import Axes, Decomposition, Rank
 
 ROOT_FLOOR = 1e-6
 """Least eigenvalue of a mode's covariance, as a share of their mean: what lies below counts as never seen."""
-INNER = 15
+INNER = 10
 """Most conjugate gradient steps in each Levenberg-Marquardt step."""
 FULL, SKETCH = (12, 5e11), (2, 5e10)
 """Most Levenberg-Marquardt steps, and the multiplications by the metric that they may take together."""
@@ -48,11 +48,29 @@ class Metric:
     inputs: Tensor
     outputs: Tensor | None = None
     is_sketch: bool = False
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def roots(self, axes: Axes) -> Roots:
+        """What whitens the modes of a kernel; made once for all methods that see the same modes."""
+        return self._once(("roots", *axes.modes), lambda: Roots(axes, self))
+
+    def whitened(self, axes: Axes) -> Metric:
+        """The same norm for kernels whose modes are whitened; made once, too."""
+        return self._once(("whitened", *axes.modes), lambda: self.roots(axes).whitened(self))
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def apply(self, difference: Tensor) -> Tensor:
         """G D Σ: half the gradient of the squared norm."""
         product = difference @ self.inputs
         return product if self.outputs is None else self.outputs @ product
+
+    def single(self) -> Metric:
+        """The same norm in float32."""
+        return Metric(self.inputs.float(), None if self.outputs is None else self.outputs.float())
 
     def squared(self, difference: Tensor) -> float:
         """‖D‖²."""
@@ -75,61 +93,62 @@ def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> li
         return metric.squared(matrix - method._contract(tensors, shape).flatten(1))
 
     shape = tuple(weight.shape)
-    roots = _Roots(method, weight, metric)
-    start = list(method._fit(roots.whiten(weight), rank))
-    candidates = [roots.unwhiten_factors(start)]
+    axes = method.axes(shape)
+    roots = metric.roots(axes)
+    target = roots.whiten(weight)
+    start = list(method._fit(target, rank))
+    candidates = [roots.unwhiten_factors(start, axes)]
     if not metric.is_sketch:
         plain = list(method._fit(weight, rank))
         if error(plain) < error(candidates[0]):
-            start = roots.whiten_factors(plain)
+            start = roots.whiten_factors(plain, axes)
         candidates.append(plain)
     if not method.is_matrix_factorisation(shape):
-        candidates.append(roots.unwhiten_factors(_refined(method, weight, metric, roots, start)))
+        contract = lambda tensors: method._contract(tensors, shape).flatten(1)  # noqa: E731
+        refined = refine(contract, start, target.flatten(1), metric.whitened(axes), metric.steps(len(weight)))
+        candidates.append(roots.unwhiten_factors(refined, axes))
     return min(candidates, key=error)
 
 
 def whitened(method: Decomposition, weight: Tensor, metric: Metric) -> Tensor:
     """The kernel with its modes multiplied by the roots of their covariances, as it is decomposed."""
-    return _Roots(method, weight, metric).whiten(weight)
+    return metric.roots(method.axes(tuple(weight.shape))).whiten(weight)
 
 
-class _Roots:
+class Roots:
     """The roots of the modes' marginal covariances, and their inverses."""
 
-    def __init__(self, method: Decomposition, weight: Tensor, metric: Metric) -> None:
-        self.axes = method.axes(tuple(weight.shape))
-        self.sizes = self.axes.outputs | self.axes.inputs
-        marginals = _marginals(metric.inputs, self.axes.inputs)
+    def __init__(self, axes: Axes, metric: Metric) -> None:
+        self._outputs, self._inputs = tuple(axes.outputs), tuple(axes.inputs)
+        self._sizes = axes.outputs | axes.inputs
+        marginals = _marginals(metric.inputs, axes.inputs)
         if metric.outputs is not None:
-            marginals |= _marginals(metric.outputs, self.axes.outputs)
+            marginals |= _marginals(metric.outputs, axes.outputs)
         pairs = {mode: _root(matrix) for mode, matrix in marginals.items()}
         self._root = {mode: root for mode, (root, _) in pairs.items()}
         self._inverse = {mode: inverse for mode, (_, inverse) in pairs.items()}
 
-    def whiten(self, weight: Tensor) -> Tensor:
-        return self._on_kernel(weight, self._root)
-
-    def whiten_factors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self._on_factors(tensors, self._root)
-
-    def unwhiten_factors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self._on_factors(tensors, self._inverse)
-
-    def _on_kernel(self, weight: Tensor, matrices: Mapping[str, Tensor]) -> Tensor:
-        flat = _multiply(weight.flatten(1), (tuple(self.axes.outputs), tuple(self.axes.inputs)), self.sizes, matrices)
-        return flat.reshape(weight.shape)
-
-    def _on_factors(self, tensors: Sequence[Tensor], matrices: Mapping[str, Tensor]) -> list[Tensor]:
-        return [_multiply(t, modes, self.sizes, matrices) for t, modes in zip(tensors, self.axes.factors, strict=True)]
-
     def whitened(self, metric: Metric) -> Metric:
         """The same norm for whitened kernels."""
-        inputs, outputs = tuple(self.axes.inputs), tuple(self.axes.outputs)
-        inner = _multiply(metric.inputs, (inputs, inputs), self.sizes, self._inverse)
         outer = metric.outputs
-        if outer is not None:
-            outer = _multiply(outer, (outputs, outputs), self.sizes, self._inverse)
-        return replace(metric, inputs=inner, outputs=outer)
+        inner = self._on_matrix(metric.inputs, self._inputs)
+        return Metric(inner, None if outer is None else self._on_matrix(outer, self._outputs))
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        flat = _multiply(weight.flatten(1), (self._outputs, self._inputs), self._sizes, self._root)
+        return flat.reshape(weight.shape)
+
+    def whiten_factors(self, tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        return self._on_factors(tensors, axes, self._root)
+
+    def unwhiten_factors(self, tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        return self._on_factors(tensors, axes, self._inverse)
+
+    def _on_factors(self, tensors: Sequence[Tensor], axes: Axes, matrices: Mapping[str, Tensor]) -> list[Tensor]:
+        return [_multiply(t, modes, self._sizes, matrices) for t, modes in zip(tensors, axes.factors, strict=True)]
+
+    def _on_matrix(self, matrix: Tensor, modes: tuple[str, ...]) -> Tensor:
+        return _multiply(matrix, (modes, modes), self._sizes, self._inverse)
 
 
 def _multiply(
@@ -167,13 +186,6 @@ def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
-def _refined(method: Decomposition, weight: Tensor, metric: Metric, roots: _Roots, start: list[Tensor]) -> list[Tensor]:
-    shape = tuple(weight.shape)
-    target = roots.whiten(weight).flatten(1)
-    contract = lambda tensors: method._contract(tensors, shape).flatten(1)  # noqa: E731
-    return refine(contract, start, target, roots.whitened(metric), metric.steps(len(weight)))
-
-
 def refine(
     contract: Callable[[Sequence[Tensor]], Tensor],
     start: Sequence[Tensor],
@@ -185,20 +197,18 @@ def refine(
 
     Levenberg-Marquardt: every step solves (JᵀMJ + μI)p = JᵀM(target − contract) by conjugate gradients; the damping μ,
     which also holds the scales of the factors in place, falls after a success and rises after a failure.
-    The result is never worse than the start.
+    The result is never worse than the start. Steps are found in float32, which is enough for a direction, and judged
+    in the tensors' own precision.
     """
     tensors = [t.detach().clone() for t in start]
     rest = target - contract(tensors)
     pulled = metric.apply(rest)
     loss = float((pulled * rest).sum())
     damping, scale = 1e-3, None
+    narrow = metric.single()
     for _ in range(steps):
-        with torch.enable_grad():
-            leaves = [t.requires_grad_() for t in tensors]
-            value = contract(leaves)
-        tensors = [t.detach() for t in leaves]
-        normal = _Normal(contract, tensors, leaves, value, metric)
-        gradient = normal.transposed(pulled)
+        normal = _Normal(contract, [t.float() for t in tensors], narrow)
+        gradient = normal.transposed(pulled.float())
         scale = normal.mean_diagonal() if scale is None else scale
         step = _conjugate_gradients(normal, gradient, damping * scale)
         if step is None:
@@ -220,16 +230,11 @@ def refine(
 class _Normal:
     """The Gauss-Newton matrix JᵀMJ of the contraction at some tensors, as an operator."""
 
-    def __init__(
-        self,
-        contract: Callable[[Sequence[Tensor]], Tensor],
-        tensors: list[Tensor],
-        leaves: list[Tensor],
-        value: Tensor,
-        metric: Metric,
-    ) -> None:
-        self._contract, self._tensors, self._leaves, self._value = contract, tensors, leaves, value
-        self._metric = metric
+    def __init__(self, contract: Callable[[Sequence[Tensor]], Tensor], tensors: list[Tensor], metric: Metric) -> None:
+        with torch.enable_grad():
+            self._leaves = [t.detach().requires_grad_() for t in tensors]
+            self._value = contract(self._leaves)
+        self._contract, self._tensors, self._metric = contract, tensors, metric
 
     def transposed(self, cotangent: Tensor) -> list[Tensor]:
         """Jᵀ times a difference of kernels."""
