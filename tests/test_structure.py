@@ -17,6 +17,8 @@ LAYERS = [
     ["errors", "launch"],
     ["files", "hooks", "interrupts", "parallel", "processes", "trackers"],
     ["sweep", "display", "decompositions", "models", "data", "blocks"],
+    ["links"],
+    ["dense"],
     ["layers", "training", "plans", "stash"],
     ["moments", "selection", "spectra", "walk"],
     ["sensitivity"],

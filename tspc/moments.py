@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspc.decompositions import Metric, double
-from tspc.layers import DenseLayer, explicit_padding
+from tspc.dense import DenseLayer, explicit_padding
 
 ROWS = 8
 """Rows for each input from which on second moments are trusted as they are."""
