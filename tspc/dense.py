@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,14 +20,17 @@ AXES = {"conv1d": "w", "conv2d": "hw"}
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """"linear", "transposed" (linear), "conv1d", "conv2d"; None for anything else, subclasses included."""
+    """ "linear", "transposed" (linear), "conv1d", "conv2d"; None for anything else, subclasses included."""
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2:
         return "transposed"
     return {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}.get(type(module))  # type: ignore[call-overload]
 
 
 def as_kernel(weight: Tensor, kind: str | None) -> Tensor:
-    """A layer's weight as a kernel: (T, S) of a dense layer, (T, S of one group, H, W) of a convolution, H = 1 in 1-d."""
+    """A layer's weight as a kernel: (T, S) of a dense layer, (T, S of one group, H, W) of a convolution.
+
+    H = 1 in a 1-d convolution.
+    """
     if kind == "transposed":
         return weight.T
     return weight.unsqueeze(2) if kind == "conv1d" else weight
@@ -92,6 +96,24 @@ class Form:
         if not self.is_convolution:
             return kernel.flatten(1)
         return kernel.squeeze(2) if self.kind == "conv1d" else kernel
+
+    def module(self, stage: Stage, bias: bool, **like: Any) -> nn.Conv1d | nn.Conv2d | nn.Linear:
+        """The ordinary layer that does what `run` does, with arbitrary weights; `like` is their device and dtype."""
+        if not self.is_convolution:
+            return nn.Linear(stage.channels, stage.shape[0], bias=bias, **like)
+        kind: Any = nn.Conv1d if self.kind == "conv1d" else nn.Conv2d
+        return kind(
+            stage.channels,
+            stage.shape[0],
+            stage.shape[3:] if self.kind == "conv1d" else stage.shape[2:],
+            stride=self.along(stage.covered, self.stride, 1),
+            padding=self.padding_along(stage.covered),
+            dilation=self.along(stage.covered, self.dilation, 1),
+            groups=stage.groups,
+            bias=bias,
+            padding_mode=self.padding_mode if stage.covered else "zeros",
+            **like,
+        )
 
     def run(self, stage: Stage, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         """One convolution of a path, which strides, pads and dilates along the axes that it covers and no other.

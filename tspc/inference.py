@@ -49,27 +49,12 @@ def plain(layer: TensorizedLayer) -> nn.Module:
     layer = copy.deepcopy(layer).eval()
     if isinstance(layer, Chain) and layer.runs_factors:
         return nn.Sequential(*layer)
-    form, modules = layer.form, []
     with torch.no_grad():
         kernels = layer.kernels()
+    modules: list[nn.Module] = []
     for i, (stage, kernel) in enumerate(zip(layer.stages, kernels, strict=True)):
         bias = cast("Tensor | None", layer.bias) if i == len(kernels) - 1 else None
-        like = {"device": kernel.device, "dtype": kernel.dtype, "bias": bias is not None}
-        if form.is_convolution:
-            kind = nn.Conv1d if form.kind == "conv1d" else nn.Conv2d
-            module: nn.Module = kind(
-                stage.channels,
-                stage.shape[0],
-                tuple(kernel.shape[2:]),  # type: ignore[arg-type]
-                form.along(stage.covered, form.stride, 1),  # type: ignore[arg-type]
-                form.padding_along(stage.covered),  # type: ignore[arg-type]
-                form.along(stage.covered, form.dilation, 1),  # type: ignore[arg-type]
-                stage.groups,
-                padding_mode=form.padding_mode if stage.covered else "zeros",
-                **like,
-            )
-        else:
-            module = nn.Linear(stage.channels, stage.shape[0], **like)
+        module = layer.form.module(stage, bias is not None, device=kernel.device, dtype=kernel.dtype)
         module.weight = nn.Parameter(kernel.clone())
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone())

@@ -24,6 +24,7 @@ from tspc.decompositions import Decomposition, Factors, Metric, Rank, Shape
 from tspc.dense import DenseLayer, Form, as_weight, kernel_of, kernel_shape
 from tspc.links import CHAIN, REBUILT, Stage, contracted, paths_of, stages_of
 
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
@@ -85,11 +86,11 @@ class TensorizedLayer(nn.Module):
     def kernels(self) -> tuple[Tensor, ...]:
         """Those of the path's stages: kept ones where no gradient is asked for, else contracted from the factors."""
         if self.training or (self._needs_gradient() and not _is_exporting()):
-            if self._kept is not None and not torch.jit.is_tracing():
+            if self._kept is not None and not _is_tracing():
                 self._kept = None  # a step may follow, which compiled code would not notice
             return self._contract()
         # Compiled code goes by what the modes and the loading of weights leave it.
-        if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and self._kept_of != self._versions():
+        if not torch.compiler.is_compiling() and not _is_tracing() and self._kept_of != self._versions():
             self._keep()
         return self._contract() if self._kept is None else self._kept
 
@@ -111,7 +112,9 @@ class TensorizedLayer(nn.Module):
         return self
 
     def _contract(self) -> tuple[Tensor, ...]:
-        found = contracted(self.decomposition, self.factors(), self._path)
+        # A kernel's entries are sums of products of several factors: autocast would round each of them.
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            found = contracted(self.decomposition, self.factors(), self._path)
         return tuple(self.form.ready(kernel) for kernel in found)
 
     def _keep(self) -> None:
@@ -120,8 +123,8 @@ class TensorizedLayer(nn.Module):
         tensors = list(self.parameters())
         if self.training or self.runs_factors or not tensors or tensors[0].is_meta:
             return
-        # What is kept may later be used outside inference mode, or at full precision.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        # What is kept may later be used outside inference mode.
+        with torch.inference_mode(False), torch.no_grad():
             versions = self._versions()
             if versions is not None:
                 self._kept, self._kept_of = tuple(kernel.detach() for kernel in self._contract()), versions
@@ -147,9 +150,7 @@ def _after_loading(layer: TensorizedLayer, *_: Any) -> None:
 class Chain(TensorizedLayer, nn.Sequential):
     """Convolutions (or dense layers) in sequence, or merged ones in their stead; the last one carries the bias."""
 
-    def __init__(
-        self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None
-    ) -> None:
+    def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> None:
         nn.Sequential.__init__(self, *_chain_links(layer, decomposition, rank))
         self._prepare(layer, decomposition, rank, path)
 
@@ -157,8 +158,8 @@ class Chain(TensorizedLayer, nn.Sequential):
     def runs_factors(self) -> bool:
         return self._path == CHAIN
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.Sequential.forward(self, x) if self._path == CHAIN else TensorizedLayer.forward(self, x)
+    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return nn.Sequential.forward(self, input) if self._path == CHAIN else TensorizedLayer.forward(self, input)
 
     def factor_tensors(self) -> list[Tensor]:
         weights = [cast(Tensor, link.weight) for link in self]
@@ -172,30 +173,10 @@ class Chain(TensorizedLayer, nn.Sequential):
 def _chain_links(layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> list[nn.Module]:
     """Modules whose weights are the factors; see `Form.run` for why they give the layer's output."""
     form, shape = Form.of(layer), kernel_shape(layer)
-    has_bias = layer.bias is not None
-    links: list[nn.Module] = []
     stages = stages_of(decomposition, shape, rank, CHAIN)
-    for i, stage in enumerate(stages):
-        bias = has_bias and i == len(stages) - 1
-        if not form.is_convolution:
-            links.append(nn.Linear(stage.channels, stage.shape[0], bias=bias, **_like(layer)))
-            continue
-        kind = nn.Conv1d if form.kind == "conv1d" else nn.Conv2d
-        links.append(
-            kind(
-                stage.channels,
-                stage.shape[0],
-                stage.shape[3:] if form.kind == "conv1d" else stage.shape[2:],  # type: ignore[arg-type]
-                stride=form.along(stage.covered, form.stride, 1),  # type: ignore[arg-type]
-                padding=form.padding_along(stage.covered),  # type: ignore[arg-type]
-                dilation=form.along(stage.covered, form.dilation, 1),  # type: ignore[arg-type]
-                groups=stage.groups,
-                bias=bias,
-                padding_mode=form.padding_mode if stage.covered else "zeros",
-                **_like(layer),
-            )
-        )
-    return links
+    last = len(stages) - 1
+    has_bias = layer.bias is not None
+    return [form.module(stage, has_bias and i == last, **_like(layer)) for i, stage in enumerate(stages)]
 
 
 class Contracted(TensorizedLayer):
@@ -203,9 +184,7 @@ class Contracted(TensorizedLayer):
 
     bias: nn.Parameter | None
 
-    def __init__(
-        self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None
-    ) -> None:
+    def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> None:
         super().__init__()
         shape = kernel_shape(layer)
         self._factor_shapes = decomposition.factor_shapes(shape, rank)
@@ -234,9 +213,7 @@ def default_path(layer: nn.Module, decomposition: Decomposition) -> str:
     return CHAIN if is_chain(layer, decomposition) else REBUILT
 
 
-def untrained(
-    layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None
-) -> TensorizedLayer:
+def untrained(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> TensorizedLayer:
     """The tensorized form of `layer` with factors of the right shapes and arbitrary values.
 
     Raises ConfigError for a path that it does not have.

@@ -37,7 +37,9 @@ def groupings(count: int) -> list[str]:
     """All ways to merge neighbours in a chain of so many links, as names of paths; the whole chain first."""
     found = []
     for cuts in range(2 ** (count - 1) - 1, -1, -1):
-        name = "".join(f"{i + 1}" + ("|" if i < count - 1 and cuts >> (count - 2 - i) & 1 else "") for i in range(count))
+        name = "".join(
+            f"{i + 1}" + ("|" if i < count - 1 and cuts >> (count - 2 - i) & 1 else "") for i in range(count)
+        )
         found.append(_shortened(name, count))
     return found
 

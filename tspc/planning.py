@@ -88,7 +88,9 @@ def plan(
     if curves is None and needs_curves(sketch.method, allocation, target_error):
         curves = error_curves(model, sketch.chosen, sketch.method, samples, on_layer=on_layer)
     candidates = [_candidate(layer, sketch.method, curves, rank_multiple) for layer in sketch.chosen]
-    weights = dict(zip((layer.name for layer in sketch.chosen), _weights(model, sketch.chosen, rate_decay), strict=True))
+    weights = dict(
+        zip((layer.name for layer in sketch.chosen), _weights(model, sketch.chosen, rate_decay), strict=True)
+    )
     costs = Costs(paths, objective, _sizes(model, sketch.chosen, samples, example))
 
     def share_out(those: Sequence[Candidate], budget: int) -> list[LayerPlan]:

@@ -17,7 +17,6 @@ from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
 
 
-@lru_cache(maxsize=4096)
 def balanced_factors(number: int, count: int) -> Shape:
     """`number` as a product of `count` integers, ascending, with the smallest possible sum.
 
@@ -30,6 +29,9 @@ def balanced_factors(number: int, count: int) -> Shape:
         tuple(sorted((d, *balanced_factors(number // d, count - 1)))) for d in range(1, root + 1) if number % d == 0
     ]
     return min(options, key=sum)
+
+
+_remembered = lru_cache(maxsize=4096)(balanced_factors)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Reshaped(Decomposition):
     def _channels(self, shape: Shape) -> tuple[Shape, Shape]:
         """Splits of S and of T; opposite orders, so that the products S_l·T_l come out even."""
         t, s, *_ = kernel_dims(shape)
-        return balanced_factors(s, self.order), balanced_factors(t, self.order)[::-1]
+        # torch.compile looks into the function anyway, and would warn of the cache.
+        split = balanced_factors if torch.compiler.is_compiling() else _remembered
+        return split(s, self.order), split(t, self.order)[::-1]
 
     def _dims(self, shape: Shape) -> tuple[Shape, bool]:
         """Modes of the reshaped kernel, and whether the last one holds the kernel positions."""

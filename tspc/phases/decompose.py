@@ -65,7 +65,16 @@ class PlanRequest:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings as plain data, without the selection, which belongs to its phase."""
-        plain = ("rate", "rate_decay", "rate_scope", "target_error", "allocation", "rank_multiple", "paths", "objective")
+        plain = (
+            "rate",
+            "rate_decay",
+            "rate_scope",
+            "target_error",
+            "allocation",
+            "rank_multiple",
+            "paths",
+            "objective",
+        )
         return {"method": self.method.to_dict()} | {name: getattr(self, name) for name in plain}
 
     def outline(self, model: nn.Module) -> Outline:
