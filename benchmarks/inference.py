@@ -7,7 +7,7 @@ Networks and factors are random, for only speed counts here: every layer has the
 its ranks in multiples of `--rank-multiple` (reshaped methods: of a fourth of it), its path by the cost model. Batch
 norms are folded, in the dense network too; tensorly-torch's layers (`tltorch-cp`, `-tucker`, `-tt`, with their own
 ranks for the same rate) keep them. Runtimes: `eager`, `channels_last`, `compile` (channels last), `onnx` (ONNX
-Runtime). Each time is the median of several runs, taken again while other processes use the machine.
+Runtime). Each time is the median of several runs; the least of `--tries` such medians while others use the machine.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 """The network, its batch size and its image size."""
 TLTORCH = {"tltorch-cp": "cp", "tltorch-tucker": "tucker", "tltorch-tt": "tt"}
 ALL = ("dense", "svd", "cp", "tk", "tt", "rcp", "rtk", "rtt", *TLTORCH)
-RUNS, TRIES = 7, 12
+RUNS = 7
 FOREIGN = 0.1
 """Cores that other processes may use during a measurement."""
 
@@ -140,11 +140,13 @@ def busy() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Median of RUNS, of the attempt least disturbed by other processes."""
+def seconds(run: Callable[[], Any], tries: int) -> float:
+    """Median of RUNS; the least of several where other processes used the machine meanwhile."""
     run()
-    best = (float("inf"), 0.0)
-    for attempt in range(TRIES):
+    best = float("inf")
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(1)
         run()
         taken: list[float] = []
         before, own, started = busy(), time.process_time(), time.perf_counter()
@@ -153,13 +155,10 @@ def seconds(run: Callable[[], Any]) -> float:
             run()
             taken.append(time.perf_counter() - begun)
         foreign = (busy() - before - (time.process_time() - own)) / (time.perf_counter() - started)
-        best = min(best, (foreign, statistics.median(taken)))
-        if foreign < FOREIGN or attempt == TRIES - 1:
+        best = min(best, statistics.median(taken))
+        if foreign < FOREIGN:
             break
-        time.sleep(2)
-    if best[0] >= FOREIGN:
-        print(f"  disturbed: others used {best[0]:.2f} cores", file=sys.stderr)
-    return best[1]
+    return best
 
 
 def network(method: str, options: argparse.Namespace, images: Tensor) -> tuple[nn.Module, str]:
@@ -188,6 +187,7 @@ def main() -> None:
     arguments.add_argument("--objective", default="parameters")
     arguments.add_argument("--paths", default="model")
     arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--tries", type=int, default=3)
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
@@ -202,7 +202,8 @@ def main() -> None:
             found: dict[str, float] = {}
             for runtime in runtimes:
                 try:
-                    found[runtime] = seconds(runner(model, images, runtime, options.threads))
+                    run = runner(model, images, runtime, options.threads)
+                    found[runtime] = seconds(run, options.tries)
                 except Exception as error:  # what a library cannot do is part of the table
                     print(f"  {method} in {runtime}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         dense = dense or found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import tspc
+from tests.conftest import TINY
 from tests.nets import Net, a_layer, images, small_net
 from tspc.decompositions import METHODS
 from tspc.errors import ConfigError, DataError
@@ -84,6 +87,7 @@ def test_the_path_is_planned_and_saved(name, tmp_path):
     assert all(row.path is not None for row in made.tensorized)
     assert Plan.from_dict(made.to_dict()) == made
     assert f", {made.tensorized[0].path}," in str(made)
+    assert sum(made.paths.values()) == len(made.tensorized)
     small = Net().eval()
     tspc.apply_(small, made)
     layers = tensorized_layers(small)
@@ -139,3 +143,15 @@ def test_a_batch_norm_of_a_tensor_with_other_uses_is_kept():
     folded = tspc.fold_batch_norms(model, images())
     assert isinstance(folded.norm0, nn.BatchNorm2d)
     torch.testing.assert_close(folded(images()), model(images()))
+
+
+def test_a_run_keeps_its_paths(cli, tmp_path):
+    code, _, err = cli(
+        *TINY, "phase=decompose", "method=tk", "rate=0.5", "objective=latency", "paths=measure", "pretrained=random"
+    )
+    assert (code, err) == (0, "")
+    run = tmp_path / "outputs/synthetic/resnet8/tk-0.5/seed0"
+    result = json.loads((run / "result.json").read_text())
+    loaded = tensorized_layers(tspc.load(run / "model.safetensors"))
+    assert result["objective"] == "latency"
+    assert result["paths"] == dict(Counter(layer.path for layer in loaded.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,11 @@ class Plan:
     @property
     def tensorized(self) -> tuple[LayerPlan, ...]:
         return tuple(layer for layer in self.layers if layer.method is not None)
+
+    @property
+    def paths(self) -> dict[str, int]:
+        """How many tensorized layers take which path."""
+        return dict(Counter(layer.path for layer in self.tensorized if layer.path is not None).most_common())
 
     @property
     def dense_params(self) -> int:

@@ -252,6 +252,8 @@ class Stages:
             "rate_decay": ranks.rate_decay,
             "rate_scope": ranks.rate_scope,
             "allocation": ranks.allocation,
+            "objective": ranks.objective,
+            "paths": ranks.paths,
             "target_error": self.config.request.target_error,
             "output_error": ranks.output_error,
             "dataset": self.config.dataset.name,
