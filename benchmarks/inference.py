@@ -1,13 +1,14 @@
 """Seconds for a batch: the dense network, the seven methods, tensorly-torch's factorized layers.
 
-    pip install tensorly-torch onnx onnxruntime onnxscript
+    pip install -e '.[benchmark]'
     python -m benchmarks.inference --network resnet50 --rate 0.1 --methods dense,svd,tk --runtimes channels_last,onnx
 
 Networks and factors are random, for only speed counts here: every layer has the rate asked for (`allocation=uniform`),
 its ranks in multiples of `--rank-multiple` (reshaped methods: of a fourth of it), its path by the cost model. Batch
 norms are folded, in the dense network too; tensorly-torch's layers (`tltorch-cp`, `-tucker`, `-tt`, with their own
 ranks for the same rate) keep them. Runtimes: `eager`, `channels_last`, `compile` (channels last), `onnx` (ONNX
-Runtime). Each time is the median of several runs; the least of `--tries` such medians while others use the machine.
+Runtime). Each time is the least of `--tries` medians of several runs. `--threads 1 --clock cpu` takes the processor's
+time rather than the wall's: for machines on which something else runs too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import argparse
 import copy
 import importlib
 import io
-import os
 import statistics
 import sys
 import time
@@ -46,8 +46,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 TLTORCH = {"tltorch-cp": "cp", "tltorch-tucker": "tucker", "tltorch-tt": "tt"}
 ALL = ("dense", "svd", "cp", "tk", "tt", "rcp", "rtk", "rtt", *TLTORCH)
 RUNS = 7
-FOREIGN = 0.1
-"""Cores that other processes may use during a measurement."""
 
 
 def planned(model: nn.Module, method: str, options: argparse.Namespace, images: Tensor) -> Plan:
@@ -133,32 +131,20 @@ def runner(model: nn.Module, images: Tensor, runtime: str, threads: int) -> Call
     return lambda: session.run(None, given)
 
 
-def busy() -> float:
-    """Seconds that all cores together have worked (Linux)."""
-    with open("/proc/stat") as file:
-        user, nice, system, *_ = map(int, file.readline().split()[1:])
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
-
-
-def seconds(run: Callable[[], Any], tries: int) -> float:
-    """Median of RUNS; the least of several where other processes used the machine meanwhile."""
+def seconds(run: Callable[[], Any], options: argparse.Namespace) -> float:
+    """The least of `tries` medians of RUNS; by the processor's clock where one thread is all that works."""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
     run()
-    best = float("inf")
-    for attempt in range(tries):
-        if attempt:
-            time.sleep(1)
+    medians: list[float] = []
+    for _ in range(options.tries):
         run()
         taken: list[float] = []
-        before, own, started = busy(), time.process_time(), time.perf_counter()
         for _ in range(RUNS):
-            begun = time.perf_counter()
+            begun = clock()
             run()
-            taken.append(time.perf_counter() - begun)
-        foreign = (busy() - before - (time.process_time() - own)) / (time.perf_counter() - started)
-        best = min(best, statistics.median(taken))
-        if foreign < FOREIGN:
-            break
-    return best
+            taken.append(clock() - begun)
+        medians.append(statistics.median(taken))
+    return min(medians)
 
 
 def network(method: str, options: argparse.Namespace, images: Tensor) -> tuple[nn.Module, str]:
@@ -188,8 +174,11 @@ def main() -> None:
     arguments.add_argument("--paths", default="model")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--tries", type=int, default=3)
+    arguments.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        arguments.error("--clock cpu adds up the time of all threads: it needs --threads 1")
     torch.set_num_threads(options.threads)
     _, batch, size = NETWORKS[options.network]
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(options.seed))
@@ -203,7 +192,7 @@ def main() -> None:
             for runtime in runtimes:
                 try:
                     run = runner(model, images, runtime, options.threads)
-                    found[runtime] = seconds(run, options.tries)
+                    found[runtime] = seconds(run, options)
                 except Exception as error:  # what a library cannot do is part of the table
                     print(f"  {method} in {runtime}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         dense = dense or found

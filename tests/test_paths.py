@@ -133,6 +133,15 @@ def test_folded_batch_norms_change_nothing(name):
         tspc.fold_batch_norms(small, torch.randn(1, 7).double())
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_from_others_takes_no_batch_norm_over():
+    model = Net().eval()
+    torch.nn.utils.weight_norm(model.wide)
+    folded = tspc.fold_batch_norms(model, images())
+    assert isinstance(folded.norm1, nn.BatchNorm2d)
+    torch.testing.assert_close(folded(images()), model(images()))
+
+
 def test_a_batch_norm_of_a_tensor_with_other_uses_is_kept():
     class Skip(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

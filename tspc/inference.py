@@ -29,7 +29,7 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
     small = copy.deepcopy(model).eval()
     for name, layer in tensorized_layers(small).items():
         _replace(small, name, plain(layer))
-    linear = [n for n, m in small.named_modules() if kind_of(m) in ("linear", *AXES)]
+    linear = [n for n, m in small.named_modules() if kind_of(m) in ("linear", *AXES) and "weight" in m._parameters]
     with evaluating(small):
         try:
             found = trace(small, linear, images)

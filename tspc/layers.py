@@ -113,8 +113,9 @@ class TensorizedLayer(nn.Module):
 
     def _contract(self) -> tuple[Tensor, ...]:
         # A kernel's entries are sums of products of several factors: autocast would round each of them.
-        with torch.autocast(next(self.parameters()).device.type, enabled=False):
-            found = contracted(self.decomposition, self.factors(), self._path)
+        factors = self.factors()
+        with torch.autocast(factors.tensors[0].device.type, enabled=False):
+            found = contracted(self.decomposition, factors, self._path)
         return tuple(self.form.ready(kernel) for kernel in found)
 
     def _keep(self) -> None:
