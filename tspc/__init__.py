@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tspc.decompositions import TensorTrain as TensorTrain
     from tspc.decompositions import Tucker as Tucker
     from tspc.errors import TspcError as TspcError
+    from tspc.inference import fold_batch_norms as fold_batch_norms
     from tspc.planning import plan as plan
     from tspc.plans import Plan as Plan
 
@@ -39,6 +40,7 @@ _HOMES = {
     "TensorTrain": "decompositions",
     "Tucker": "decompositions",
     "TspcError": "errors",
+    "fold_batch_norms": "inference",
     "Plan": "plans",
     "plan": "planning",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "apply_",
     "compress",
+    "fold_batch_norms",
     "load",
     "plan",
     "save",
