@@ -101,6 +101,28 @@ class Twice(nn.Module):
         return self.last(self.norm2(self.second(y)).mean((2, 3)))
 
 
+class Scaled(nn.Module):
+    """Blocks that are called with a constant beside their input."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Conv2d(3, 8, 3)
+            self.outer = nn.Conv2d(8, 3, 3)
+
+        def forward(self, x, scale=1.0):
+            return scale * self.outer(F.relu(self.inner(x)))
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block(), self.Block()])
+
+    def forward(self, x):
+        for number, block in enumerate(self.blocks):
+            x = block(x, scale=0.5 + number)
+        return x.mean((2, 3))
+
+
 def images(n: int = 24, size: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -128,6 +150,16 @@ def test_the_trace_finds_batch_norms_and_blocks_that_follow_each_other():
     assert [s.follows for s in trace.segments] == [False, False, True, True]
 
 
+def test_blocks_called_with_constants_follow_each_other():
+    model = Scaled().eval()
+    with Samples(images(), Calibration(batch_size=8)) as samples:
+        trace = samples.survey(model, convs(model)).trace
+    assert [(s.module, s.follows, dict(s.named)) for s in trace.segments] == [
+        ("blocks.0", False, {}),
+        ("blocks.1", True, {"scale": 1.5}),
+    ]
+
+
 def test_an_output_that_is_used_twice_has_no_batch_norm_of_its_own():
     model = Twice().eval()
     with Samples(images()) as samples:
@@ -137,7 +169,7 @@ def test_an_output_that_is_used_twice_has_no_batch_norm_of_its_own():
     assert [s.module for s in trace.segments] == [""], "a layer called twice: the whole network is one segment"
 
 
-@pytest.mark.parametrize("build", [resnet, lambda: Twice().eval()])
+@pytest.mark.parametrize("build", [resnet, lambda: Twice().eval(), lambda: Scaled().eval()])
 @pytest.mark.parametrize("memory", [0, 512])
 def test_the_walk_sees_what_the_whole_network_sees(build, memory):
     model, x = build(), images()

@@ -7,7 +7,7 @@ walk keeps the activations between the blocks instead, so that all layers togeth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,12 +24,14 @@ from tspc.stash import Room, Stash, mapped, tensors_in
 class Segment:
     """A module that is called once in a forward pass, and the layers inside it in the order of their calls.
 
-    `module` is "" for the whole network. `follows` says that its input is just the output of the segment before.
+    `module` is "" for the whole network. `follows` says that its one tensor is just what the segment before answered;
+    `named` are then the other arguments of the call, plain constants.
     """
 
     module: str
     layers: tuple[str, ...]
     follows: bool
+    named: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,12 @@ class _Consumers(TorchFunctionMode):
 class _Entry:
     """The one tensor with which a block was called (None if there were others), and its version at that moment.
 
-    An operation in place leaves the tensor the same object, but not the same version.
+    An operation in place leaves the tensor the same object, but not the same version. `named` are constants.
     """
 
     tensor: Tensor | None
     version: int
+    named: Mapping[str, Any]
 
 
 @dataclass
@@ -98,8 +101,9 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, pattern: st
 
     def on_block(name: str) -> Callable:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-            entry = _Entry(args[0], args[0]._version) if alone else _Entry(None, 0)
+            plain = all(value is None or isinstance(value, bool | int | float | str) for value in kwargs.values())
+            alone = len(args) == 1 and isinstance(args[0], Tensor) and plain
+            entry = _Entry(args[0], args[0]._version, dict(kwargs)) if alone else _Entry(None, 0, {})
             record.entered.setdefault(name, []).append(entry)
 
         return hook
@@ -142,7 +146,7 @@ def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
     for name, (entry,) in record.entered.items():
         inside = tuple(layer for layer in called if block_of(layer, [name]) is not None)
         follows = entry.tensor is not None and entry.tensor is before and entry.version == version
-        segments.append(Segment(name, inside, follows))
+        segments.append(Segment(name, inside, follows, entry.named if follows else {}))
         before, version = record.left[name]
     return tuple(segments)
 
@@ -171,7 +175,13 @@ class Walker:
         """Runs the segment over all batches and keeps what it answers: for `output`, and for the way on."""
         module = self.model.get_submodule(self.segment.module)
         for args, kwargs in self._copies():
-            self._next.append(((module(*args, **kwargs),), {}))
+            self._keep(module(*args, **kwargs))
+
+    def _keep(self, output: Any) -> None:
+        """What the segment answered to a batch, as the arguments of the next one."""
+        following = self._trace.segments[self._position + 1 : self._position + 2]
+        named = next((dict(segment.named) for segment in following if segment.follows), {})
+        self._next.append(((output,), named))
 
     def output(self, number: int) -> Any:
         """What the segment answered to a batch; after `answer`."""
@@ -249,7 +259,7 @@ class Walker:
             handles = [self.model.get_submodule(n).register_forward_hook(hook(n, number)) for n in layers]
             if keeps:
                 with hooked(handles):
-                    self._next.append(((module(*given, **named),), {}))
+                    self._keep(module(*given, **named))
             else:
                 run_until_reached(module, handles, *given, **named)
             yield
