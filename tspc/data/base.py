@@ -172,7 +172,7 @@ class InMemory:
             drawn = self._draw(len(batch), generator_of(feed.seed, epoch, step))
             index = feed.share.of(batch).to(feed.device)
             augmented = self._augment(images[index], [feed.share.of(d).to(feed.device) for d in drawn])
-            yield self._normalise(augmented), labels[index]
+            yield normalised(augmented, self.spec), labels[index]
 
     def test_batches(
         self, batch_size: int, device: torch.device, limit: int | None = None, share: Share = ALONE
@@ -188,7 +188,7 @@ class InMemory:
         images, labels = self._moved(split, device)
         for index in indices.split(batch_size) if len(indices) else ():
             index = index.to(device)
-            yield self._normalise(images[index]), labels[index]
+            yield normalised(images[index], self.spec), labels[index]
 
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         for images, _ in self._plain("train", subset(self.train_size, count), batch_size, device):
@@ -224,11 +224,12 @@ class InMemory:
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images
 
-    def _normalise(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.spec.mean, device=images.device).view(-1, 1, 1) * 255
-        std = torch.tensor(self.spec.std, device=images.device).view(-1, 1, 1) * 255
-        images = (images.float() - mean) / std
-        # Grey images for a network that takes colour.
-        if images.shape[1] == 1 and self.spec.channels > 1:
-            images = images.expand(-1, self.spec.channels, -1, -1)
-        return images.contiguous(memory_format=torch.channels_last)
+
+def normalised(images: Tensor, spec: DataSpec) -> Tensor:
+    """uint8 images (N, C, H, W) as the network takes them: float32, by mean and deviation, channels last."""
+    mean, std = (255 * torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (spec.mean, spec.std))
+    images = (images.float() - mean) / std
+    # Grey images for a network that takes colour.
+    if images.shape[1] == 1 and spec.channels > 1:
+        images = images.expand(-1, spec.channels, -1, -1)
+    return images.contiguous(memory_format=torch.channels_last)
