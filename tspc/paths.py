@@ -123,7 +123,7 @@ class Costs:
         return self._known[key]
 
     def best(self, layer: nn.Module, row: LayerPlan) -> LayerPlan:
-        """The row of a tensorized layer with its cheapest path; the rebuilt kernel unless another is clearly cheaper."""
+        """The row of a tensorized layer with its cheapest path; "rebuilt" unless another is clearly cheaper."""
         if row.method is None or row.rank is None:
             return row
         method = row.method.for_shape(row.shape)
