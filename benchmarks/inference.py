@@ -14,6 +14,7 @@ time rather than the wall's: for machines on which something else runs too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib
 import io
@@ -121,9 +122,11 @@ def runner(model: nn.Module, images: Tensor, runtime: str, threads: int) -> Call
     import onnxruntime
 
     file = io.BytesIO()
-    with warnings.catch_warnings():
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused attention has no form in ONNX
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (images,), file, dynamo=False, opset_version=17)  # type: ignore[arg-type]
+    torch.backends.mha.set_fastpath_enabled(True)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file.getvalue(), settings, providers=["CPUExecutionProvider"])

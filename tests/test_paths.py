@@ -17,7 +17,7 @@ from tspc.decompositions import METHODS
 from tspc.errors import ConfigError, DataError
 from tspc.layers import tensorized_layers, untrained
 from tspc.links import CHAIN, REBUILT, groupings, members
-from tspc.paths import Costs, input_sizes
+from tspc.paths import GAIN, Costs, input_sizes
 from tspc.plans import SLOWER, Plan
 
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -66,7 +66,7 @@ def test_no_path_costs_more_than_another(paths):
         best = costs.best(layer, replace(row, rank=rank))
         options = untrained(layer, method, rank).paths
         assert len(options) == 8
-        assert costs.of(layer, "0", method, rank, best.path) == min(
+        assert costs.of(layer, "0", method, rank, best.path) * GAIN <= min(
             costs.of(layer, "0", method, rank, path) for path in options
         )
 
@@ -136,7 +136,8 @@ def test_folded_batch_norms_change_nothing(name):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_a_weight_that_is_computed_from_others_takes_no_batch_norm_over():
     model = Net().eval()
-    torch.nn.utils.weight_norm(model.wide)
+    with torch.no_grad():  # else it could not be copied
+        torch.nn.utils.weight_norm(model.wide)
     folded = tspc.fold_batch_norms(model, images())
     assert isinstance(folded.norm1, nn.BatchNorm2d)
     torch.testing.assert_close(folded(images()), model(images()))
