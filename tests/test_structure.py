@@ -15,8 +15,8 @@ PACKAGE = ROOT / "tspc"
 
 LAYERS = [
     ["errors", "launch"],
-    ["files", "hooks", "interrupts", "parallel", "processes", "trackers"],
-    ["sweep", "display", "decompositions", "models", "data", "blocks"],
+    ["extras", "files", "hooks", "interrupts", "parallel", "processes", "trackers"],
+    ["sweep", "display", "decompositions", "models", "data", "blocks", "deploy"],
     ["layers", "training", "plans", "stash"],
     ["moments", "selection", "spectra", "walk"],
     ["sensitivity"],
