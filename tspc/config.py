@@ -19,8 +19,10 @@ from tspc.data import OPTIONS, DataSpec
 from tspc.decompositions import Method
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
+from tspc.phases.benchmark import Benchmark
 from tspc.phases.decompose import PlanRequest, Selection
 from tspc.phases.distill import Distillation
+from tspc.phases.export import Export
 from tspc.phases.finetune import Finetuning
 from tspc.phases.plan import PlanOverview
 from tspc.planning import RATE_DECAYS, RATE_SCOPES, conflicts
@@ -28,7 +30,7 @@ from tspc.trackers import TRACKERS
 from tspc.training import Recipe
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-PHASES = ("pretrain", "plan", "decompose", "distill", "finetune")
+PHASES = ("pretrain", "plan", "decompose", "distill", "finetune", "export", "benchmark")
 """In the order in which they run."""
 
 TOP_LEVEL = (
@@ -68,11 +70,13 @@ class Config:
     decompose: Selection | None
     distill: Distillation | None
     finetune: Finetuning | None
+    export: Export | None
+    benchmark: Benchmark | None
 
     @property
     def trains(self) -> bool:
         """Whether data is indispensable."""
-        return not {"plan", "decompose"} >= set(self.phases) or self.pretrained is None
+        return not {"plan", "decompose", "export", "benchmark"} >= set(self.phases) or self.pretrained is None
 
 
 def read_config(config: DictConfig | dict[str, Any]) -> Config:
@@ -155,7 +159,7 @@ class _Reader:
         except OmegaConfBaseException as error:
             self.problems.append(f"{where}: {' '.join(str(error).splitlines()[:2]).replace('    full_key: ', 'in ')}")
             return None
-        if isinstance(result, Recipe | Calibration | PlanOverview):
+        if isinstance(result, Recipe | Calibration | PlanOverview | Export | Benchmark):
             self.problems += result.problems(where)
         return result
 
@@ -234,6 +238,8 @@ class _Reader:
             "decompose": self.section(Selection, data.get("decompose"), "phase.decompose"),
             "distill": self.section(Distillation, data.get("distill"), "phase.distill"),
             "finetune": self.section(Finetuning, data.get("finetune"), "phase.finetune"),
+            "export": self.section(Export, data.get("export"), "phase.export"),
+            "benchmark": self.section(Benchmark, data.get("benchmark"), "phase.benchmark"),
         }
 
     def number(
@@ -273,7 +279,7 @@ def _mutable(cls: type) -> type:
     """A schema with the fields of a frozen dataclass, in the types that OmegaConf knows."""
     fields = []
     for field in dataclasses.fields(cls):
-        kind = str(field.type).replace("tuple[float, ...]", "list[float]").replace("tuple[str, ...]", "list[str]")
+        kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list[\1]", str(field.type))
         default: Any = field.default
         if default is dataclasses.MISSING:
             default = "???" if field.default_factory is dataclasses.MISSING else field.default_factory()

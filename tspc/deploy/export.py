@@ -17,6 +17,7 @@ from tspc import extras
 from tspc.deploy.programs import Inputs, as_inputs, flat, on_cpu, onnx_program, onnx_session, run_session, take, traced
 from tspc.errors import ExportError
 from tspc.files import write_atomically
+from tspc.models.weights import load_state
 
 FORMATS = ("onnx", "pt2", "safetensors")
 """Also the endings of the files."""
@@ -113,7 +114,7 @@ class Exporter:
         with torch.no_grad():
             for value in network.state_dict().values():
                 value.zero_()
-        network.load_state_dict(load_file(path))
+        load_state(network, load_file(path), str(path))
         return lambda inputs: flat(network(*inputs))
 
     @torch.no_grad()

@@ -94,6 +94,7 @@ def onnx_session(path: Path, threads: int | None = None, providers: tuple[str, .
     """An ONNX Runtime session. Raises what ONNX Runtime raises."""
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
