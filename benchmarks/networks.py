@@ -37,7 +37,7 @@ from tspc.deploy import export
 from tspc.deploy.programs import take
 from tspc.errors import TspcError
 from tspc.files import write_json
-from tspc.layers import DenseLayer, tensorized_layers
+from tspc.layers import tensorized_layers
 from tspc.models import NetworkSpec
 from tspc.planning import plan
 
@@ -91,7 +91,7 @@ CASES = (
     Case("wide_resnet50_2"),
     Case("vgg11_bn"),
 )
-"""Cheap ones first. The families of torchvision, some of them twice; then encoders whose attention is made of layers."""
+"""Cheap ones first: every family of torchvision, some twice, and encoders whose attention is made of layers."""
 
 
 def _method(name: str) -> Decomposition:

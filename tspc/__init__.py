@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tspc.decompositions import Reshaped as Reshaped
     from tspc.decompositions import TensorTrain as TensorTrain
     from tspc.decompositions import Tucker as Tucker
+    from tspc.deploy import export as export
     from tspc.errors import TspcError as TspcError
     from tspc.planning import plan as plan
     from tspc.plans import Plan as Plan
@@ -38,6 +39,7 @@ _HOMES = {
     "Reshaped": "decompositions",
     "TensorTrain": "decompositions",
     "Tucker": "decompositions",
+    "export": "deploy",
     "TspcError": "errors",
     "Plan": "plans",
     "plan": "planning",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "apply_",
     "compress",
+    "export",
     "load",
     "plan",
     "save",

@@ -1,4 +1,4 @@
-"""Networks of Hugging Face's transformers: classifiers of images or of texts, built from a configuration or a folder."""
+"""Networks of Hugging Face's transformers: classifiers of images or texts, from a configuration or a folder."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def example(model: nn.Module, spec: NetworkSpec, count: int, context: Context) -
         raise ConfigError(
             [
                 f"{spec.name} cannot take random images of shape {tuple(images.shape[1:])}: {error}; "
-                "set dataset.channels and dataset.image_size, or export it from Python: tspc.export(model, path, inputs)"
+                "set dataset.channels and dataset.image_size, or from Python call tspc.export(model, path, inputs)"
             ]
         ) from error
     return Example((images,), "random images")

@@ -134,8 +134,8 @@ class Exporter:
         relative = difference / largest if largest > 0 else difference
         if not relative <= self.tolerance:
             raise ExportError(
-                f"{path} was not kept: its answers differ from the network's by {difference:.3g}, {relative:.3g} of the "
-                f"largest, above the tolerance of {self.tolerance:g}"
+                f"{path} was not kept: its answers differ from the network's by {difference:.3g}, {relative:.3g} "
+                f"of the largest, above the tolerance of {self.tolerance:g}"
             )
         return difference, relative
 
