@@ -26,7 +26,7 @@ def timm_network(
         near = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names them"
         raise ConfigError([f"model.name={name!r} is not a network of timm; {hint}"])
-    given = {"num_classes": num_classes, "in_chans": in_channels} | kwargs
+    given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels} | kwargs
     if image_size is not None and "img_size" not in given and _is_sized(name):
         given["img_size"] = image_size
     try:
