@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tspc.decompositions import METHODS
-from tspc.layers import Chain, RebuiltConv2d, tensorize
+from tspc.layers import Chain, Contracted, tensorize
 
 CONVOLUTIONS = {
     "plain": {"kernel_size": 3},
@@ -79,7 +79,7 @@ def test_gradients_reach_every_parameter_and_the_input(name):
 def test_forms():
     layer = nn.Conv2d(8, 8, 3)
     assert isinstance(tensorized(layer, "tk"), Chain)
-    assert isinstance(tensorized(layer, "rtt"), RebuiltConv2d)
+    assert isinstance(tensorized(layer, "rtt"), Contracted)
     depthwise = tensorized(layer, "cp")[1]
     assert depthwise.groups == depthwise.in_channels, "cp's spatial link is depthwise"
     assert all(type(link) is nn.Conv2d for link in tensorized(layer, "tt"))

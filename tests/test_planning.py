@@ -69,7 +69,7 @@ def test_what_stays_dense_and_why():
     assert reasons["middle"] is None
     assert reasons["first"] == "first convolution"
     assert reasons["last"] == "final layer"
-    assert reasons["grouped"] == "grouped convolution (16 groups)"
+    assert reasons["grouped"] == "depthwise convolution"
     assert reasons["skipped"] == "excluded"
     assert reasons["up"] == "ConvTranspose2d is not supported"
     assert "rank 1 needs" in reasons["tiny"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tspc.decompositions import Tucker as Tucker
     from tspc.deploy import export as export
     from tspc.errors import TspcError as TspcError
+    from tspc.inference import fold_batch_norms as fold_batch_norms
     from tspc.planning import plan as plan
     from tspc.plans import Plan as Plan
 
@@ -41,6 +42,7 @@ _HOMES = {
     "Tucker": "decompositions",
     "export": "deploy",
     "TspcError": "errors",
+    "fold_batch_norms": "inference",
     "Plan": "plans",
     "plan": "planning",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "apply_",
     "compress",
     "export",
+    "fold_batch_norms",
     "load",
     "plan",
     "save",

@@ -11,7 +11,7 @@ What rounding to whole ranks leaves over is then given out in single ranks, so t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,10 +19,12 @@ import numpy as np
 
 from tspc.curves import Curves, ErrorCurve
 from tspc.decompositions import Decomposition, Method, Rank, Shape
-from tspc.plans import LayerPlan
+from tspc.plans import SLOWER, LayerPlan
 
 ALLOCATIONS = ("global", "uniform")
 BISECTIONS = 100
+KEPT_SHARE = 0.5
+"""Share of their parameters that layers keep at least when others stay dense for the sake of speed."""
 SIZES = 96
 """Sizes between the smallest form and the dense layer that the global allocation chooses from."""
 
@@ -165,6 +167,41 @@ def _next(candidate: Candidate, layer: LayerPlan, left: int) -> LayerPlan | None
         if above.params <= min(layer.params + left, layer.dense_params - 1):
             return above
     return None
+
+
+def without_slower(
+    candidates: Sequence[Candidate],
+    budget: int,
+    ranked: list[LayerPlan],
+    share_out: Callable[[Sequence[Candidate], int], list[LayerPlan]],
+    is_slow: Callable[[LayerPlan], bool],
+) -> list[LayerPlan]:
+    """The rows of an allocation, but layers that tensorization does not make faster stay dense.
+
+    Small ones come first, and only while the others keep `KEPT_SHARE` of what they have. `share_out` makes an
+    allocation of some layers under a budget.
+    """
+    dense: dict[str, LayerPlan] = {}
+    own = {row.name: row.params for row in ranked}
+    while True:
+        left = budget - sum(row.params for row in dense.values())
+        slow = [c for c in candidates if c.layer.name not in dense and _is_slow(c, ranked, is_slow)]
+        before = len(dense)
+        for one in sorted(slow, key=lambda c: c.layer.dense_params):
+            others = [c for c in candidates if c.layer.name not in dense and c is not one]
+            rest = left - one.layer.dense_params
+            if rest >= max(sum(c.minimum for c in others), KEPT_SHARE * sum(own[c.layer.name] for c in others)):
+                dense[one.layer.name] = replace(one.dense(), reason=SLOWER)
+                left = rest
+        if len(dense) == before:
+            return ranked
+        others = [c for c in candidates if c.layer.name not in dense]
+        ranked = [*dense.values(), *(share_out(others, left) if others else [])]
+
+
+def _is_slow(candidate: Candidate, ranked: list[LayerPlan], is_slow: Callable[[LayerPlan], bool]) -> bool:
+    row = next(row for row in ranked if row.name == candidate.layer.name)
+    return row.method is not None and is_slow(row)
 
 
 def _gain(layer: LayerPlan, above: LayerPlan) -> float:

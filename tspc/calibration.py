@@ -16,9 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tspc.dense import DenseLayer, kernel_of
 from tspc.errors import ConfigError, DataError, out_of_range
 from tspc.hooks import evaluating
-from tspc.layers import DenseLayer
 from tspc.moments import Moments, Positions, Statistics, input_patches, output_rows
 from tspc.selection import why_dense
 from tspc.sensitivity import output_sensitivity
@@ -80,7 +80,7 @@ class Survey:
 
     def statistics(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples) -> Statistics:
         centred, weights = self.is_centred(name, layer), self.sensitivity.get(name)
-        return moments.statistics(layer.weight, centred, samples.settings.damping, weights, len(samples))
+        return moments.statistics(kernel_of(layer), centred, samples.settings.damping, weights, len(samples))
 
 
 class Samples:
@@ -181,8 +181,8 @@ def _check(batch: Tensor) -> None:
 
 
 def is_narrow(layer: nn.Module) -> bool:
-    """Whether the second moments of the layer's inputs can be kept."""
-    return cast(DenseLayer, layer).weight[0].numel() <= WIDEST
+    """Whether the second moments of the layer's inputs can be kept: not those of several groups."""
+    return getattr(layer, "groups", 1) == 1 and kernel_of(layer)[0].numel() <= WIDEST
 
 
 def moments_of(
@@ -210,7 +210,7 @@ def _groups(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[lis
     group: list[str] = []
     used = 0.0
     for name in layers:
-        size = 8 * cast(DenseLayer, model.get_submodule(name)).weight[0].numel() ** 2 / 2**20
+        size = 8 * kernel_of(model.get_submodule(name))[0].numel() ** 2 / 2**20
         if group and used + size > megabytes:
             yield group
             group, used = [], 0.0
@@ -245,7 +245,7 @@ def moments_of_pair(reference: Walker, small: Walker, name: str, samples: Sample
     def see_input(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
         x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))[0]
         if not moments:
-            moments.append(Moments(x.shape[1], len(layer.weight), x.device))
+            moments.append(Moments(x.shape[1], len(kernel_of(layer)), x.device))
         moments[0].add(x, targets.pop(0))
 
     for _ in zip(reference.inputs_of([name], see_target), small.inputs_of([name], see_input), strict=True):

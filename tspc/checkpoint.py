@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from tspc import decompositions
 from tspc.compression import set_module
+from tspc.dense import DenseLayer, kernel_shape, kind_of
 from tspc.errors import WeightsError
 from tspc.files import write_atomically
-from tspc.layers import DenseLayer, tensorized_layers, untrained
+from tspc.layers import tensorized_layers, untrained
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state
 
@@ -32,7 +33,12 @@ def save(
     build the architecture by itself. `info` is any JSON data to keep along.
     """
     layers = {
-        name: {"method": layer.decomposition.to_dict(), "shape": list(layer.shape), "rank": list(layer.rank)}
+        name: {
+            "method": layer.decomposition.to_dict(),
+            "shape": list(layer.shape),
+            "rank": list(layer.rank),
+            "path": layer.path,
+        }
         for name, layer in tensorized_layers(model).items()
     }
     header = {
@@ -76,15 +82,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str, Any]) -> nn.Module:
     """The tensorized form, without its values, of `dense`, the architecture's layer `name`."""
-    if not isinstance(dense, nn.Conv2d | nn.Linear) or list(dense.weight.shape) != layer["shape"]:
+    if dense is None or kind_of(dense) is None or list(kernel_shape(dense)) != layer["shape"]:
         found = "no such layer" if dense is None else f"{type(dense).__name__}"
         raise WeightsError(
             f"{path}: layer {name} was a kernel of shape {layer['shape']}, but the network given has {found} "
             "there; pass the dense architecture that was compressed"
         )
-    return untrained(
-        cast(DenseLayer, dense), decompositions.decomposition_from_dict(layer["method"]), tuple(layer["rank"])
-    )
+    method = decompositions.decomposition_from_dict(layer["method"])
+    return untrained(cast(DenseLayer, dense), method, tuple(layer["rank"]), layer.get("path"))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

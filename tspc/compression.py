@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tspc.batch_norm import recalibrate_
 from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of, moments_of_pair
 from tspc.decompositions import Method, Metric, check_finite, double
+from tspc.dense import DenseLayer, kernel_of, kernel_shape
 from tspc.errors import DecompositionError
 from tspc.hooks import evaluating
-from tspc.layers import DenseLayer, TensorizedLayer, tensorize
+from tspc.layers import TensorizedLayer, tensorize
 from tspc.moments import Moments, Statistics
 from tspc.parallel import side_by_side
 from tspc.planning import plan
@@ -92,7 +93,7 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
     done: dict[str, _Done] = {}
     for name in (layer.name for layer in plan.tensorized):
         with _naming(name):
-            check_finite(cast(DenseLayer, model.get_submodule(name)).weight)
+            check_finite(kernel_of(model.get_submodule(name)))
 
     def keep(fitted: _Done, kernel: Tensor, metric: Metric | None) -> None:
         set_module(work, fitted.layer.name, fitted.module)
@@ -102,7 +103,7 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
     if samples is not None:
         for layer, statistics, batch_norm in _in_turn(model, work, plan, samples):
             dense = cast(DenseLayer, work.get_submodule(layer.name))
-            kernel = statistics.target.reshape(dense.weight.shape)
+            kernel = statistics.target.reshape(kernel_shape(dense))
             fitted = _fitted(dense, layer, kernel, statistics)
             _shift_(fitted, statistics, work, batch_norm)
             keep(fitted, kernel, statistics.metric)
@@ -111,10 +112,10 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
     layers = {layer.name: cast(DenseLayer, work.get_submodule(layer.name)) for layer in rest}
 
     def alone(layer: LayerPlan) -> _Done:
-        return _fitted(layers[layer.name], layer, layers[layer.name].weight, None)
+        return _fitted(layers[layer.name], layer, kernel_of(layers[layer.name]), None)
 
     for layer, fitted in side_by_side(alone, rest, size=lambda layer: layer.dense_params):
-        keep(fitted, layers[layer.name].weight, None)
+        keep(fitted, kernel_of(layers[layer.name]), None)
     if samples is not None:
         recalibrate_(work, model, samples)
     rows = tuple(done[layer.name].layer if layer.name in done else layer for layer in plan.layers)
@@ -181,11 +182,11 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Sta
         if layer.method is None or layer.rank is None:
             module: nn.Module = copy.deepcopy(dense)
             with torch.no_grad():
-                cast(DenseLayer, module).weight.copy_(kernel)
+                kernel_of(module).copy_(kernel)
         else:
             metric = None if statistics is None else statistics.metric
-            module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric)
-    rebuilt = cast(Tensor, module.weight).detach()
+            module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric, path=layer.path)
+    rebuilt = kernel_of(module).detach()
     note = None
     if isinstance(module, TensorizedLayer):
         with torch.no_grad():
@@ -194,7 +195,7 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Sta
         module,
         replace(
             layer,
-            error=relative_error(dense.weight, rebuilt),
+            error=relative_error(kernel_of(dense), rebuilt),
             output_error=None if statistics is None else statistics.error(rebuilt),
             note=note,
         ),
@@ -213,7 +214,7 @@ def relative_error(kernel: Tensor, rebuilt: Tensor) -> float:
 @torch.no_grad()
 def _shift_(done: _Done, statistics: Statistics, model: nn.Module, batch_norm: str | None) -> None:
     """Gives the layer's output the reference's mean, by its bias or by the batch norm after it."""
-    shift = statistics.shift(cast(Tensor, done.module.weight).detach())
+    shift = statistics.shift(kernel_of(done.module).detach())
     if shift is None:
         return
     bias = cast("nn.Parameter | None", done.module.bias)

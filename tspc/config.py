@@ -19,6 +19,7 @@ from tspc.data import OPTIONS, DataSpec
 from tspc.decompositions import Method
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
+from tspc.paths import OBJECTIVES, PATHS
 from tspc.phases.benchmark import Benchmark
 from tspc.phases.decompose import PlanRequest, Selection
 from tspc.phases.distill import Distillation
@@ -35,6 +36,7 @@ PHASES = ("pretrain", "plan", "decompose", "distill", "finetune", "export", "ben
 
 TOP_LEVEL = (
     *("method", "rate", "target_error", "allocation", "rate_decay", "rate_scope", "rank_multiple", "calibration"),
+    *("paths", "objective"),
     *("dataset", "data_dir", "model", "pretrained", "output_dir"),
     *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "variant"),
     *("eval_samples", "checkpoint_seconds", "precision", "compile", "tracker"),
@@ -97,6 +99,8 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
         "rate_decay": reader.choice(raw, "rate_decay", RATE_DECAYS),
         "rate_scope": reader.choice(raw, "rate_scope", RATE_SCOPES),
         "rank_multiple": reader.number(raw, "rank_multiple", 1, 2**31 - 1, whole=True),
+        "paths": reader.choice(raw, "paths", PATHS),
+        "objective": reader.choice(raw, "objective", OBJECTIVES),
     }
     values: dict[str, Any] = {
         "calibration": reader.section(Calibration, reader.mapping(raw, "calibration"), "calibration"),
@@ -159,7 +163,7 @@ class _Reader:
         except OmegaConfBaseException as error:
             self.problems.append(f"{where}: {' '.join(str(error).splitlines()[:2]).replace('    full_key: ', 'in ')}")
             return None
-        if isinstance(result, Recipe | Calibration | PlanOverview | Export | Benchmark):
+        if isinstance(result, Recipe | Calibration | PlanOverview | Selection | Export | Benchmark):
             self.problems += result.problems(where)
         return result
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tspc import decompositions
 from tspc.calibration import Samples, moments_of
 from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
+from tspc.dense import DenseLayer, kernel_of
 from tspc.errors import DecompositionError
 from tspc.hooks import evaluating
-from tspc.layers import DenseLayer
 from tspc.parallel import side_by_side
 from tspc.plans import LayerPlan
 
@@ -90,7 +90,7 @@ def error_curves(
     waiting = {layer.name: layer for layer in layers}
 
     def measure(name: str, metric: Metric | None) -> None:
-        weight = cast(DenseLayer, model.get_submodule(name)).weight.detach()
+        weight = kernel_of(model.get_submodule(name)).detach()
         try:
             curves[name] = _curves(method.candidates(tuple(weight.shape)), weight, metric)
         except DecompositionError as error:

@@ -1,35 +1,75 @@
 """Factors → modules: a tensorized layer acts exactly like the dense layer with the rebuilt kernel.
 
-Two forms, chosen by the method:
+The parameters are the factors, whatever the path (see `tspc.links`). Two forms, chosen by the method:
 
-- `Chain`: ordinary convolutions (or dense layers) one after the other, whose weights are the factors;
-- `RebuiltConv2d`, `RebuiltLinear`: the kernel is contracted from the factors at each call. The reshaped
-  methods take this form: run literally, their contraction costs more than the dense layer.
+- `Chain`: its children are ordinary convolutions (or dense layers) whose weights are the factors. On the path "chain"
+  it is but a sequence of them;
+- `Contracted`: the factors are a list of matrices, from which the kernels of the path are contracted.
 
-Both show `weight` (rebuilt, differentiable) and `bias` like the layer they replace, so that code which
-reads a layer's weight directly keeps working.
+Kernels that are contracted from factors follow them in training. In eval mode they are contracted once and kept, until
+the factors change. Both forms show `weight` (rebuilt, differentiable) and `bias` like the layer they replace, so that
+code which reads a layer's weight directly keeps working.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspc.decompositions import Decomposition, Factors, Metric, Rank, Shape
+from tspc.dense import DenseLayer, Form, as_weight, kernel_of, kernel_shape
+from tspc.links import CHAIN, REBUILT, Stage, contracted, paths_of, stages_of
 
-DenseLayer = nn.Conv2d | nn.Linear
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class TensorizedLayer(nn.Module):
-    """What all tensorized layers share: the decomposition, the dense kernel's shape, the rank."""
+    """What all tensorized layers share: the decomposition, the dense kernel's shape, the rank, the path."""
 
     decomposition: Decomposition
     shape: Shape
     rank: Rank
+    kind: str
+    _kept: tuple[Tensor, ...] | None
+    """In eval mode: the kernels of the path's stages. Neither a parameter nor a buffer, so that it is not saved."""
+
+    def _prepare(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None) -> None:
+        self.form = Form.of(layer)
+        self.kind, self.shape = self.form.kind, kernel_shape(layer)
+        self.decomposition, self.rank = decomposition, rank
+        self._kept, self._kept_of = None, None
+        self.register_load_state_dict_post_hook(_after_loading)
+        self.path = path or default_path(layer, decomposition)
+
+    @property
+    def path(self) -> str:
+        """How the layer computes; may be set to another of `paths`."""
+        return self._path
+
+    @path.setter
+    def path(self, path: str) -> None:
+        self._path = path
+        self._stages = stages_of(self.decomposition, self.shape, self.rank, path, self.form.groups)
+        self._keep()
+
+    @property
+    def paths(self) -> list[str]:
+        return paths_of(self.decomposition, self.shape, self.rank, self.form.groups)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The convolutions that the path runs."""
+        return list(self._stages)
+
+    @property
+    def runs_factors(self) -> bool:
+        """Whether the path takes the factors as they are, so that there is nothing to contract."""
+        return False
 
     def factor_tensors(self) -> list[Tensor]:
         """The factors, in the order of the decomposition: the parameters, or views of them."""
@@ -40,145 +80,148 @@ class TensorizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel that the factors stand for; differentiable."""
-        return self.decomposition.reconstruct(self.factors())
+        """The dense weight that the factors stand for, in the shape that the dense layer had; differentiable."""
+        return as_weight(self.decomposition.reconstruct(self.factors()), self.kind)
+
+    def kernels(self) -> tuple[Tensor, ...]:
+        """Those of the path's stages: kept ones where no gradient is asked for, else contracted from the factors."""
+        if self.training or (self._needs_gradient() and not _is_exporting()):
+            if self._kept is not None and not _is_tracing():
+                self._kept = None  # a step may follow, which compiled code would not notice
+            return self._contract()
+        # Compiled code goes by what the modes and the loading of weights leave it.
+        if not torch.compiler.is_compiling() and not _is_tracing() and self._kept_of != self._versions():
+            self._keep()
+        return self._contract() if self._kept is None else self._kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = len(self._stages) - 1
+        bias = cast("Tensor | None", self.bias)
+        for i, (stage, kernel) in enumerate(zip(self._stages, self.kernels(), strict=True)):
+            x = self.form.run(stage, x, kernel, bias if i == last else None)
+        return x
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self._keep()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._keep()
+        return self
+
+    def _contract(self) -> tuple[Tensor, ...]:
+        # A kernel's entries are sums of products of several factors: autocast would round each of them.
+        factors = self.factors()
+        with torch.autocast(factors.tensors[0].device.type, enabled=False):
+            found = contracted(self.decomposition, factors, self._path)
+        return tuple(self.form.ready(kernel) for kernel in found)
+
+    def _keep(self) -> None:
+        """Contracts the kernels for inference; forgets them in training mode."""
+        self._kept, self._kept_of = None, None
+        tensors = list(self.parameters())
+        if self.training or self.runs_factors or not tensors or tensors[0].is_meta:
+            return
+        # What is kept may later be used outside inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            versions = self._versions()
+            if versions is not None:
+                self._kept, self._kept_of = tuple(kernel.detach() for kernel in self._contract()), versions
+
+    def _versions(self) -> tuple[Any, ...] | None:
+        """Changes with every change of the factors; None where that cannot be told."""
+        try:
+            return tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        except RuntimeError:  # inference tensors, and those of function transforms
+            return None
+
+    def _needs_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def extra_repr(self) -> str:
-        return f"{self.decomposition.name}, shape={self.shape}, rank={self.rank}"
+        return f"{self.decomposition.name}, shape={self.shape}, rank={self.rank}, path={self.path}"
+
+
+def _after_loading(layer: TensorizedLayer, *_: Any) -> None:
+    layer._keep()
 
 
 class Chain(TensorizedLayer, nn.Sequential):
-    """Convolutions (or dense layers) in sequence; the last one carries the bias."""
+    """Convolutions (or dense layers) in sequence, or merged ones in their stead; the last one carries the bias."""
 
-    def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> None:
-        shape = tuple(layer.weight.shape)
-        build = _chain_conv if isinstance(layer, nn.Conv2d) else _chain_linear
-        nn.Sequential.__init__(self, *build(layer, decomposition, shape, rank))  # type: ignore[arg-type]
-        self.decomposition, self.shape, self.rank = decomposition, shape, rank
+    def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> None:
+        nn.Sequential.__init__(self, *_chain_links(layer, decomposition, rank))
+        self._prepare(layer, decomposition, rank, path)
+
+    @property
+    def runs_factors(self) -> bool:
+        return self._path == CHAIN
+
+    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return nn.Sequential.forward(self, input) if self._path == CHAIN else TensorizedLayer.forward(self, input)
 
     def factor_tensors(self) -> list[Tensor]:
-        return [cast(Tensor, link.weight) for link in self]
+        weights = [cast(Tensor, link.weight) for link in self]
+        return [weight.unsqueeze(2) for weight in weights] if self.kind == "conv1d" else weights
 
     @property
     def bias(self) -> nn.Parameter | None:
         return cast("nn.Parameter | None", self[-1].bias)
 
 
-def _chain_linear(layer: nn.Linear, decomposition: Decomposition, shape: Shape, rank: Rank) -> list[nn.Module]:
-    shapes = decomposition.factor_shapes(shape, rank)
-    last = len(shapes) - 1
-    return [
-        nn.Linear(n_in, n_out, bias=layer.bias is not None and i == last, **_like(layer))
-        for i, (n_out, n_in) in enumerate(shapes)
-    ]
+def _chain_links(layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> list[nn.Module]:
+    """Modules whose weights are the factors; see `Form.run` for why they give the layer's output."""
+    form, shape = Form.of(layer), kernel_shape(layer)
+    stages = stages_of(decomposition, shape, rank, CHAIN)
+    last = len(stages) - 1
+    has_bias = layer.bias is not None
+    return [form.module(stage, has_bias and i == last, **_like(layer)) for i, stage in enumerate(stages)]
 
 
-def _chain_conv(layer: nn.Conv2d, decomposition: Decomposition, shape: Shape, rank: Rank) -> list[nn.Module]:
-    """Each link strides, pads and dilates along the axes that its kernel covers and no other.
+class Contracted(TensorizedLayer):
+    """A layer whose kernels are contracted from its factors, by default to the dense kernel."""
 
-    That is exact for every padding mode: padding one axis commutes with a map of the channels and with a
-    convolution along the other axis, because no link but the last has a bias.
-    """
-    shapes = decomposition.factor_shapes(shape, rank)
-    axes = decomposition.chain_axes(shape)
-    assert axes is not None
-    links: list[nn.Module] = []
-    channels = shape[1]
-    for i, ((n_out, n_in, h, w), covered) in enumerate(zip(shapes, axes, strict=True)):
-        link = nn.Conv2d(
-            channels,
-            n_out,
-            (h, w),
-            stride=_along(covered, layer.stride, 1),
-            padding=_link_padding(layer, covered),
-            dilation=_along(covered, layer.dilation, 1),
-            groups=channels // n_in,
-            bias=layer.bias is not None and i == len(shapes) - 1,
-            padding_mode=layer.padding_mode if covered else "zeros",
-            **_like(layer),
-        )
-        links.append(link)
-        channels = n_out
-    return links
-
-
-def _along(covered: str, values: tuple[int, ...], neutral: int) -> tuple[int, int]:
-    """The layer's (vertical, horizontal) values on the axes that are covered, the neutral one elsewhere."""
-    vertical, horizontal = values
-    return vertical if "h" in covered else neutral, horizontal if "w" in covered else neutral
-
-
-def _link_padding(layer: nn.Conv2d, covered: str) -> str | tuple[int, int]:
-    if isinstance(layer.padding, str):
-        return layer.padding if covered else (0, 0)
-    return _along(covered, layer.padding, 0)
-
-
-class _Rebuilt(TensorizedLayer):
     bias: nn.Parameter | None
 
-    def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> None:
+    def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> None:
         super().__init__()
-        self.shape = tuple(layer.weight.shape)
-        self.decomposition, self.rank = decomposition, rank
-        self._factor_shapes = decomposition.factor_shapes(self.shape, rank)
+        shape = kernel_shape(layer)
+        self._factor_shapes = decomposition.factor_shapes(shape, rank)
         # Stored as matrices: `model.to(memory_format=torch.channels_last)` takes any 4- or 5-way parameter for images.
         matrices = [(math.prod(s[:-1]), s[-1]) for s in self._factor_shapes]
         self.factor_list = nn.ParameterList(torch.empty(m, **_like(layer)) for m in matrices)
         bias = layer.bias is not None
-        self.register_parameter("bias", nn.Parameter(torch.empty(self.shape[0], **_like(layer))) if bias else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **_like(layer))) if bias else None)
+        self._prepare(layer, decomposition, rank, path)
 
     def factor_tensors(self) -> list[Tensor]:
         return [matrix.view(s) for matrix, s in zip(self.factor_list, self._factor_shapes, strict=True)]
 
 
-class RebuiltLinear(_Rebuilt):
-    """A dense layer whose matrix is contracted from its factors at each call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class RebuiltConv2d(_Rebuilt):
-    """A convolution whose kernel is contracted from its factors at each call."""
-
-    def __init__(self, layer: nn.Conv2d, decomposition: Decomposition, rank: Rank) -> None:
-        super().__init__(layer, decomposition, rank)
-        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-        self.padding_mode = layer.padding_mode
-        self.explicit_padding = explicit_padding(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.explicit_padding, mode=self.padding_mode), 0
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)  # type: ignore[arg-type]
-
-
-def explicit_padding(layer: nn.Conv2d) -> list[int]:
-    """Padding as F.pad wants it: left, right, top, bottom."""
-    sides: list[int] = []
-    for axis in (1, 0):
-        if layer.padding == "same":
-            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-            sides += [total // 2, total - total // 2]
-        else:
-            amount = 0 if isinstance(layer.padding, str) else layer.padding[axis]
-            sides += [amount, amount]
-    return sides
-
-
-def _like(layer: DenseLayer) -> dict:
+def _like(layer: DenseLayer) -> dict[str, Any]:
     return {"device": layer.weight.device, "dtype": layer.weight.dtype}
 
 
-def untrained(layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> TensorizedLayer:
-    """The tensorized form of `layer` with factors of the right shapes and arbitrary values."""
-    decomposition = decomposition.for_shape(tuple(layer.weight.shape))
-    if decomposition.chain_axes(tuple(layer.weight.shape)) is not None:
-        return Chain(layer, decomposition, rank)
-    form = RebuiltConv2d if isinstance(layer, nn.Conv2d) else RebuiltLinear
-    return form(layer, decomposition, rank)  # type: ignore[arg-type]
+def is_chain(layer: nn.Module, decomposition: Decomposition) -> bool:
+    """Whether the factors themselves are the kernels of a chain."""
+    return Form.of(layer).groups == 1 and decomposition.chain_axes(kernel_shape(layer)) is not None
+
+
+def default_path(layer: nn.Module, decomposition: Decomposition) -> str:
+    """The path where nothing is known of the costs."""
+    return CHAIN if is_chain(layer, decomposition) else REBUILT
+
+
+def untrained(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> TensorizedLayer:
+    """The tensorized form of `layer` with factors of the right shapes and arbitrary values.
+
+    Raises ConfigError for a path that it does not have.
+    """
+    decomposition = decomposition.for_shape(kernel_shape(layer))
+    form = Chain if is_chain(layer, decomposition) else Contracted
+    return form(layer, decomposition, rank, path)
 
 
 def tensorize(
@@ -188,15 +231,17 @@ def tensorize(
     *,
     kernel: Tensor | None = None,
     metric: Metric | None = None,
+    path: str | None = None,
 ) -> TensorizedLayer:
-    """Decomposes `layer.weight` and returns the layer that runs on the factors, in the same mode.
+    """Decomposes the kernel of `layer` and returns the layer that runs on the factors, in the same mode.
 
-    Stride, padding (every mode), dilation and bias are kept. `kernel` (of the weight's shape) is decomposed in the
-    weight's stead, where given, and `metric` is the norm to fit it in. Raises DecompositionError as `decompose` does.
+    Stride, padding (every mode), dilation, groups and bias are kept. `kernel` (see `tspc.dense.as_kernel`) is
+    decomposed in the stead of the layer's own, where given, and `metric` is the norm to fit it in. Raises
+    DecompositionError as `decompose` does, ConfigError for a path that the layer does not have.
     """
-    decomposition = decomposition.for_shape(tuple(layer.weight.shape))
-    factors = decomposition.decompose(layer.weight if kernel is None else kernel, rank, metric)
-    result = untrained(layer, decomposition, rank)
+    decomposition = decomposition.for_shape(kernel_shape(layer))
+    factors = decomposition.decompose(kernel_of(layer) if kernel is None else kernel, rank, metric)
+    result = untrained(layer, decomposition, rank, path)
     with torch.no_grad():
         for own, value in zip(result.factor_tensors(), factors.tensors, strict=True):
             own.copy_(value)

@@ -20,7 +20,7 @@ from tspc.display import Display
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
-from tspc.phases.decompose import calibration_samples
+from tspc.phases.decompose import calibration_samples, example_input
 from tspc.phases.plan import plans_at
 from tspc.reference import (
     Reference,
@@ -118,8 +118,9 @@ def _show_plans(reference: Reference, config: Config, context: Context, shared: 
     assert config.plan is not None
     with calibration_samples(config.calibration, context) as samples:
         curves = reference_curves(reference, config, samples, context, shared)
-    plans = plans_at(reference.model, config.request, config.plan, curves)
-    asked = config.request.plan(reference.model, curves)
+    example = example_input(reference.model, network_spec(config, context.data))
+    plans = plans_at(reference.model, config.request, config.plan, curves, example)
+    asked = config.request.plan(reference.model, curves, example)
     size = state_bytes(reference.model)
     entry = next(p.element_size() for p in reference.model.parameters())
     after = size - entry * (asked.network_dense_params - asked.network_params)

@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tspc import decompositions
-from tspc.allocation import ALLOCATIONS, Candidate, candidate, overall, uniform
+from tspc.allocation import ALLOCATIONS, Candidate, candidate, overall, uniform, without_slower
 from tspc.blocks import block_of, find_blocks
 from tspc.calibration import Samples
 from tspc.curves import Curves, error_curves
 from tspc.decompositions import Auto, Method
 from tspc.errors import ConfigError, InfeasibleRateError
+from tspc.paths import OBJECTIVES, PATHS, Costs, Size, input_sizes
 from tspc.plans import LayerPlan, Plan
 from tspc.selection import select
 
@@ -37,8 +38,13 @@ def plan(
     rank_multiple: int = 1,
     keep_first: bool = True,
     keep_last: bool = True,
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    min_params: int = 0,
+    paths: str = "model",
+    objective: str = "parameters",
     samples: Samples | None = None,
+    example: Tensor | None = None,
     curves: Curves | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> Plan:
@@ -54,13 +60,18 @@ def plan(
     smallest form takes that, and the others pay. Ranks are multiples of `rank_multiple` (or a mode's whole size).
 
     The first convolution and the last layer stay dense unless told otherwise, and so do layers whose name
-    matches a wildcard in `exclude`. Errors are those of the layers' outputs over calibration `samples`, without
-    them of the kernels. `curves`, where given, are not measured again.
+    matches a wildcard in `exclude` or, where it is given, none in `include`, or have fewer than `min_params`
+    parameters. Errors are those of the layers' outputs over calibration `samples`, without them of the kernels.
+    `curves`, where given, are not measured again.
+
+    Every tensorized layer takes the cheapest of its `paths`, by a cost "model" or as it can "measure", for the input
+    sizes that an `example` (images; by default one of the samples) shows. With `objective="latency"` or `"macs"` layers
+    of which no path is faster stay dense, for as long as that leaves the others half of their share.
 
     Raises ConfigError for a wrong argument or a network with nothing to tensorize, InfeasibleRateError if
     the rate cannot be met; the latter names the smallest rate that can.
     """
-    check(rate, target_error, allocation, rate_decay, rate_scope, rank_multiple)
+    check(rate, target_error, allocation, rate_decay, rate_scope, rank_multiple, paths, objective)
     sketch = outline(
         model,
         method,
@@ -68,21 +79,34 @@ def plan(
         rank_multiple=rank_multiple,
         keep_first=keep_first,
         keep_last=keep_last,
+        include=include,
         exclude=exclude,
+        min_params=min_params,
     )
     if target_error is None:
         sketch.budget(rate)  # a rate that cannot be met is refused before the work
     if curves is None and needs_curves(sketch.method, allocation, target_error):
         curves = error_curves(model, sketch.chosen, sketch.method, samples, on_layer=on_layer)
     candidates = [_candidate(layer, sketch.method, curves, rank_multiple) for layer in sketch.chosen]
-    weights = _weights(model, sketch.chosen, rate_decay)
+    weights = dict(
+        zip((layer.name for layer in sketch.chosen), _weights(model, sketch.chosen, rate_decay), strict=True)
+    )
+    costs = Costs(paths, objective, _sizes(model, sketch.chosen, samples, example))
+
+    def share_out(those: Sequence[Candidate], budget: int) -> list[LayerPlan]:
+        share = [weights[c.layer.name] for c in those]
+        ranked = overall(those, budget) if allocation == "global" else uniform(those, share, budget)
+        return [costs.best(model.get_submodule(row.name), row) for row in ranked]
 
     def at(rate: float) -> Plan:
         budget = sketch.budget(rate)
-        ranked = overall(candidates, budget) if allocation == "global" else uniform(candidates, weights, budget)
+        ranked = share_out(candidates, budget)
+        if objective != "parameters":
+            is_slow = lambda row: not costs.is_faster(model.get_submodule(row.name), row)  # noqa: E731
+            ranked = without_slower(candidates, budget, ranked, share_out, is_slow)
         by_name = {layer.name: layer for layer in ranked}
         final = tuple(by_name.get(layer.name, layer) for layer in sketch.layers)
-        return Plan(sketch.method, rate, rate_decay, rate_scope, allocation, final, sketch.network_params)
+        return Plan(sketch.method, rate, rate_decay, rate_scope, allocation, final, sketch.network_params, objective)
 
     return at(rate) if target_error is None else _smallest_plan(at, sketch.smallest_rate, target_error)
 
@@ -148,11 +172,15 @@ def outline(
     rank_multiple: int = 1,
     keep_first: bool = True,
     keep_last: bool = True,
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    min_params: int = 0,
 ) -> Outline:
     """Finds the layers that can be tensorized; the arguments are those of `plan`, and so are the errors."""
     method = decompositions.resolve(method)
-    selected = select(model, keep_first=keep_first, keep_last=keep_last, exclude=exclude)
+    selected = select(
+        model, keep_first=keep_first, keep_last=keep_last, include=include, exclude=exclude, min_params=min_params
+    )
     layers = tuple(_smaller(layer, method, rank_multiple) for layer in selected)
     if all(layer.reason is not None for layer in layers):
         kept = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no Conv2d or Linear"
@@ -161,7 +189,24 @@ def outline(
     return Outline(method, layers, network_params, rate_scope, rank_multiple)
 
 
-def check(rate: Any, target_error: Any, allocation: Any, rate_decay: Any, rate_scope: Any, rank_multiple: Any) -> None:
+def _sizes(
+    model: nn.Module, layers: Sequence[LayerPlan], samples: Samples | None, example: Tensor | None
+) -> dict[str, Size]:
+    if example is None and samples is not None:
+        example = next(iter(samples))[:1]
+    return {} if example is None else input_sizes(model, [layer.name for layer in layers], example)
+
+
+def check(
+    rate: Any,
+    target_error: Any,
+    allocation: Any,
+    rate_decay: Any,
+    rate_scope: Any,
+    rank_multiple: Any,
+    paths: Any = "model",
+    objective: Any = "parameters",
+) -> None:
     """Raises ConfigError, with every problem, for arguments of `plan` that are out of range."""
     problems = [] if _is_share(rate) else [f"rate={rate!r}: expected a number above 0 and at most 1"]
     if target_error is not None and not _is_share(target_error):
@@ -170,6 +215,8 @@ def check(rate: Any, target_error: Any, allocation: Any, rate_decay: Any, rate_s
         ("allocation", allocation, ALLOCATIONS),
         ("rate_decay", rate_decay, RATE_DECAYS),
         ("rate_scope", rate_scope, RATE_SCOPES),
+        ("paths", paths, PATHS),
+        ("objective", objective, OBJECTIVES),
     ):
         if value not in options:
             problems.append(f"{key}={value!r}: choose one of {', '.join(options)}")

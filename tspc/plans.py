@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from tspc.decompositions import Decomposition, Method, Rank, Shape
 
 FINAL = "final layer"
 """The reason of the network's last layer for staying dense."""
+SLOWER = "no path is faster"
+"""The reason of a layer that shares the budget for staying dense where speed was asked for."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class LayerPlan:
 
     `error` is ‖K − K̂‖/‖K‖, known once the layer is decomposed. `output_error` is the relative root mean square error
     of the layer's output against the reference's: as expected from the error curves, or as measured once the
-    layer is decomposed. `note` names what is wrong with a decomposition.
+    layer is decomposed. `note` names what is wrong with a decomposition. `path` says how a tensorized layer computes,
+    see `tspc.links`.
     """
 
     name: str
@@ -36,6 +40,7 @@ class LayerPlan:
     error: float | None = None
     output_error: float | None = None
     note: str | None = None
+    path: str | None = None
 
     @property
     def kernel_params(self) -> int:
@@ -49,14 +54,15 @@ class LayerPlan:
     @property
     def compensates(self) -> bool:
         """Whether a layer that stays dense may still make up for the errors of the layers before it."""
-        return self.reason in (None, FINAL)
+        return self.reason in (None, FINAL, SLOWER)
 
     @property
     def form(self) -> str:
-        """What the layer becomes: method and ranks, or why it stays dense."""
+        """What the layer becomes: method, ranks and path, or why it stays dense."""
         if self.method is None or self.rank is None:
             return f"dense: {self.reason or 'kept'}"
-        return f"{self.method.name} {', '.join(map(str, self.rank))}"
+        path = "" if self.path is None else f", {self.path}"
+        return f"{self.method.name} {', '.join(map(str, self.rank))}{path}"
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))
@@ -64,7 +70,7 @@ class LayerPlan:
         return f"{self.name} {self.kind} {shape}: {self.form}, {self.dense_params:,} → {self.params:,}{note}"
 
     def to_dict(self) -> dict[str, Any]:
-        plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note")
+        plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note", "path")
         rank = None if self.rank is None else list(self.rank)
         method = None if self.method is None else self.method.to_dict()
         return {k: getattr(self, k) for k in plain} | {"shape": list(self.shape), "rank": rank, "method": method}
@@ -90,15 +96,21 @@ class Plan:
     allocation: str
     layers: tuple[LayerPlan, ...]
     network_dense_params: int
+    objective: str = "parameters"
 
     @property
     def budgeted(self) -> tuple[LayerPlan, ...]:
         """The layers that share the budget: those that are tensorized, or could have been."""
-        return tuple(layer for layer in self.layers if layer.reason is None)
+        return tuple(layer for layer in self.layers if layer.reason in (None, SLOWER))
 
     @property
     def tensorized(self) -> tuple[LayerPlan, ...]:
         return tuple(layer for layer in self.layers if layer.method is not None)
+
+    @property
+    def paths(self) -> dict[str, int]:
+        """How many tensorized layers take which path."""
+        return dict(Counter(layer.path for layer in self.tensorized if layer.path is not None).most_common())
 
     @property
     def dense_params(self) -> int:
@@ -133,7 +145,7 @@ class Plan:
         return "\n".join([*map(str, self.layers), f"total: {self.dense_params:,} → {self.params:,} parameters"])
 
     def to_dict(self) -> dict[str, Any]:
-        plain = ("rate", "rate_decay", "rate_scope", "allocation", "network_dense_params")
+        plain = ("rate", "rate_decay", "rate_scope", "allocation", "network_dense_params", "objective")
         layers = [layer.to_dict() for layer in self.layers]
         return {k: getattr(self, k) for k in plain} | {"method": self.method.to_dict(), "layers": layers}
 

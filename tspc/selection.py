@@ -6,34 +6,45 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
+from tspc.dense import kernel_shape, kind_of
 from tspc.errors import ConfigError
 from tspc.layers import tensorized_layers
 from tspc.plans import FINAL, LayerPlan
 
 
 def select(
-    model: nn.Module, *, keep_first: bool = True, keep_last: bool = True, exclude: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    keep_first: bool = True,
+    keep_last: bool = True,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_params: int = 0,
 ) -> list[LayerPlan]:
     """Every convolution and dense layer, still dense; `reason` is set where it must or shall stay so.
 
-    Raises ConfigError for a network that is compressed already, and for a pattern that excludes nothing.
+    With wildcards in `include` the layers that match none stay dense, and so do those with fewer than `min_params`
+    parameters. Raises ConfigError for a network that is compressed already, and for a pattern that matches nothing.
     """
     done = next(iter(tensorized_layers(model)), None)
     if done is not None:
         raise ConfigError([f"the network is compressed already (layer {done}); give the original one"])
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd) or kind_of(m) is not None}
     shared = _shared_weights(model)
-    first = next((n for n, m in modules.items() if not isinstance(m, nn.Linear)), None)
+    first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
     last = next(reversed(modules), None)
-    idle = [pattern for pattern in exclude if not any(fnmatchcase(name, pattern) for name in modules)]
-    if idle:
-        raise ConfigError(
-            [f"exclude={idle}: no convolution or dense layer has such a name; there are {_some(modules)}"]
-        )
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in modules)]
+        if idle:
+            raise ConfigError(
+                [f"{key}={idle}: no convolution or dense layer has such a name; there are {_some(modules)}"]
+            )
     layers = []
     for name, module in modules.items():
         reason = why_dense(module)
+        params = sum(p.numel() for p in module.parameters(recurse=False))
         if name in shared:
             reason = "its weight is shared with another layer"
         elif keep_first and name == first:
@@ -42,8 +53,11 @@ def select(
             reason = FINAL
         elif any(fnmatchcase(name, pattern) for pattern in exclude):
             reason = "excluded"
-        params = sum(p.numel() for p in module.parameters(recurse=False))
-        shape = tuple(module.weight.shape)
+        elif include and not any(fnmatchcase(name, pattern) for pattern in include):
+            reason = "not included"
+        elif reason is None and params < min_params:
+            reason = f"fewer than {min_params:,} parameters"
+        shape = kernel_shape(module)
         layers.append(LayerPlan(name, type(module).__name__, shape, params, params, reason=reason))
     return layers
 
@@ -55,12 +69,12 @@ def _some(names: Iterable[str], limit: int = 8) -> str:
 
 def why_dense(module: nn.Module) -> str | None:
     """Why a module cannot be tensorized, apart from its place in the network; None if it can."""
-    if type(module) not in (nn.Conv2d, nn.Linear):
+    if kind_of(module) is None:
         return f"{type(module).__name__} is not supported"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed from other parameters"
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return f"grouped convolution ({module.groups} groups)"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1 and module.groups == module.in_channels:
+        return "depthwise convolution"
     return None
 
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tspc.dense import DenseLayer
 from tspc.hooks import hooked
-from tspc.layers import DenseLayer
 from tspc.moments import rows_of
 
 IMAGES = 128

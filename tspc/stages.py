@@ -17,7 +17,7 @@ from tspc.files import write_json
 from tspc.launch import is_first
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
-from tspc.phases.decompose import calibration_samples, decompose
+from tspc.phases.decompose import calibration_samples, decompose, example_input
 from tspc.phases.distill import distill
 from tspc.phases.finetune import finetune
 from tspc.plans import Plan
@@ -204,9 +204,8 @@ class Stages:
             curves = None
             if request.needs_curves:
                 curves = reference_curves(self._source, self.config, samples, self.context, self._shared)
-            model, done, spectra = decompose(
-                self.reference, request.plan(self.reference, curves), samples, self.context
-            )
+            plan = request.plan(self.reference, curves, example_input(self.reference, self.spec))
+            model, done, spectra = decompose(self.reference, plan, samples, self.context)
         write_spectra(spectra, self.directory.file("spectra.json"), self.directory.file("spectra.png"))
         sizes = self.bytes_before, state_bytes(model)
         self.context.display.show(plan_table(done, *sizes), logged=plan_table(done, *sizes, max_rows=None))
@@ -254,6 +253,8 @@ class Stages:
             "rate_decay": ranks.rate_decay,
             "rate_scope": ranks.rate_scope,
             "allocation": ranks.allocation,
+            "objective": ranks.objective,
+            "paths": ranks.paths,
             "target_error": self.config.request.target_error,
             "output_error": ranks.output_error,
             "dataset": self.config.dataset.name,

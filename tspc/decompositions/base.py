@@ -135,9 +135,24 @@ class Decomposition(ABC):
         """For each factor the spatial axes ("", "h", "w" or "hw") that it convolves over.
 
         The factors are then, in order, the weights of a chain of ordinary convolutions equal to the layer.
-        None where the method has no such chain and the layer rebuilds its kernel instead.
+        None where the factors are no such weights.
         """
         return None
+
+    def links(self, shape: Shape, rank: Rank) -> tuple[tuple[Shape, str], ...] | None:
+        """The chain of convolutions that equals the layer: for each (out, in of one group, H, W), and its axes.
+
+        By default the factors themselves. None where no chain could cost less than the dense kernel.
+        """
+        axes = self.chain_axes(shape)
+        if axes is None:
+            return None
+        shapes = [(*s, 1, 1)[:4] for s in self.factor_shapes(shape, rank)]
+        return tuple(zip(shapes, axes, strict=True))
+
+    def link_kernels(self, factors: Factors) -> list[Tensor]:
+        """The kernels of `links`; differentiable in the factors."""
+        return list(factors.tensors)
 
     def is_useful(self, shape: Shape, rank: Rank) -> bool:
         """Whether no entry of the rank exceeds what its neighbours can carry; a surplus would only hold zeros."""

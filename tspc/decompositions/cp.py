@@ -81,8 +81,10 @@ class CPFormat(TensorFormat):
         return (tensor.movedim(largest, 0).flatten(1),)
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
-        *rows, last = tensors
-        return (khatri_rao(rows) @ last.T).reshape([f.shape[0] for f in tensors])
+        dims = [f.shape[0] for f in tensors]
+        # The split into two matrices of which both are small: a Khatri-Rao product with most modes is as large as X·R.
+        half = min(range(1, len(dims)), key=lambda k: math.prod(dims[:k]) + math.prod(dims[k:]))
+        return (khatri_rao(tensors[:half]) @ khatri_rao(tensors[half:]).T).reshape(dims)
 
     def diagnose(self, tensors: Sequence[Tensor]) -> str | None:
         """Names a fit whose components cancel each other: each large, small only in sum."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tspc.decompositions.base import Axes, Decomposition, Factors, Rank, Shape, kernel_dims
@@ -15,7 +17,6 @@ from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
 
 
-@lru_cache(maxsize=4096)
 def balanced_factors(number: int, count: int) -> Shape:
     """`number` as a product of `count` integers, ascending, with the smallest possible sum.
 
@@ -28,6 +29,9 @@ def balanced_factors(number: int, count: int) -> Shape:
         tuple(sorted((d, *balanced_factors(number // d, count - 1)))) for d in range(1, root + 1) if number % d == 0
     ]
     return min(options, key=sum)
+
+
+_remembered = lru_cache(maxsize=4096)(balanced_factors)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Reshaped(Decomposition):
     def _channels(self, shape: Shape) -> tuple[Shape, Shape]:
         """Splits of S and of T; opposite orders, so that the products S_l·T_l come out even."""
         t, s, *_ = kernel_dims(shape)
-        return balanced_factors(s, self.order), balanced_factors(t, self.order)[::-1]
+        # torch.compile looks into the function anyway, and would warn of the cache.
+        split = balanced_factors if torch.compiler.is_compiling() else _remembered
+        return split(s, self.order), split(t, self.order)[::-1]
 
     def _dims(self, shape: Shape) -> tuple[Shape, bool]:
         """Modes of the reshaped kernel, and whether the last one holds the kernel positions."""
@@ -100,6 +106,39 @@ class Reshaped(Decomposition):
         modes = list(zip(s, t, strict=True)) if self.inner.format.pairs_channels else [(name,) for name in (*s, *t)]
         modes += [("h", "w")] if spatial else []
         return Axes(t, s | ({"h": h, "w": w} if spatial else {}), self.inner.format.axes(modes, spatial))
+
+    def links(self, shape: Shape, rank: Rank) -> tuple[tuple[Shape, str], ...] | None:
+        """Two chains that cost less than the dense kernel.
+
+        - Tucker: the matrices of the S_l together are one map S → ∏R_l of the channels (their Kronecker product),
+          those of the T_l another one, and the core convolves in between, as in `tk`.
+        - CP and tensor train, where fewer than HW terms R share their positions: a depthwise convolution S → S·R, the
+          same R kernels for each channel, and a map of the channels.
+        """
+        t, s, h, w = kernel_dims(shape)
+        m = self.order
+        if not self.inner.format.pairs_channels:
+            first, last = math.prod(rank[:m]), math.prod(rank[m:])
+            # A strided 1×1 kernel should stride at once.
+            axes = ("hw", "", "") if h * w == 1 else ("", "hw", "")
+            return tuple(zip(((first, s, 1, 1), (last, first, h, w), (t, last, 1, 1)), axes, strict=True))
+        terms = rank[-1]
+        return (((s * terms, 1, h, w), "hw"), ((t, s * terms, 1, 1), "")) if terms < h * w else None
+
+    def link_kernels(self, factors: Factors) -> list[Tensor]:
+        t, s, h, w = kernel_dims(factors.shape)
+        m = self.order
+        *others, last = factors.tensors
+        if not self.inner.format.pairs_channels:
+            inputs, outputs = reduce(torch.kron, others[:m]), reduce(torch.kron, others[m:])
+            core = last.reshape(inputs.shape[1], outputs.shape[1], h, w).transpose(0, 1)
+            return [inputs.T[:, :, None, None], core, outputs[:, :, None, None]]
+        terms = factors.rank[-1]
+        profiles = (last.T if isinstance(self.inner, CP) else last[..., 0]).reshape(terms, h, w)
+        unit = torch.eye(terms, dtype=last.dtype, device=last.device)
+        unit = unit if isinstance(self.inner, CP) else unit[..., None]
+        maps = self._join(self.inner.format.contract([*others, unit]), (t, s, terms, 1))
+        return [profiles.repeat(s, 1, 1)[:, None], maps.reshape(t, s * terms, 1, 1)]
 
     def sketch(self) -> Reshaped:
         return replace(self, inner=self.inner.sketch())

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tspc.calibration import Calibration, Samples
 from tspc.compression import tensorized
 from tspc.curves import Curves, error_curves
 from tspc.decompositions import Method, Metric
+from tspc.errors import out_of_range
+from tspc.models import NetworkSpec
 from tspc.phases.context import Context
 from tspc.planning import Outline, needs_curves, outline, plan
 from tspc.plans import LayerPlan, Plan
@@ -22,11 +25,21 @@ from tspc.spectra import Spectrum, spectra_of
 
 @dataclass(frozen=True)
 class Selection:
-    """Which layers stay dense: the first convolution, the last layer, names that match wildcards in `exclude`."""
+    """Which layers stay dense: the first convolution, the last layer, names that match wildcards in `exclude`.
+
+    Where there are wildcards in `include` also names that match none of them, and layers with fewer than
+    `min_params` parameters.
+    """
 
     keep_first: bool = True
     keep_last: bool = True
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    min_params: int = 0
+
+    def problems(self, where: str) -> list[str]:
+        """One line for each value out of range."""
+        return out_of_range(self, where, [("min_params", self.min_params >= 0, "at least 0")])
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,8 @@ class PlanRequest:
     rate_scope: str
     rank_multiple: int
     selection: Selection
+    paths: str = "model"
+    objective: str = "parameters"
 
     @property
     def needs_curves(self) -> bool:
@@ -50,7 +65,16 @@ class PlanRequest:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings as plain data, without the selection, which belongs to its phase."""
-        plain = ("rate", "rate_decay", "rate_scope", "target_error", "allocation", "rank_multiple")
+        plain = (
+            "rate",
+            "rate_decay",
+            "rate_scope",
+            "target_error",
+            "allocation",
+            "rank_multiple",
+            "paths",
+            "objective",
+        )
         return {"method": self.method.to_dict()} | {name: getattr(self, name) for name in plain}
 
     def outline(self, model: nn.Module) -> Outline:
@@ -61,7 +85,8 @@ class PlanRequest:
             sketch.budget(self.rate)
         return sketch
 
-    def plan(self, model: nn.Module, curves: Curves | None) -> Plan:
+    def plan(self, model: nn.Module, curves: Curves | None, example: Tensor | None = None) -> Plan:
+        """As `tspc.plan`; `example` shows the sizes of the layers' inputs."""
         return plan(
             model,
             self.method,
@@ -71,9 +96,20 @@ class PlanRequest:
             rate_decay=self.rate_decay,
             rate_scope=self.rate_scope,
             rank_multiple=self.rank_multiple,
+            paths=self.paths,
+            objective=self.objective,
+            example=example,
             curves=curves,
             **asdict(self.selection),
         )
+
+
+def example_input(model: nn.Module, network: NetworkSpec) -> Tensor | None:
+    """An image of the size that the network takes, empty; None if that is not known."""
+    if network.image_size is None:
+        return None
+    parameter = next(model.parameters(), torch.zeros(()))
+    return parameter.new_zeros(1, network.in_channels, network.image_size, network.image_size)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from tspc.curves import Curves
 from tspc.errors import InfeasibleRateError
@@ -26,14 +26,18 @@ class PlanOverview:
 
 
 def plans_at(
-    reference: nn.Module, request: PlanRequest, overview: PlanOverview, curves: Curves
+    reference: nn.Module,
+    request: PlanRequest,
+    overview: PlanOverview,
+    curves: Curves,
+    example: Tensor | None = None,
 ) -> dict[float, Plan | InfeasibleRateError]:
     """A plan for every rate, largest first, or why there is none."""
     rates = {request.rate, *overview.rates} if request.target_error is None else set(overview.rates)
     plans: dict[float, Plan | InfeasibleRateError] = {}
     for rate in sorted(rates, reverse=True):
         try:
-            plans[rate] = dataclasses.replace(request, rate=rate, target_error=None).plan(reference, curves)
+            plans[rate] = dataclasses.replace(request, rate=rate, target_error=None).plan(reference, curves, example)
         except InfeasibleRateError as error:
             plans[rate] = error
     return plans

@@ -1,0 +1,214 @@
+"""Seconds for a batch: the dense network, the seven methods, tensorly-torch's factorized layers.
+
+    pip install -e '.[benchmark]'
+    python -m benchmarks.inference --network resnet50 --rate 0.1 --methods dense,svd,tk --runtimes channels_last,onnx
+
+Networks and factors are random, for only speed counts here: every layer has the rate asked for (`allocation=uniform`),
+its ranks in multiples of `--rank-multiple` (reshaped methods: of a fourth of it), its path by the cost model. Batch
+norms are folded, in the dense network too; tensorly-torch's layers (`tltorch-cp`, `-tucker`, `-tt`, with their own
+ranks for the same rate) keep them. Runtimes: `eager`, `channels_last`, `compile` (channels last), `onnx` (ONNX
+Runtime). Each time is the least of `--tries` medians of several runs. `--threads 1 --clock cpu` takes the processor's
+time rather than the wall's: for machines on which something else runs too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import io
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import tspc
+from benchmarks.common import machine, table
+from tspc.compression import set_module
+from tspc.dense import kernel_of
+from tspc.inference import fold_batch_norms
+from tspc.layers import untrained
+from tspc.models import NetworkSpec
+from tspc.plans import Plan
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "resnet50": (torchvision.models.resnet50, 8, 224),
+    "resnet32": (lambda: NetworkSpec("builtin", "resnet32", 10).build(), 128, 32),
+    "vit_b_16": (torchvision.models.vit_b_16, 8, 224),
+}
+"""The network, its batch size and its image size."""
+TLTORCH = {"tltorch-cp": "cp", "tltorch-tucker": "tucker", "tltorch-tt": "tt"}
+ALL = ("dense", "svd", "cp", "tk", "tt", "rcp", "rtk", "rtt", *TLTORCH)
+RUNS = 7
+
+
+def planned(model: nn.Module, method: str, options: argparse.Namespace, images: Tensor) -> Plan:
+    multiple = max(1, options.rank_multiple // 4) if method.startswith("r") else options.rank_multiple
+    return tspc.plan(
+        model,
+        method,
+        options.rate,
+        allocation="uniform",
+        rank_multiple=multiple,
+        objective=options.objective,
+        paths=options.paths,
+        example=images[:1],
+    )
+
+
+@torch.no_grad()
+def tensorized_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Random factors whose kernels have the size of usual initial ones: numbers too small would slow the processor."""
+    for row in plan.tensorized:
+        assert row.method is not None
+        assert row.rank is not None
+        dense: Any = model.get_submodule(row.name)
+        layer: Any = untrained(dense, row.method, row.rank, row.path)
+        for parameter in layer.parameters():
+            parameter.normal_()
+        kernel = kernel_of(layer)
+        layer.factor_tensors()[0].mul_(kernel[0].numel() ** -0.5 / kernel.std())
+        if layer.bias is not None:
+            layer.bias.zero_()
+        set_module(model, row.name, layer)
+    return model.eval()
+
+
+def factorized_(model: nn.Module, form: str, rate: float, rows: Plan) -> nn.Module:
+    """tensorly-torch's layers in the place of those that tspc would tensorize."""
+    tl: Any = importlib.import_module("tltorch")
+
+    for row in rows.budgeted:
+        dense: Any = model.get_submodule(row.name)
+        if isinstance(dense, nn.Linear):
+            layer: Any = tl.FactorizedLinear.from_linear(
+                dense, rank=rate, factorization=form, auto_tensorize=True, n_tensorized_modes=2
+            )
+        else:
+            layer = tl.FactorizedConv(
+                dense.in_channels,
+                dense.out_channels,
+                dense.kernel_size,
+                order=2,
+                stride=dense.stride,
+                padding=dense.padding,
+                bias=dense.bias is not None,
+                factorization=form,
+                rank=rate,
+                implementation="factorized",
+            )
+            layer.weight.normal_(0.0, dense.weight[0].numel() ** -0.5)
+        set_module(model, row.name, layer)
+    return model.eval()
+
+
+def runner(model: nn.Module, images: Tensor, runtime: str, threads: int) -> Callable[[], Any]:
+    """A call that runs a batch."""
+    model = copy.deepcopy(model)
+    if runtime in ("channels_last", "compile"):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=torch.channels_last)
+    if runtime == "compile":
+        model = torch.compile(model)  # type: ignore[assignment]
+    if runtime != "onnx":
+        return lambda: model(images)
+    import onnxruntime
+
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (images,), file, dynamo=False, opset_version=17)  # type: ignore[arg-type]
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file.getvalue(), settings, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: session.run(None, given)
+
+
+def seconds(run: Callable[[], Any], options: argparse.Namespace) -> float:
+    """The least of `tries` medians of RUNS; by the processor's clock where one thread is all that works."""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    run()
+    medians: list[float] = []
+    for _ in range(options.tries):
+        run()
+        taken: list[float] = []
+        for _ in range(RUNS):
+            begun = clock()
+            run()
+            taken.append(clock() - begun)
+        medians.append(statistics.median(taken))
+    return min(medians)
+
+
+def network(method: str, options: argparse.Namespace, images: Tensor) -> tuple[nn.Module, str]:
+    """The network to time, and what it is."""
+    torch.manual_seed(options.seed)
+    model = NETWORKS[options.network][0]().eval()
+    if method == "dense":
+        return fold_batch_norms(model, images[:1]), "1"
+    if method in TLTORCH:
+        before = sum(p.numel() for p in model.parameters())
+        rows = planned(model, "svd", options, images)
+        model = factorized_(model, TLTORCH[method], options.rate, rows)
+        after = sum(p.numel() for p in model.parameters())
+        return model, f"{(after - before + rows.dense_params) / rows.dense_params:.3f}"
+    plan = planned(model, method, options, images)
+    return fold_batch_norms(tensorized_(model, plan), images[:1]), f"{plan.rate_reached:.3f}"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--network", choices=NETWORKS, default="resnet50")
+    arguments.add_argument("--rate", type=float, default=0.1)
+    arguments.add_argument("--methods", default=",".join(ALL))
+    arguments.add_argument("--runtimes", default="eager,channels_last,onnx")
+    arguments.add_argument("--rank-multiple", type=int, default=8)
+    arguments.add_argument("--objective", default="parameters")
+    arguments.add_argument("--paths", default="model")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--tries", type=int, default=3)
+    arguments.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    arguments.add_argument("--seed", type=int, default=0)
+    options = arguments.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        arguments.error("--clock cpu adds up the time of all threads: it needs --threads 1")
+    torch.set_num_threads(options.threads)
+    _, batch, size = NETWORKS[options.network]
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(options.seed))
+    runtimes = options.runtimes.split(",")
+    rows: list[list[str]] = []
+    dense: dict[str, float] = {}
+    for method in options.methods.split(","):
+        with torch.no_grad():
+            model, rate = network(method, options, images)
+            found: dict[str, float] = {}
+            for runtime in runtimes:
+                try:
+                    run = runner(model, images, runtime, options.threads)
+                    found[runtime] = seconds(run, options)
+                except Exception as error:  # what a library cannot do is part of the table
+                    print(f"  {method} in {runtime}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        dense = dense or found
+        best = min(found.values())
+        cells = [
+            f"{found[r]:.3f} ({dense[r] / found[r]:.2f}×)" if r in found and r in dense else "failed" for r in runtimes
+        ]
+        rows.append([f"`{method}`", rate, *cells, f"{min(dense.values()) / best:.2f}×"])
+        print(" ".join(rows[-1]), flush=True)
+    print(
+        f"\n{options.network}, rate {options.rate:g}, batches of {batch} at {size}², {options.threads} threads, ",
+        end="",
+    )
+    print(f"rank multiple {options.rank_multiple}, objective {options.objective}. {machine(options.seed)}\n")
+    print(table(["", "rate reached", *(f"{r}, s (× dense)" for r in runtimes), "best × best dense"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Every argument of a convolution × every method × every path, against the convolution with the rebuilt kernel."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tspc.decompositions import METHODS
+from tspc.dense import Form, kernel_shape
+from tspc.layers import untrained
+from tspc.links import paths_of
+
+KERNELS = ((1, 1), (3, 3), (1, 3), (4, 2))
+MODES = ("zeros", "reflect", "replicate", "circular")
+STRIDES = (1, 2, (2, 1))
+PADDINGS = (0, (1, 2), "same")
+DILATIONS = (1, (1, 2))
+GROUPS = (1, 2)
+
+
+def expected(layer: nn.Conv2d | nn.Conv1d, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What PyTorch's own layer answers with another weight."""
+    return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+
+def random_(layer: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_path_equals_the_rebuilt_convolution(name, kernel, mode):
+    x = torch.randn(2, 8, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tried = set()
+    for stride, padding, dilation, groups in product(STRIDES, PADDINGS, DILATIONS, GROUPS):
+        if padding == "same" and stride != 1:
+            continue  # PyTorch refuses it
+        layer = nn.Conv2d(8, 6, kernel, stride, padding, dilation, groups, padding_mode=mode).double()
+        method = METHODS[name]().for_shape(kernel_shape(layer))
+        shape = kernel_shape(layer)
+        # Two terms of rtt and rcp share the positions of a kernel that has more.
+        rank = tuple(min(2, top) for top in method.max_rank(shape))
+        small = untrained(layer, method, rank)
+        random_(small)
+        weight = small.weight.detach()
+        wanted = expected(layer, weight, small.bias, x)
+        for path in paths_of(method, shape, rank, groups):
+            small.path = path
+            tried.add(path)
+            for training in (True, False):
+                answer = small.train(training)(x)
+                torch.testing.assert_close(answer, wanted, rtol=1e-10, atol=1e-10)
+        if mode == "zeros" and padding != "same":
+            torch.testing.assert_close(
+                wanted, F.conv2d(x, weight, small.bias, stride, padding, dilation, groups), rtol=1e-10, atol=1e-10
+            )
+    is_matrix = kernel == (1, 1)
+    least = {"svd": 2, "cp": 2 if is_matrix else 4, "tk": 2 if is_matrix else 4, "tt": 2 if is_matrix else 8}
+    least |= {"rtk": 4, "rcp": 1 if is_matrix else 2, "rtt": 1 if is_matrix else 2}
+    assert len(tried) == least[name]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", METHODS)
+def test_one_dimension(name, mode):
+    x = torch.randn(2, 8, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for size, stride, padding, dilation, groups in product((1, 3, 4), (1, 2), (0, 2), (1, 2), GROUPS):
+        layer = nn.Conv1d(8, 6, size, stride, padding, dilation, groups, padding_mode=mode).double()
+        shape = kernel_shape(layer)
+        method = METHODS[name]().for_shape(shape)
+        rank = tuple(min(2, top) for top in method.max_rank(shape))
+        small = untrained(layer, method, rank)
+        random_(small)
+        assert small.weight.shape == layer.weight.shape
+        wanted = expected(layer, small.weight.detach(), small.bias, x)
+        for path in paths_of(method, shape, rank, groups):
+            small.path = path
+            torch.testing.assert_close(small(x), wanted, rtol=1e-10, atol=1e-10)
+        assert Form.of(layer).kind == small.kind

@@ -1,0 +1,166 @@
+"""Paths: one function whichever is taken, kept kernels that never lag behind, a choice by cost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import tspc
+from tests.conftest import TINY
+from tests.nets import Net, a_layer, images, small_net
+from tspc.decompositions import METHODS
+from tspc.errors import ConfigError, DataError
+from tspc.layers import tensorized_layers, untrained
+from tspc.links import CHAIN, REBUILT, groupings, members
+from tspc.paths import Costs, input_sizes
+from tspc.plans import SLOWER, Plan
+
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+# --- the same function ------------------------------------------------------------------------------------------
+
+
+def test_names_of_paths():
+    assert groupings(3) == ["chain", "1|23", "12|3", "rebuilt"]
+    assert len(groupings(4)) == 8
+    assert members("1|234", 4) == [range(0, 1), range(1, 4)]
+    with pytest.raises(ConfigError, match=r"path '2\|1' does not exist here; choose one of chain, 1\|23"):
+        members("2|1", 3)
+
+
+@each_method
+def test_gradients_do_not_depend_on_the_path(name):
+    layer = a_layer(name).double().train()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for path in layer.paths:
+        layer.path = path
+        found.append(torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()]))
+    for gradients in found[1:]:
+        for a, b in zip(gradients, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------
+
+
+def test_input_sizes():
+    sizes = input_sizes(Net(), ["stem", "wide", "point", "hidden"], images())
+    assert sizes == {"stem": (12, 12), "wide": (12, 12), "point": (6, 6), "hidden": (1, 1)}
+    assert input_sizes(Net(), ["stem"], torch.randn(1, 7)) == {}
+
+
+@pytest.mark.parametrize("paths", ["model", "measure"])
+def test_no_path_costs_more_than_another(paths):
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    method = METHODS["tt"]()
+    for rank in ((8, 8, 8), (64, 100, 64)):
+        costs = Costs(paths, "latency", {"0": (16, 16)})
+        row = tspc.plan(nn.Sequential(layer), "tt", 0.5, keep_first=False, keep_last=False).layers[0]
+        best = costs.best(layer, replace(row, rank=rank))
+        options = untrained(layer, method, rank).paths
+        assert len(options) == 8
+        assert costs.of(layer, "0", method, rank, best.path) == min(
+            costs.of(layer, "0", method, rank, path) for path in options
+        )
+
+
+def test_low_ranks_run_as_chains_and_high_ones_rebuilt():
+    layer, costs = nn.Conv2d(64, 64, 3, padding=1), Costs(sizes={"0": (28, 28)})
+    row = tspc.plan(nn.Sequential(layer), "tk", 0.5, keep_first=False, keep_last=False).layers[0]
+    assert costs.best(layer, replace(row, rank=(8, 8))).path == CHAIN
+    assert costs.best(layer, replace(row, rank=(64, 64))).path == REBUILT
+    macs = Costs(objective="macs", sizes={"0": (28, 28)})
+    assert macs.of(layer, "0", METHODS["tk"](), (8, 8), CHAIN) == 28 * 28 * (64 * 8 + 8 * 8 * 9 + 8 * 64)
+    assert macs.of(layer, "0", METHODS["tk"](), (8, 8), REBUILT) == 28 * 28 * 64 * 64 * 9
+
+
+@each_method
+def test_the_path_is_planned_and_saved(name, tmp_path):
+    made = tspc.plan(Net(), name, 0.5, allocation="uniform", example=images())
+    assert all(row.path is not None for row in made.tensorized)
+    assert Plan.from_dict(made.to_dict()) == made
+    assert f", {made.tensorized[0].path}," in str(made)
+    assert sum(made.paths.values()) == len(made.tensorized)
+    small = Net().eval()
+    tspc.apply_(small, made)
+    layers = tensorized_layers(small)
+    assert {n: layer.path for n, layer in layers.items()} == {row.name: row.path for row in made.tensorized}
+    for layer in layers.values():
+        layer.path = layer.paths[len(layer.paths) // 2]
+    tspc.save(small, tmp_path / "a.safetensors")
+    loaded = tspc.load(tmp_path / "a.safetensors", Net()).eval()
+    assert [x.path for x in tensorized_layers(loaded).values()] == [x.path for x in layers.values()]
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), small(images()))
+
+
+@pytest.mark.parametrize("objective", ["latency", "macs"])
+def test_what_is_no_faster_stays_dense_within_the_budget(objective):
+    for name in ("svd", "rtt"):
+        made = tspc.plan(Net(), name, 0.6, allocation="uniform", objective=objective, example=images())
+        assert made.rate_reached <= 0.6
+        assert made.tensorized
+        assert all(row.method is None for row in made.layers if row.reason == SLOWER)
+    assert any(row.reason == SLOWER for row in made.layers)
+    assert not any(row.reason == SLOWER for row in tspc.plan(Net(), "rtt", 0.6, allocation="uniform").layers)
+
+
+def test_wrong_settings():
+    with pytest.raises(ConfigError, match="paths='fast': choose one of model, measure; objective='speed': choose one"):
+        tspc.plan(Net(), "tt", 0.5, paths="fast", objective="speed")
+
+
+# --- batch norms ------------------------------------------------------------------------------------------------
+
+
+@each_method
+def test_folded_batch_norms_change_nothing(name):
+    small, x = small_net(name).double(), images().double()
+    folded = tspc.fold_batch_norms(small, x)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert not tensorized_layers(folded)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), small(x), rtol=1e-10, atol=1e-10)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in small.modules()), "the original is left alone"
+    with pytest.raises(DataError, match=r"cannot take images of shape \(1, 7\)"):
+        tspc.fold_batch_norms(small, torch.randn(1, 7).double())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_from_others_takes_no_batch_norm_over():
+    model = Net().eval()
+    torch.nn.utils.weight_norm(model.wide)
+    folded = tspc.fold_batch_norms(model, images())
+    assert isinstance(folded.norm1, nn.BatchNorm2d)
+    torch.testing.assert_close(folded(images()), model(images()))
+
+
+def test_a_batch_norm_of_a_tensor_with_other_uses_is_kept():
+    class Skip(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.stem(x)
+            return self.norm0(first) + first
+
+    model = Skip().eval()
+    folded = tspc.fold_batch_norms(model, images())
+    assert isinstance(folded.norm0, nn.BatchNorm2d)
+    torch.testing.assert_close(folded(images()), model(images()))
+
+
+def test_a_run_keeps_its_paths(cli, tmp_path):
+    code, _, err = cli(
+        *TINY, "phase=decompose", "method=tk", "rate=0.5", "objective=latency", "paths=measure", "pretrained=random"
+    )
+    assert (code, err) == (0, "")
+    run = tmp_path / "outputs/synthetic/resnet8/tk-0.5/seed0"
+    result = json.loads((run / "result.json").read_text())
+    loaded = tensorized_layers(tspc.load(run / "model.safetensors"))
+    assert result["objective"] == "latency"
+    assert result["paths"] == dict(Counter(layer.path for layer in loaded.values()))

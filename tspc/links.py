@@ -1,0 +1,132 @@
+"""Chains of ordinary convolutions that equal one convolution, whole or with neighbouring links merged.
+
+A *path* is the way in which a tensorized layer computes: "chain" runs every link, "rebuilt" contracts the dense
+kernel and convolves once, and "1|23" (for example) runs the first link and then the second and third merged into one
+kernel. All paths of a layer give the same output up to rounding, and the same gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tspc.decompositions import Decomposition, Factors, Rank, Shape
+from tspc.errors import ConfigError
+
+CHAIN, REBUILT = "chain", "rebuilt"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One convolution of a path: kernel (out, in of one group, height, width), and the axes that it convolves over."""
+
+    shape: Shape
+    covered: str
+    groups: int
+
+    @property
+    def channels(self) -> int:
+        """Input channels."""
+        return self.shape[1] * self.groups
+
+
+def groupings(count: int) -> list[str]:
+    """All ways to merge neighbours in a chain of so many links, as names of paths; the whole chain first."""
+    found = []
+    for cuts in range(2 ** (count - 1) - 1, -1, -1):
+        name = "".join(
+            f"{i + 1}" + ("|" if i < count - 1 and cuts >> (count - 2 - i) & 1 else "") for i in range(count)
+        )
+        found.append(_shortened(name, count))
+    return found
+
+
+def _shortened(name: str, count: int) -> str:
+    return {"|".join(map(str, range(1, count + 1))): CHAIN, "".join(map(str, range(1, count + 1))): REBUILT}.get(
+        name, name
+    )
+
+
+def paths_of(decomposition: Decomposition, shape: Shape, rank: Rank, groups: int = 1) -> list[str]:
+    """The paths that a layer with this kernel has; "rebuilt" is always among them, and last."""
+    links = decomposition.links(shape, rank) if groups == 1 else None
+    return [REBUILT] if links is None or len(links) == 1 else groupings(len(links))
+
+
+def members(path: str, count: int) -> list[range]:
+    """The links that each stage of a path merges. Raises ConfigError for a path that does not exist."""
+    if path not in groupings(count):
+        raise ConfigError([f"path {path!r} does not exist here; choose one of {', '.join(groupings(count))}"])
+    if path == CHAIN:
+        return [range(i, i + 1) for i in range(count)]
+    if path == REBUILT:
+        return [range(count)]
+    starts = [int(part[0]) - 1 for part in path.split("|")]
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def stages_of(decomposition: Decomposition, shape: Shape, rank: Rank, path: str, groups: int = 1) -> list[Stage]:
+    """The convolutions that a path runs one after the other. `shape` has four entries, or two of a dense layer."""
+    t, s, *window = (*shape, 1, 1)[:4]
+    if path == REBUILT:
+        return [Stage((t, s, *window), "hw", groups)]
+    links = decomposition.links(shape, rank)
+    assert links is not None
+    stages: list[Stage] = []
+    channels = s
+    for merged in members(path, len(links)):
+        stage = _merged_stage([Stage(*link, 1) for link in (links[i] for i in merged)], channels)
+        stages.append(stage)
+        channels = stage.shape[0]
+    return stages
+
+
+def _merged_stage(links: list[Stage], channels: int) -> Stage:
+    """A dense kernel unless all of the links are depthwise."""
+    window = [1, 1]
+    for link in links:
+        window = [max(a, b) for a, b in zip(window, link.shape[2:], strict=True)]
+    inputs = links[0].shape[1] if len(links) == 1 else channels
+    covered = "".join(axis for axis in "hw" if any(axis in link.covered for link in links))
+    return Stage((links[-1].shape[0], inputs, *window), covered, channels // inputs)
+
+
+def merged(kernels: Sequence[Tensor], channels: int) -> Tensor:
+    """The kernel of one convolution that equals several in sequence, of which no two convolve over one axis.
+
+    Kernels are (out, in of one group, height, width); one whose group has a single channel is depthwise.
+    Differentiable.
+    """
+    first, *others = kernels
+    groups = channels // first.shape[1]
+    for other in others:
+        depthwise = other.shape[1] == 1 and first.shape[0] > 1
+        if groups > 1:  # depthwise, then a map of the channels
+            product = torch.einsum("rhw,trij->trhwij", first[:, 0], other)
+        elif depthwise:
+            product = torch.einsum("rshw,rij->rshwij", first, other[:, 0])
+        else:
+            product = torch.einsum("rshw,trij->tshwij", first, other)
+        t, s, h, w, i, j = product.shape
+        first, groups = product.permute(0, 1, 2, 4, 3, 5).reshape(t, s, h * i, w * j), 1
+    return first
+
+
+def contracted(decomposition: Decomposition, factors: Factors, path: str) -> list[Tensor]:
+    """The kernels of a path's stages, (out, in of one group, height, width); differentiable in the factors."""
+    if path == REBUILT:
+        return [_four(decomposition.reconstruct(factors))]
+    links = decomposition.link_kernels(factors)
+    found: list[Tensor] = []
+    channels = factors.shape[1]
+    for parts in members(path, len(links)):
+        found.append(merged([_four(links[i]) for i in parts], channels))
+        channels = found[-1].shape[0]
+    return found
+
+
+def _four(kernel: Tensor) -> Tensor:
+    return kernel[:, :, None, None] if kernel.ndim == 2 else kernel
