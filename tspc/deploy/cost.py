@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,4 +107,4 @@ class _Live(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor)]
+    return [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]

@@ -78,7 +78,7 @@ def onnx_program(program: ExportedProgram, inputs: Inputs) -> Any:
     shapes = _free_batch(inputs)
     try:
         with _quiet():
-            made = torch.onnx.export(
+            made: Any = torch.onnx.export(
                 program, inputs, verbose=False, input_names=names, dynamic_shapes=shapes, optimize=False
             )
             # Kernels stay factors in the file; a runtime contracts them once, when it loads it.
