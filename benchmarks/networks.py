@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -189,7 +190,10 @@ def row(case: Case, found: dict[str, dict[str, Any]]) -> list[str]:
     first = whole[0] if whole else None
     worst = [max((r[key] for r in whole if key in r), default=float("nan")) for key in ("rebuilt", "onnx")]
     name = case.name if case.family == "torchvision" else f"{case.family}: {case.name}"
-    reasons = "" if first is None else ", ".join(f"{count} {reason}" for reason, count in first["dense"].items())
+    dense: Counter[str] = Counter()
+    for reason, count in ({} if first is None else first["dense"]).items():
+        dense[re.sub(r" \(\d+ groups\)", "", reason)] += count
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dense.items())
     return [
         name,
         "" if first is None else f"{first['parameters'] / 1e6:.1f}",
