@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tspc.errors import ExportError
+from tspc.layers import tensorized_layers
 
 Inputs = tuple[Tensor, ...]
 
@@ -52,6 +53,9 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """
     # The file will hold the example, so not the user's images; and a batch of one would be taken for a constant.
     example = tuple(torch.zeros_like(x) for x in take(inputs, 2))
+    model = copy.deepcopy(model)
+    for layer in tensorized_layers(model).values():
+        layer._kept = None  # the file holds the factors, not the larger kernels that eval mode contracts from them
     try:
         with _quiet():
             program = torch.export.export(model, example, dynamic_shapes=_free_batch(example))
