@@ -61,7 +61,8 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
             program = torch.export.export(model, example, dynamic_shapes=_free_batch(example))
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
         raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {_first_line(error)}") from error
-    for node in program.graph.nodes:
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
         node.meta.pop("stack_trace", None)  # paths of this machine
     return program
 
