@@ -50,7 +50,13 @@ def test_datasets(dataset):
 @pytest.mark.parametrize("model", options("model"))
 def test_models(model):
     extra = ["model.factory=a.b:net"] if model == "custom" else []
-    expected = {"default": "resnet8", "torchvision": "resnet50", "custom": "net"}.get(model, model)
+    expected = {
+        "default": "resnet8",
+        "torchvision": "resnet50",
+        "timm": "resnetv2_50",
+        "transformers": "vit",
+        "custom": "net",
+    }.get(model, model)
     assert read(f"model={model}", *extra).network.name == expected
 
 

@@ -15,12 +15,12 @@ PACKAGE = ROOT / "tspc"
 
 LAYERS = [
     ["errors", "launch"],
-    ["files", "hooks", "interrupts", "parallel", "processes", "trackers"],
+    ["extras", "files", "hooks", "interrupts", "parallel", "processes", "trackers"],
     ["sweep", "display", "decompositions", "models", "data", "blocks"],
     ["links"],
     ["dense"],
     ["layers", "training", "plans", "stash"],
-    ["moments", "paths", "selection", "spectra", "walk"],
+    ["deploy", "moments", "paths", "selection", "spectra", "walk"],
     ["inference", "sensitivity"],
     ["calibration"],
     ["batch_norm", "curves"],
@@ -30,7 +30,7 @@ LAYERS = [
     ["checkpoint"],
     ["phases"],
     ["config", "report", "runs"],
-    ["reference"],
+    ["reference", "delivery"],
     ["stages"],
     ["pipeline"],
     ["cli"],

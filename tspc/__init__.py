@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tspc.decompositions import Reshaped as Reshaped
     from tspc.decompositions import TensorTrain as TensorTrain
     from tspc.decompositions import Tucker as Tucker
+    from tspc.deploy import export as export
     from tspc.errors import TspcError as TspcError
     from tspc.inference import fold_batch_norms as fold_batch_norms
     from tspc.planning import plan as plan
@@ -39,6 +40,7 @@ _HOMES = {
     "Reshaped": "decompositions",
     "TensorTrain": "decompositions",
     "Tucker": "decompositions",
+    "export": "deploy",
     "TspcError": "errors",
     "fold_batch_norms": "inference",
     "Plan": "plans",
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "apply_",
     "compress",
+    "export",
     "fold_batch_norms",
     "load",
     "plan",

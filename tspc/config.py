@@ -20,8 +20,10 @@ from tspc.decompositions import Method
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
 from tspc.paths import OBJECTIVES, PATHS
+from tspc.phases.benchmark import Benchmark
 from tspc.phases.decompose import PlanRequest, Selection
 from tspc.phases.distill import Distillation
+from tspc.phases.export import Export
 from tspc.phases.finetune import Finetuning
 from tspc.phases.plan import PlanOverview
 from tspc.planning import RATE_DECAYS, RATE_SCOPES, conflicts
@@ -29,7 +31,7 @@ from tspc.trackers import TRACKERS
 from tspc.training import Recipe
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-PHASES = ("pretrain", "plan", "decompose", "distill", "finetune")
+PHASES = ("pretrain", "plan", "decompose", "distill", "finetune", "export", "benchmark")
 """In the order in which they run."""
 
 TOP_LEVEL = (
@@ -70,11 +72,13 @@ class Config:
     decompose: Selection | None
     distill: Distillation | None
     finetune: Finetuning | None
+    export: Export | None
+    benchmark: Benchmark | None
 
     @property
     def trains(self) -> bool:
         """Whether data is indispensable."""
-        return not {"plan", "decompose"} >= set(self.phases) or self.pretrained is None
+        return not {"plan", "decompose", "export", "benchmark"} >= set(self.phases) or self.pretrained is None
 
 
 def read_config(config: DictConfig | dict[str, Any]) -> Config:
@@ -159,7 +163,7 @@ class _Reader:
         except OmegaConfBaseException as error:
             self.problems.append(f"{where}: {' '.join(str(error).splitlines()[:2]).replace('    full_key: ', 'in ')}")
             return None
-        if isinstance(result, Recipe | Calibration | PlanOverview | Selection):
+        if isinstance(result, Recipe | Calibration | PlanOverview | Selection | Export | Benchmark):
             self.problems += result.problems(where)
         return result
 
@@ -238,6 +242,8 @@ class _Reader:
             "decompose": self.section(Selection, data.get("decompose"), "phase.decompose"),
             "distill": self.section(Distillation, data.get("distill"), "phase.distill"),
             "finetune": self.section(Finetuning, data.get("finetune"), "phase.finetune"),
+            "export": self.section(Export, data.get("export"), "phase.export"),
+            "benchmark": self.section(Benchmark, data.get("benchmark"), "phase.benchmark"),
         }
 
     def number(
@@ -277,7 +283,7 @@ def _mutable(cls: type) -> type:
     """A schema with the fields of a frozen dataclass, in the types that OmegaConf knows."""
     fields = []
     for field in dataclasses.fields(cls):
-        kind = str(field.type).replace("tuple[float, ...]", "list[float]").replace("tuple[str, ...]", "list[str]")
+        kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list[\1]", str(field.type))
         default: Any = field.default
         if default is dataclasses.MISSING:
             default = "???" if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -54,6 +54,10 @@ class TrainingError(TspcError):
     """Training cannot go on, for example because the loss is no longer finite."""
 
 
+class ExportError(TspcError):
+    """A network that cannot be written in a format, or that answers otherwise when read back from it."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Stopped by a signal; `where` says how far it had come, if it was saved on purpose."""
 

@@ -15,6 +15,7 @@ from tspc.blocks import find_blocks
 from tspc.config import Config
 from tspc.data import Data, load_data
 from tspc.decompositions import resolve
+from tspc.delivery import RECORDS
 from tspc.display import Display
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
@@ -50,6 +51,8 @@ def run(config: Config, display: Display) -> dict[str, Any]:
 
 def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     _check_batches(config)
+    if config.export is not None:
+        config.export.check()
     data = _data(config, display)
     spec = network_spec(config, data)
     reference = untrained_reference(config, spec, data)
@@ -61,7 +64,7 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
             display.line("plan       no data to calibrate with: the weights alone decide")
     context = Context(data, machine, config.seed, display)
     shared = _shared(config, spec)
-    if not set(config.phases) & set(STAGES):
+    if not set(config.phases) & {*STAGES, *RECORDS}:
         summary = _prepare(reference, config, spec, context)
         if config.plan is not None:
             processes.by_first(lambda: _show_plans(reference, config, context, shared))

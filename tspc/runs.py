@@ -18,7 +18,10 @@ from tspc.errors import RunError
 from tspc.files import PARTIAL, read_json, write_json
 from tspc.launch import is_first
 
-RESULTS = ("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json")
+RESULTS = (
+    *("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json"),
+    *("export.json", "benchmark.json", "export/model.*"),
+)
 """What a directory holds of a run, apart from its history."""
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from tspc import checkpoint, interrupts, processes
 from tspc.config import Config
+from tspc.delivery import Delivery
 from tspc.errors import RunError, TrainingError
 from tspc.files import write_json
 from tspc.launch import is_first
@@ -51,7 +52,7 @@ class Stages:
     def execute(self, reference: dict[str, Any]) -> dict[str, Any]:
         """Runs the stages asked for; `reference` is what the result says of the reference network."""
         requested = [stage for stage in STAGES if stage in self.config.phases]
-        self._collect(before=requested[0])
+        self._collect(before=requested[0] if requested else None)
         for stage in requested:
             settings = self._settings(stage)
             if not self._skip(stage, settings):
@@ -272,8 +273,12 @@ class Stages:
             "device": str(self.context.device),
             "versions": versions(),
         }
-        write_json(self.directory.file("result.json"), result)
+        delivery = Delivery(self.config, self.spec, self.context, self.directory, self._after())
+        write_json(self.directory.file("result.json"), result | delivery.found())
         self._show(result, target)
+        delivery.deliver(self.reference, model)
+        delivery.show()
+        write_json(self.directory.file("result.json"), result := result | delivery.found())
         return result
 
     def _show(self, result: dict[str, Any], target: Path) -> None:

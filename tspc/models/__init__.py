@@ -15,9 +15,11 @@ from torch import nn
 from tspc.errors import ConfigError
 from tspc.models.cifar_resnet import CIFAR_RESNETS, cifar_resnet
 from tspc.models.lenet import LeNet5
+from tspc.models.timm_zoo import timm_network
 from tspc.models.torchvision_zoo import torchvision_network
+from tspc.models.transformers_zoo import transformers_network
 
-FAMILIES = ("builtin", "torchvision", "custom")
+FAMILIES = ("builtin", "torchvision", "timm", "transformers", "custom")
 BUILTIN = (*CIFAR_RESNETS, "lenet5")
 
 
@@ -25,8 +27,8 @@ BUILTIN = (*CIFAR_RESNETS, "lenet5")
 class NetworkSpec:
     """Which network: enough to build it again.
 
-    `family` is `builtin` (this package's CIFAR ResNets and LeNet-5), `torchvision` (any of its
-    classification networks) or `custom` (`factory` is `package.module:function`, called with `kwargs`).
+    `family` is `builtin` (this package's CIFAR ResNets and LeNet-5), `torchvision` (any of its classification
+    networks), `timm`, `transformers` or `custom` (`factory` is `package.module:function`, called with `kwargs`).
     """
 
     family: str
@@ -60,6 +62,10 @@ class NetworkSpec:
             raise ConfigError([f"dataset.num_classes is needed to build {self.name}"])
         if self.family == "torchvision":
             return torchvision_network(self.name, self.num_classes, self.in_channels, pretrained, self.kwargs)
+        if self.family in ("timm", "transformers"):
+            network = timm_network if self.family == "timm" else transformers_network
+            sizes = self.num_classes, self.in_channels, self.image_size
+            return network(self.name, *sizes, pretrained, self.kwargs)
         if self.name == "lenet5":
             return LeNet5(self.num_classes, self.in_channels, self.image_size or 28)
         if self.name in CIFAR_RESNETS:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     problems = [f"{label}: {_some(names)}" for label, names in parts if names]
     if problems:
         raise WeightsError(f"{source} does not fit the network: {'; '.join(problems)}")
-    model.load_state_dict(state, strict=False)
+    whole = OrderedDict(state)
+    # Some networks (MNASNet) refuse a state that does not tell the version of its layout, as files do not.
+    whole._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(whole, strict=False)
 
 
 def _some(names: list[str], limit: int = 6) -> str:

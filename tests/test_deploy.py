@@ -1,0 +1,178 @@
+"""Exported files answer like the network and need nothing of this package; costs are counted, not guessed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import tspc
+from tests.small import network
+from tspc import extras
+from tspc.compression import compress
+from tspc.deploy import FORMATS, Exporter, compare, cost, export, exporting
+from tspc.errors import ConfigError, ExportError
+
+IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+READERS = {
+    "onnx": "import onnxruntime; session = onnxruntime.InferenceSession(path)\n"
+    "answer = torch.from_numpy(session.run(None, {'input': images.numpy()})[0])",
+    "pt2": "answer = torch.export.load(path).module()(images)",
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    return compress(network(), "rtk", 0.3, allocation="uniform").eval()
+
+
+@pytest.fixture(scope="module")
+def exported(small, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exported")
+    exporter = Exporter(small, IMAGES, 1e-5)
+    for format in FORMATS:
+        done = exporter.write(folder / f"net.{format}", format)
+        assert (done.format, done.file, done.samples) == (format, f"net.{format}", 3)
+        assert done.bytes == (folder / done.file).stat().st_size
+        assert 0 <= done.relative <= 1e-5
+    assert len(list(folder.iterdir())) == len(FORMATS), "nothing else is left"
+    return {format: folder / f"net.{format}" for format in FORMATS}
+
+
+@pytest.mark.parametrize("format", READERS)
+def test_a_file_needs_no_tspc_and_takes_any_batch_size(small, exported, tmp_path, format):
+    path = exported[format]
+    images = torch.cat([IMAGES, IMAGES])
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import sys, torch; sys.modules['tspc'] = None\n"
+        f"path, images = {str(path)!r}, torch.load({str(tmp_path / 'images.pt')!r})\n"
+        f"{READERS[format]}\n"
+        f"torch.save(answer, {str(tmp_path / 'answer.pt')!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "answer.pt").detach(), small(images), rtol=1e-4, atol=1e-5)
+
+
+def test_files_hold_factors_and_neither_images_nor_paths(small, exported):
+    weights = sum(t.numel() * t.element_size() for t in small.state_dict().values())
+    assert exported["onnx"].stat().st_size < weights + 60_000, "kernels were not multiplied out"
+    assert load_file(exported["safetensors"]).keys() == small.state_dict().keys()
+    archive = zipfile.ZipFile(exported["pt2"])
+    content = [exported["onnx"].read_bytes(), *(archive.read(name) for name in archive.namelist())]
+    for data in content:
+        assert IMAGES[0].numpy().tobytes() not in data
+        assert __file__.encode() not in data
+        assert b"layers.py" not in data
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_that_answers_otherwise_is_not_kept(small, tmp_path, format, monkeypatch):
+    path = tmp_path / f"net.{format}"
+    path.write_text("older")
+    # What is read back is another network's answer.
+    name = "run_session" if format == "onnx" else "flat"
+    real = getattr(exporting, name)
+    calls = iter(range(100))
+    wrong = lambda *args: [t + (0.01 if format == "onnx" or next(calls) % 2 else 0) for t in real(*args)]  # noqa: E731
+    monkeypatch.setattr(exporting, name, wrong)
+    with pytest.raises(ExportError, match=r"was not kept: its answers differ from the network's by 0\.01"):
+        export(small, path, IMAGES)
+    assert path.read_text() == "older"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_network_is_left_as_it_was(tmp_path):
+    model = network().train().to(memory_format=torch.channels_last)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export(model, tmp_path / "net.safetensors", IMAGES)
+    assert model.training
+    assert model.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Two(nn.Module):
+    """Two inputs, a tuple of answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 8), nn.Linear(6, 8)
+
+    def forward(self, x, y):
+        z = self.left(x) + self.right(y)
+        return z.relu(), {"norm": z.norm(dim=1)}
+
+
+def test_several_inputs_and_answers(tmp_path):
+    inputs = torch.randn(3, 4), torch.randn(3, 6)
+    for format in FORMATS:
+        assert export(Two(), tmp_path / f"two.{format}", inputs).relative < 1e-5
+
+
+class Fickle(nn.Module):
+    def forward(self, x):
+        return x.relu() if x.sum() > 0 else x
+
+
+def test_a_network_that_cannot_be_traced_is_told_in_one_line(tmp_path):
+    with pytest.raises(ExportError, match=r"^Fickle cannot be traced by torch.export: .+$"):
+        export(Fickle(), tmp_path / "net.pt2", IMAGES)
+    with pytest.raises(ExportError, match="cannot export as 'tflite'; choose one of onnx, pt2, safetensors"):
+        export(Fickle(), tmp_path / "net.tflite", IMAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extra", extras.EXTRAS)
+def test_a_missing_extra_is_one_line_with_the_remedy(extra, monkeypatch):
+    extras.require(extra, "this")
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in extras.EXTRAS[extra] else find_spec(name))
+    with pytest.raises(ConfigError, match=rf"^this needs the extra {extra}; .* pip install 'tspc\[{extra}\]'$"):
+        extras.require(extra, "this")
+
+
+def test_costs_are_those_of_the_arithmetic():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    found = cost(model, (torch.randn(4, 3, 6, 6),))
+    assert found.macs == 8 * 3 * 9 * 36 + 8 * 36 * 5
+    assert found.parameters == 8 * 3 * 9 + 8 + 8 * 36 * 5 + 5
+    assert found.weight_bytes == 4 * found.parameters
+    # At the peak the convolution's answer and its ReLU are there.
+    assert found.peak_bytes == found.weight_bytes + 2 * 4 * (4 * 8 * 36)
+
+
+def test_attention_is_counted():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    length, width, hidden = 10, 16, 32
+    projections = length * (4 * width * width + 2 * width * hidden)
+    assert cost(layer, (torch.randn(3, length, width),)).macs == projections + 2 * length * length * width
+
+
+def test_both_networks_are_timed_by_turns(small):
+    found = compare(network(), small, (IMAGES,), 5, "eager", 0.05)
+    assert found.repeats >= 5
+    for side in (found.dense, found.compressed):
+        assert side is not None
+        assert 0 < side["median"] <= side["p95"]
+        assert side["throughput"] == pytest.approx(5 / side["median"])
+    assert found.speedup is not None
+
+
+def test_a_runtime_that_is_absent_says_so(small, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    found = compare(network(), small, (IMAGES,), 1, "onnx", 0.0)
+    assert found.dense is None
+    assert "pip install 'tspc[onnx]'" in str(found.skipped)
+
+
+def test_export_is_public():
+    assert tspc.export is export

@@ -1,0 +1,20 @@
+"""Networks on their way out: files that run without this package, and what a forward pass costs."""
+
+from tspc.deploy.cost import Cost, cost
+from tspc.deploy.exporting import FORMATS, Exported, Exporter, check_formats, export
+from tspc.deploy.programs import Inputs
+from tspc.deploy.timing import RUNTIMES, Timing, compare
+
+__all__ = [
+    "FORMATS",
+    "RUNTIMES",
+    "Cost",
+    "Exported",
+    "Exporter",
+    "Inputs",
+    "Timing",
+    "check_formats",
+    "compare",
+    "cost",
+    "export",
+]

@@ -1,0 +1,145 @@
+"""Files that run without this package: written, read back, run, and kept only if they answer like the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from tspc import extras
+from tspc.deploy.programs import Inputs, as_inputs, flat, on_cpu, onnx_program, onnx_session, run_session, take, traced
+from tspc.errors import ExportError
+from tspc.files import write_atomically
+from tspc.models.weights import load_state
+
+FORMATS = ("onnx", "pt2", "safetensors")
+"""Also the endings of the files."""
+
+Answer = Callable[[Inputs], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written and checked.
+
+    `difference` is the largest one between its answers and the network's, `relative` that divided by the network's
+    largest answer, both over all entries of `samples` inputs.
+    """
+
+    format: str
+    file: str
+    bytes: int
+    difference: float
+    relative: float
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_formats(formats: tuple[str, ...]) -> None:
+    """Raises ConfigError if a format needs packages that are not installed."""
+    if "onnx" in formats:
+        extras.require("onnx", "the export to ONNX")
+
+
+def export(
+    model: nn.Module, path: str | Path, inputs: Tensor | Inputs, *, tolerance: float = 1e-4, format: str | None = None
+) -> Exported:
+    """Writes `model` for use elsewhere: `.onnx`, `.pt2` (torch.export), or `.safetensors` (the state dict alone).
+
+    The file needs nothing of this package. `inputs` are what the network takes, a tensor or a tuple of them, batch
+    first; the batch size of the graph is free. They are also what the file is tried on after it was read back, as a
+    whole and one by one. The network is written as it answers in eval mode, on the CPU.
+
+    Raises ExportError if the network cannot be traced, or if the file's answers differ by more than `tolerance`,
+    relative to the network's largest answer; an older file of that name then stays. Raises ConfigError for an unknown
+    format and for packages that are missing.
+    """
+    path = Path(path)
+    format = format or path.suffix.removeprefix(".")
+    if format not in FORMATS:
+        raise ExportError(f"{path}: cannot export as {format!r}; choose one of {', '.join(FORMATS)}")
+    check_formats((format,))
+    return Exporter(model, inputs, tolerance).write(path, format)
+
+
+class Exporter:
+    """One network in several formats: it is traced once."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor | Inputs, tolerance: float) -> None:
+        self.model, self.tolerance = on_cpu(model), tolerance
+        self.inputs = tuple(x.cpu() for x in as_inputs(inputs))
+        self._program: ExportedProgram | None = None
+
+    @property
+    def program(self) -> ExportedProgram:
+        if self._program is None:
+            self._program = traced(self.model, self.inputs)
+        return self._program
+
+    def write(self, path: Path, format: str) -> Exported:
+        """As `export`."""
+        found: list[tuple[float, float]] = []
+
+        def write(temporary: Path) -> None:
+            found.append(self._checked(getattr(self, f"_write_{format}")(temporary), path))
+
+        write_atomically(path, write)
+        difference, relative = found[0]
+        return Exported(format, path.name, path.stat().st_size, difference, relative, len(self.inputs[0]))
+
+    def _write_onnx(self, path: Path) -> Answer:
+        onnx_program(self.program, self.inputs).save(str(path), external_data=False)
+        session = onnx_session(path)
+        return lambda inputs: run_session(session, inputs)
+
+    def _write_pt2(self, path: Path) -> Answer:
+        with path.open("wb") as file:  # by name, torch insists on the ending
+            torch.export.save(self.program, file)
+        with path.open("rb") as file:
+            network = torch.export.load(file).module()
+        return lambda inputs: flat(network(*inputs))
+
+    def _write_safetensors(self, path: Path) -> Answer:
+        save_file({name: value.detach().clone().contiguous() for name, value in self.model.state_dict().items()}, path)
+        network = on_cpu(self.model)
+        with torch.no_grad():
+            for value in network.state_dict().values():
+                value.zero_()
+        load_state(network, load_file(path), str(path))
+        return lambda inputs: flat(network(*inputs))
+
+    @torch.no_grad()
+    def _checked(self, answer: Answer, path: Path) -> tuple[float, float]:
+        """Largest difference, absolute and relative, as a batch and alone. Raises ExportError beyond the tolerance."""
+        difference = largest = 0.0
+        for inputs in (self.inputs, take(self.inputs, 1)):
+            expected, given = flat(self.model(*inputs)), answer(inputs)
+            shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, given)]
+            if shapes[0] != shapes[1]:
+                raise ExportError(f"{path} was not kept: it answers with shapes {shapes[1]}, the network {shapes[0]}")
+            for ours, theirs in zip(expected, given, strict=True):
+                ours, theirs = ours.double(), theirs.double()
+                if ours.numel():
+                    difference = _larger(difference, float((ours - theirs).abs().max()))
+                    largest = _larger(largest, float(ours.abs().max()))
+        relative = difference / largest if largest > 0 else difference
+        if not relative <= self.tolerance:
+            raise ExportError(
+                f"{path} was not kept: its answers differ from the network's by {difference:.3g}, {relative:.3g} "
+                f"of the largest, above the tolerance of {self.tolerance:g}"
+            )
+        return difference, relative
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger number, or NaN if either is."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)

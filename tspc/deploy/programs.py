@@ -1,0 +1,137 @@
+"""A network as a graph that runs elsewhere: traced once by `torch.export`, with any batch size."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from tspc.errors import ExportError
+from tspc.layers import tensorized_layers
+
+Inputs = tuple[Tensor, ...]
+
+PROTOBUF_LIMIT = 2**31 - 2**24
+"""Bytes of weights that one ONNX file can hold, with some room for the graph."""
+
+FOLDED = 1024
+"""Largest number of bytes that a constant computed from others may have in an ONNX file."""
+
+
+def as_inputs(inputs: Tensor | Inputs) -> Inputs:
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+
+
+def take(inputs: Inputs, count: int) -> Inputs:
+    """The first `count` entries of a batch; repeated where there are fewer."""
+    return tuple(torch.cat([x] * -(-count // len(x)))[:count] for x in inputs)
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """The tensors that a network answers with, whatever they are wrapped in."""
+    return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """A copy for files: on the CPU, in eval mode, in the default layout."""
+    return copy.deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """The graph of `model`, whose batch size (the first axis of every input) is free.
+
+    Raises ExportError if the network's control flow depends on values or on the batch size.
+    """
+    # The file will hold the example, so not the user's images; and a batch of one would be taken for a constant.
+    example = tuple(torch.zeros_like(x) for x in take(inputs, 2))
+    model = copy.deepcopy(model)
+    for layer in tensorized_layers(model).values():
+        layer._kept = None  # the file holds the factors, not the larger kernels that eval mode contracts from them
+    try:
+        with _quiet():
+            program = torch.export.export(model, example, dynamic_shapes=_free_batch(example))
+    except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
+        raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {_first_line(error)}") from error
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def _free_batch(inputs: Inputs) -> tuple[dict[int, Dim], ...]:
+    batch = Dim("batch", min=1)
+    return tuple({0: batch} for _ in inputs)
+
+
+def onnx_program(program: ExportedProgram, inputs: Inputs) -> Any:
+    """`program` as ONNX operators. Raises ExportError if it has one that ONNX lacks, or too many weights."""
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    if size > PROTOBUF_LIMIT:
+        raise ExportError(f"{size:,} bytes of weights are more than one ONNX file can hold; export to pt2 instead")
+    from onnxscript import optimizer
+
+    names = [f"input{i}" if i else "input" for i in range(len(inputs))]
+    shapes = _free_batch(inputs)
+    try:
+        with _quiet():
+            made: Any = torch.onnx.export(
+                program, inputs, verbose=False, input_names=names, dynamic_shapes=shapes, optimize=False
+            )
+            # Kernels stay factors in the file; a runtime contracts them once, when it loads it.
+            optimizer.optimize_ir(made.model, output_size_limit=FOLDED)
+    except Exception as error:  # torch.onnx's own family, onnxscript's, onnx-ir's
+        raise ExportError(f"the network cannot be written as ONNX: {_first_line(error)}") from error
+    for node in made.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with paths of this machine
+    return made
+
+
+def onnx_session(path: Path, threads: int | None = None, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> Any:
+    """An ONNX Runtime session. Raises what ONNX Runtime raises."""
+    import onnxruntime
+
+    onnxruntime.disable_telemetry_events()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+
+
+def run_session(session: Any, inputs: Inputs) -> list[Tensor]:
+    names = [entry.name for entry in session.get_inputs()]
+    feed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+
+def _first_line(error: BaseException) -> str:
+    """What a tracer complains of; its messages are pages long, and the cause is the innermost one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn of and log what concerns their own authors."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,162 @@
+"""Latency of two networks side by side, in the runtimes that are there."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tspc import extras
+from tspc.deploy.programs import Inputs, onnx_program, onnx_session, take, traced
+from tspc.errors import ExportError
+
+RUNTIMES = ("eager", "compile", "onnx")
+LEAST_REPEATS = 5
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One runtime at one batch size. Seconds a batch, of the dense network and of the compressed one, taken by turns.
+
+    `speedup` is the median over the turns of dense ÷ compressed. Where the runtime could not be used `skipped` says
+    why, and there are no numbers.
+    """
+
+    runtime: str
+    batch_size: int
+    repeats: int = 0
+    dense: dict[str, float] | None = None
+    compressed: dict[str, float] | None = None
+    speedup: float | None = None
+    skipped: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    dense: nn.Module, compressed: nn.Module, inputs: Inputs, batch_size: int, runtime: str, seconds: float
+) -> Timing:
+    """Times both networks in turn for about `seconds`, five turns at least, after a warm-up.
+
+    `inputs` are given as the networks' device wants them. What a runtime lacks, or what it cannot run, is told in
+    `Timing.skipped` rather than raised.
+    """
+    batch = take(inputs, batch_size)
+    device = batch[0].device
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        try:
+            runs = [_prepared(m, batch, runtime, Path(folder, f"{i}.onnx")) for i, m in enumerate((dense, compressed))]
+            for run in runs:
+                for _ in range(2):
+                    _timed(run, device)
+        except _Unusable as reason:
+            return Timing(runtime, batch_size, skipped=str(reason))
+        turns = list(_turns(runs[0], runs[1], device, seconds))
+    if runtime == "compile":
+        torch.compiler.reset()
+    first, second = ([turn[i] for turn in turns] for i in (0, 1))
+    ratio = statistics.median(a / b for a, b in turns)
+    return Timing(runtime, batch_size, len(turns), _summary(first, batch_size), _summary(second, batch_size), ratio)
+
+
+class _Unusable(Exception):
+    """Why a runtime is left out."""
+
+
+def _turns(dense: Run, compressed: Run, device: torch.device, seconds: float) -> Iterator[tuple[float, float]]:
+    """Each turn times both, so that whatever else the machine does meets both."""
+    end, done = time.perf_counter() + seconds, 0
+    while done < LEAST_REPEATS or time.perf_counter() < end:
+        # Who goes first finds the caches as the other left them: they take it in turn.
+        if done % 2:
+            later = _timed(compressed, device)
+            yield _timed(dense, device), later
+        else:
+            yield _timed(dense, device), _timed(compressed, device)
+        done += 1
+
+
+def _timed(run: Run, device: torch.device) -> float:
+    _synchronise(device)
+    started = time.perf_counter()
+    run()
+    _synchronise(device)
+    return time.perf_counter() - started
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _summary(times: list[float], batch_size: int) -> dict[str, float]:
+    """Seconds, and inputs a second at the median."""
+    ordered = sorted(times)
+    median = statistics.median(ordered)
+    p95 = ordered[min(len(ordered) - 1, -(-95 * len(ordered) // 100) - 1)]
+    return {"median": median, "p95": p95, "throughput": batch_size / median}
+
+
+def _prepared(model: nn.Module, batch: Inputs, runtime: str, path: Path) -> Run:
+    """A call that runs the batch. Raises _Unusable."""
+    if runtime == "onnx":
+        return _in_onnx_runtime(model, batch, path)
+    network = copy.deepcopy(model).eval()
+    if runtime == "eager":
+        return lambda: network(*batch)
+    compiled = torch.compile(network, dynamic=False)
+
+    def run() -> object:
+        return compiled(*batch)
+
+    try:
+        with _inductor_quiet():
+            run()
+    except Exception as error:  # no compiler, or a network that it does not take
+        lines = str(error).splitlines()
+        raise _Unusable(f"torch.compile: {type(error).__name__}: {lines[0] if lines else ''}") from error
+    return run
+
+
+@contextmanager
+def _inductor_quiet() -> Iterator[None]:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _in_onnx_runtime(model: nn.Module, batch: Inputs, path: Path) -> Run:
+    lack = extras.missing("onnx")
+    if lack is not None:
+        raise _Unusable(lack)
+    import onnxruntime
+
+    device = batch[0].device
+    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers() or device.type == "mps":
+        raise _Unusable(f"this ONNX Runtime does not run on {device.type}")
+    host = copy.deepcopy(model).cpu().eval()
+    inputs = tuple(x.cpu() for x in batch)
+    try:
+        onnx_program(traced(host, inputs), inputs).save(str(path), external_data=False)
+        session = onnx_session(path, torch.get_num_threads(), (provider,))
+    except ExportError as error:
+        raise _Unusable(str(error)) from error
+    feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
+    return lambda: session.run(None, feed)

@@ -1,0 +1,27 @@
+"""Packages that only some uses need: `pip install 'tspc[NAME]'`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from tspc.errors import ConfigError
+
+EXTRAS = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "timm": ("timm",),
+    "transformers": ("transformers",),
+}
+"""What each extra brings, as it is imported."""
+
+
+def missing(extra: str) -> str | None:
+    """What to install for `extra`, as one line; None if it is there."""
+    absent = [package for package in EXTRAS[extra] if find_spec(package) is None]
+    return f"{', '.join(absent)} not installed: pip install 'tspc[{extra}]'" if absent else None
+
+
+def require(extra: str, what: str) -> None:
+    """Raises ConfigError, with the command that helps, if `what` needs packages that are not installed."""
+    lack = missing(extra)
+    if lack is not None:
+        raise ConfigError([f"{what} needs the extra {extra}; {lack}"])

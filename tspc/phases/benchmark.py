@@ -1,0 +1,111 @@
+"""The compressed network against the dense one: latency by turns, operations, memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from tspc.deploy import RUNTIMES, compare, cost
+from tspc.deploy.programs import take
+from tspc.display import Display
+from tspc.errors import out_of_range
+from tspc.phases.inputs import Example
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where and how long to measure. `seconds` are those of one runtime at one batch size, both networks together."""
+
+    batch_sizes: tuple[int, ...] = (1, 32)
+    runtimes: tuple[str, ...] = RUNTIMES
+    seconds: float = 5.0
+
+    def problems(self, where: str) -> list[str]:
+        """One line for each value out of range."""
+        found = [(name, name in RUNTIMES) for name in self.runtimes]
+        rules = [
+            (
+                "batch_sizes",
+                bool(self.batch_sizes) and all(n >= 1 for n in self.batch_sizes),
+                "whole numbers of at least 1",
+            ),
+            ("runtimes", bool(found) and all(ok for _, ok in found), f"a list of {', '.join(RUNTIMES)}"),
+            ("seconds", 0 <= self.seconds < math.inf, "at least 0"),
+        ]
+        return out_of_range(self, where, rules)
+
+
+def measure(
+    dense: nn.Module, compressed: nn.Module, settings: Benchmark, example: Example, display: Display
+) -> dict[str, Any]:
+    """Both networks in eval mode, in every runtime at every batch size; plain data."""
+    inputs = example.tensors
+    largest = max(settings.batch_sizes)
+    networks = {"dense": dense.eval(), "compressed": compressed.eval()}
+    timings: list[dict[str, Any]] = []
+    total = len(settings.runtimes) * len(settings.batch_sizes)
+    with display.bar(f"{'benchmark':<9} {total} settings", total) as bar:
+        for runtime in settings.runtimes:
+            for size in settings.batch_sizes:
+                timings.append(compare(dense, compressed, inputs, size, runtime, settings.seconds).to_dict())
+                bar.advance(len(timings), f"{runtime}, batch {size}")
+    return {
+        "inputs": example.source,
+        "shape": [list(x.shape[1:]) for x in inputs],
+        "device": _device(inputs[0].device),
+        "threads": torch.get_num_threads(),
+        "memory_batch": largest,
+        "cost": {name: cost(network, take(inputs, largest)).to_dict() for name, network in networks.items()},
+        "timings": timings,
+    }
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def benchmark_tables(found: dict[str, Any]) -> list[Table]:
+    """Latency, and what else a forward pass costs."""
+    return [_timing_table(found), _cost_table(found)]
+
+
+def _timing_table(found: dict[str, Any]) -> Table:
+    where = found["device"] if found["device"] != "cpu" else f"cpu, {found['threads']} threads"
+    table = Table(title=f"Latency in milliseconds a batch ({where})", title_justify="left")
+    table.add_column("runtime")
+    heads = ("batch", "dense\nmedian", "\np95", "compressed\nmedian", "\np95", "speedup", "compressed\ninputs/s")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    notes = []
+    for entry in found["timings"]:
+        if entry["skipped"] is not None:
+            notes.append(f"{entry['runtime']}, batch {entry['batch_size']}, was left out: {entry['skipped']}")
+            continue
+        dense, small = entry["dense"], entry["compressed"]
+        times = (f"{1000 * side[key]:.3g}" for side in (dense, small) for key in ("median", "p95"))
+        last = f"{entry['speedup']:.2f}×", f"{small['throughput']:,.0f}"
+        table.add_row(entry["runtime"], str(entry["batch_size"]), *times, *last)
+    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
+    return table
+
+
+def _cost_table(found: dict[str, Any]) -> Table:
+    table = Table(title="What a forward pass costs", title_justify="left")
+    table.add_column("")
+    for name in ("dense", "compressed", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    dense, small = found["cost"]["dense"], found["cost"]["compressed"]
+    rows = {
+        "macs": "multiply-accumulates an input",
+        "parameters": "parameters",
+        "weight_bytes": "bytes of weights",
+        "peak_bytes": f"bytes at the peak, batch {found['memory_batch']}",
+    }
+    for key, label in rows.items():
+        table.add_row(label, f"{dense[key]:,}", f"{small[key]:,}", f"{small[key] / max(1, dense[key]):.3f}")
+    return table

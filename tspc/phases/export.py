@@ -1,0 +1,68 @@
+"""Files for use elsewhere: each is read back, run, and compared with the network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tspc.deploy import FORMATS, Exporter, check_formats
+from tspc.display import Display
+from tspc.errors import RunError, out_of_range
+from tspc.files import PARTIAL
+from tspc.phases.inputs import Example
+
+
+@dataclass(frozen=True)
+class Export:
+    """Which files to write, and how far their answers may be from the network's, relative to its largest answer.
+
+    `samples` inputs are tried.
+    """
+
+    formats: tuple[str, ...] = FORMATS
+    tolerance: float = 1e-4
+    samples: int = 8
+
+    def problems(self, where: str) -> list[str]:
+        """One line for each value out of range."""
+        rules = [
+            ("tolerance", 0 <= self.tolerance < math.inf, "at least 0"),
+            ("samples", self.samples >= 1, "at least 1"),
+        ]
+        unknown = [name for name in self.formats if name not in FORMATS]
+        wrong = unknown or not self.formats
+        chosen = [f"{where}.formats={list(self.formats)}: choose from {', '.join(FORMATS)}"] if wrong else []
+        return chosen + out_of_range(self, where, rules)
+
+    def check(self) -> None:
+        """Raises ConfigError if packages are missing."""
+        check_formats(self.formats)
+
+
+def export_files(
+    model: nn.Module, settings: Export, example: Example, folder: Path, display: Display
+) -> dict[str, Any]:
+    """Writes `model.<format>` into `folder`; returns what was found, as plain data. Raises ExportError, RunError."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create {folder}: {error.strerror}") from error
+    for left_over in folder.glob(f".*{PARTIAL}*"):
+        left_over.unlink()
+    exporter = Exporter(model, example.tensors, settings.tolerance)
+    files = []
+    for name in settings.formats:
+        done = exporter.write(folder / f"model.{name}", name)
+        display.line(describe(folder, done.to_dict(), example.source))
+        files.append(done.to_dict())
+    return {"inputs": example.source, "tolerance": settings.tolerance, "files": files}
+
+
+def describe(folder: Path, file: dict[str, Any], source: str) -> str:
+    """A line about an exported file."""
+    difference = f"{file['difference']:.2g} at most from the network over {file['samples']} {source}"
+    return f"export     {folder / file['file']}  {file['bytes']:,} bytes, {difference}"

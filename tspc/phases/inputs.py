@@ -1,0 +1,50 @@
+"""What a network is tried on: images of the data set, or random ones where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tspc.deploy import Inputs
+from tspc.errors import ConfigError
+from tspc.hooks import evaluating
+from tspc.models import NetworkSpec
+from tspc.phases.context import Context
+
+
+@dataclass(frozen=True)
+class Example:
+    """`tensors` are the arguments of a call, batch first; `source` names them."""
+
+    tensors: Inputs
+    source: str
+
+
+def example(model: nn.Module, spec: NetworkSpec, count: int, context: Context) -> Example:
+    """Test images; without data random ones, or what a network of transformers names as its own example.
+
+    Raises ConfigError if the network cannot take them.
+    """
+    device = context.device
+    if context.data is not None:
+        images, _ = next(iter(context.data.test_batches(count, device, limit=count)))
+        return Example((images,), "test images")
+    own = getattr(model, "dummy_inputs", None)
+    if spec.family == "transformers" and own and "input_ids" in own:
+        return Example((own["input_ids"].to(device),), "token numbers")
+    size = spec.image_size or 224
+    generator = torch.Generator().manual_seed(context.seed)
+    images = torch.randn(count, spec.in_channels, size, size, generator=generator).to(device)
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(images)
+    except Exception as error:  # the network may be the user's own
+        raise ConfigError(
+            [
+                f"{spec.name} cannot take random images of shape {tuple(images.shape[1:])}: {error}; "
+                "set dataset.channels and dataset.image_size, or from Python call tspc.export(model, path, inputs)"
+            ]
+        ) from error
+    return Example((images,), "random images")
