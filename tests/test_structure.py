@@ -28,6 +28,7 @@ LAYERS = [
     ["checkpoint"],
     ["phases"],
     ["config", "report", "runs"],
+    ["pages"],
     ["reference"],
     ["stages"],
     ["pipeline"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -93,7 +95,15 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
     if heading is not None:
         display.heading(heading)
     with interrupts.handled():
-        return run(read_config(config), display)
+        return run(dataclasses.replace(read_config(config), command=_command()), display)
+
+
+def _command() -> str:
+    """What makes this run again; of a sweep's job, alone."""
+    settings = HydraConfig.get()
+    folders = [s.path for s in settings.runtime.config_sources if s.provider == "command-line"]
+    parts = [*(part for folder in folders for part in ("--config-dir", folder)), *settings.overrides.task]
+    return shlex.join(["tspc", *parts])
 
 
 def _describe(error: Exception) -> str:

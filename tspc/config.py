@@ -17,6 +17,7 @@ from tspc.allocation import ALLOCATIONS
 from tspc.calibration import Calibration
 from tspc.data import OPTIONS, DataSpec
 from tspc.decompositions import Method
+from tspc.display import VERBOSITIES
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
 from tspc.phases.decompose import PlanRequest, Selection
@@ -28,7 +29,7 @@ from tspc.trackers import TRACKERS
 from tspc.training import Recipe
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-PHASES = ("pretrain", "plan", "decompose", "distill", "finetune")
+PHASES = ("pretrain", "plan", "decompose", "distill", "finetune", "compare")
 """In the order in which they run."""
 
 TOP_LEVEL = (
@@ -36,6 +37,7 @@ TOP_LEVEL = (
     *("dataset", "data_dir", "model", "pretrained", "output_dir"),
     *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "variant"),
     *("eval_samples", "checkpoint_seconds", "precision", "compile", "tracker"),
+    *("report", "runs", "verbosity"),
 )
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "learning_rate", "pretrain")
 
@@ -68,6 +70,12 @@ class Config:
     decompose: Selection | None
     distill: Distillation | None
     finetune: Finetuning | None
+    report: bool
+    runs: str | None
+    verbosity: str
+    settings: dict[str, Any]
+    """All of it as it was given, for the result to tell."""
+    command: str = "tspc"
 
     @property
     def trains(self) -> bool:
@@ -111,6 +119,10 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
         "precision": reader.choice(raw, "precision", PRECISIONS),
         "compile": reader.flag(raw, "compile"),
         "tracker": reader.choice(raw, "tracker", TRACKERS),
+        "report": reader.flag(raw, "report"),
+        "runs": None if raw.get("runs") is None else str(raw["runs"]),
+        "verbosity": reader.choice(raw, "verbosity", VERBOSITIES),
+        "settings": raw,
         **reader.phases(reader.mapping(raw, "phase")),
     }
     if values["pretrained"] is None and dataset.get("pretrain") is None:
@@ -119,6 +131,10 @@ def read_config(config: DictConfig | dict[str, Any]) -> Config:
             "pass pretrained=FILE, default or random"
         )
     reader.problems += conflicts(request["allocation"], request["rate_decay"])
+    if "compare" in values["phases"] and len(values["phases"]) > 1:
+        reader.problems.append("phase=compare looks at runs that are there already: ask for it alone")
+    if values["runs"] is not None and "compare" not in values["phases"]:
+        reader.problems.append(f"runs={values['runs']} has an effect with phase=compare only")
     if values["phases"] == ("pretrain",) and values["pretrained"] is not None:
         reader.problems.append(f"phase=pretrain, but pretrained={values['pretrained']} is given: nothing to train")
     if reader.problems:
@@ -226,7 +242,8 @@ class _Reader:
         self.known(data, PHASES, "phase.")
         if not any(name in PHASES for name in data):
             self.problems.append(f"phase={list(data)}: choose one or more of {', '.join(PHASES)}")
-        self.known(data.get("pretrain") or {}, (), "phase.pretrain.")
+        for name in ("pretrain", "compare"):
+            self.known(data.get(name) or {}, (), f"phase.{name}.")
         self.problems += [f"phase.{p} is empty; see conf/phase/{p}.yaml" for p in PHASES[1:] if data.get(p, 0) is None]
         return {
             "phases": tuple(name for name in PHASES if name in data),

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 logger = logging.getLogger("tspc")
 
+VERBOSITIES = ("quiet", "normal", "debug")
 PLAIN_WIDTH = 100
 PLAIN_INTERVAL = 30.0
 """Seconds between two lines about the same bar where there is no terminal."""

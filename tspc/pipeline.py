@@ -18,6 +18,7 @@ from tspc.decompositions import resolve
 from tspc.display import Display
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
+from tspc.pages import write_comparison
 from tspc.phases.context import Context
 from tspc.phases.decompose import calibration_samples
 from tspc.phases.plan import plans_at
@@ -43,6 +44,10 @@ def run(config: Config, display: Display) -> dict[str, Any]:
 
     Everything that can be wrong is checked before anything is written. Raises TspcError.
     """
+    if "compare" in config.phases:
+        page = write_comparison(config.runs or str(config.output_dir / "**"))
+        display.line(f"compared   {page}")
+        return {"directory": str(page.parent), "page": str(page), "phases": {}}
     device = pick_device(config.device)
     processes.join(cpu=device.type == "cpu")
     return _run(config, hardware(config, processes.own_device(device)), display)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,9 @@ from tspc import processes
 from tspc.errors import RunError
 from tspc.files import PARTIAL, read_json, write_json
 from tspc.launch import is_first
+
+STAGES = ("decompose", "distill", "finetune")
+"""The phases that leave a network in the directory, in their order."""
 
 RESULTS = ("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json")
 """What a directory holds of a run, apart from its history."""
@@ -93,6 +97,9 @@ class RunDirectory:
             return
         if kind is not None and not self._results() and not self.file("metrics.jsonl").exists():
             self._undo()
+        elif isinstance(value, Exception) and not isinstance(value, RunError):  # which is a refusal, or the disk's fault
+            with suppress(RunError):  # a full disk; the error on its way says so
+                self.note({"event": "failed", "error": " ".join(str(value).split())})
         self._close()
 
     def file(self, name: str) -> Path:

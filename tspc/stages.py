@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,10 @@ from tspc.phases.distill import distill
 from tspc.phases.finetune import finetune
 from tspc.plans import Plan
 from tspc.reference import Reference, reference_curves
+from tspc.pages import made, write_report
 from tspc.report import percent, plan_table, result_table, state_bytes, versions
-from tspc.runs import RunDirectory, differences, fingerprint, plain
-from tspc.spectra import write_spectra
+from tspc.runs import STAGES, RunDirectory, differences, fingerprint, plain
 from tspc.training import Progress, evaluate, place
-
-STAGES = ("decompose", "distill", "finetune")
 
 
 class Stages:
@@ -206,7 +205,7 @@ class Stages:
             model, done, spectra = decompose(
                 self.reference, request.plan(self.reference, curves), samples, self.context
             )
-        write_spectra(spectra, self.directory.file("spectra.json"), self.directory.file("spectra.png"))
+        write_json(self.directory.file("spectra.json"), [dataclasses.asdict(spectrum) for spectrum in spectra])
         sizes = self.bytes_before, state_bytes(model)
         self.context.display.show(plan_table(done, *sizes), logged=plan_table(done, *sizes, max_rows=None))
         return model, done.to_dict()
@@ -270,9 +269,13 @@ class Stages:
             "bytes": {"before": self.bytes_before, "after": state_bytes(model), "file": target.stat().st_size},
             "device": str(self.context.device),
             "versions": versions(),
+            "command": self.config.command,
+            "settings": self.config.settings,
         }
         write_json(self.directory.file("result.json"), result)
         self._show(result, target)
+        if self.config.report:
+            made(lambda: write_report(self.directory.path), self.context.display)
         return result
 
     def _show(self, result: dict[str, Any], target: Path) -> None:
