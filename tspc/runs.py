@@ -97,7 +97,9 @@ class RunDirectory:
             return
         if kind is not None and not self._results() and not self.file("metrics.jsonl").exists():
             self._undo()
-        elif isinstance(value, Exception) and not isinstance(value, RunError):  # which is a refusal, or the disk's fault
+        elif isinstance(value, Exception) and not isinstance(
+            value, RunError
+        ):  # which is a refusal, or the disk's fault
             with suppress(RunError):  # a full disk; the error on its way says so
                 self.note({"event": "failed", "error": " ".join(str(value).split())})
         self._close()

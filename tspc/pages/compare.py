@@ -6,13 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tspc.decompositions import NAMES
 from tspc.errors import TspcError
 from tspc.files import write_atomically
 from tspc.pages.drawing import style
 from tspc.pages.records import DONE, FailedJob, Run, find_runs, fixed_part, read_sweep
 from tspc.pages.render import render
 from tspc.pages.report import FIGURES, write_report
-from tspc.pages.rows import Row, csv_of, grid_of, latex_of, markdown_of, row_of, row_of_failed
+from tspc.pages.rows import Row, csv_of, grid_of, latex_of, markdown_of, order_of_goal, row_of, row_of_failed
 from tspc.pages.sweep_figures import sweep_drawings
 from tspc.runs import STAGES
 
@@ -38,8 +39,9 @@ def write_sweep(folder: Path) -> Path:
 def _write(folder: Path, title: str, runs: list[Run], failed: list[FailedJob]) -> Path:
     for run in runs:
         _renew_report(run)
-    runs = sorted(runs, key=lambda run: (run.dataset, run.network, run.path.parent.name, run.path.name))
-    rows = [row_of(run, folder) for run in runs] + [row_of_failed(job) for job in failed]
+    order = {name: place for place, name in enumerate(NAMES)}
+    runs.sort(key=lambda r: (r.dataset, r.network, order[r.method], r.series, order_of_goal(r.goal), r.path.name))
+    rows = [*(row_of(run, folder) for run in runs), *map(row_of_failed, failed)]
     figures = folder / FIGURES
     figures.mkdir(exist_ok=True)
     groups = _groups(rows)
@@ -59,6 +61,7 @@ def _write(folder: Path, title: str, runs: list[Run], failed: list[FailedJob]) -
         counts=_counts(rows),
         folder=FIGURES,
         files={name: text for name, text in files.items() if text},
+        runs=[row for row in rows if any(row.group)],
         stages=stages,
         stage_columns=[(stage, "number") for stage in stages],
     )
@@ -68,9 +71,12 @@ def _write(folder: Path, title: str, runs: list[Run], failed: list[FailedJob]) -
 
 
 def _renew_report(run: Run) -> None:
-    """Makes the run's own report where there is none, or one older than its result."""
-    report, result = run.path / "report.html", run.path / "result.json"
-    if run.status != DONE or (report.exists() and report.stat().st_mtime >= result.stat().st_mtime):
+    """Makes the run's own report where there is none, or one older than its results."""
+    report = run.path / "report.html"
+    sources = [path for path in (run.path / "result.json", run.path / "benchmark.json") if path.exists()]
+    if run.status != DONE:
+        return
+    if report.exists() and report.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
         return
     with suppress(TspcError, OSError):  # somebody else's folder: no link then
         write_report(run.path)

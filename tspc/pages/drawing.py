@@ -92,7 +92,7 @@ class Drawing:
         root = ElementTree.fromstring(svg)
         for parent in list(root.iter()):
             for child in list(parent):
-                if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
+                if child.tag in (f"{{{_SVG}}}{name}" for name in ("metadata", "style", "title")):
                     parent.remove(child)
         self._mark(root)
         _tidy(root, self.name)
@@ -192,9 +192,9 @@ def accuracy_axis(axes: Axes, values: list[float]) -> None:
 
     low, high = min(values), max(values)
     room = max(4.0, 1.3 * (high - low)) - (high - low)
-    top = min(high + room / 2, 101.5 if high > 95 else 100)
+    top = min(high + room / 2, 100.9)  # a mark at 100 % is not cut
     axes.set_ylim(max(0.0, min(top - (high - low) - room, low - 0.06 * (high - low))), top)
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=high - low > 4))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axes.set_ylabel("top-1 accuracy")
 

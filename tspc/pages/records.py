@@ -90,7 +90,9 @@ class Run:
     @property
     def benchmark(self) -> dict[str, Any]:
         """What `phase=benchmark` measured; empty where it has not."""
-        return (self.result or {}).get("benchmark") or {}
+        path = self.path / "benchmark.json"
+        kept = read_json(path) if path.exists() else {}
+        return (self.result or {}).get("benchmark") or kept
 
 
 @dataclass(frozen=True)

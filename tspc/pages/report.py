@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from tspc.errors import RunError
 from tspc.files import write_atomically
-from tspc.pages.benchmark import figures_of
+from tspc.pages.benchmark import LATENCY, MACS, figures_of, readable_count
 from tspc.pages.drawing import style
 from tspc.pages.records import REFERENCE, Run, read_run
 from tspc.pages.render import render
@@ -47,7 +47,7 @@ def _content(run: Run) -> dict[str, Any]:
     return {
         "title": f"{run.network} on {run.dataset}: {run.method} at {run.goal.replace('error', 'error ')}",
         "sentence": sentence(run.result),
-        "cards": _cards(run.result),
+        "cards": _cards(run),
         "phases": _phases(run.result),
         "layers": _layers(run),
         "settings": _settings(run),
@@ -81,9 +81,10 @@ def _deviation(accuracy: dict[str, Any]) -> float:
     return math.sqrt(share * (1 - share) / accuracy["images"])
 
 
-def _cards(result: dict[str, Any]) -> list[dict[str, str]]:
+def _cards(run: Run) -> list[dict[str, str]]:
     """Reference against compressed: what the first screen shows."""
-    cards = []
+    assert run.result is not None
+    result, cards = run.result, []
     reference, final = result["reference"]["accuracy"], result["accuracy"]
     if reference and final:
         change = 100 * (final["top1"] - reference["top1"])
@@ -94,11 +95,12 @@ def _cards(result: dict[str, Any]) -> list[dict[str, str]]:
     sizes = result["parameters"]
     cards.append(_smaller("Parameters", sizes["before"], sizes["after"], readable_count))
     cards.append(_smaller("Bytes of weights", result["bytes"]["before"], result["bytes"]["after"], readable_bytes))
-    measured = figures_of(result.get("benchmark") or {})
-    for figure in measured:
-        cards.append(_smaller(figure.name, figure.before, figure.after, figure.format, figure.more_is_better))
-    for name in ("MACs", "Latency"):
-        if not any(figure.name.startswith(name) for figure in measured):
+    measured = {figure.name: figure for figure in figures_of(run.benchmark)}
+    for name in (MACS, LATENCY):
+        if name in measured:
+            found = measured[name]
+            cards.append(_smaller(name, found.before, found.after, found.format, found.where))
+        else:
             cards.append({"name": name, "missing": "not measured: phase=benchmark"})
     return cards
 
@@ -107,20 +109,11 @@ def _card(name: str, before: str, after: str, note: str) -> dict[str, str]:
     return {"name": name, "before": before, "after": after, "note": note}
 
 
-def _smaller(name: str, before: float, after: float, form: Any, more_is_better: bool = False) -> dict[str, str]:
-    share = after / before if before else 1.0
-    better, worse = ("faster", "slower") if name.startswith(("Latency", "Throughput")) else ("smaller", "larger")
-    gain = share if more_is_better else 1 / share if share else math.inf
-    note = f"{gain:.2f}× {better}" if gain >= 1 else f"{1 / gain:.2f}× {worse}"
-    return _card(name, form(before), form(after), note)
-
-
-def readable_count(count: float) -> str:
-    """Exact up to a million."""
-    for unit, size in (("G", 1e9), ("M", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:,.0f}"
+def _smaller(name: str, before: float, after: float, form: Any, where: str = "") -> dict[str, str]:
+    """`where` a measurement holds."""
+    better, worse = ("faster", "slower") if name == LATENCY else ("smaller", "larger")
+    note = f"{before / after:.2f}× {better}" if 0 < after <= before else f"{after / max(before, 1e-9):.2f}× {worse}"
+    return _card(name, form(before), form(after), f"{note}; {where}" if where else note)
 
 
 def readable_bytes(count: float) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tspc.pages.benchmark import figures_of
+from tspc.pages.benchmark import LATENCY, MACS, figures_of
 from tspc.pages.records import FAILED, FailedJob, Run
 from tspc.runs import STAGES
 
@@ -89,8 +89,8 @@ def row_of(run: Run, page: Path) -> Row:
         final=_top1(result["accuracy"]),
         parameters=result["parameters"]["after"],
         bytes=result["bytes"]["after"],
-        macs=measured.get("MACs"),
-        latency=measured.get("Latency"),
+        macs=measured.get(MACS),
+        latency=measured.get(LATENCY),
         seconds=sum(phase["seconds"] for phase in result["phases"].values()),
     )
 
@@ -153,7 +153,7 @@ def grid_of(rows: list[Row], phase: str | None = None) -> Grid | None:
         key: (statistics.mean(found), statistics.stdev(found) if len(found) > 1 else None)
         for key, found in values.items()
     }
-    goals = sorted({goal for _, goal in cells}, key=_descending)
+    goals = sorted({goal for _, goal in cells}, key=order_of_goal)
     references = [row.reference for row in rows if row.reference is not None]
     title = "at the end" if phase is None else f"after {phase}, before any training"
     return Grid(
@@ -165,7 +165,8 @@ def grid_of(rows: list[Row], phase: str | None = None) -> Grid | None:
     )
 
 
-def _descending(goal: str) -> tuple[int, float]:
+def order_of_goal(goal: str) -> tuple[int, float]:
+    """Rates first, the largest before the others; then target errors."""
     kind = goal.startswith("error")
     return int(kind), -float(goal.removeprefix("error"))
 

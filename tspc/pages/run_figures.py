@@ -74,6 +74,8 @@ def last_attempt(phase: str, metrics: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def _curve(phase: str, metrics: list[dict[str, Any]]) -> Drawing | None:
+    from matplotlib.ticker import MaxNLocator
+
     records = last_attempt(phase, metrics)
     if not records:
         return None
@@ -95,6 +97,7 @@ def _curve(phase: str, metrics: list[dict[str, Any]]) -> Drawing | None:
     axes.set_yscale("log")
     plain_log_axis(axes.yaxis)
     axes.grid(False, axis="x")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("step" if len(blocks) == 1 else f"step, {len(blocks)} blocks one after the other")
     axes.set_ylabel("loss")
     first, last = records[0]["loss"], records[-1]["loss"]
@@ -206,5 +209,3 @@ def _spectra(run: Run) -> Drawing:
         "a dashed line marks the rank chosen. Methods with several ranks have a curve for each."
     )
     return Drawing("spectra", "Spectra and the ranks chosen", text, figure)
-
-
