@@ -15,7 +15,7 @@ PACKAGE = ROOT / "tspc"
 
 LAYERS = [
     ["errors", "launch"],
-    ["files", "hooks", "interrupts", "parallel", "processes", "trackers"],
+    ["files", "hooks", "checklist", "interrupts", "parallel", "processes", "trackers"],
     ["sweep", "display", "decompositions", "models", "data", "blocks"],
     ["layers", "training", "plans", "stash"],
     ["moments", "selection", "spectra", "walk"],

@@ -88,14 +88,15 @@ def _job(failures: list[str]) -> Any:
 def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
     from tspc import interrupts
     from tspc.config import read_config
-    from tspc.display import Display
+    from tspc.display import Display, library_warnings
     from tspc.pipeline import run
 
-    display = Display(is_silent=not is_first())
+    settings = dataclasses.replace(read_config(config), command=_command())
+    display = Display(is_silent=not is_first(), verbosity=settings.verbosity)
     if heading is not None:
         display.heading(heading)
-    with interrupts.handled():
-        return run(dataclasses.replace(read_config(config), command=_command()), display)
+    with interrupts.handled(), library_warnings(logged=settings.verbosity != "debug"):
+        return run(settings, display)
 
 
 def _command() -> str:

@@ -242,8 +242,7 @@ class _Reader:
         self.known(data, PHASES, "phase.")
         if not any(name in PHASES for name in data):
             self.problems.append(f"phase={list(data)}: choose one or more of {', '.join(PHASES)}")
-        for name in ("pretrain", "compare"):
-            self.known(data.get(name) or {}, (), f"phase.{name}.")
+        self.known({**(data.get("pretrain") or {}), **(data.get("compare") or {})}, (), "phase.pretrain.")
         self.problems += [f"phase.{p} is empty; see conf/phase/{p}.yaml" for p in PHASES[1:] if data.get(p, 0) is None]
         return {
             "phases": tuple(name for name in PHASES if name in data),

@@ -177,10 +177,12 @@ class RunDirectory:
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logger.addHandler(self._handler)
+        logging.getLogger("py.warnings").addHandler(self._handler)
 
     def _close(self) -> None:
         if self._handler is not None:
-            logging.getLogger("tspc").removeHandler(self._handler)
+            for name in ("tspc", "py.warnings"):
+                logging.getLogger(name).removeHandler(self._handler)
             try:
                 self._handler.close()
             except OSError:

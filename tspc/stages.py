@@ -16,13 +16,13 @@ from tspc.errors import RunError, TrainingError
 from tspc.files import write_json
 from tspc.launch import is_first
 from tspc.models import NetworkSpec
+from tspc.pages import made, write_report
 from tspc.phases.context import Context
 from tspc.phases.decompose import calibration_samples, decompose
 from tspc.phases.distill import distill
 from tspc.phases.finetune import finetune
 from tspc.plans import Plan
 from tspc.reference import Reference, reference_curves
-from tspc.pages import made, write_report
 from tspc.report import percent, plan_table, result_table, state_bytes, versions
 from tspc.runs import STAGES, RunDirectory, differences, fingerprint, plain
 from tspc.training import Progress, evaluate, place
@@ -115,7 +115,7 @@ class Stages:
         self.model = None
         Progress.discard(self._progress_file(stage))
         self.finished[stage] = self._measured(stage, info)
-        self.context.display.line(f"{stage:<9}  done before: {percent(self.finished[stage]['accuracy'])}")
+        self._tell(stage, "done before: ")
         return True
 
     def _measured(self, stage: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Stages:
         started = time.monotonic()
         plan_data = None
         if progress.warning:
-            self.context.display.line(f"{stage:<9}  {progress.warning}")
+            self.context.display.warn(f"{stage:<9}  {progress.warning}")
         if stage == "decompose":
             self.model, plan_data = self._decomposed_by_first()
             seconds = time.monotonic() - started
@@ -165,7 +165,13 @@ class Stages:
         interrupts.check(f"after {stage}")
         self.finished[stage] = info
         self.directory.note({"phase": stage, "event": "end", "seconds": seconds, "accuracy": info["accuracy"]})
-        self.context.display.line(f"{stage:<9}  top-1 {percent(info['accuracy'])}", style="bold")
+        self._tell(stage, "top-1 ")
+
+    def _tell(self, stage: str, how: str) -> None:
+        accuracy = self.finished[stage]["accuracy"]
+        self.context.display.finished(
+            stage, f"{how}{percent(accuracy)}", None if accuracy is None else accuracy["top1"]
+        )
 
     def _refuse_to_outdate(self, stage: str) -> None:
         """Later stages that started from something else would be lost. Raises RunError if there are any."""
@@ -207,7 +213,8 @@ class Stages:
             )
         write_json(self.directory.file("spectra.json"), [dataclasses.asdict(spectrum) for spectrum in spectra])
         sizes = self.bytes_before, state_bytes(model)
-        self.context.display.show(plan_table(done, *sizes), logged=plan_table(done, *sizes, max_rows=None))
+        width = self.context.display.console.width
+        self.context.display.show(plan_table(done, *sizes, width=width), logged=plan_table(done, *sizes, max_rows=None))
         return model, done.to_dict()
 
     def _train(self, stage: str, progress: Progress) -> None:

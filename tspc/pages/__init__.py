@@ -23,7 +23,7 @@ def made(make: Callable[[], Path], display: Display) -> Path | None:
         page = make()
     except Exception as error:
         logger.exception("page not made")
-        display.line(f"page       not made: {error}")
+        display.warn(f"page       not made: {error}")
         return None
     display.line(f"page       {os.path.relpath(page)}")
     return page

@@ -27,7 +27,7 @@ MARKERS = "osD^vPX*"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SOFT: "--soft"} | {
     colour: f"--c{number}" for number, colour in enumerate(SERIES)
 }
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 10,
     "font.family": ["DejaVu Sans"],
     "text.color": INK,
