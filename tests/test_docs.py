@@ -57,7 +57,7 @@ def test_every_key_is_in_the_reference(reference):
 
 def test_the_reference_tells_type_unit_and_default(reference):
     page = reference.page()
-    assert "| `checkpoint_seconds` | Least time between two saves inside a phase | number | seconds | `60` |" in page
+    assert "| `checkpoint_seconds` | least time between two saves inside a phase | number | seconds | `60` |" in page
     assert (
         "| `phase.distill.memory` | MB of activations; more wait in temporary files | whole number | MB | `1024` |"
         in page

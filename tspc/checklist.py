@@ -66,7 +66,7 @@ class Checklist:
         self._rows = [_Row(name) for name in phases]
         self._is_plain = not (console.encoding or "").lower().startswith("utf")
         self._is_over = False
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=5, transient=False)
+        self._live = Live(get_renderable=self.__rich__, console=console, refresh_per_second=5, transient=False)
 
     def __enter__(self) -> Checklist:
         self._live.start()
@@ -103,7 +103,7 @@ class Checklist:
         following = (row for row in self._rows if not row.is_done)
         return next(named, None) or next(following, None) or self._rows[-1]
 
-    def _render(self) -> RenderableType:
+    def __rich__(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
         grid.add_column(width=1)
         grid.add_column(min_width=9, no_wrap=True)

@@ -195,7 +195,7 @@ def _meaning(key: Key, beside: dict[tuple[str, str], str]) -> str:
     found = own or general or anywhere
     if not found:
         raise LookupError(f"{key.name} in conf/{group} has no meaning: comment it there")
-    return found[:1].upper() + found[1:]
+    return found.rstrip(".") if found[:2].isupper() else found[:1].lower() + found[1:].rstrip(".")
 
 
 def _kind(name: str, value: Any) -> str:
@@ -203,9 +203,10 @@ def _kind(name: str, value: Any) -> str:
     from tspc.calibration import Calibration
     from tspc.config import Config
     from tspc.data import DataSpec
+    from tspc.phases.decompose import PlanRequest
     from tspc.training import Recipe
 
-    hints = {f.name: f.type for f in dataclasses.fields(Config)}
+    hints = {f.name: f.type for cls in (Config, PlanRequest) for f in dataclasses.fields(cls)}
     section, _, field = name.rpartition(".")
     classes: dict[str, type] = {"calibration": Calibration, "dataset": DataSpec, "dataset.pretrain": Recipe}
     if section.startswith("phase."):

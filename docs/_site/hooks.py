@@ -35,8 +35,12 @@ def on_files(files: Files, config: Any) -> Files:
     }
     for name, text in generated.items():
         files.append(File.generated(config, name, content=text))
-    ordered = sorted(files, key=lambda file: (_place(file.src_uri), file.src_uri))
-    return Files(ordered)
+    return files
+
+
+def on_nav(nav: Any, **_: Any) -> Any:
+    nav.items.sort(key=lambda item: _place((item if item.is_page else item.children[-1]).file.src_uri))
+    return nav
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
