@@ -97,5 +97,6 @@ TINY = (
     "dataset.pretrain.steps=4",
     "epochs=1",
     "calibration.samples=0",
+    "report=false",
 )
 """A run that takes a second or two."""

@@ -139,7 +139,7 @@ def test_own_configs_and_own_network(cli, tmp_path, monkeypatch):
 MISTAKES = {
     "method=tucker": "method=tucker does not exist; choose one of auto, cp, rcp",
     "dataset=cifar": "choose one of cifar10",
-    "phase=train": "choose one of decompose",
+    "phase=train": "phase=train does not exist; choose one of",
     "rat=0.1": "did you mean rate?",
     "phase.finetune.epoch=1": "did you mean phase.finetune.epochs?",
     "rate=0": "rate=0: expected a number above 0",

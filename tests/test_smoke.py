@@ -43,6 +43,7 @@ def test_the_wheel_runs_outside_the_checkout(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     assert (site / "tspc/conf/method/tt.yaml").is_file()
     assert (site / "tspc/py.typed").is_file()
+    assert (site / "tspc/pages/templates/report.html").is_file()
     work = tmp_path / "work"
     work.mkdir()
     environment = os.environ | {"PYTHONPATH": str(site)}
@@ -54,3 +55,4 @@ def test_the_wheel_runs_outside_the_checkout(tmp_path):
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (work / "outputs/synthetic/resnet8/tt-0.2/seed0/result.json").is_file()
+    assert (work / "outputs/synthetic/resnet8/tt-0.2/seed0/report.html").is_file()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -86,14 +88,23 @@ def _job(failures: list[str]) -> Any:
 def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
     from tspc import interrupts
     from tspc.config import read_config
-    from tspc.display import Display
+    from tspc.display import Display, library_warnings
     from tspc.pipeline import run
 
-    display = Display(is_silent=not is_first())
+    settings = dataclasses.replace(read_config(config), command=_command())
+    display = Display(is_silent=not is_first(), verbosity=settings.verbosity)
     if heading is not None:
         display.heading(heading)
-    with interrupts.handled():
-        return run(read_config(config), display)
+    with interrupts.handled(), library_warnings(logged=settings.verbosity != "debug"):
+        return run(settings, display)
+
+
+def _command() -> str:
+    """What makes this run again; of a sweep's job, alone."""
+    settings = HydraConfig.get()
+    folders = [s.path for s in settings.runtime.config_sources if s.provider == "command-line"]
+    parts = [*(part for folder in folders for part in ("--config-dir", folder)), *settings.overrides.task]
+    return shlex.join(["tspc", *parts])
 
 
 def _describe(error: Exception) -> str:

@@ -19,6 +19,7 @@ from tspc.delivery import RECORDS
 from tspc.display import Display
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
+from tspc.pages import write_comparison
 from tspc.phases.context import Context
 from tspc.phases.decompose import calibration_samples, example_input
 from tspc.phases.plan import plans_at
@@ -44,9 +45,14 @@ def run(config: Config, display: Display) -> dict[str, Any]:
 
     Everything that can be wrong is checked before anything is written. Raises TspcError.
     """
+    if "compare" in config.phases:
+        page = write_comparison(config.runs or str(config.output_dir / "**"))
+        display.line(f"compared   {page}")
+        return {"directory": str(page.parent), "page": str(page), "phases": {}}
     device = pick_device(config.device)
     processes.join(cpu=device.type == "cpu")
-    return _run(config, hardware(config, processes.own_device(device)), display)
+    with display.checklist(("reference", *(phase for phase in config.phases if phase != "pretrain"))):
+        return _run(config, hardware(config, processes.own_device(device)), display)
 
 
 def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
@@ -124,7 +130,10 @@ def _show_plans(reference: Reference, config: Config, context: Context, shared: 
     size = state_bytes(reference.model)
     entry = next(p.element_size() for p in reference.model.parameters())
     after = size - entry * (asked.network_dense_params - asked.network_params)
-    context.display.show(plan_table(asked, size, after), logged=plan_table(asked, size, after, max_rows=None))
+    width = context.display.console.width
+    context.display.show(
+        plan_table(asked, size, after, width=width), logged=plan_table(asked, size, after, max_rows=None)
+    )
     context.display.show(rates_table(plans))
 
 
@@ -168,7 +177,8 @@ def _prepare(reference: Reference, config: Config, spec: NetworkSpec, context: C
         train_reference(reference, config, spec, context, folder)
     accuracy = reference_accuracy(reference, config, context, folder)
     source = "random initial weights" if config.pretrained == "random" else config.pretrained or "trained here"
-    context.display.line(f"reference  {spec.name}, {source}: top-1 {percent(accuracy)}")
+    text = f"{spec.name}, {source}: top-1 {percent(accuracy)}"
+    context.display.finished("reference", text, None if accuracy is None else accuracy["top1"])
     return {"accuracy": accuracy, "seconds": reference.seconds, "source": source}
 
 
@@ -230,7 +240,7 @@ def _data(config: Config, display: Display) -> Data | None:
     except DataError as error:
         if config.trains or config.data_dir is not None:
             raise
-        display.line(f"accuracy will not be measured: {error}")
+        display.warn(f"accuracy will not be measured: {error}")
         return None
 
 

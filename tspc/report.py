@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -16,6 +17,7 @@ from tspc.errors import InfeasibleRateError
 from tspc.plans import LayerPlan, Plan
 
 MAX_ROWS = 60
+COLUMNS = ("layer", "kind", "shape", "ranks", "before", "after", "error", "output\nerror")
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -28,22 +30,27 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def plan_table(plan: Plan, bytes_before: int, bytes_after: int, max_rows: int | None = MAX_ROWS) -> Table:
-    """Every layer of the plan, and totals; of a longer list than `max_rows` the middle is left out."""
+def plan_table(
+    plan: Plan, bytes_before: int, bytes_after: int, max_rows: int | None = MAX_ROWS, width: int = 100
+) -> Table:
+    """Every layer of the plan, and totals; of a longer list than `max_rows` the middle is left out, and below 100
+    columns of `width` what a reader misses least."""
     table = Table(title=_title(plan), title_justify="left", caption=_totals(plan, bytes_before, bytes_after))
     table.caption_justify = "left"
-    for name, justify in (("layer", "left"), ("kind", "left"), ("shape", "left"), ("ranks", "left")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for name in ("before", "after", "error", "output\nerror"):
-        table.add_column(name, justify="right", no_wrap=True)
+    spare = {"kind", "error"} if width < 100 else set()
+    names = [name for name in COLUMNS if name not in spare]
+    for name in names:
+        is_text = name in COLUMNS[:4]
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    kept = [place for place, name in enumerate(COLUMNS) if name in names]
     rows = list(plan.layers)
     shown = len(rows) if max_rows is None else min(len(rows), max_rows)
     for layer in rows[: (shown + 1) // 2]:
-        table.add_row(*_row(layer))
+        table.add_row(*(_row(layer)[place] for place in kept))
     if shown < len(rows):
         table.add_row(f"… {len(rows) - shown} more, see tspc.log")
     for layer in rows[len(rows) - shown // 2 :]:
-        table.add_row(*_row(layer))
+        table.add_row(*(_row(layer)[place] for place in kept))
     return table
 
 
@@ -119,6 +126,18 @@ def result_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def result_lines(result: dict[str, Any], target: Path) -> list[str]:
+    """The rate reached, and how small the network in the file `target` has become."""
+    before, after = result["parameters"]["before"], result["parameters"]["after"]
+    asked = f"{result['rate']} asked"
+    if result["target_error"] is not None:
+        asked = f"for an expected output error of at most {result['target_error']}"
+    return [
+        f"rate       {result['rate_reached']:.4f} reached, {asked}",
+        f"network    {before:,} → {after:,} parameters, {result['bytes']['file']:,} bytes in {target}",
+    ]
+
+
 def sweep_table(records: list[dict[str, Any]]) -> Table:
     """One row a job of a sweep, failed ones included."""
     table = Table(title="Sweep", title_justify="left")
@@ -128,11 +147,14 @@ def sweep_table(records: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     # What all jobs have in common says nothing about one of them.
     common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
+    told: dict[str, int] = {}
     for record in records:
         result = record.get("result")
         name = " ".join(o for o in record["overrides"] if o not in common) or "(defaults)"
         if result is None:
-            table.add_row(str(record["job"]), Text(f"{name}\nFAILED: {record['error']}", style="red"))
+            first = told.setdefault(record["error"], record["job"])
+            why = record["error"] if first == record["job"] else f"as job {first}"
+            table.add_row(str(record["job"]), Text(f"{name}\nFAILED: {why}", style="red"))
             continue
         parameters = result.get("parameters")
         cells = ["", ""] if parameters is None else [f"{result['rate_reached']:.4f}", f"{parameters['after']:,}"]

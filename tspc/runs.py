@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,9 @@ from tspc import processes
 from tspc.errors import RunError
 from tspc.files import PARTIAL, read_json, write_json
 from tspc.launch import is_first
+
+STAGES = ("decompose", "distill", "finetune")
+"""The phases that leave a network in the directory, in their order."""
 
 RESULTS = (
     *("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json"),
@@ -96,6 +100,11 @@ class RunDirectory:
             return
         if kind is not None and not self._results() and not self.file("metrics.jsonl").exists():
             self._undo()
+        elif isinstance(value, Exception) and not isinstance(
+            value, RunError
+        ):  # which is a refusal, or the disk's fault
+            with suppress(RunError):  # a full disk; the error on its way says so
+                self.note({"event": "failed", "error": " ".join(str(value).split())})
         self._close()
 
     def file(self, name: str) -> Path:
@@ -171,10 +180,12 @@ class RunDirectory:
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logger.addHandler(self._handler)
+        logging.getLogger("py.warnings").addHandler(self._handler)
 
     def _close(self) -> None:
         if self._handler is not None:
-            logging.getLogger("tspc").removeHandler(self._handler)
+            for name in ("tspc", "py.warnings"):
+                logging.getLogger(name).removeHandler(self._handler)
             try:
                 self._handler.close()
             except OSError:

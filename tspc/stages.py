@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,16 @@ from tspc.errors import RunError, TrainingError
 from tspc.files import write_json
 from tspc.launch import is_first
 from tspc.models import NetworkSpec
+from tspc.pages import made, write_report
 from tspc.phases.context import Context
 from tspc.phases.decompose import calibration_samples, decompose, example_input
 from tspc.phases.distill import distill
 from tspc.phases.finetune import finetune
 from tspc.plans import Plan
 from tspc.reference import Reference, reference_curves
-from tspc.report import percent, plan_table, result_table, state_bytes, versions
-from tspc.runs import RunDirectory, differences, fingerprint, plain
-from tspc.spectra import write_spectra
+from tspc.report import percent, plan_table, result_lines, result_table, state_bytes, versions
+from tspc.runs import STAGES, RunDirectory, differences, fingerprint, plain
 from tspc.training import Progress, evaluate, place
-
-STAGES = ("decompose", "distill", "finetune")
 
 
 class Stages:
@@ -117,7 +116,7 @@ class Stages:
         self.model = None
         Progress.discard(self._progress_file(stage))
         self.finished[stage] = self._measured(stage, info)
-        self.context.display.line(f"{stage:<9}  done before: {percent(self.finished[stage]['accuracy'])}")
+        self._tell(stage, "done before: ")
         return True
 
     def _measured(self, stage: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +138,7 @@ class Stages:
         started = time.monotonic()
         plan_data = None
         if progress.warning:
-            self.context.display.line(f"{stage:<9}  {progress.warning}")
+            self.context.display.warn(f"{stage:<9}  {progress.warning}")
         if stage == "decompose":
             self.model, plan_data = self._decomposed_by_first()
             seconds = time.monotonic() - started
@@ -167,7 +166,13 @@ class Stages:
         interrupts.check(f"after {stage}")
         self.finished[stage] = info
         self.directory.note({"phase": stage, "event": "end", "seconds": seconds, "accuracy": info["accuracy"]})
-        self.context.display.line(f"{stage:<9}  top-1 {percent(info['accuracy'])}", style="bold")
+        self._tell(stage, "top-1 ")
+
+    def _tell(self, stage: str, how: str) -> None:
+        accuracy = self.finished[stage]["accuracy"]
+        self.context.display.finished(
+            stage, f"{how}{percent(accuracy)}", None if accuracy is None else accuracy["top1"]
+        )
 
     def _refuse_to_outdate(self, stage: str) -> None:
         """Later stages that started from something else would be lost. Raises RunError if there are any."""
@@ -206,9 +211,10 @@ class Stages:
                 curves = reference_curves(self._source, self.config, samples, self.context, self._shared)
             plan = request.plan(self.reference, curves, example_input(self.reference, self.spec))
             model, done, spectra = decompose(self.reference, plan, samples, self.context)
-        write_spectra(spectra, self.directory.file("spectra.json"), self.directory.file("spectra.png"))
+        write_json(self.directory.file("spectra.json"), [dataclasses.asdict(spectrum) for spectrum in spectra])
         sizes = self.bytes_before, state_bytes(model)
-        self.context.display.show(plan_table(done, *sizes), logged=plan_table(done, *sizes, max_rows=None))
+        width = self.context.display.console.width
+        self.context.display.show(plan_table(done, *sizes, width=width), logged=plan_table(done, *sizes, max_rows=None))
         return model, done.to_dict()
 
     def _train(self, stage: str, progress: Progress) -> None:
@@ -272,21 +278,17 @@ class Stages:
             "bytes": {"before": self.bytes_before, "after": state_bytes(model), "file": target.stat().st_size},
             "device": str(self.context.device),
             "versions": versions(),
+            "command": self.config.command,
+            "settings": self.config.settings,
         }
         delivery = Delivery(self.config, self.spec, self.context, self.directory, self._after())
         write_json(self.directory.file("result.json"), result | delivery.found())
-        self._show(result, target)
+        self.context.display.show(result_table(result))
+        for line in result_lines(result, target):
+            self.context.display.line(line)
         delivery.deliver(self.reference, model)
         delivery.show()
         write_json(self.directory.file("result.json"), result := result | delivery.found())
+        if self.config.report:
+            made(lambda: write_report(self.directory.path), self.context.display)
         return result
-
-    def _show(self, result: dict[str, Any], target: Path) -> None:
-        display = self.context.display
-        display.show(result_table(result))
-        before, after = result["parameters"]["before"], result["parameters"]["after"]
-        asked = f"{result['rate']} asked"
-        if result["target_error"] is not None:
-            asked = f"for an expected output error of at most {result['target_error']}"
-        display.line(f"rate       {result['rate_reached']:.4f} reached, {asked}")
-        display.line(f"network    {before:,} → {after:,} parameters, {result['bytes']['file']:,} bytes in {target}")

@@ -59,6 +59,7 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from tspc.display import Display
+        from tspc.pages import made, write_sweep
         from tspc.report import sweep_table
 
         folder = sweep_folder(config.hydra.sweep.dir)
@@ -69,5 +70,7 @@ class SweepTable(Callback):
         display = Display(is_silent=not is_first())
         display.show(sweep_table(records))
         display.line(f"records in {os.path.relpath(folder)}")
+        if is_first():
+            made(lambda: write_sweep(folder), display)
         if any(record["error"] for record in records):
             sys.exit(1)

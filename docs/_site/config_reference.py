@@ -1,0 +1,233 @@
+"""Every key of conf/ with its meaning, type, unit and default, as a page.
+
+The meaning is the comment beside the key, in its own file or in a sibling's; keys that all files of a group share and
+none comments are explained here, once. The types of what has a class are that class's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+GROUPS = ("phase", "method", "dataset", "model", "hydra/launcher")
+TITLES = {
+    "config": "General",
+    "phase": "phase=",
+    "method": "method=",
+    "dataset": "dataset=",
+    "model": "model=",
+    "hydra/launcher": "hydra/launcher=",
+}
+
+MEANINGS = {
+    "rate_decay": "How a uniform rate changes with depth.",
+    "method.name": "The method of decomposition.",
+    "method.methods": "The candidates, of which each layer takes the best.",
+    "dataset.kind": "How the data is read.",
+    "dataset.name": "What the data set is called, also in the path of its runs.",
+    "dataset.num_classes": "Number of classes.",
+    "dataset.channels": "Channels of an image.",
+    "dataset.image_size": "Height and width of an image.",
+    "dataset.mean": "Mean of each channel, for normalising.",
+    "dataset.std": "Standard deviation of each channel, for normalising.",
+    "dataset.pad": "Padding before the random crop of training.",
+    "dataset.flip": "Whether training mirrors images at random.",
+    "dataset.in_memory": "Whether all images are decoded once and kept.",
+    "dataset.resize": "Shorter side before the centre crop.",
+    "dataset.workers": "Processes that decode images.",
+    "dataset.options": "What only this kind of data takes.",
+    "dataset.options.torchvision": "The class of torchvision that knows the files.",
+    "dataset.options.train": "Training images to make.",
+    "dataset.options.test": "Test images to make.",
+    "dataset.model.family": "Where the usual network comes from.",
+    "dataset.model.name": "The usual network of this data.",
+    "dataset.pretrained": "Default of the general key pretrained.",
+    "dataset.batch_size": "Default of the general key batch_size.",
+    "dataset.epochs": "Default of the general key epochs.",
+    "dataset.learning_rate": "Default of phase.finetune.learning_rate.",
+    "dataset.pretrain": "The recipe that trains a reference; null: there is none.",
+    "model.family": "Where the network comes from.",
+    "model.name": "Which network of the family.",
+    "model.factory": "Your function, as package.module:function.",
+    "model.kwargs": "What the network's maker is called with.",
+    "hydra/launcher.n_jobs": "Jobs at once.",
+    "hydra/launcher.gpus_per_node": "GPUs of a job.",
+    "hydra/launcher.cpus_per_task": "CPU cores of a job.",
+    "hydra/launcher.mem_gb": "Memory of a job.",
+    "seed": "Of everything random.",
+    "output_dir": "Where runs go.",
+    "calibration.batch_size": "Images at a time.",
+    "phase.pretrain": "No keys: the recipe is the data set's.",
+    "phase.compare": "No keys: see runs.",
+    "epochs": "Passes over the data.",
+    "batch_size": "Images of a step, of all processes together.",
+    "learning_rate": "Of the optimizer, at its highest.",
+    "momentum": "Of SGD.",
+    "weight_decay": "Of the optimizer.",
+    "optimizer": "sgd or adam.",
+    "label_smoothing": "Share of the label's weight that goes to all classes.",
+}
+"""By full key without the option's name, or by the last part alone where it means the same everywhere."""
+
+UNITS = {
+    "memory": "MB",
+    "mem_gb": "GB",
+    "checkpoint_seconds": "seconds",
+    "seconds": "seconds",
+    "timeout_min": "minutes",
+    "signal_delay_s": "seconds",
+    "image_size": "pixels",
+    "resize": "pixels",
+    "pad": "pixels",
+    "samples": "images",
+    "images": "images",
+    "held_out": "images",
+    "eval_samples": "images",
+    "batch_size": "images",
+    "batch_sizes": "images",
+    "epochs": "passes",
+    "steps": "optimizer steps",
+    "max_iterations": "sweeps",
+    "warmup": "share of the steps",
+    "rate": "share of the parameters",
+    "rates": "shares of the parameters",
+    "target_error": "relative error",
+    "patches": "patches",
+    "max_component_norm": "multiples of the kernel's norm",
+    "workers": "processes",
+    "n_jobs": "jobs",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: `option` is the file of its group, None for the general ones."""
+
+    group: str
+    option: str | None
+    name: str
+    default: Any
+    comment: str
+    kind: str
+
+    @property
+    def unit(self) -> str:
+        return UNITS.get(self.name.rpartition(".")[2], "")
+
+
+def keys() -> list[Key]:
+    """All of them. Raises LookupError for one without a meaning."""
+    found = _file(CONF / "config.yaml", "config", None)
+    for group in GROUPS:
+        for path in sorted((CONF / group).glob("*.yaml")):
+            found += _file(path, group, path.stem)
+    beside = {(key.group, key.name): key.comment for key in found if key.comment}
+    return [dataclasses.replace(key, comment=_meaning(key, beside)) for key in found]
+
+
+def page() -> str:
+    """The reference as Markdown."""
+    lines = ["# Configuration", "", "Made from the files in `conf/` and the classes that check them. "]
+    lines += ["Keys are given as `tspc KEY=VALUE`; those of a group as `tspc GROUP.KEY=VALUE`.", ""]
+    last: tuple[str, str | None] | None = None
+    for key in keys():
+        if (key.group, key.option) != last:
+            if last is None or key.group != last[0]:
+                lines += ["", f"## {TITLES[key.group]}"]
+            if key.option:
+                lines += ["", f"### {key.option}"]
+            lines += ["", "| key | meaning | type | unit | default |", "|---|---|---|---|---|"]
+            last = (key.group, key.option)
+        cells = (f"`{key.name}`", key.comment, key.kind, key.unit, f"`{_shown(key.default)}`")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _file(path: Path, group: str, option: str | None) -> list[Key]:
+    text = path.read_text()
+    data, comments = yaml.safe_load(text) or {}, dict(_comments(text))
+    is_whole = "@package _global_" in text  # its keys are written out in full
+    result = []
+    for name, value in _leaves({k: v for k, v in data.items() if k not in ("defaults", "hydra")}, group):
+        # The files of the phases hold the phase's own name; those of the other groups do not.
+        full = name if is_whole or group in ("config", "phase") else f"{group.split('/')[-1]}.{name}"
+        full = f"phase.{name}" if group == "phase" else full
+        result.append(Key(group, option, full, value, comments.get(name, ""), _kind(full, value)))
+    return result
+
+
+def _leaves(data: dict[str, Any], group: str, above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        name = f"{above}{key}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, group, f"{name}.")
+        else:
+            yield name, value
+
+
+def _comments(text: str) -> Iterator[tuple[str, str]]:
+    """Dotted key → the comment on its line."""
+    above: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        match = re.match(r"( *)(\w+):(?:\s|$)[^#]*(?:#\s*(.*))?$", line)
+        if match is None:
+            continue
+        depth = len(match[1])
+        above = [entry for entry in above if entry[0] < depth]
+        above.append((depth, match[2]))
+        if match[3]:
+            yield ".".join(name for _, name in above), match[3].strip()
+
+
+def _meaning(key: Key, beside: dict[tuple[str, str], str]) -> str:
+    short, group = key.name.rpartition(".")[2], key.group
+    tail = key.name.partition(".")[2]
+    own = key.comment or beside.get((group, key.name))
+    general = MEANINGS.get(key.name) or MEANINGS.get(f"{group}.{tail}") or MEANINGS.get(short)
+    anywhere = next((text for (_, name), text in beside.items() if name.rpartition(".")[2] == short), None)
+    found = own or general or anywhere
+    if not found:
+        raise LookupError(f"{key.name} in conf/{group} has no meaning: comment it there")
+    return found.rstrip(".") if found[:2].isupper() else found[:1].lower() + found[1:].rstrip(".")
+
+
+def _kind(name: str, value: Any) -> str:
+    """The type: of the class's field where there is one, else of the default."""
+    from tspc.calibration import Calibration
+    from tspc.config import Config
+    from tspc.data import DataSpec
+    from tspc.phases.decompose import PlanRequest
+    from tspc.training import Recipe
+
+    hints = {f.name: f.type for cls in (Config, PlanRequest) for f in dataclasses.fields(cls)}
+    section, _, field = name.rpartition(".")
+    classes: dict[str, type] = {"calibration": Calibration, "dataset": DataSpec, "dataset.pretrain": Recipe}
+    if section.startswith("phase."):
+        import typing
+
+        cls = typing.get_args(typing.get_type_hints(Config).get(section.removeprefix("phase."), Any | None))[:1]
+        classes[section] = cls[0] if cls and dataclasses.is_dataclass(cls[0]) else Recipe
+    if section in classes:
+        hints = {f.name: f.type for f in dataclasses.fields(classes[section])}
+    hint = str(hints.get(field or name, "")) if section in classes or not section else ""
+    plain = {"Path": "path", "bool": "true/false", "str": "text", "int": "whole number", "float": "number"}
+    parts = [plain.get(part.strip(), part.strip()) for part in hint.split("|")] if hint else []
+    known = [p for p in parts if p in (*plain.values(), "None") or p.startswith("tuple")]
+    if known and len(known) == len(parts):
+        return " or ".join("null" if p == "None" else "list" if p.startswith("tuple") else p for p in known)
+    names = {bool: "true/false", int: "whole number", float: "number", list: "list", dict: "group"}
+    return names.get(type(value), "text" if isinstance(value, str) and "${" not in value else "")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,149 @@
+"""What the command shows: a live checklist on a terminal, plain lines elsewhere, nothing where it shall be quiet."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.conftest import TINY
+from tspc.checklist import sparkline
+from tspc.display import PLAIN_WIDTH, Display
+
+ROOT = Path(__file__).parent.parent
+SECONDS = re.compile(r"\d+\.\d s|\d+ s left")
+
+
+def terminal(width: int, **options) -> Console:
+    return Console(
+        file=io.StringIO(), force_terminal=True, width=width, height=40, _environ={"TERM": "xterm"}, **options
+    )
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def run_phases(display: Display) -> None:
+    with display.checklist(["reference", "decompose", "distill"]):
+        display.finished("reference", "resnet8: top-1 90.00 %", 0.9)
+        with display.bar("plan      4 layers", 4) as bar:
+            bar.advance(4, "conv1")
+        display.finished("decompose", "top-1 88.00 %", 0.88)
+        with display.bar("distill   block 1/2 layer1 with a name that is rather long for a terminal", 10) as bar:
+            for step in range(10):
+                bar.advance(step + 1, f"loss {1 / (step + 1):.3f}", 1 / (step + 1))
+            display.line("a line in between " + "x" * 150)
+        display.finished("distill", "top-1 91.00 %", 0.91)
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_checklist_on_a_terminal(width):
+    console = terminal(width, color_system=None)
+    run_phases(Display(console))
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written(console))
+    assert all(len(line) <= width for line in text.splitlines()), "nothing is longer than the terminal"
+    last = [line.rstrip() for line in text.splitlines() if line.strip()][-3:]
+    assert [line[:1] for line in last] == ["✓"] * 3
+    assert "top-1 90.00 %" in last[0]
+    assert "-2.00" in last[1]
+    assert "+1.00" in last[2]
+
+
+def test_no_colour_where_none_is_wanted(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=40)
+    run_phases(Display(console))
+    assert not re.search(r"\x1b\[[\d;]*3\dm", written(console))
+
+
+def test_letters_where_the_terminal_knows_no_others():
+    class Ascii(io.StringIO):
+        encoding = "ascii"  # type: ignore[assignment]
+
+    console = Console(file=Ascii(), force_terminal=True, width=80, height=40, color_system=None, safe_box=True)
+    run_phases(Display(console))
+    assert "✓" not in written(console)
+    assert "x distill" in written(console)
+
+
+@pytest.mark.parametrize("verbosity", ["quiet", "normal", "debug"])
+def test_plain_lines_in_a_pipe(verbosity):
+    console = Console(file=io.StringIO(), width=80)
+    display = Display(console, verbosity=verbosity)
+    run_phases(display)
+    display.warn("something is amiss")
+    text = written(console)
+    assert "\x1b" not in text
+    assert "something is amiss" in text
+    assert ("distill    top-1 91.00 %" in text) is (verbosity != "quiet")
+    assert console.width == PLAIN_WIDTH
+
+
+def test_sparklines():
+    assert sparkline([]) == sparkline([1.0]) == ""
+    assert sparkline([8.0, 4.0, 1.0]) == "█▄▁"
+    assert sparkline([1.0, float("nan"), 1.0]) == "▁▁"
+    assert len(sparkline([float(v) for v in range(1000)])) <= 20
+
+
+def test_a_quiet_run_says_nothing_and_keeps_its_log(cli, tmp_path):
+    code, out, err = cli(*TINY, "verbosity=quiet", "phase=decompose")
+    assert (code, out, err) == (0, "", "")
+    assert "decompose" in (tmp_path / "outputs/synthetic/resnet8/tt-0.2/seed0/tspc.log").read_text()
+
+
+def test_warnings_of_libraries_go_to_the_log(cli, tmp_path, monkeypatch):
+    (tmp_path / "noisy.py").write_text(
+        "import warnings\nfrom torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)\n        self.c = nn.Linear(8, 10)\n\n"
+        "    def forward(self, x):\n        warnings.warn('old habits')\n"
+        "        return self.c(self.b(self.a(x)).mean((2, 3)))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, out, err = cli(*TINY, "model=custom", "model.factory=noisy:Net", "pretrained=random", "rate=0.8")
+    assert (code, err) == (0, "")
+    assert "old habits" not in out
+    (log,) = tmp_path.glob("outputs/**/tspc.log")
+    assert "old habits" in log.read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_sweep_on_a_real_terminal(tmp_path):
+    """A real terminal of 80 columns: each job's checklist ends with all phases done."""
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 80, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
+    environment |= {"TERM": "xterm", "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8"}
+    command = [sys.executable, "-m", "tspc", "-m", *TINY, "method=tk,tt", "phase=[decompose,distill]"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    output = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # Linux's way of saying that the other end is closed
+            break
+        if not part:
+            break
+        output += part
+    os.close(ours)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", output.decode())
+    assert len(re.findall(r"✓ distill +top-1", text)) >= 2
+    assert "Sweep" in text

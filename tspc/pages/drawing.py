@@ -1,0 +1,209 @@
+"""Figures by matplotlib that follow a page's colours: drawn once, saved as PNG and SVG, and put into the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from markupsafe import Markup
+
+from tspc.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID, SOFT = "#1b1f24", "#5f6873", "#d9dde3", "#c7d3ea"
+SERIES = ("#1f5fd0", "#c2410c", "#15803d", "#8b2fb8", "#9a6700", "#0f7c8c", "#be185d", "#4b5563")
+"""Each is dark enough on white; a page replaces them by variables that are light enough on black."""
+MARKERS = "osD^vPX*"
+"""Of the series, for readers who cannot tell the colours apart."""
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SOFT: "--soft"} | {
+    colour: f"--c{number}" for number, colour in enumerate(SERIES)
+}
+_STYLE: Any = {
+    "font.size": 10,
+    "font.family": ["DejaVu Sans"],
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "axes.facecolor": "none",
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tspc",
+}
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a figure that answers when pointed at: `tip` in lines, `link` to go to (None: nowhere)."""
+
+    tip: str
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """`title` names the figure, `text` says in words what it shows. `marks` belong to the artists with these gids."""
+
+    name: str
+    title: str
+    text: str
+    figure: Figure
+    marks: dict[str, Mark] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> str:
+        """Writes `name`.png and `name`.svg; returns the SVG for `inline`."""
+        buffer = io.StringIO()
+        self.figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None, "Title": self.title})
+        svg = buffer.getvalue()
+        write_atomically(folder / f"{self.name}.svg", lambda path: path.write_text(svg))
+        write_atomically(
+            folder / f"{self.name}.png",
+            lambda path: self.figure.savefig(path, format="png", dpi=160, facecolor="white"),
+        )
+        return svg
+
+    def inline(self, svg: str) -> Markup:
+        """The SVG as an element of a page: in the page's colours, with names of its own, titled for screen readers."""
+        ElementTree.register_namespace("", _SVG)
+        ElementTree.register_namespace("xlink", _XLINK)
+        root = ElementTree.fromstring(svg)
+        for parent in list(root.iter()):
+            for child in list(parent):
+                if child.tag in (f"{{{_SVG}}}{name}" for name in ("metadata", "style", "title")):
+                    parent.remove(child)
+        self._mark(root)
+        _tidy(root, self.name)
+        width = float(root.attrib.pop("width").removesuffix("pt"))
+        root.attrib.pop("height")
+        # Many points need a way in; a picture is one thing to a screen reader.
+        role = "group" if self.marks else "img"
+        root.attrib |= {"role": role, "aria-labelledby": f"{self.name}-t {self.name}-d", "class": "plot"}
+        root.attrib["style"] = f"--natural: {width * 4 / 3:.0f}px"
+        for position, (tag, text) in enumerate((("title", self.title), ("desc", self.text))):
+            element = ElementTree.Element(f"{{{_SVG}}}{tag}", {"id": f"{self.name}-{tag[0]}"})
+            element.text = text
+            root.insert(position, element)
+        text = ElementTree.tostring(root, encoding="unicode")
+        for colour, variable in _VARIABLES.items():
+            text = text.replace(colour, f"var({variable})")
+        text = re.sub(r"'DejaVu Sans'(, [^;\"]*sans-serif)?", "var(--font)", text)
+        return Markup(text)
+
+    def _mark(self, root: ElementTree.Element) -> None:
+        for group in root.iter(f"{{{_SVG}}}g"):
+            mark = self.marks.get(group.get("id", ""))
+            if mark is None:
+                continue
+            kind = f"{{{_SVG}}}g" if mark.link is None else f"{{{_SVG}}}a"
+            wrapper = ElementTree.Element(kind, {"class": "mark", "data-tip": mark.tip})
+            wrapper.attrib["aria-label"] = mark.tip.replace("\n", ", ")
+            if mark.link is None:
+                wrapper.attrib |= {"tabindex": "0", "role": "img"}
+            else:
+                wrapper.attrib["href"] = mark.link
+            wrapper.extend(list(group))
+            for child in list(group):
+                group.remove(child)
+            group.append(wrapper)
+
+
+def _tidy(root: ElementTree.Element, name: str) -> None:
+    """Several figures share a page, their ids must not; a tenth of a point is as fine as anybody sees."""
+    for element in root.iter():
+        for key, value in list(element.attrib.items()):
+            if key in ("d", "x", "y"):
+                element.attrib[key] = re.sub(r"(\d+\.\d)\d+", r"\1", " ".join(value.split()))
+            elif key == "id":
+                element.attrib[key] = f"{name}-{value}"
+            elif key.endswith("href") and value.startswith("#"):
+                element.attrib[key] = f"#{name}-{value[1:]}"
+            elif "url(#" in value:
+                element.attrib[key] = value.replace("url(#", f"url(#{name}-")
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Within it figures are made and saved in the pages' style."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def canvas(
+    width: float,
+    height: float,
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    left: float = 0.85,
+    right: float = 0.1,
+    bottom: float = 0.55,
+    top: float = 0.15,
+    gaps: tuple[float, float] = (0.15, 0.15),
+    **options: Any,
+) -> tuple[Figure, Any]:
+    """A figure, and its axes as a grid; sizes and margins in inches, gaps in shares of an axes' width and height.
+
+    The margins are given because a layout engine measures every text, which takes longer than all the drawing. The
+    object interface leaves the user's pyplot alone.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+        wspace=gaps[0],
+        hspace=gaps[1],
+    )
+    return figure, axes
+
+
+def accuracy_axis(axes: Axes, values: list[float]) -> None:
+    """The vertical axis for accuracies in percent: all of `values`, and never so near that chance looks large."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    low, high = min(values), max(values)
+    room = max(4.0, 1.3 * (high - low)) - (high - low)
+    top = min(high + room / 2, 100.9)  # a mark at 100 % is not cut
+    axes.set_ylim(max(0.0, min(top - (high - low) - room, low - 0.06 * (high - low))), top)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axes.set_ylabel("top-1 accuracy")
+
+
+def plain_log_axis(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis that may span less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,176 @@
+"""`report.html`: one run on one page that opens from disk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from tspc.errors import RunError
+from tspc.files import write_atomically
+from tspc.pages.benchmark import LATENCY, MACS, figures_of, readable_count
+from tspc.pages.drawing import style
+from tspc.pages.records import REFERENCE, Run, read_run
+from tspc.pages.render import render
+from tspc.pages.run_figures import run_drawings, thinned
+
+FIGURES = "figures"
+"""The folder beside a page with its figures as PNG and SVG."""
+_SPARK = (120, 26)
+"""Width and height of a spectrum's curve in the table of layers."""
+
+
+def write_report(directory: Path) -> Path:
+    """Makes `report.html` and `figures/` from what a finished run left in its directory; returns the page's path.
+
+    Raises RunError if there is no finished run, or the files are damaged or cannot be written.
+    """
+    run = read_run(directory)
+    if run is None or run.result is None:
+        raise RunError(f"{directory} holds no finished run to report on")
+    (directory / FIGURES).mkdir(exist_ok=True)
+    with style():
+        figures = {}
+        for drawing in run_drawings(run):
+            svg = drawing.save(directory / FIGURES)
+            figures[drawing.name] = {"title": drawing.title, "text": drawing.text, "svg": drawing.inline(svg)}
+    page = render("report.html", run=run, figures=figures, folder=FIGURES, **_content(run))
+    path = directory / "report.html"
+    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return path
+
+
+def _content(run: Run) -> dict[str, Any]:
+    assert run.result is not None
+    return {
+        "title": f"{run.network} on {run.dataset}: {run.method} at {run.goal.replace('error', 'error ')}",
+        "sentence": sentence(run.result),
+        "cards": _cards(run),
+        "phases": _phases(run.result),
+        "layers": _layers(run),
+        "settings": _settings(run),
+    }
+
+
+def sentence(result: dict[str, Any]) -> str:
+    """What was gained and lost, in words."""
+    before, after = result["parameters"]["before"], result["parameters"]["after"]
+    size = f"{result['network']} became {_times(before, after)} smaller: {after:,} of {before:,} parameters are left"
+    reference, final = result["reference"]["accuracy"], result["accuracy"]
+    if reference is None or final is None:
+        return f"{size}. Its accuracy was not measured."
+    change = 100 * (final["top1"] - reference["top1"])
+    verb = "keeps its" if abs(change) < 0.005 else f"gains {change:.2f} points of" if change > 0 else ""
+    verb = verb or f"loses {-change:.2f} points of"
+    text = f"{size}, and it {verb} top-1 accuracy ({100 * reference['top1']:.2f} % → {100 * final['top1']:.2f} %)."
+    noise = 100 * math.hypot(_deviation(reference), _deviation(final))
+    if 0 < abs(change) < noise:
+        text += f" Over {final['images']:,} test images, a change so small is within chance."
+    return text
+
+
+def _times(before: float, after: float) -> str:
+    return f"{before / after:.1f} times" if after else "infinitely"
+
+
+def _deviation(accuracy: dict[str, Any]) -> float:
+    """The standard error of an accuracy as a share, from the number of images."""
+    share = accuracy["top1"]
+    return math.sqrt(share * (1 - share) / accuracy["images"])
+
+
+def _cards(run: Run) -> list[dict[str, str]]:
+    """Reference against compressed: what the first screen shows."""
+    assert run.result is not None
+    result, cards = run.result, []
+    reference, final = result["reference"]["accuracy"], result["accuracy"]
+    if reference and final:
+        change = 100 * (final["top1"] - reference["top1"])
+        note = f"{change:+.2f} points; ± {100 * _deviation(final):.2f} for {final['images']:,} images"
+        cards.append(_card("Top-1 accuracy", f"{100 * reference['top1']:.2f} %", f"{100 * final['top1']:.2f} %", note))
+    else:
+        cards.append({"name": "Top-1 accuracy", "missing": "not measured: no data was given"})
+    sizes = result["parameters"]
+    cards.append(_smaller("Parameters", sizes["before"], sizes["after"], readable_count))
+    cards.append(_smaller("Bytes of weights", result["bytes"]["before"], result["bytes"]["after"], readable_bytes))
+    measured = {figure.name: figure for figure in figures_of(run.benchmark)}
+    for name in (MACS, LATENCY):
+        if name in measured:
+            found = measured[name]
+            cards.append(_smaller(name, found.before, found.after, found.format, found.where))
+        else:
+            cards.append({"name": name, "missing": "not measured: phase=benchmark"})
+    return cards
+
+
+def _card(name: str, before: str, after: str, note: str) -> dict[str, str]:
+    return {"name": name, "before": before, "after": after, "note": note}
+
+
+def _smaller(name: str, before: float, after: float, form: Any, where: str = "") -> dict[str, str]:
+    """`where` a measurement holds."""
+    better, worse = ("faster", "slower") if name == LATENCY else ("smaller", "larger")
+    note = f"{before / after:.2f}× {better}" if 0 < after <= before else f"{after / max(before, 1e-9):.2f}× {worse}"
+    return _card(name, form(before), form(after), f"{note}; {where}" if where else note)
+
+
+def readable_bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _phases(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": name} | entry for name, entry in ({REFERENCE: result["reference"]} | result["phases"]).items()]
+
+
+def _layers(run: Run) -> list[dict[str, Any]]:
+    """Rows of the table of layers, with the widths of their bars and their spectra as curves."""
+    if run.plan is None:
+        return []
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for spectrum in run.spectra:
+        curves.setdefault(spectrum["layer"], []).append(spectrum)
+    largest = max(layer.dense_params for layer in run.plan.layers)
+    worst = max((layer.output_error or 0.0 for layer in run.plan.layers), default=0.0) or 1.0
+    return [
+        {
+            "layer": layer,
+            "path": getattr(layer, "path", None),
+            "before": 100 * layer.dense_params / largest,
+            "after": 100 * layer.params / largest,
+            "error": 100 * (layer.output_error or 0.0) / worst,
+            "sparks": [_spark(spectrum) for spectrum in curves.get(layer.name, [])],
+        }
+        for layer in run.plan.layers
+    ]
+
+
+def _spark(spectrum: dict[str, Any]) -> dict[str, Any]:
+    """A spectrum as an SVG path, over a logarithmic axis of three decades, and where its rank cuts."""
+    values, (width, height) = spectrum["values"], _SPARK
+    last = max(1, len(values) - 1)
+    points = []
+    for place in thinned(len(values), 40):
+        depth = min(1.0, -math.log10(max(values[place], 1e-3)) / 3)
+        points.append(f"{round(place / last * width)} {round(1 + depth * (height - 2))}")
+    return {"d": Markup("M" + "L".join(points)), "x": round((spectrum["rank"] - 1) / last * width)}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Everything that it takes to make the run again."""
+    assert run.result is not None
+    data = next((info["data"] for info in run.stages.values() if info.get("data")), None)
+    return {
+        "command": run.result.get("command"),
+        "versions": run.result["versions"],
+        "device": run.result["device"],
+        "seed": run.result["seed"],
+        "data": data,
+        "identity": run.identity,
+        "stages": {name: info["settings"] for name, info in run.stages.items()},
+        "all": run.result.get("settings"),
+    }

@@ -1,0 +1,201 @@
+"""The runs of a comparison as rows of one table, and that table as CSV, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tspc.pages.benchmark import LATENCY, MACS, figures_of
+from tspc.pages.records import FAILED, FailedJob, Run
+from tspc.runs import STAGES
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. Accuracies are shares; `latency` is in milliseconds; None is what is not known (yet)."""
+
+    label: str
+    group: tuple[str, str]
+    series: str
+    goal: str
+    status: str
+    seed: int | None = None
+    error: str | None = None
+    link: str | None = None
+    reached: float | None = None
+    reference: float | None = None
+    phases: dict[str, float | None] = field(default_factory=dict)
+    final: float | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    macs: float | None = None
+    latency: float | None = None
+    seconds: float | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """The rate asked for; None where a target error was."""
+        try:
+            return float(self.goal)
+        except ValueError:
+            return None
+
+    @property
+    def change(self) -> float | None:
+        """Points of accuracy against the reference."""
+        return None if self.final is None or self.reference is None else 100 * (self.final - self.reference)
+
+    @property
+    def tip(self) -> str:
+        lines = [f"{self.label}, seed {self.seed}", f"{100 * (self.final or 0):.2f} % top-1"]
+        if self.change is not None:
+            lines[-1] += f" ({self.change:+.2f})"
+        if self.reached is not None and self.parameters is not None:
+            lines.append(f"rate {self.reached:.4f}, {self.parameters:,} parameters")
+        if self.latency is not None:
+            lines.append(f"{self.latency:.3g} ms")
+        return "\n".join(lines)
+
+
+def row_of(run: Run, page: Path) -> Row:
+    """`page` is the folder of the page, for the link to the run's report."""
+    label = run.path.parent.name
+    common: dict[str, Any] = {
+        "label": label,
+        "group": (run.dataset, run.network),
+        "series": run.series,
+        "goal": run.goal,
+        "status": run.status,
+        "seed": run.identity.get("seed"),
+        "error": run.error,
+    }
+    result = run.result
+    if result is None:
+        done = {name: _top1(info["accuracy"]) for name, info in run.stages.items()}
+        return Row(**common, phases=done)
+    report = run.path / "report.html"
+    measured = {figure.name: figure.after for figure in figures_of(run.benchmark)}
+    return Row(
+        **common,
+        link=Path(os.path.relpath(report, page)).as_posix() if report.exists() else None,
+        reached=result["rate_reached"],
+        reference=_top1(result["reference"]["accuracy"]),
+        phases={name: _top1(phase["accuracy"]) for name, phase in result["phases"].items()},
+        final=_top1(result["accuracy"]),
+        parameters=result["parameters"]["after"],
+        bytes=result["bytes"]["after"],
+        macs=measured.get(MACS),
+        latency=measured.get(LATENCY),
+        seconds=sum(phase["seconds"] for phase in result["phases"].values()),
+    )
+
+
+def row_of_failed(job: FailedJob) -> Row:
+    return Row(" ".join(job.overrides) or "(defaults)", ("", ""), "", "", FAILED, error=job.error)
+
+
+def _top1(accuracy: dict[str, Any] | None) -> float | None:
+    return None if accuracy is None else accuracy["top1"]
+
+
+def csv_of(rows: list[Row]) -> str:
+    """Every run with every number, unrounded."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = "run dataset network method goal seed status rate_reached reference".split()
+    writer.writerow([*head, *STAGES, "final", "parameters", "bytes", "macs", "latency_ms", "seconds", "error"])
+    for row in rows:
+        known = [row.label, *row.group, row.series, row.goal, row.seed, row.status, row.reached, row.reference]
+        known += [row.phases.get(stage) for stage in STAGES]
+        known += [row.final, row.parameters, row.bytes, row.macs, row.latency, row.seconds, row.error]
+        writer.writerow(["" if value is None else value for value in known])
+    return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Methods × rates, as papers print it: mean accuracy in percent over the seeds, and its deviation over several."""
+
+    title: str
+    goals: list[str]
+    methods: list[str]
+    cells: dict[tuple[str, str], tuple[float, float | None]]
+    reference: float | None
+
+    def text(self, method: str, goal: str) -> str:
+        cell = self.cells.get((method, goal))
+        if cell is None:
+            return ""
+        mean, deviation = cell
+        return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+
+    def is_best(self, method: str, goal: str) -> bool:
+        """Whether nothing at this rate is better, as printed."""
+        column = [round(mean, 2) for (_, at), (mean, _) in self.cells.items() if at == goal]
+        return (method, goal) in self.cells and round(self.cells[method, goal][0], 2) == max(column)
+
+
+def grid_of(rows: list[Row], phase: str | None = None) -> Grid | None:
+    """The accuracy after `phase`, or at the end, of every method at every rate; None where none is known."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        value = row.final if phase is None else row.phases.get(phase)
+        if value is not None:
+            values.setdefault((row.series, row.goal), []).append(100 * value)
+    if not values:
+        return None
+    cells = {
+        key: (statistics.mean(found), statistics.stdev(found) if len(found) > 1 else None)
+        for key, found in values.items()
+    }
+    goals = sorted({goal for _, goal in cells}, key=order_of_goal)
+    references = [row.reference for row in rows if row.reference is not None]
+    title = "at the end" if phase is None else f"after {phase}, before any training"
+    return Grid(
+        f"Top-1 accuracy in %, {title}",
+        goals,
+        list(dict.fromkeys(method for method, _ in cells)),
+        cells,
+        100 * references[0] if references else None,
+    )
+
+
+def order_of_goal(goal: str) -> tuple[int, float]:
+    """Rates first, the largest before the others; then target errors."""
+    kind = goal.startswith("error")
+    return int(kind), -float(goal.removeprefix("error"))
+
+
+def markdown_of(grid: Grid) -> str:
+    lines = [f"{grid.title}{_reference_note(grid)}:", "", "| method | " + " | ".join(grid.goals) + " |"]
+    lines.append("|---|" + "---:|" * len(grid.goals))
+    for method in grid.methods:
+        cells = [
+            f"**{grid.text(method, goal)}**" if grid.is_best(method, goal) else grid.text(method, goal)
+            for goal in grid.goals
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def latex_of(grid: Grid) -> str:
+    """A table for booktabs."""
+    lines = [f"% {grid.title}{_reference_note(grid)}", rf"\begin{{tabular}}{{l{'r' * len(grid.goals)}}}", r"\toprule"]
+    lines += ["method & " + " & ".join(grid.goals) + r" \\", r"\midrule"]
+    for method in grid.methods:
+        cells = []
+        for goal in grid.goals:
+            text = grid.text(method, goal).replace("±", r"$\pm$")
+            cells.append(rf"\textbf{{{text}}}" if grid.is_best(method, goal) else text)
+        name = method.replace("_", r"\_")
+        lines.append(f"{name} & " + " & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _reference_note(grid: Grid) -> str:
+    return "" if grid.reference is None else f" (reference {grid.reference:.2f})"
