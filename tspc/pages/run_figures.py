@@ -45,7 +45,10 @@ def _accuracy(run: Run) -> Drawing | None:
     for place, (name, value) in enumerate(shown.items()):
         colour = MUTED if name == REFERENCE else SERIES[0]
         axes.plot([place], [value], "o", color=colour, markersize=7, gid=f"phase{place}")
-        axes.annotate(f"{value:.2f}", (place, value), (0, 8), textcoords="offset points", ha="center")
+        # Above the reference's line where there is room, else below: a number must not be struck through.
+        is_below = start == 1 and value < values[0]
+        offset, side = (-8, "top") if is_below else (8, "bottom")
+        axes.annotate(f"{value:.2f}", (place, value), (0, offset), textcoords="offset points", ha="center", va=side)
         marks[f"phase{place}"] = Mark(f"{name}\n{value:.2f} % top-1")
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.4, len(names) - 0.6)
