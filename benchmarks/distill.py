@@ -7,7 +7,7 @@ decomposed by the least error of its kernel at the same rate; then block after b
 Adam at 1e-3 on the mean squared error of its activations, both whole networks run forward for every step, batch norms
 in inference mode; then the whole network finetuned with cross-entropy (SGD, 0.01, momentum 0.9, weight decay 5e-4,
 cosine), for half of all the time. tspc: its defaults, but batches of 32 instead of 128, which in a short time are worth
-more steps, at half the learning rate; phase 1 takes --distill-steps a block, by default none, for in minutes finetuning
+more steps, at a quarter of the learning rate; phase 1 takes --distill-steps a block, by default none, for in minutes finetuning
 gains more from the same time. Seconds are those of the work; looking at the test images is not counted. Every cell is
 kept in --out, and not repeated.
 """
@@ -44,7 +44,7 @@ from tspc.phases.finetune import finetune
 from tspc.planning import outline, plan
 from tspc.training import Hardware, Progress, evaluate, place
 
-THEIR_BATCH, OUR_BATCH, OUR_LEARNING_RATE = 128, 32, 1.5e-3
+THEIR_BATCH, OUR_BATCH, OUR_LEARNING_RATE = 128, 32, 7e-4
 DISTILL_IMAGES = 2048
 LOOKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 """Shares of finetuning after which the test images are looked at."""
