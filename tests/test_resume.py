@@ -14,15 +14,15 @@ import pytest
 from safetensors.torch import load_file
 
 COMMAND = (
-    "method=cp method.tolerance=0 method.max_iterations=1500 rate=0.2 dataset.pretrain.epochs=6 epochs=6 "
-    "checkpoint_seconds=0 phase.distill.least_gain=0 phase.distill.images=1024"
+    "method=cp method.tolerance=0 method.max_iterations=500 rate=0.2 dataset.pretrain.epochs=6 epochs=4 "
+    "checkpoint_seconds=0 phase.distill.least_gain=0 phase.distill.images=1024 calibration.samples=128 report=false"
 ).split()
-RUN = "digits/resnet8/cp-0.2-max_iterations1500-tolerance0/seed0"
+RUN = "digits/resnet8/cp-0.2-max_iterations500-tolerance0/seed0"
 
 
 SHORT = (
     "method=svd rate=0.2 dataset.pretrain.epochs=4 epochs=4 checkpoint_seconds=0 phase.distill.least_gain=0 "
-    "phase.distill.images=512 calibration.samples=64"
+    "phase.distill.images=512 calibration.samples=64 report=false"
 ).split()
 
 
@@ -60,6 +60,7 @@ def finish(folder: Path, command: list[str] = COMMAND) -> None:
     assert process.returncode == 0, err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_killed_in_every_phase(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
