@@ -7,9 +7,9 @@ decomposed by the least error of its kernel at the same rate; then block after b
 Adam at 1e-3 on the mean squared error of its activations, both whole networks run forward for every step, batch norms
 in inference mode; then the whole network finetuned with cross-entropy (SGD, 0.01, momentum 0.9, weight decay 5e-4,
 cosine), for half of all the time. tspc: its defaults, but batches of 32 instead of 128, which in a short time are worth
-more steps, at a quarter of the learning rate; phase 1 takes --distill-steps a block, by default none, for in minutes finetuning
-gains more from the same time. Seconds are those of the work; looking at the test images is not counted. Every cell is
-kept in --out, and not repeated.
+more steps, at a quarter of the learning rate; phase 1 takes --distill-steps a block, by default none, for in minutes
+finetuning gains more from the same time. Seconds are those of the work; looking at the test images is not counted.
+Every cell is kept in --out, and not repeated.
 """
 
 from __future__ import annotations
