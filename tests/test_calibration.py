@@ -160,6 +160,19 @@ def test_blocks_called_with_constants_follow_each_other():
     ]
 
 
+def test_an_argument_that_depends_on_the_batch_is_no_constant():
+    class Counted(Scaled):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x, scale=len(x))
+            return x.mean((2, 3))
+
+    model = Counted().eval()
+    with Samples(images(), Calibration(batch_size=8)) as samples:
+        trace = samples.survey(model, convs(model)).trace
+    assert [s.follows for s in trace.segments] == [False, False]
+
+
 def test_an_output_that_is_used_twice_has_no_batch_norm_of_its_own():
     model = Twice().eval()
     with Samples(images()) as samples:

@@ -130,3 +130,15 @@ def test_refining_finds_an_exact_fit_and_needs_no_gradient_mode():
     before, after = (metric.squared(left @ right - t[0] @ t[1]) for t in (start, found))
     assert after < 1e-3 * before
     assert all(not t.requires_grad for t in found)
+
+
+@each_method
+def test_the_scale_of_a_kernel_does_not_matter(name):
+    method, k, n = kernel_and_size(name, (12, 8, 3, 3))
+    metric = Metric(covariance(n, "full"))
+    rank = method.rank_for(k.shape, k.numel() // 4)
+    errors = [
+        metric.squared((s * k - method.reconstruct(method.decompose(s * k, rank, metric))).flatten(1)) / s**2
+        for s in (1.0, 1e-6)
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2)

@@ -60,6 +60,17 @@ def test_kept_kernels_follow_the_factors(change):
         assert not torch.allclose(layer(x), before)
 
 
+def test_a_pickle_holds_the_factors_alone():
+    layer, x = a_layer(), torch.randn(1, 8, 6, 6)
+    assert layer.kept
+    data = pickle.dumps(layer)
+    assert len(data) <= len(pickle.dumps(a_layer().train()))
+    with torch.no_grad():
+        torch.testing.assert_close(pickle.loads(data)(x), layer(x))
+    layer.forget()
+    assert not layer.kept
+
+
 def test_kept_kernels_follow_the_dtype_and_come_back_after_training():
     layer = a_layer()
     with torch.no_grad():

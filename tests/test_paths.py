@@ -155,6 +155,17 @@ def test_a_batch_norm_of_a_tensor_with_other_uses_is_kept():
     torch.testing.assert_close(folded(images()), model(images()))
 
 
+def test_a_batch_norm_of_an_output_that_is_an_answer_too_is_kept():
+    class Both(Net):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            first = self.stem(x)
+            return self.norm0(first), first
+
+    model = Both().eval()
+    folded = tspc.fold_batch_norms(model, images())
+    torch.testing.assert_close(folded(images()), model(images()))
+
+
 def test_a_run_keeps_its_paths(cli, tmp_path):
     code, _, err = cli(
         *TINY, "phase=decompose", "method=tk", "rate=0.5", "objective=latency", "paths=measure", "pretrained=random"

@@ -71,6 +71,15 @@ class TensorizedLayer(nn.Module):
         """Whether the path takes the factors as they are, so that there is nothing to contract."""
         return False
 
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """Kernels that were contracted for inference and take memory beside the factors; may be none."""
+        return self._kept or ()
+
+    def forget(self) -> None:
+        """Lets go of the kept kernels, until they are wanted again."""
+        self._kept, self._kept_of = None, None
+
     def factor_tensors(self) -> list[Tensor]:
         """The factors, in the order of the decomposition: the parameters, or views of them."""
         raise NotImplementedError
@@ -111,6 +120,14 @@ class TensorizedLayer(nn.Module):
         self._keep()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the kept kernels: a pickle is as small as the factors."""
+        return self.__dict__ | {"_kept": None, "_kept_of": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep()
+
     def _contract(self) -> tuple[Tensor, ...]:
         # A kernel's entries are sums of products of several factors: autocast would round each of them.
         factors = self.factors()
@@ -120,7 +137,7 @@ class TensorizedLayer(nn.Module):
 
     def _keep(self) -> None:
         """Contracts the kernels for inference; forgets them in training mode."""
-        self._kept, self._kept_of = None, None
+        self.forget()
         tensors = list(self.parameters())
         if self.training or self.runs_factors or not tensors or tensors[0].is_meta:
             return
@@ -144,6 +161,10 @@ class TensorizedLayer(nn.Module):
         return f"{self.decomposition.name}, shape={self.shape}, rank={self.rank}, path={self.path}"
 
 
+def _is_ordinary(weight: Any) -> bool:
+    return type(weight) in (Tensor, nn.Parameter)
+
+
 def _after_loading(layer: TensorizedLayer, *_: Any) -> None:
     layer._keep()
 
@@ -157,10 +178,11 @@ class Chain(TensorizedLayer, nn.Sequential):
 
     @property
     def runs_factors(self) -> bool:
-        return self._path == CHAIN
+        # Tensors of other kinds, such as quantised ones, may know no more than to be a layer's weight.
+        return self._path == CHAIN or any(not _is_ordinary(link.weight) for link in self)
 
     def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return nn.Sequential.forward(self, input) if self._path == CHAIN else TensorizedLayer.forward(self, input)
+        return nn.Sequential.forward(self, input) if self.runs_factors else TensorizedLayer.forward(self, input)
 
     def factor_tensors(self) -> list[Tensor]:
         weights = [cast(Tensor, link.weight) for link in self]

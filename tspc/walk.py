@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from tspc.blocks import block_of, find_blocks
 from tspc.hooks import Reached, hooked, run_until_reached
@@ -57,11 +58,15 @@ class _Consumers(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if any(True for _ in tensors_in(result)):
-            for tensor in tensors_in((args, kwargs)):
-                name, kept = self.watched.get(id(tensor), ("", None))
-                if kept is tensor:
-                    self.counts[name] = self.counts.get(name, 0) + 1
+            self.count((args, kwargs))
         return result
+
+    def count(self, taken: Any) -> None:
+        """Counts a use of the watched tensors in `taken`."""
+        for tensor in tensors_in(taken):
+            name, kept = self.watched.get(id(tensor), ("", None))
+            if kept is tensor:
+                self.counts[name] = self.counts.get(name, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -99,15 +104,6 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, pattern: st
 
         return hook
 
-    def on_block(name: str) -> Callable:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            plain = all(value is None or isinstance(value, bool | int | float | str) for value in kwargs.values())
-            alone = len(args) == 1 and isinstance(args[0], Tensor) and plain
-            entry = _Entry(args[0], args[0]._version, dict(kwargs)) if alone else _Entry(None, 0, {})
-            record.entered.setdefault(name, []).append(entry)
-
-        return hook
-
     def on_block_end(name: str) -> Callable:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             record.left[name] = output, output._version if isinstance(output, Tensor) else 0
@@ -119,13 +115,15 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, pattern: st
 
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(on_layer(name)) for name in layers]
-    handles += [modules[name].register_forward_pre_hook(on_block(name), with_kwargs=True) for name in blocks]
+    handles += _on_entering(model, blocks, record)
     handles += [modules[name].register_forward_hook(on_block_end(name)) for name in blocks]
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(on_batch_norm(name)))
     with hooked(handles), consumers:
-        model(images)
+        answer = model(images)
+    consumers.count(answer)
+    _forget_variables_(record, model, blocks, images)
     calls = {name: record.order.count(name) for name in layers}
     norms = [norm for norm, _ in record.normalised]
     batch_norms = {
@@ -135,6 +133,34 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, pattern: st
         if normalised is output and consumers.counts.get(name) == calls[name] == norms.count(norm) == 1
     }
     return Trace(_segments(blocks, record), calls, batch_norms)
+
+
+def _on_entering(model: nn.Module, blocks: list[str], record: _Record) -> list[RemovableHandle]:
+    """Hooks that note with what the blocks are called."""
+
+    def on_block(name: str) -> Callable:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            plain = all(value is None or isinstance(value, bool | int | float | str) for value in kwargs.values())
+            alone = len(args) == 1 and isinstance(args[0], Tensor) and plain
+            entry = _Entry(args[0], args[0]._version, dict(kwargs)) if alone else _Entry(None, 0, {})
+            record.entered.setdefault(name, []).append(entry)
+
+        return hook
+
+    return [model.get_submodule(n).register_forward_pre_hook(on_block(n), with_kwargs=True) for n in blocks]
+
+
+def _forget_variables_(record: _Record, model: nn.Module, blocks: list[str], images: Tensor) -> None:
+    """Blocks whose arguments beside the tensor differ for other images, or cannot be compared, follow nothing."""
+    if not any(entry.named for entries in record.entered.values() for entry in entries):
+        return
+    other = _Record()
+    if len(images) > 1:
+        with hooked(_on_entering(model, blocks, other)):
+            model(images[:1])
+    for name, entries in record.entered.items():
+        if [entry.named for entry in entries] != [entry.named for entry in other.entered.get(name, [])]:
+            record.entered[name] = [_Entry(None, 0, {}) for _ in entries]
 
 
 def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:

@@ -32,6 +32,8 @@ INNER = 10
 """Most conjugate gradient steps in each Levenberg-Marquardt step."""
 FULL, SKETCH = (12, 5e11), (2, 5e10)
 """Most Levenberg-Marquardt steps, and the multiplications by the metric that they may take together."""
+LARGE = 2048
+"""Inputs from which on a whitened metric, 32 MB and more, is not kept."""
 STALLED = 1e-3
 """A relative fall of the squared error below which refining ends."""
 
@@ -55,7 +57,9 @@ class Metric:
         return self._once(("roots", *axes.modes), lambda: Roots(axes, self))
 
     def whitened(self, axes: Axes) -> Metric:
-        """The same norm for kernels whose modes are whitened; made once, too."""
+        """The same norm for kernels whose modes are whitened; made once, too, unless it is large."""
+        if len(self.inputs) > LARGE:
+            return self.roots(axes).whitened(self)
         return self._once(("whitened", *axes.modes), lambda: self.roots(axes).whitened(self))
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -198,9 +202,16 @@ def refine(
     Levenberg-Marquardt: every step solves (JᵀMJ + μI)p = JᵀM(target − contract) by conjugate gradients; the damping μ,
     which also holds the scales of the factors in place, falls after a success and rises after a failure.
     The result is never worse than the start. Steps are found in float32, which is enough for a direction, and judged
-    in the tensors' own precision.
+    in the tensors' own precision. One damping for all factors asks for equal norms, and for a target of norm 1.
     """
-    tensors = [t.detach().clone() for t in start]
+    norms = [float(torch.linalg.vector_norm(t)) for t in start]
+    size = math.sqrt(metric.squared(target))
+    if not size * math.prod(norms) > 0:
+        return [t.detach().clone() for t in start]
+    share = size ** (1 / len(norms))
+    mean = math.prod(norm / share for norm in norms) ** (1 / len(norms))
+    tensors = [t.detach() * (mean / norm) for t, norm in zip(start, norms, strict=True)]
+    target = target / size
     rest = target - contract(tensors)
     pulled = metric.apply(rest)
     loss = float((pulled * rest).sum())
@@ -224,7 +235,7 @@ def refine(
         damping = max(damping / 4, 1e-8)
         if fall < STALLED:
             break
-    return [t.detach() for t in tensors]
+    return [t * share for t in tensors]
 
 
 class _Normal:

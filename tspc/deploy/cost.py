@@ -17,14 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tspc.deploy.programs import Inputs
 from tspc.hooks import evaluating
+from tspc.layers import tensorized_layers
 
 
 @dataclass(frozen=True)
 class Cost:
     """Of one forward pass in eval mode. `macs` (multiply-accumulates) are for a single input.
 
-    `weight_bytes` are those of parameters and buffers, `peak_bytes` adds the most that the tensors of the pass took at
-    a time, for the whole batch; on the CPU without what kernels need inside.
+    `weight_bytes` are those of parameters and buffers, `peak_bytes` adds kernels that layers keep for inference and the
+    most that the tensors of the pass took at a time, for the whole batch; on the CPU without what kernels need inside.
     """
 
     macs: int
@@ -44,7 +45,10 @@ def cost(model: nn.Module, inputs: Inputs) -> Cost:
     with evaluating(model), _whole_operations():
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             model(*(x[:1] for x in inputs))
-        peak = _peak(model, inputs)
+        # Kernels that layers keep for inference are weights, too, while they run.
+        storages = (t.untyped_storage() for layer in tensorized_layers(model).values() for t in layer.kept)
+        kept = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in state}
+        peak = sum(kept.values()) + _peak(model, inputs)
     parameters = sum(p.numel() for p in model.parameters())
     return Cost(counter.get_total_flops() // 2, parameters, weights, weights + peak)
 

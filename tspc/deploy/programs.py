@@ -55,7 +55,7 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     example = tuple(torch.zeros_like(x) for x in take(inputs, 2))
     model = copy.deepcopy(model)
     for layer in tensorized_layers(model).values():
-        layer._kept = None  # the file holds the factors, not the larger kernels that eval mode contracts from them
+        layer.forget()  # the file holds the factors, not the larger kernels that eval mode contracts from them
     try:
         with _quiet():
             program = torch.export.export(model, example, dynamic_shapes=_free_batch(example))
