@@ -6,10 +6,9 @@ Each cell gives both the same seconds, in one process, from the same reference n
 decomposed by the least error of its kernel at the same rate; then block after block, all for equally long, tuned by
 Adam at 1e-3 on the mean squared error of its activations, both whole networks run forward for every step, batch norms
 in inference mode; then the whole network finetuned with cross-entropy (SGD, 0.01, momentum 0.9, weight decay 5e-4,
-cosine), for half of all the time. tspc: its defaults, but batches of 32 instead of 128, which in a short time are worth
-more steps, at a quarter of the learning rate; phase 1 takes --distill-steps a block, by default none, for in minutes
-finetuning gains more from the same time. Seconds are those of the work; looking at the test images is not counted.
-Every cell is kept in --out, and not repeated.
+cosine), for half of all the time. tspc: its defaults, the steps of the phases cut to the time; --batch, --learning-rate
+(of finetuning) and --distill-steps (of phase 1 for each block; 0 leaves it out) are tspc's alone. Seconds are those of
+the work; looking at the test images is not counted. Every cell is kept in --out, and not repeated.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from tspc.phases.finetune import finetune
 from tspc.planning import outline, plan
 from tspc.training import Hardware, Progress, evaluate, place
 
-THEIR_BATCH, OUR_BATCH, OUR_LEARNING_RATE = 128, 32, 7e-4
+BATCH = 128
 DISTILL_IMAGES = 2048
 LOOKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 """Shares of finetuning after which the test images are looked at."""
@@ -75,7 +74,7 @@ class Clock:
 
 
 def batches(data: Data, device: torch.device, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    feed = Feed(THEIR_BATCH, seed, device)
+    feed = Feed(BATCH, seed, device)
     endless = (batch for epoch in range(10**9) for batch in data.train_batches(feed, epoch))
     return lambda: next(endless)
 
@@ -135,15 +134,15 @@ def ours(reference: nn.Module, method: str, rate: float, config: Config, data: D
         short = dataclasses.replace(config.distill, steps=options.distill_steps, images=DISTILL_IMAGES)
         distill(model, reference, short, context, Progress())
         clock.look("distill", model)
-    trial = 8
+    trial = 4
     recipe = dataclasses.replace(
-        config.finetune, batch_size=OUR_BATCH, learning_rate=OUR_LEARNING_RATE, steps=trial, held_out=0
+        config.finetune, batch_size=options.batch, learning_rate=options.learning_rate, steps=trial, held_out=0
     )
     before = clock.seconds
     finetune(copy.deepcopy(model), reference, recipe, context, Progress(), "finetune")
     each = (clock.seconds - before) / trial
     # Judging a held-out image costs about a quarter of training on one.
-    judging = (config.finetune.evaluations + 1) * config.finetune.held_out / OUR_BATCH * each / 4
+    judging = (config.finetune.evaluations + 1) * config.finetune.held_out / options.batch * each / 4
     recipe = dataclasses.replace(recipe, steps=max(10, int((clock.left - judging) / each)), held_out=1000)
     seen = _looking(clock, model, recipe.steps or 0, context)
     finetune(model, reference, recipe, seen, Progress(), "finetune")
@@ -212,7 +211,9 @@ def main() -> None:
     arguments.add_argument("--methods", default=",".join(METHODS))
     arguments.add_argument("--rates", default="0.05,0.1,0.2,0.4")
     arguments.add_argument("--seconds", type=float, default=240)
-    arguments.add_argument("--distill-steps", type=int, default=0, help="of phase 1 for each block")
+    arguments.add_argument("--batch", type=int, default=BATCH, help="of tspc's finetuning")
+    arguments.add_argument("--learning-rate", type=float, default=3e-3, help="of tspc's finetuning")
+    arguments.add_argument("--distill-steps", type=int, default=30, help="of phase 1 for each block; 0: without it")
     arguments.add_argument("--limit", type=int, default=2000, help="test images for the looks on the way")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--device", default="cpu")
