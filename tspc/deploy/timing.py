@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tspc import extras
-from tspc.deploy.programs import Inputs, onnx_program, onnx_session, take, traced
+from tspc.deploy.programs import Inputs, first_line, onnx_program, onnx_session, run_session, take, traced
 from tspc.errors import ExportError
 
 RUNTIMES = ("eager", "compile", "onnx")
@@ -156,7 +156,10 @@ def _in_onnx_runtime(model: nn.Module, batch: Inputs, path: Path) -> Run:
     try:
         onnx_program(traced(host, inputs), inputs).save(str(path), external_data=False)
         session = onnx_session(path, torch.get_num_threads(), (provider,))
+        run_session(session, inputs)
     except ExportError as error:
         raise _Unusable(str(error)) from error
+    except Exception as error:  # ONNX Runtime's own family, or a type that it does not take
+        raise _Unusable(f"ONNX Runtime: {first_line(error)}") from error
     feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
     return lambda: session.run(None, feed)
