@@ -17,7 +17,7 @@ import tspc
 from tests.small import network
 from tspc import extras
 from tspc.compression import compress
-from tspc.deploy import FORMATS, Exporter, compare, cost, export, exporting
+from tspc.deploy import FORMATS, Comparison, Exporter, compare, cost, export, exporting, timing
 from tspc.errors import ConfigError, ExportError
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -194,6 +194,15 @@ def test_both_networks_are_timed_by_turns(small):
         assert 0 < side["median"] <= side["p95"]
         assert side["throughput"] == pytest.approx(5 / side["median"])
     assert found.speedup is not None
+
+
+def test_a_network_is_traced_once_for_all_batch_sizes(small, monkeypatch):
+    real, traces = timing.traced, []
+    monkeypatch.setattr(timing, "traced", lambda *args: traces.append(args) or real(*args))
+    comparison = Comparison(network(), small, (IMAGES,), "onnx", 0.0)
+    found = [comparison.at(size) for size in (1, 4)]
+    assert [(t.batch_size, t.skipped, t.dense is not None) for t in found] == [(1, None, True), (4, None, True)]
+    assert len(traces) == 2
 
 
 def test_a_runtime_that_is_absent_says_so(small, monkeypatch):

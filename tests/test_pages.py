@@ -173,7 +173,7 @@ def test_damaged_runs_take_no_other_along(outputs, cli, tmp_path):
     del result["rate_reached"]
     (runs["svd-0.2"] / "result.json").write_text(json.dumps(result))
     (runs["tt-0.4"] / "run.json").write_text('{"method": {}}')
-    code, out, err = cli("phase=compare", "runs=outputs/synthetic/**")
+    code, _, err = cli("phase=compare", "runs=outputs/synthetic/**")
     assert (code, err) == (0, "")
     rows = {row["run"]: row for row in csv.DictReader(Path("outputs/synthetic/sweep.csv").read_text().splitlines())}
     assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(runs, "damaged") | {"tt-0.2": "done"}

@@ -158,6 +158,7 @@ class Stages:
         assert self.model is not None
         # First the outdated ones go: a kill in between must not leave a chain of stages that does not hold together.
         for later in STAGES[STAGES.index(stage) + 1 :]:
+            Progress.discard(self._progress_file(later))
             if is_first():
                 self._file(later).unlink(missing_ok=True)
         checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
