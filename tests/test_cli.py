@@ -96,6 +96,12 @@ def test_sweep_shares_the_reference_and_survives_a_failing_job(cli, tmp_path):
     assert len(list(tmp_path.glob("outputs/synthetic/resnet8/*/seed0/result.json"))) == 2
 
 
+def test_a_quiet_sweep_says_nothing(cli, tmp_path):
+    code, out, err = cli("-m", *TINY, "method=svd,tt", "phase=[pretrain,decompose]", "verbosity=quiet")
+    assert (code, out, err) == (0, "", "")
+    assert len(list(tmp_path.glob("outputs/multirun/*/sweep.html"))) == 1
+
+
 SLOW_METHODS = [pytest.param(name, marks=pytest.mark.slow) for name in ("svd", "tt", "rcp", "rtk", "rtt")]
 
 

@@ -115,6 +115,7 @@ def test_top_level_keys():
         (["+dataset.workers=-1"], "dataset.workers=-1: expected at least 0"),
         (["phase.finetune=null"], "phase.finetune is empty"),
         (["+phase.pretrain.epochs=3"], "phase.pretrain.epochs is not a setting"),
+        (["phase=compare", "+phase.compare.foo=1"], "phase.compare.foo is not a setting"),
         (["dataset=synthetic", "+dataset.options.trian=5"], "dataset.options.trian is not a setting; did you mean"),
         (["dataset=synthetic", "~dataset.options.train"], "dataset.options lacks train"),
         (["variant=a/b"], "variant=a/b: expected"),

@@ -12,6 +12,7 @@ from tests.conftest import TINY
 from tests.test_configs import read
 from tspc import extras
 from tspc.errors import ConfigError
+from tspc.pages.records import DONE, FAILED, read_run
 
 RUN = (*TINY, "method=svd", "rate=0.3")
 QUICK = ("phase.benchmark.seconds=0", "phase.benchmark.runtimes=[eager]", "phase.benchmark.batch_sizes=[1,4]")
@@ -30,8 +31,7 @@ def test_a_run_is_exported_and_measured_after_it_was_made(cli, tmp_path):
     for text in ("model.onnx", "model.pt2", "model.safetensors", "test images", "Latency", "multiply-accumulates"):
         assert text in out
     result = json.loads((run / "result.json").read_text())
-    told = ("command", "settings")  # of the last command
-    assert {k: result[k] for k in before if k not in told} == {k: v for k, v in before.items() if k not in told}
+    assert {key: result[key] for key in before} == before, "also the command and the settings that made the network"
     assert [file["file"] for file in result["export"]["files"]] == ["model.onnx", "model.pt2", "model.safetensors"]
     assert all((run / "export" / file["file"]).stat().st_size == file["bytes"] for file in result["export"]["files"])
     assert all(file["relative"] <= 1e-4 for file in result["export"]["files"])
@@ -52,7 +52,18 @@ def test_a_run_is_exported_and_measured_after_it_was_made(cli, tmp_path):
     code, out, _ = cli(*RUN, "phase=finetune", "phase.finetune.steps=1")
     assert code == 0
     assert "benchmark.json is of an earlier state; phase=benchmark makes it anew" in out
-    assert {"export", "benchmark"}.isdisjoint(json.loads((run / "result.json").read_text()))
+    result = json.loads((run / "result.json").read_text())
+    assert {"export", "benchmark"}.isdisjoint(result)
+    assert "phase=finetune" in result["command"]
+    assert read_run(run).benchmark == {}  # type: ignore[union-attr]
+
+    # Nor do files of both lie side by side, or damaged records keep anything from being made anew.
+    (run / "benchmark.json").write_text('{"state": ')
+    (run / "result.json").write_text("{")
+    code, out, err = cli(*RUN, "phase=[export,benchmark]", "phase.export.formats=[safetensors]", *QUICK)
+    assert (code, err) == (0, "")
+    assert [path.name for path in (run / "export").iterdir()] == ["model.safetensors"]
+    assert json.loads((run / "benchmark.json").read_text())["found"]["timings"]
 
 
 def test_beyond_the_tolerance_nothing_is_kept_but_the_run(cli, tmp_path):
@@ -65,6 +76,10 @@ def test_beyond_the_tolerance_nothing_is_kept_but_the_run(cli, tmp_path):
     assert list((run / "export").iterdir()) == []
     assert "export" not in json.loads((run / "result.json").read_text())
     assert (run / "model.safetensors").exists()
+    # A failure is over once a command succeeds.
+    assert read_run(run).status == FAILED  # type: ignore[union-attr]
+    assert cli(*RUN, "phase=export", "phase.export.formats=[safetensors]")[0] == 0
+    assert read_run(run).status == DONE  # type: ignore[union-attr]
 
 
 def test_without_data_random_images_are_tried(cli, tmp_path):
@@ -93,7 +108,8 @@ def test_what_is_missing_is_told_before_any_work(cli, tmp_path, monkeypatch):
     [
         ("phase.export.formats=[tflite]", "phase.export.formats=.*choose from onnx, pt2, safetensors"),
         ("phase.export.tolerance=-1", "phase.export.tolerance=-1.0: expected at least 0"),
-        ("phase.benchmark.batch_sizes=[0]", "phase.benchmark.batch_sizes=.*expected whole numbers of at least 1"),
+        ("phase.export.formats=onnx", r"phase.export.formats=onnx: expected a list, as in formats=\[…\]"),
+        ("phase.benchmark.batch_sizes=[0]", r"batch_sizes=\[0\]: expected whole numbers of at least 1"),
         ("phase.benchmark.batch_sizes=[half]", "phase.benchmark: Value 'half'"),
         ("phase.benchmark.runtimes=[tensorrt]", "phase.benchmark.runtimes=.*expected a list of eager, compile, onnx"),
     ],

@@ -17,7 +17,7 @@ import tspc
 from tests.small import network
 from tspc import extras
 from tspc.compression import compress
-from tspc.deploy import FORMATS, Exporter, compare, cost, export, exporting
+from tspc.deploy import FORMATS, Comparison, Exporter, compare, cost, export, exporting, timing
 from tspc.errors import ConfigError, ExportError
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -84,9 +84,9 @@ def test_a_file_that_answers_otherwise_is_not_kept(small, tmp_path, format, monk
     name = "run_session" if format == "onnx" else "flat"
     real = getattr(exporting, name)
     calls = iter(range(100))
-    wrong = lambda *args: [t + (0.01 if format == "onnx" or next(calls) % 2 else 0) for t in real(*args)]  # noqa: E731
+    wrong = lambda *args: [t + (0.01 if format == "onnx" or next(calls) > 1 else 0) for t in real(*args)]  # noqa: E731
     monkeypatch.setattr(exporting, name, wrong)
-    with pytest.raises(ExportError, match=r"was not kept: its answers differ from the network's by 0\.01"):
+    with pytest.raises(ExportError, match=r"was not replaced, the older file stays: its answers differ .* by 0\.01"):
         export(small, path, IMAGES)
     assert path.read_text() == "older"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -132,6 +132,35 @@ def test_a_network_that_cannot_be_traced_is_told_in_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_inputs_that_do_not_fit_are_named(small, tmp_path):
+    for format in FORMATS:
+        message = r"cannot take inputs of shape \(2, 5, 16, 16\) float32: RuntimeError: "
+        with pytest.raises(ExportError, match=message):
+            export(small, tmp_path / f"net.{format}", torch.randn(2, 5, 16, 16))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_runtime_refuses_is_one_line(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4)).bfloat16()
+    with pytest.raises(ExportError, match="^ONNX Runtime does not take the network: ") as caught:
+        export(model, tmp_path / "net.onnx", IMAGES.bfloat16())
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    found = compare(model, model, (IMAGES.bfloat16(),), 2, "onnx", 0.0)
+    assert found.dense is None
+    assert str(found.skipped).startswith("ONNX Runtime does not take the network: ")
+
+
+def test_of_several_processes_one_keeps_the_file(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    other = export(small, tmp_path / "net.safetensors", IMAGES)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RANK", "0")
+    assert export(small, tmp_path / "net.safetensors", IMAGES) == other
+    assert (tmp_path / "net.safetensors").stat().st_size == other.bytes
+
+
 @pytest.mark.parametrize("extra", extras.EXTRAS)
 def test_a_missing_extra_is_one_line_with_the_remedy(extra, monkeypatch):
     extras.require(extra, "this")
@@ -165,6 +194,15 @@ def test_both_networks_are_timed_by_turns(small):
         assert 0 < side["median"] <= side["p95"]
         assert side["throughput"] == pytest.approx(5 / side["median"])
     assert found.speedup is not None
+
+
+def test_a_network_is_traced_once_for_all_batch_sizes(small, monkeypatch):
+    real, traces = timing.traced, []
+    monkeypatch.setattr(timing, "traced", lambda *args: traces.append(args) or real(*args))
+    comparison = Comparison(network(), small, (IMAGES,), "onnx", 0.0)
+    found = [comparison.at(size) for size in (1, 4)]
+    assert [(t.batch_size, t.skipped, t.dense is not None) for t in found] == [(1, None, True), (4, None, True)]
+    assert len(traces) == 2
 
 
 def test_a_runtime_that_is_absent_says_so(small, monkeypatch):

@@ -77,8 +77,11 @@ def test_transformers_read_a_folder_and_run_nothing_in_it(tmp_path):
 )
 def test_unknown_networks(family, name, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = []
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *args, **kwargs: asked.append(args))
     with pytest.raises(ConfigError, match=message):
         NetworkSpec(family, name, 10, 3, 32).build()
+    assert asked == [], "the hub is not asked for what it cannot have"
 
 
 def test_wrong_arguments_are_told():

@@ -13,6 +13,7 @@ from tests.browser import Browser, browser  # noqa: F401
 from tests.conftest import TINY
 from tspc.errors import RunError
 from tspc.pages import write_report
+from tspc.pages.records import DONE, STOPPED, read_run
 from tspc.pages.rows import Row, grid_of, latex_of, markdown_of
 from tspc.pages.run_figures import last_attempt, thinned
 from tspc.pages.sweep_figures import pareto
@@ -112,7 +113,9 @@ def test_a_benchmark_is_shown_and_compared(outputs, tmp_path):
         "compressed": side | {"median": 2e-3},
     }
     cost = {"dense": {"macs": 4_000_000}, "compressed": {"macs": 1_000_000}}
-    (run / "benchmark.json").write_text(json.dumps({"cost": cost, "timings": [timing], "device": "cpu"}))
+    result = json.loads((run / "result.json").read_text())
+    result["benchmark"] = {"cost": cost, "timings": [timing], "device": "cpu"}
+    (run / "result.json").write_text(json.dumps(result))
     text = write_report(run).read_text()
     assert "4 ms" in text
     assert "2.00× faster; eager, batch of 1, cpu" in text
@@ -160,6 +163,38 @@ def test_a_comparison_of_runs_that_are_done_or_not(outputs, cli, tmp_path, brows
     code, _, err = cli("phase=compare", "runs=nothing/**")
     assert (code, err.count("\n")) == (1, 1)
     assert "no run there" in err
+
+
+def test_damaged_runs_take_no_other_along(outputs, cli, tmp_path):
+    shutil.copytree(outputs / "outputs/synthetic", tmp_path / "outputs/synthetic")
+    runs = {name: tmp_path / f"outputs/synthetic/resnet8/{name}/seed0" for name in ("svd-0.4", "svd-0.2", "tt-0.4")}
+    (runs["svd-0.4"] / "result.json").write_text('{"method": ')
+    result = json.loads((runs["svd-0.2"] / "result.json").read_text())
+    del result["rate_reached"]
+    (runs["svd-0.2"] / "result.json").write_text(json.dumps(result))
+    (runs["tt-0.4"] / "run.json").write_text('{"method": {}}')
+    code, _, err = cli("phase=compare", "runs=outputs/synthetic/**")
+    assert (code, err) == (0, "")
+    rows = {row["run"]: row for row in csv.DictReader(Path("outputs/synthetic/sweep.csv").read_text().splitlines())}
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(runs, "damaged") | {"tt-0.2": "done"}
+    assert "result.json" in rows["svd-0.4"]["error"]
+    assert "KeyError: 'rate_reached'" in rows["svd-0.2"]["error"]
+    page = Path("outputs/synthetic/sweep.html").read_text()
+    assert page.count('class="status-damaged"') == 3
+    assert "svd-0.2/seed0 is damaged or incomplete" in page
+
+
+def test_a_later_phase_that_was_stopped_is_not_done(outputs, cli, tmp_path):
+    shutil.copytree(outputs / "outputs/synthetic", tmp_path / "outputs/synthetic")
+    run = tmp_path / RUN
+    assert read_run(run).status == DONE  # type: ignore[union-attr]
+    (run / "finetune.safetensors").unlink()
+    (run / "finetune.progress.pt").write_bytes(b"some steps")
+    only = ("phase=export", "phase.export.formats=[safetensors]")
+    code, out, err = cli(*QUICK, *only)
+    assert (code, err) == (0, "")
+    assert out.count("finetune was stopped before its end; this is the network after distill") == 1
+    assert read_run(run).status == STOPPED  # type: ignore[union-attr]
 
 
 def test_a_page_that_cannot_be_made_costs_no_result(cli, tmp_path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tspc.config import Config
+from tspc.errors import RunError
 from tspc.files import read_json, write_json
 from tspc.models import NetworkSpec
 from tspc.phases.benchmark import benchmark_tables, measure
@@ -19,6 +22,27 @@ from tspc.training import place
 
 RECORDS = {"export": "export.json", "benchmark": "benchmark.json"}
 """Where each delivery says what it found, and of which state of the network."""
+
+
+def made_with(path: Path, phases: dict[str, Any]) -> dict[str, Any]:
+    """What the result in `path` tells of the command that made its network; nothing if that is another network.
+
+    A command that only exports or measures what is there must not pass for it.
+    """
+    before = _readable(path)
+    seconds = [
+        [(name, phase["seconds"]) for name, phase in found.items()] for found in (before.get("phases", {}), phases)
+    ]
+    same = seconds[0] == seconds[1]
+    return {key: before[key] for key in ("command", "settings", "device", "versions") if same and key in before}
+
+
+def _readable(path: Path) -> dict[str, Any]:
+    """The mapping in a file; empty if there is none, or it is damaged: then it is made anew."""
+    with suppress(RunError):
+        found = read_json(path) if path.exists() else None
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 class Delivery:
@@ -41,7 +65,12 @@ class Delivery:
         if self.config.export is not None and not self._done("export"):
             tried = example(place(model, device), self.spec, self.config.export.samples, self.context)
             folder = self.directory.file("export")
-            self._keep("export", export_files(model, self.config.export, tried, folder, self.context.display))
+            found = export_files(model, self.config.export, tried, folder, self.context.display)
+            if self._record("export") is None:
+                names = {file["file"] for file in found["files"]}
+                for outdated in (path for path in folder.glob("model.*") if path.name not in names):
+                    outdated.unlink()  # of another state of the network
+            self._keep("export", found)
         if self.config.benchmark is not None and not self._done("benchmark"):
             dense, small = (place(copy.deepcopy(network), device) for network in (reference, model))
             tried = example(small, self.spec, max(self.config.benchmark.batch_sizes), self.context)
@@ -51,16 +80,17 @@ class Delivery:
         """Tables, and what belongs to an earlier state of the network."""
         found = self.found()
         for phase, name in RECORDS.items():
-            if phase not in found and self.directory.file(name).exists():
-                self.context.display.line(f"{phase:<9}  {name} is of an earlier state; phase={phase} makes it anew")
+            path = self.directory.file(name)
+            if phase not in found and path.exists():
+                why = "of an earlier state" if _readable(path) else "damaged"
+                self.context.display.line(f"{phase:<9}  {name} is {why}; phase={phase} makes it anew")
         if self.config.benchmark is not None:
             for table in benchmark_tables(found["benchmark"]):
                 self.context.display.show(table)
 
     def _record(self, phase: str) -> dict[str, Any] | None:
-        path = self.directory.file(RECORDS[phase])
-        record = read_json(path) if path.exists() else None
-        return record if record is not None and record["state"] == self.state else None
+        record = _readable(self.directory.file(RECORDS[phase]))
+        return record if record.get("state") == self.state and {"settings", "found"} <= set(record) else None
 
     def _done(self, phase: str) -> bool:
         record = self._record(phase)

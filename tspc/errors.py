@@ -30,8 +30,14 @@ class InfeasibleRateError(TspcError):
 def out_of_range(settings: Any, where: str, rules: Iterable[tuple[str, bool, str]]) -> list[str]:
     """One line for each rule (field, whether it is kept, what is expected) that `settings` break."""
     return [
-        f"{where}.{field}={getattr(settings, field)}: expected {expected}" for field, ok, expected in rules if not ok
+        f"{where}.{field}={_as_given(getattr(settings, field))}: expected {expected}"
+        for field, ok, expected in rules
+        if not ok
     ]
+
+
+def _as_given(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 class DecompositionError(TspcError):

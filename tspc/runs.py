@@ -22,6 +22,9 @@ from tspc.launch import is_first
 STAGES = ("decompose", "distill", "finetune")
 """The phases that leave a network in the directory, in their order."""
 
+FAILED = "failed"
+"""The event in `metrics.jsonl` that ends a command which raised."""
+
 RESULTS = (
     *("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json"),
     *("export.json", "benchmark.json", "export/model.*"),
@@ -50,6 +53,34 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         keys = [*old, *(key for key in new if key not in old)]
         return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
     return [] if old == new else [f"{where}: {old} → {new}"]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`; none where there is no such file."""
+    path = folder / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a run that is being written, or was killed
+    return records
+
+
+def failure(metrics: list[dict[str, Any]]) -> str | None:
+    """Why the last command failed; None if it did not, or another one succeeded since."""
+    last = next((record for record in reversed(metrics) if "event" in record), {})
+    return last["error"] if last.get("event") == FAILED else None
+
+
+def unfinished(folder: Path) -> str | None:
+    """The stage after the last finished one that has begun and saved how far it came; None if there is none."""
+    for stage in reversed(STAGES):
+        if (folder / f"{stage}.safetensors").exists():
+            return None
+        if (folder / f"{stage}.progress.pt").exists():
+            return stage
+    return None
 
 
 class RunDirectory:
@@ -100,12 +131,16 @@ class RunDirectory:
             return
         if kind is not None and not self._results() and not self.file("metrics.jsonl").exists():
             self._undo()
-        elif isinstance(value, Exception) and not isinstance(
-            value, RunError
-        ):  # which is a refusal, or the disk's fault
+        else:
             with suppress(RunError):  # a full disk; the error on its way says so
-                self.note({"event": "failed", "error": " ".join(str(value).split())})
+                self._note_end(value)
         self._close()
+
+    def _note_end(self, error: BaseException | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, RunError):  # a refusal, or the disk's fault
+            self.note({"event": FAILED, "error": " ".join(str(error).split())})
+        elif error is None and failure(read_metrics(self.path)) is not None:
+            self.note({"event": "end"})  # of a command without an event of its own: the failure is over
 
     def file(self, name: str) -> Path:
         return self.path / name

@@ -12,7 +12,7 @@ from torch import nn
 
 from tspc import checkpoint, interrupts, processes
 from tspc.config import Config
-from tspc.delivery import Delivery
+from tspc.delivery import Delivery, made_with
 from tspc.errors import RunError, TrainingError
 from tspc.files import write_json
 from tspc.launch import is_first
@@ -25,7 +25,7 @@ from tspc.phases.finetune import finetune
 from tspc.plans import Plan
 from tspc.reference import Reference, reference_curves
 from tspc.report import percent, plan_table, result_lines, result_table, state_bytes, versions
-from tspc.runs import STAGES, RunDirectory, differences, fingerprint, plain
+from tspc.runs import STAGES, RunDirectory, differences, fingerprint, plain, unfinished
 from tspc.training import Progress, evaluate, place
 
 
@@ -158,6 +158,7 @@ class Stages:
         assert self.model is not None
         # First the outdated ones go: a kill in between must not leave a chain of stages that does not hold together.
         for later in STAGES[STAGES.index(stage) + 1 :]:
+            Progress.discard(self._progress_file(later))
             if is_first():
                 self._file(later).unlink(missing_ok=True)
         checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
@@ -281,11 +282,14 @@ class Stages:
             "command": self.config.command,
             "settings": self.config.settings,
         }
+        result |= made_with(self.directory.file("result.json"), result["phases"])
         delivery = Delivery(self.config, self.spec, self.context, self.directory, self._after())
         write_json(self.directory.file("result.json"), result | delivery.found())
         self.context.display.show(result_table(result))
         for line in result_lines(result, target):
             self.context.display.line(line)
+        if (stopped := unfinished(self.directory.path)) is not None:
+            self.context.display.warn(f"{stopped} was stopped before its end; this is the network after {last}")
         delivery.deliver(self.reference, model)
         delivery.show()
         write_json(self.directory.file("result.json"), result := result | delivery.found())

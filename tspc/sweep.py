@@ -67,7 +67,7 @@ class SweepTable(Callback):
         if not records:
             return
         del os.environ[_FOLDER]
-        display = Display(is_silent=not is_first())
+        display = Display(is_silent=not is_first(), verbosity=config.verbosity)
         display.show(sweep_table(records))
         display.line(f"records in {os.path.relpath(folder)}")
         if is_first():

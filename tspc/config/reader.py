@@ -53,6 +53,11 @@ class Reader:
         names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         self.known(data, names, f"{where}.")
         known = {key: value for key, value in data.items() if key in names}
+        lists = [f.name for f in dataclasses.fields(cls) if str(f.type).startswith("tuple")]  # type: ignore[arg-type]
+        wrong = [key for key in lists if key in known and not isinstance(known[key], list | tuple)]
+        if wrong:
+            self.problems += [f"{where}.{key}={known[key]}: expected a list, as in {key}=[…]" for key in wrong]
+            return None
         try:
             merged = OmegaConf.merge(OmegaConf.structured(_mutable(cls)), known)
             values = OmegaConf.to_container(merged, throw_on_missing=True)
@@ -131,7 +136,8 @@ class Reader:
         self.known(data, PHASES, "phase.")
         if not any(name in PHASES for name in data):
             self.problems.append(f"phase={list(data)}: choose one or more of {', '.join(PHASES)}")
-        self.known({**(data.get("pretrain") or {}), **(data.get("compare") or {})}, (), "phase.pretrain.")
+        for name in ("pretrain", "compare"):
+            self.known(data.get(name) or {}, (), f"phase.{name}.")
         self.problems += [f"phase.{p} is empty; see conf/phase/{p}.yaml" for p in PHASES[1:] if data.get(p, 0) is None]
         return {
             "phases": tuple(name for name in PHASES if name in data),

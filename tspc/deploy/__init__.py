@@ -3,11 +3,12 @@
 from tspc.deploy.cost import Cost, cost
 from tspc.deploy.exporting import FORMATS, Exported, Exporter, check_formats, export
 from tspc.deploy.programs import Inputs
-from tspc.deploy.timing import RUNTIMES, Timing, compare
+from tspc.deploy.timing import RUNTIMES, Comparison, Timing, compare
 
 __all__ = [
     "FORMATS",
     "RUNTIMES",
+    "Comparison",
     "Cost",
     "Exported",
     "Exporter",

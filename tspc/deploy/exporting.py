@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +15,21 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tspc import extras
-from tspc.deploy.programs import Inputs, as_inputs, flat, on_cpu, onnx_program, onnx_session, run_session, take, traced
+from tspc.deploy.programs import (
+    Inputs,
+    as_inputs,
+    first_line,
+    flat,
+    on_cpu,
+    onnx_program,
+    onnx_session,
+    run_session,
+    take,
+    traced,
+)
 from tspc.errors import ExportError
 from tspc.files import write_atomically
+from tspc.launch import is_first
 from tspc.models.weights import load_state
 
 FORMATS = ("onnx", "pt2", "safetensors")
@@ -59,9 +72,9 @@ def export(
     first; the batch size of the graph is free. They are also what the file is tried on after it was read back, as a
     whole and one by one. The network is written as it answers in eval mode, on the CPU.
 
-    Raises ExportError if the network cannot be traced, or if the file's answers differ by more than `tolerance`,
-    relative to the network's largest answer; an older file of that name then stays. Raises ConfigError for an unknown
-    format and for packages that are missing.
+    Raises ExportError if the network cannot take the inputs or be traced, if the file cannot be run, or if its answers
+    differ by more than `tolerance`, relative to the network's largest answer; an older file of that name then stays.
+    Raises ConfigError for packages that are missing. Of several processes only the first one keeps its file.
     """
     path = Path(path)
     format = format or path.suffix.removeprefix(".")
@@ -72,11 +85,12 @@ def export(
 
 
 class Exporter:
-    """One network in several formats: it is traced once."""
+    """One network in several formats: it is traced once. Raises ExportError if it cannot take the inputs."""
 
     def __init__(self, model: nn.Module, inputs: Tensor | Inputs, tolerance: float) -> None:
         self.model, self.tolerance = on_cpu(model), tolerance
         self.inputs = tuple(x.cpu() for x in as_inputs(inputs))
+        self._expected = [(tried, self._own_answer(tried)) for tried in (self.inputs, take(self.inputs, 1))]
         self._program: ExportedProgram | None = None
 
     @property
@@ -87,14 +101,19 @@ class Exporter:
 
     def write(self, path: Path, format: str) -> Exported:
         """As `export`."""
-        found: list[tuple[float, float]] = []
+        found: list[Exported] = []
 
         def write(temporary: Path) -> None:
-            found.append(self._checked(getattr(self, f"_write_{format}")(temporary), path))
+            difference, relative = self._checked(getattr(self, f"_write_{format}")(temporary), path)
+            size = temporary.stat().st_size
+            found.append(Exported(format, path.name, size, difference, relative, len(self.inputs[0])))
 
-        write_atomically(path, write)
-        difference, relative = found[0]
-        return Exported(format, path.name, path.stat().st_size, difference, relative, len(self.inputs[0]))
+        if is_first():
+            write_atomically(path, write)
+        else:  # finds the same without leaving a file
+            with tempfile.TemporaryDirectory() as folder:
+                write(Path(folder, path.name))
+        return found[0]
 
     def _write_onnx(self, path: Path) -> Answer:
         onnx_program(self.program, self.inputs).save(str(path), external_data=False)
@@ -118,14 +137,28 @@ class Exporter:
         return lambda inputs: flat(network(*inputs))
 
     @torch.no_grad()
+    def _own_answer(self, inputs: Inputs) -> list[Tensor]:
+        try:
+            return flat(self.model(*inputs))
+        except Exception as error:  # the network may be the user's own
+            given = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)
+            raise ExportError(
+                f"{type(self.model).__name__} cannot take inputs of shape {given}: {first_line(error)}"
+            ) from error
+
+    @torch.no_grad()
     def _checked(self, answer: Answer, path: Path) -> tuple[float, float]:
         """Largest difference, absolute and relative, as a batch and alone. Raises ExportError beyond the tolerance."""
         difference = largest = 0.0
-        for inputs in (self.inputs, take(self.inputs, 1)):
-            expected, given = flat(self.model(*inputs)), answer(inputs)
+        refused = f"{path} was not {'replaced, the older file stays' if path.exists() else 'kept'}"
+        for inputs, expected in self._expected:
+            try:
+                given = answer(inputs)
+            except Exception as error:  # a runtime's own family
+                raise ExportError(f"{refused}: it cannot be run: {first_line(error)}") from error
             shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, given)]
             if shapes[0] != shapes[1]:
-                raise ExportError(f"{path} was not kept: it answers with shapes {shapes[1]}, the network {shapes[0]}")
+                raise ExportError(f"{refused}: it answers with shapes {shapes[1]}, the network {shapes[0]}")
             for ours, theirs in zip(expected, given, strict=True):
                 ours, theirs = ours.double(), theirs.double()
                 if ours.numel():
@@ -134,7 +167,7 @@ class Exporter:
         relative = difference / largest if largest > 0 else difference
         if not relative <= self.tolerance:
             raise ExportError(
-                f"{path} was not kept: its answers differ from the network's by {difference:.3g}, {relative:.3g} "
+                f"{refused}: its answers differ from the network's by {difference:.3g}, {relative:.3g} "
                 f"of the largest, above the tolerance of {self.tolerance:g}"
             )
         return difference, relative

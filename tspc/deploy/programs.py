@@ -60,7 +60,7 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
         with _quiet():
             program = torch.export.export(model, example, dynamic_shapes=_free_batch(example))
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
-        raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {_first_line(error)}") from error
+        raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.nodes):
         node.meta.pop("stack_trace", None)  # paths of this machine
@@ -89,14 +89,14 @@ def onnx_program(program: ExportedProgram, inputs: Inputs) -> Any:
             # Kernels stay factors in the file; a runtime contracts them once, when it loads it.
             optimizer.optimize_ir(made.model, output_size_limit=FOLDED)
     except Exception as error:  # torch.onnx's own family, onnxscript's, onnx-ir's
-        raise ExportError(f"the network cannot be written as ONNX: {_first_line(error)}") from error
+        raise ExportError(f"the network cannot be written as ONNX: {first_line(error)}") from error
     for node in made.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of this machine
     return made
 
 
 def onnx_session(path: Path, threads: int | None = None, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> Any:
-    """An ONNX Runtime session. Raises what ONNX Runtime raises."""
+    """An ONNX Runtime session. Raises ExportError if ONNX Runtime does not take the file."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()
@@ -104,7 +104,10 @@ def onnx_session(path: Path, threads: int | None = None, providers: tuple[str, .
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's own family
+        raise ExportError(f"ONNX Runtime does not take the network: {first_line(error)}") from error
 
 
 def run_session(session: Any, inputs: Inputs) -> list[Tensor]:
@@ -113,7 +116,7 @@ def run_session(session: Any, inputs: Inputs) -> list[Tensor]:
     return [torch.from_numpy(value) for value in session.run(None, feed)]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """What a tracer complains of; its messages are pages long, and the cause is the innermost one."""
     while error.__cause__ is not None:
         error = error.__cause__

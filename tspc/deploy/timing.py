@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tspc import extras
-from tspc.deploy.programs import Inputs, onnx_program, onnx_session, take, traced
+from tspc.deploy.programs import Inputs, first_line, onnx_program, onnx_session, run_session, take, traced
 from tspc.errors import ExportError
 
 RUNTIMES = ("eager", "compile", "onnx")
@@ -48,27 +48,55 @@ class Timing:
 def compare(
     dense: nn.Module, compressed: nn.Module, inputs: Inputs, batch_size: int, runtime: str, seconds: float
 ) -> Timing:
-    """Times both networks in turn for about `seconds`, five turns at least, after a warm-up.
+    """As `Comparison.at`, for a single batch size."""
+    return Comparison(dense, compressed, inputs, runtime, seconds).at(batch_size)
 
-    `inputs` are given as the networks' device wants them. What a runtime lacks, or what it cannot run, is told in
-    `Timing.skipped` rather than raised.
+
+class Comparison:
+    """Two networks in one runtime, timed in turn for about `seconds` a batch size, five turns at least.
+
+    `inputs` are given as the networks' device wants them. Graphs for ONNX Runtime take any batch size: each network is
+    traced once.
     """
-    batch = take(inputs, batch_size)
-    device = batch[0].device
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+
+    def __init__(self, dense: nn.Module, compressed: nn.Module, inputs: Inputs, runtime: str, seconds: float) -> None:
+        self.inputs, self.runtime, self.seconds = inputs, runtime, seconds
+        self._networks = dense, compressed
+        self._sessions: list[Any] | _Unusable | None = None
+
+    @torch.no_grad()
+    def at(self, batch_size: int) -> Timing:
+        """After a warm-up. What the runtime lacks, or cannot run, is told in `Timing.skipped` rather than raised."""
+        batch = take(self.inputs, batch_size)
+        device = batch[0].device
         try:
-            runs = [_prepared(m, batch, runtime, Path(folder, f"{i}.onnx")) for i, m in enumerate((dense, compressed))]
+            runs = self._prepared(batch)
             for run in runs:
                 for _ in range(2):
                     _timed(run, device)
+            turns = list(_turns(runs[0], runs[1], device, self.seconds))
         except _Unusable as reason:
-            return Timing(runtime, batch_size, skipped=str(reason))
-        turns = list(_turns(runs[0], runs[1], device, seconds))
-    if runtime == "compile":
-        torch.compiler.reset()
-    first, second = ([turn[i] for turn in turns] for i in (0, 1))
-    ratio = statistics.median(a / b for a, b in turns)
-    return Timing(runtime, batch_size, len(turns), _summary(first, batch_size), _summary(second, batch_size), ratio)
+            return Timing(self.runtime, batch_size, skipped=str(reason))
+        finally:
+            if self.runtime == "compile":
+                torch.compiler.reset()
+        first, second = ([turn[i] for turn in turns] for i in (0, 1))
+        ratio = statistics.median(a / b for a, b in turns)
+        summaries = _summary(first, batch_size), _summary(second, batch_size)
+        return Timing(self.runtime, batch_size, len(turns), *summaries, ratio)
+
+    def _prepared(self, batch: Inputs) -> list[Run]:
+        """Calls that run the batch. Raises _Unusable."""
+        if self.runtime != "onnx":
+            return [_prepared(network, batch, self.runtime) for network in self._networks]
+        if self._sessions is None:
+            try:
+                self._sessions = [_session(network, self.inputs) for network in self._networks]
+            except _Unusable as reason:
+                self._sessions = reason
+        if isinstance(self._sessions, _Unusable):
+            raise self._sessions
+        return [_in_session(session, batch) for session in self._sessions]
 
 
 class _Unusable(Exception):
@@ -111,10 +139,8 @@ def _summary(times: list[float], batch_size: int) -> dict[str, float]:
     return {"median": median, "p95": p95, "throughput": batch_size / median}
 
 
-def _prepared(model: nn.Module, batch: Inputs, runtime: str, path: Path) -> Run:
-    """A call that runs the batch. Raises _Unusable."""
-    if runtime == "onnx":
-        return _in_onnx_runtime(model, batch, path)
+def _prepared(model: nn.Module, batch: Inputs, runtime: str) -> Run:
+    """A call that runs the batch in PyTorch. Raises _Unusable."""
     network = copy.deepcopy(model).eval()
     if runtime == "eager":
         return lambda: network(*batch)
@@ -141,22 +167,33 @@ def _inductor_quiet() -> Iterator[None]:
         yield
 
 
-def _in_onnx_runtime(model: nn.Module, batch: Inputs, path: Path) -> Run:
+def _session(model: nn.Module, inputs: Inputs) -> Any:
+    """The network in ONNX Runtime. Raises _Unusable."""
     lack = extras.missing("onnx")
     if lack is not None:
         raise _Unusable(lack)
     import onnxruntime
 
-    device = batch[0].device
+    device = inputs[0].device
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers() or device.type == "mps":
         raise _Unusable(f"this ONNX Runtime does not run on {device.type}")
     host = copy.deepcopy(model).cpu().eval()
-    inputs = tuple(x.cpu() for x in batch)
+    inputs = tuple(x.cpu() for x in inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        try:
+            onnx_program(traced(host, inputs), inputs).save(str(path), external_data=False)
+            return onnx_session(path, torch.get_num_threads(), (provider,))
+        except ExportError as error:
+            raise _Unusable(str(error)) from error
+
+
+def _in_session(session: Any, batch: Inputs) -> Run:
+    """A call that runs the batch. Raises _Unusable."""
     try:
-        onnx_program(traced(host, inputs), inputs).save(str(path), external_data=False)
-        session = onnx_session(path, torch.get_num_threads(), (provider,))
-    except ExportError as error:
-        raise _Unusable(str(error)) from error
-    feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
+        run_session(session, batch)
+    except Exception as error:  # ONNX Runtime's own family, or a type of number that it does not take
+        raise _Unusable(f"ONNX Runtime: {first_line(error)}") from error
+    feed = {entry.name: x.cpu().numpy() for entry, x in zip(session.get_inputs(), batch, strict=True)}
     return lambda: session.run(None, feed)

@@ -70,6 +70,8 @@ def _configuration(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
                     [f"pretrained=default: {name} is a type of network; name a folder or a network of the hub"]
                 )
             return AutoConfig.for_model(name, **kwargs)
+        if "/" not in name and not Path(name).is_dir():  # before the hub is asked, which takes long where there is none
+            raise ValueError("a network of the hub is named OWNER/NAME")
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, TypeError, KeyError) as error:
         near = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)

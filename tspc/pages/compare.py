@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tspc.decompositions import NAMES
-from tspc.errors import TspcError
 from tspc.files import write_atomically
 from tspc.pages.drawing import style
-from tspc.pages.records import DONE, FailedJob, Run, find_runs, fixed_part, read_sweep
+from tspc.pages.records import DAMAGED, DAMAGES, DONE, Broken, Run, damaged, find_runs, fixed_part, read_sweep
 from tspc.pages.render import render
 from tspc.pages.report import FIGURES, write_report
-from tspc.pages.rows import Row, csv_of, grid_of, latex_of, markdown_of, order_of_goal, row_of, row_of_failed
+from tspc.pages.rows import Row, csv_of, grid_of, latex_of, markdown_of, order_of_goal, row_of, row_of_broken
 from tspc.pages.sweep_figures import sweep_drawings
 from tspc.runs import STAGES
 
@@ -23,25 +22,20 @@ def write_comparison(pattern: str) -> Path:
 
     Raises RunError if there are none, or the page cannot be written.
     """
-    runs, failed = find_runs(pattern)
+    found = find_runs(pattern)
     folder = fixed_part(pattern)
     if (folder / "run.json").exists():  # of one run; the page is about several
         folder = folder.parent
-    return _write(folder, f"Runs of {pattern}", runs, failed)
+    return _write(folder, f"Runs of {pattern}", found)
 
 
 def write_sweep(folder: Path) -> Path:
     """A page of the sweep whose records `folder` holds, into it; returns the page's path."""
-    runs, failed = read_sweep(folder)
-    return _write(folder, "Sweep", runs, failed)
+    return _write(folder, "Sweep", read_sweep(folder))
 
 
-def _write(folder: Path, title: str, runs: list[Run], failed: list[FailedJob]) -> Path:
-    for run in runs:
-        _renew_report(run)
-    order = {name: place for place, name in enumerate(NAMES)}
-    runs.sort(key=lambda r: (r.dataset, r.network, order[r.method], r.series, order_of_goal(r.goal), r.path.name))
-    rows = [*(row_of(run, folder) for run in runs), *map(row_of_failed, failed)]
+def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
+    rows = _rows(found, folder)
     figures = folder / FIGURES
     figures.mkdir(exist_ok=True)
     groups = _groups(rows)
@@ -61,7 +55,7 @@ def _write(folder: Path, title: str, runs: list[Run], failed: list[FailedJob]) -
         counts=_counts(rows),
         folder=FIGURES,
         files={name: text for name, text in files.items() if text},
-        runs=[row for row in rows if any(row.group)],
+        runs=[row for row in rows if any(row.group) or row.status == DAMAGED],
         stages=stages,
         stage_columns=[(stage, "number") for stage in stages],
     )
@@ -70,15 +64,33 @@ def _write(folder: Path, title: str, runs: list[Run], failed: list[FailedJob]) -
     return folder / "sweep.html"
 
 
+def _rows(found: list[Run | Broken], folder: Path) -> list[Row]:
+    """In their order; what cannot be shown comes last, and takes nothing else along."""
+    order = {name: place for place, name in enumerate(NAMES)}
+    placed: list[tuple[Any, Row]] = []
+    broken: list[Broken] = []
+    for run in found:
+        if isinstance(run, Broken):
+            broken.append(run)
+            continue
+        try:
+            place = run.dataset, run.network, order[run.method], run.series, order_of_goal(run.goal), run.path.name
+            _renew_report(run)
+            placed.append((place, row_of(run, folder)))
+        except DAMAGES as error:
+            broken.append(damaged(run.path, error))
+    placed.sort(key=lambda entry: entry[0])
+    return [*(row for _, row in placed), *map(row_of_broken, broken)]
+
+
 def _renew_report(run: Run) -> None:
     """Makes the run's own report where there is none, or one older than its results."""
-    report = run.path / "report.html"
-    sources = [path for path in (run.path / "result.json", run.path / "benchmark.json") if path.exists()]
+    report, result = run.path / "report.html", run.path / "result.json"
     if run.status != DONE:
         return
-    if report.exists() and report.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
+    if report.exists() and report.stat().st_mtime >= result.stat().st_mtime:
         return
-    with suppress(TspcError, OSError):  # somebody else's folder: no link then
+    with suppress(*DAMAGES):  # somebody else's folder, or a damaged one: no link then
         write_report(run.path)
 
 

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tspc import checkpoint
-from tspc.errors import RunError, WeightsError
+from tspc.errors import RunError, TspcError, WeightsError
 from tspc.files import read_json
 from tspc.plans import Plan
-from tspc.runs import STAGES
+from tspc.runs import FAILED, STAGES, failure, read_metrics, unfinished
 
 REFERENCE = "reference"
-DONE, RUNNING, FAILED, STOPPED = "done", "running", "failed", "stopped"
+DONE, RUNNING, STOPPED, DAMAGED = "done", "running", "stopped", "damaged"
+
+DAMAGES = (TspcError, KeyError, TypeError, ValueError, AttributeError, OSError)
+"""What reading a record raises that is cut short, or lacks something."""
 
 
 @dataclass(frozen=True)
 class Run:
     """One run's directory. `identity` is `run.json`; `result` is `result.json`, None before the first phase's end.
 
-    `status` is done, running (its directory is locked), failed (with `error`), or stopped before it had a result.
+    `status` is done, running (its directory is locked), failed (with `error`), or stopped: before it had a result, or
+    in a later phase, which it has not finished.
     """
 
     path: Path
@@ -85,22 +89,27 @@ class Run:
     @cached_property
     def reference_metrics(self) -> list[dict[str, Any]]:
         """How the reference was trained, where it was trained here."""
-        return _metrics(self.path.parent.parent / REFERENCE)
+        return read_metrics(self.path.parent.parent / REFERENCE)
 
     @property
     def benchmark(self) -> dict[str, Any]:
-        """What `phase=benchmark` measured; empty where it has not."""
-        path = self.path / "benchmark.json"
-        kept = read_json(path) if path.exists() else {}
-        return (self.result or {}).get("benchmark") or kept
+        """What `phase=benchmark` measured of this state of the network; empty where it has not."""
+        return (self.result or {}).get("benchmark") or {}
 
 
 @dataclass(frozen=True)
-class FailedJob:
-    """A job of a sweep that left no directory: what was asked, and why it failed."""
+class Broken:
+    """What cannot be shown as a run, and why: a failed job that left no directory, or a run with damaged files."""
 
-    overrides: list[str]
+    label: str
     error: str
+    status: str = FAILED
+
+
+def damaged(path: Path, error: BaseException) -> Broken:
+    """The run in a directory whose records cannot be read; `error` is one of DAMAGES."""
+    what = str(error) if isinstance(error, TspcError) else f"{type(error).__name__}: {error}"
+    return Broken(path.parent.name, f"{path} is damaged or incomplete ({what})", DAMAGED)
 
 
 def read_run(path: Path) -> Run | None:
@@ -112,50 +121,61 @@ def read_run(path: Path) -> Run | None:
     if "method" not in identity:  # a reference network
         return None
     result = read_json(path / "result.json") if (path / "result.json").exists() else None
-    metrics = _metrics(path)
-    last = next((record for record in reversed(metrics) if "event" in record), {})
-    error = last["error"] if last.get("event") == FAILED else None
+    metrics = read_metrics(path)
+    error = failure(metrics)
     if error is not None:
         status = FAILED
-    elif result is not None:
+    elif result is not None and unfinished(path) is None:
         status = DONE
     else:
         status = RUNNING if _is_locked(path / ".lock") else STOPPED
     return Run(path, identity, result, metrics, status, error)
 
 
-def find_runs(pattern: str) -> tuple[list[Run], list[FailedJob]]:
+def find_runs(pattern: str) -> list[Run | Broken]:
     """All runs below what a wildcard matches (`**` for any depth), and the failed jobs of a sweep's folder.
 
     Raises RunError if there are none.
     """
-    runs: dict[Path, Run] = {}
-    failed: list[FailedJob] = []
+    found: dict[Path, Run | Broken] = {}
     for folder in _topmost(Path(name) for name in glob.glob(pattern, recursive=True)):
-        for description in sorted(folder.rglob("run.json")):
-            run = read_run(description.parent)
-            if run is not None:
-                runs[run.path.resolve()] = run
-        sweep_runs, sweep_failed = read_sweep(folder)
-        runs |= {run.path.resolve(): run for run in sweep_runs}
-        failed += sweep_failed
-    if not runs and not failed:
+        found |= _read_all(description.parent for description in sorted(folder.rglob("run.json")))
+        found |= _read_jobs(folder)
+    if not found:
         raise RunError(f"runs={pattern}: no run there; name a folder of runs, for example runs='outputs/**'")
-    return list(runs.values()), failed
+    return list(found.values())
 
 
-def read_sweep(folder: Path) -> tuple[list[Run], list[FailedJob]]:
+def read_sweep(folder: Path) -> list[Run | Broken]:
     """The runs of the sweep whose records `folder` holds, and its jobs that left none."""
-    runs, failed = [], []
+    return list(_read_jobs(folder).values())
+
+
+def _read_jobs(folder: Path) -> dict[Path, Run | Broken]:
+    """By the run's directory, or where there is none by the job's record."""
+    found: dict[Path, Run | Broken] = {}
     for path in sorted(folder.glob("job-*.json")):
-        record = read_json(path)
-        if record["result"] is None:
-            failed.append(FailedJob(record["overrides"], record["error"]))
-            continue
-        run = read_run(_located(Path(record["result"]["directory"]), folder))
+        try:
+            record = read_json(path)
+            if record["result"] is None:
+                found[path.resolve()] = Broken(" ".join(record["overrides"]) or "(defaults)", record["error"])
+            else:
+                found |= _read_all([_located(Path(record["result"]["directory"]), folder)])
+        except DAMAGES as error:
+            found[path.resolve()] = damaged(path, error)
+    return found
+
+
+def _read_all(directories: Iterable[Path]) -> dict[Path, Run | Broken]:
+    found: dict[Path, Run | Broken] = {}
+    for directory in directories:
+        try:
+            run = read_run(directory)
+        except DAMAGES as error:
+            run = damaged(directory, error)
         if run is not None:
-            runs.append(run)
-    return runs, failed
+            found[directory.resolve()] = run
+    return found
 
 
 def fixed_part(pattern: str) -> Path:
@@ -175,17 +195,6 @@ def _located(directory: Path, folder: Path) -> Path:
 def _topmost(paths: Any) -> list[Path]:
     folders = sorted({path for path in paths if path.is_dir()})
     return [path for path in folders if not set(path.parents) & set(folders)]
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # the last line of a run that is being written, or was killed
-    return records
 
 
 def _is_locked(path: Path) -> bool:

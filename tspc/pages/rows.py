@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tspc.pages.benchmark import LATENCY, MACS, figures_of
-from tspc.pages.records import FAILED, FailedJob, Run
+from tspc.pages.records import Broken, Run
 from tspc.runs import STAGES
 
 
@@ -95,8 +95,8 @@ def row_of(run: Run, page: Path) -> Row:
     )
 
 
-def row_of_failed(job: FailedJob) -> Row:
-    return Row(" ".join(job.overrides) or "(defaults)", ("", ""), "", "", FAILED, error=job.error)
+def row_of_broken(broken: Broken) -> Row:
+    return Row(broken.label, ("", ""), "", "", broken.status, error=broken.error)
 
 
 def _top1(accuracy: dict[str, Any] | None) -> float | None:

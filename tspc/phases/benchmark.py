@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from tspc.deploy import RUNTIMES, compare, cost
+from tspc.deploy import RUNTIMES, Comparison, cost
 from tspc.deploy.programs import take
 from tspc.display import Display
 from tspc.errors import out_of_range
@@ -51,8 +51,9 @@ def measure(
     total = len(settings.runtimes) * len(settings.batch_sizes)
     with display.bar(f"{'benchmark':<9} {total} settings", total) as bar:
         for runtime in settings.runtimes:
+            comparison = Comparison(dense, compressed, inputs, runtime, settings.seconds)
             for size in settings.batch_sizes:
-                timings.append(compare(dense, compressed, inputs, size, runtime, settings.seconds).to_dict())
+                timings.append(comparison.at(size).to_dict())
                 bar.advance(len(timings), f"{runtime}, batch {size}")
     return {
         "inputs": example.source,
