@@ -119,6 +119,7 @@ def test_warnings_of_libraries_go_to_the_log(cli, tmp_path, monkeypatch):
     assert "old habits" in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_a_sweep_on_a_real_terminal(tmp_path):
     """A real terminal of 80 columns: each job's checklist ends with all phases done."""

@@ -72,6 +72,7 @@ def launch(count: int, *arguments: str, folder: Path) -> None:
     assert all(not out for (out, _), _ in ended[1:]), "only the first process speaks"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_two_processes_train_as_one(tmp_path):
     for count in (1, 2):

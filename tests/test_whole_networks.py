@@ -112,6 +112,7 @@ if processes.is_first():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_two_processes_of_ddp_have_the_gradients_of_one(tmp_path):
     for count in (1, 2):
