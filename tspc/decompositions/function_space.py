@@ -73,8 +73,9 @@ class Metric:
         return product if self.outputs is None else self.outputs @ product
 
     def single(self) -> Metric:
-        """The same norm in float32."""
-        return Metric(self.inputs.float(), None if self.outputs is None else self.outputs.float())
+        """The same norm in float32; made once for all ranks that are fitted in it."""
+        outputs = self.outputs
+        return self._once("single", lambda: Metric(self.inputs.float(), None if outputs is None else outputs.float()))
 
     def squared(self, difference: Tensor) -> float:
         """‖D‖²."""

@@ -68,9 +68,9 @@ def export(
 ) -> Exported:
     """Writes `model` for use elsewhere: `.onnx`, `.pt2` (torch.export), or `.safetensors` (the state dict alone).
 
-    The file needs nothing of this package. `inputs` are what the network takes, a tensor or a tuple of them, batch
-    first; the batch size of the graph is free. They are also what the file is tried on after it was read back, as a
-    whole and one by one. The network is written as it answers in eval mode, on the CPU.
+    The graphs run without this package; a state dict wants a network to go into. `inputs` are what the network takes, a
+    tensor or a tuple of them, batch first; the batch size of the graph is free. They are also what the file is tried on
+    after it was read back, as a whole and one by one. The network is written as it answers in eval mode, on the CPU.
 
     Raises ExportError if the network cannot take the inputs or be traced, if the file cannot be run, or if its answers
     differ by more than `tolerance`, relative to the network's largest answer; an older file of that name then stays.
