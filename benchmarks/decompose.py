@@ -210,14 +210,17 @@ def main() -> None:
     print(f"{len(kernels)} layers, {options.threads} threads, {options.device}. {machine(options.seed)}\n")
     head = ["method", "rate", "layers", "theirs s", "ours s", "ratio", "default s", "error theirs", "error ours"]
     print(table([*head, "max error ratio"], []))
+    everything: dict[str, list[Outcome]] = {name: [] for name in names}
     for rate in rates:
-        total = 0.0
         for name in names:
             outcome(name, 0.4, warm_up, options.cp_iterations)
-            found = outcome(name, rate, kernels, options.cp_iterations)
-            total += found.default
+            everything[name].append(found := outcome(name, rate, kernels, options.cp_iterations))
             print(f"| {' | '.join(row(name, rate, found))} |", flush=True)
-        print(f"| all | {rate:g} | | | | | {total:.2f} | | | |", flush=True)
+        default = sum(outcomes[-1].default for outcomes in everything.values())
+        print(f"| all | {rate:g} | | | | | {default:.2f} | | | |", flush=True)
+    for name, outcomes in everything.items():
+        theirs, ours = (sum(getattr(found, whose) for found in outcomes) for whose in ("theirs", "ours"))
+        print(f"| `{name}` | all | | {theirs:.2f} | {ours:.2f} | {theirs / ours:.1f} | | | | |", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_moments_and_the_kernel_that_answers_best():
     y = x @ w.T + 3
     moments = Moments(6, 4, torch.device("cpu"))
     for part in torch.arange(500).split(120):
-        moments.add(x[part], y[part])
+        moments.add(x[None, part], y[part])
     found = moments.statistics(torch.zeros(4, 6), centred=True, damping=1e-9)
     torch.testing.assert_close(found.metric.inputs, torch.cov(x.T, correction=0))
     torch.testing.assert_close(found.target, w, rtol=1e-5, atol=1e-6)
@@ -55,11 +55,36 @@ def test_moments_and_the_kernel_that_answers_best():
     assert found.error(torch.zeros(4, 6)) == pytest.approx(1)
 
 
+def test_each_group_of_channels_has_statistics_of_its_own():
+    """As of so many layers side by side; fitted is the kernel of all groups, by their mean inputs."""
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 400, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    y = torch.einsum("gmn,gtn->mgt", x, w.reshape(3, 2, 5)).flatten(1) + torch.randn(400, 6, dtype=torch.float64)
+    weights = torch.eye(6) + 0.1
+    own, other = torch.zeros(6, 5), torch.randn(6, 5)
+    whole, parts = Moments(5, 6, torch.device("cpu"), groups=3), []
+    whole.add(x, y)
+    together = whole.statistics(own, True, 1e-9, weights)
+    for group in range(3):
+        outputs = slice(2 * group, 2 * group + 2)
+        part = Moments(5, 2, torch.device("cpu"))
+        part.add(x[group : group + 1], y[:, outputs])
+        parts.append(part.statistics(own[outputs], True, 1e-9, weights[outputs, outputs]))
+    torch.testing.assert_close(together.target, torch.cat([part.target for part in parts]))
+    torch.testing.assert_close(together.metric.inputs, sum(part.metric.inputs for part in parts) / 3)
+    shifts = [part.shift(other[2 * group : 2 * group + 2]) for group, part in enumerate(parts)]
+    torch.testing.assert_close(together.shift(other), torch.cat(shifts))
+    lost = [part.error(other[2 * g : 2 * g + 2]) ** 2 for g, part in enumerate(parts)]
+    sizes = [float((part.outputs * part.weights).sum()) for part in parts]
+    expected = sum(e * s for e, s in zip(lost, sizes, strict=True)) / sum(sizes)
+    assert together.error(other) ** 2 == pytest.approx(expected)
+
+
 def test_directions_never_seen_keep_the_layers_own_weights():
     x = torch.randn(50, 6, dtype=torch.float64)
     x[:, 2] = 0
     moments = Moments(6, 4, torch.device("cpu"))
-    moments.add(x, torch.zeros(50, 4, dtype=torch.float64))
+    moments.add(x[None], torch.zeros(50, 4, dtype=torch.float64))
     own = torch.randn(4, 6, dtype=torch.float64)
     torch.testing.assert_close(moments.statistics(own, True, 1e-3).target[:, 2], own[:, 2])
 
@@ -194,6 +219,6 @@ def test_the_walk_sees_what_the_whole_network_sees(build, memory):
         seen = []
         with torch.no_grad(), model.get_submodule(name).register_forward_hook(lambda m, a, o, s=seen: s.append(a[0])):
             model(x)
-        rows = torch.cat([input_patches(model.get_submodule(name), s)[0] for s in seen]).double()
-        assert found[name].count == len(rows)
-        torch.testing.assert_close(found[name].xx, rows.T @ rows, rtol=1e-4, atol=1e-3)
+        rows = torch.cat([input_patches(model.get_submodule(name), s) for s in seen], 1).double()
+        assert found[name].count == rows.shape[1]
+        torch.testing.assert_close(found[name].xx, rows.mT @ rows, rtol=1e-4, atol=1e-3)

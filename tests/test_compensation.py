@@ -100,7 +100,7 @@ def test_few_rows_hardly_move_the_kernel():
     own = torch.randn(4, 60, dtype=torch.float64)
     x = torch.randn(20, 60, dtype=torch.float64)
     moments = Moments(60, 4, torch.device("cpu"))
-    moments.add(x, x @ own.T + torch.randn(20, 4, dtype=torch.float64))
+    moments.add(x[None], x @ own.T + torch.randn(20, 4, dtype=torch.float64))
     found = moments.statistics(own, False, 1e-3).target
     fresh = torch.randn(500, 60, dtype=torch.float64)
     assert float((fresh @ (found - own).T).square().mean()) < 1e-9, "0.7 where few rows count as many"
@@ -117,8 +117,8 @@ def test_an_activation_in_place_is_not_skipped():
     with Samples(x, Calibration(batch_size=8, patches=10**9)) as samples:
         found = dict(moments_of(model, ["2", "4"], samples, samples.survey(model, ["2", "4"]).trace))
     with torch.no_grad():
-        rows = input_patches(model[4], model[:4](x))[0].double()
-    torch.testing.assert_close(found["4"].xx, rows.T @ rows, rtol=1e-4, atol=1e-3)
+        rows = input_patches(model[4], model[:4](x)).double()
+    torch.testing.assert_close(found["4"].xx, rows.mT @ rows, rtol=1e-4, atol=1e-3)
 
 
 def test_a_network_with_one_output_is_not_lost():
@@ -186,3 +186,18 @@ def test_wrong_images_are_an_error_of_ours(given, message):
 def test_wrong_settings_are_named():
     with pytest.raises(ConfigError, match=r"calibration.batch_norm=foo.*|calibration.batch_size=0"):
         Samples(images(), Calibration(batch_size=0, batch_norm="foo"))
+
+
+@pytest.mark.parametrize("method", ["svd", "cp", "rtk"])
+def test_grouped_convolutions_are_fitted_to_their_outputs(method):
+    torch.manual_seed(0)
+    mix = [nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 1), nn.ReLU()]
+    model = nn.Sequential(*mix, nn.Conv2d(12, 24, 3, groups=3), nn.ReLU(), nn.Conv2d(24, 4, 1)).eval()
+    x, fresh = images(64), images(96)[64:]
+
+    def lost(calibration: torch.Tensor | None) -> float:
+        small = compress(model, method, 0.4, calibration=calibration, include=["4"])
+        with torch.no_grad():
+            return float((small(fresh) - model(fresh)).square().mean())
+
+    assert lost(x) < 0.7 * lost(None)

@@ -181,8 +181,8 @@ def _check(batch: Tensor) -> None:
 
 
 def is_narrow(layer: nn.Module) -> bool:
-    """Whether the second moments of the layer's inputs can be kept: not those of several groups."""
-    return getattr(layer, "groups", 1) == 1 and kernel_of(layer)[0].numel() <= WIDEST
+    """Whether the second moments of the layer's inputs can be kept."""
+    return kernel_of(layer)[0].numel() <= WIDEST
 
 
 def moments_of(
@@ -197,28 +197,29 @@ def moments_of(
         for segment in trace.segments:
             walker.advance()
             inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
-            groups = list(_groups(model, inside, samples.settings.memory))
-            for group in groups:
-                found = _gather(walker, group, samples, for_the_last_time=group is groups[-1])
-                for name in group:
+            handfuls = list(_handfuls(model, inside, samples.settings.memory))
+            for handful in handfuls:
+                found = _gather(walker, handful, samples, for_the_last_time=handful is handfuls[-1])
+                for name in handful:
                     yield name, found.pop(name)  # given away, so that its memory can be freed
     finally:
         walker.close()
 
 
-def _groups(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[list[str]]:
+def _handfuls(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[list[str]]:
     """Layers whose moments fit into memory together; at least one at a time."""
-    group: list[str] = []
+    handful: list[str] = []
     used = 0.0
     for name in layers:
-        size = 8 * kernel_of(model.get_submodule(name))[0].numel() ** 2 / 2**20
-        if group and used + size > megabytes:
-            yield group
-            group, used = [], 0.0
-        group.append(name)
+        layer = model.get_submodule(name)
+        size = 8 * getattr(layer, "groups", 1) * kernel_of(layer)[0].numel() ** 2 / 2**20
+        if handful and used + size > megabytes:
+            yield handful
+            handful, used = [], 0.0
+        handful.append(name)
         used += size
-    if group:
-        yield group
+    if handful:
+        yield handful
 
 
 def _gather(walker: Walker, layers: Collection[str], samples: Samples, for_the_last_time: bool) -> dict[str, Moments]:
@@ -226,8 +227,8 @@ def _gather(walker: Walker, layers: Collection[str], samples: Samples, for_the_l
 
     def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
         layer = cast(DenseLayer, walker.model.get_submodule(name))
-        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))[0]
-        moments.setdefault(name, Moments(x.shape[1], None, x.device)).add(x)
+        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))
+        moments.setdefault(name, Moments(x.shape[-1], None, x.device, len(x))).add(x)
 
     for _ in walker.inputs_of(layers, see, for_the_last_time):
         pass
@@ -258,9 +259,9 @@ def moments_towards(targets: Stash, small: Walker, name: str, samples: Samples) 
     wanted = iter(targets)
 
     def see(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))[0]
+        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))
         if not moments:
-            moments.append(Moments(x.shape[1], len(kernel_of(layer)), x.device))
+            moments.append(Moments(x.shape[-1], len(kernel_of(layer)), x.device, len(x)))
         moments[0].add(x, next(wanted))
 
     for _ in small.inputs_of([name], see):

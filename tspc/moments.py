@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,12 @@ def output_rows(layer: DenseLayer, outputs: Tensor, positions: Positions | None 
     return rows if layer.bias is None else rows - layer.bias
 
 
+def blocks_of(matrix: Tensor, groups: int) -> Tensor:
+    """The square blocks on a matrix's diagonal: groups × T/groups × T/groups."""
+    size = len(matrix) // groups
+    return matrix.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
 def rows_of(layer: DenseLayer, outputs: Tensor, positions: Positions | None = None) -> Tensor:
     """Anything of the shape of the layer's outputs in the order of `input_patches`: positions × T."""
     positions = positions or Positions()
@@ -99,55 +106,77 @@ class Statistics:
     """What one layer should do, given its inputs x: answer with y, the reference's output without its bias.
 
     With `centred`, a constant can be added to the layer's output, so that only what varies counts: the means are
-    taken off all second moments. `metric` is the norm of E[xxᵀ] + `damping`·I, `target` the kernel (T × n) that
-    answers best; `cross` is E[yxᵀ], `outputs` E[yyᵀ].
+    taken off all second moments. `target` is the kernel (T × n) that answers best. All else is kept for each group of
+    the layer's channels, one for most layers, g of them with t = T/g outputs: `mean_x` (g × n), `mean_y` (g × t),
+    `inputs` is E[xxᵀ] + `damping`·I (g × n × n), `cross` E[yxᵀ] (g × t × n), `outputs` E[yyᵀ] (g × t × t), `weights`
+    how much the outputs count (g × t × t; None: all alike). A kernel that is decomposed as one tensor for all groups
+    is fitted in one norm, `metric`: that of the groups' mean inputs.
     """
 
-    metric: Metric
     target: Tensor
     centred: bool
     mean_x: Tensor
     mean_y: Tensor
     damping: float
+    inputs: Tensor
     cross: Tensor
     outputs: Tensor
+    weights: Tensor | None
+
+    @cached_property
+    def metric(self) -> Metric:
+        if len(self.inputs) == 1:
+            return Metric(self.inputs[0], None if self.weights is None else self.weights[0])
+        return Metric(self.inputs.mean(0), None if self.weights is None else torch.block_diag(*self.weights))
 
     def error(self, kernel: Tensor) -> float:
         """The root of E‖y − kernel·x‖² ÷ E‖y‖², outputs weighted as in the metric; 0 answers like the reference."""
-        matrix = kernel.detach().flatten(1).to(self.cross)
-        product = matrix @ self.cross.T
-        answers = matrix @ self.metric.inputs @ matrix.T - self.damping * (matrix @ matrix.T)
-        rest = self.outputs - product - product.T + answers
-        weights = self.metric.outputs
-        lost, whole = (float(m.trace() if weights is None else (m * weights).sum()) for m in (rest, self.outputs))
+        matrix = self._grouped(kernel)
+        product = matrix @ self.cross.mT
+        answers = matrix @ self.inputs @ matrix.mT - self.damping * (matrix @ matrix.mT)
+        rest = self.outputs - product - product.mT + answers
+        weights = torch.eye(rest.shape[-1]).to(rest) if self.weights is None else self.weights
+        lost, whole = (float((moments * weights).sum()) for moments in (rest, self.outputs))
         return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
 
     def shift(self, kernel: Tensor) -> Tensor | None:
         """The constant (T) that gives the layer's output the reference's mean; None where it has no place."""
-        return self.mean_y - kernel.detach().flatten(1).to(self.cross) @ self.mean_x if self.centred else None
+        if not self.centred:
+            return None
+        return (self.mean_y - (self._grouped(kernel) @ self.mean_x[..., None])[..., 0]).flatten()
+
+    def _grouped(self, kernel: Tensor) -> Tensor:
+        return kernel.detach().reshape(self.cross.shape).to(self.cross)
 
 
 class Moments:
-    """Sums over rows x (n long), and with `targets` over pairs with rows y that should be answered."""
+    """Sums over rows x (n long), and with `targets` over pairs with rows y that should be answered.
 
-    def __init__(self, n: int, targets: int | None, device: torch.device) -> None:
-        zeros = lambda *shape: double(torch.zeros(shape, device=device))  # noqa: E731
+    Each of the `groups` of a layer's channels has rows of its own, and answers with its share of the `targets`.
+    """
+
+    def __init__(self, n: int, targets: int | None, device: torch.device, groups: int = 1) -> None:
+        zeros = lambda *shape: double(torch.zeros((groups, *shape), device=device))  # noqa: E731
         self.count = 0
         self.x, self.xx = zeros(n), zeros(n, n)
-        self._pairs = None if targets is None else (zeros(targets), zeros(targets, n), zeros(targets, targets))
+        self._pairs: tuple[Tensor, Tensor, Tensor] | None = None
+        if targets is not None:
+            t = targets // groups
+            self._pairs = zeros(t), zeros(t, n), zeros(t, t)
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Adds rows x (m × n), and their targets y (m × T).
+        """Adds rows x (groups × m × n), and their targets y (m × T).
 
         Products are taken in the rows' own precision (at least float32) and summed in float64.
         """
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        self.count += len(x)
-        self.x += x.sum(0).to(self.x)
-        self.xx += (x.T @ x).to(self.xx)
+        groups, rows, _ = x.shape
+        self.count += rows
+        self.x += x.sum(1).to(self.x)
+        self.xx += (x.mT @ x).to(self.xx)
         if self._pairs is not None and y is not None:
-            y = y.to(x)
-            for total, value in zip(self._pairs, (y.sum(0), y.T @ x, y.T @ y), strict=True):
+            y = y.to(x).reshape(rows, groups, -1).transpose(0, 1)
+            for total, value in zip(self._pairs, (y.sum(1), y.mT @ x, y.mT @ y), strict=True):
                 total += value.to(total)
 
     def statistics(
@@ -159,27 +188,29 @@ class Moments:
         not show stay as they are. `sensitivity` (T × T) weighs the outputs. The rows of one of the `images` resemble
         each other: they count for as many as the geometric mean of rows and images.
         """
-        matrix = kernel.detach().flatten(1).to(self.xx)
+        groups, n, _ = self.xx.shape
+        matrix = kernel.detach().reshape(groups, -1, n).to(self.xx)
         count = max(self.count, 1)
-        # The sums are used up: of a wide layer each such matrix is hundreds of megabytes.
+        # In place, and the sums are used up: of a wide layer each such matrix is hundreds of megabytes.
         mean_x, inputs = self.x / count, self.xx.div_(count)
         if self._pairs is None:
-            mean_y, cross = matrix @ mean_x, matrix @ inputs
-            outputs = cross @ matrix.T
+            mean_y, cross = (matrix @ mean_x[..., None])[..., 0], matrix @ inputs
+            outputs = cross @ matrix.mT
         else:
             mean_y, cross, outputs = (total / count for total in self._pairs)
         if centred:
-            inputs.addr_(mean_x, mean_x, alpha=-1)
-            cross = cross - torch.outer(mean_y, mean_x)
-            outputs = outputs - torch.outer(mean_y, mean_y)
-        size = float(inputs.diagonal().mean())
+            inputs.baddbmm_(mean_x[..., None], mean_x[:, None], alpha=-1)
+            cross = cross - mean_y[..., None] * mean_x[:, None]
+            outputs = outputs - mean_y[..., None] * mean_y[:, None]
+        diagonals = inputs.diagonal(dim1=1, dim2=2)
+        size = float(diagonals.mean())
         # Of fewer rows than this the moments are partly noise, which a best kernel would follow.
         independent = math.sqrt(count * min(images, count)) if images else count
-        scarcity = max(0.0, len(inputs) / independent - 1 / ROWS)
+        scarcity = max(0.0, n / independent - 1 / ROWS)
         shift = (damping + SCARCITY * scarcity) * size if size > 0 else 1.0
-        inputs.diagonal().add_(shift)
+        diagonals.add_(shift)
         target = matrix
-        if self._pairs is not None and count >= LEAST_ROWS * len(inputs):
-            target = torch.linalg.solve(inputs, (cross + shift * matrix).T).T
-        metric = Metric(inputs, None if sensitivity is None else sensitivity.to(inputs))
-        return Statistics(metric, target, centred, mean_x, mean_y, shift, cross, outputs)
+        if self._pairs is not None and count >= LEAST_ROWS * n:
+            target = torch.linalg.solve(inputs, (cross + shift * matrix).mT).mT
+        weights = None if sensitivity is None else blocks_of(sensitivity.to(inputs), groups)
+        return Statistics(target.flatten(0, 1), centred, mean_x, mean_y, shift, inputs, cross, outputs, weights)

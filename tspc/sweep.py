@@ -30,8 +30,10 @@ def write_record(
     folder: Path, job: int, overrides: list[str], result: dict[str, Any] | None, error: str | None
 ) -> None:
     """Leaves what a job did where the end of the sweep finds it, whichever process ran it."""
+    from tspc.files import write_json
+
     record = {"job": job, "overrides": overrides, "result": result, "error": error}
-    (folder / f"job-{job:04d}.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(folder / f"job-{job:04d}.json", record)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
