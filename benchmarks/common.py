@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from tspc.allocator import keep_freed_memory
 from tspc.config import Config, read_config
 from tspc.data import Data, load_data
 from tspc.display import Display
@@ -26,8 +25,6 @@ from tspc.reference import untrained_reference
 from tspc.report import versions
 
 CONF = Path(__file__).parent.parent / "conf"
-
-keep_freed_memory()  # as the command line does, for everything that is compared
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

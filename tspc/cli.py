@@ -22,7 +22,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tspc import __version__
-from tspc.allocator import keep_freed_memory
 from tspc.errors import DataError, Interrupted, TrainingError, TspcError
 from tspc.launch import count, is_first
 from tspc.sweep import forget_empty_sweep, sweep_folder, write_record
@@ -70,7 +69,6 @@ def _job(failures: list[str]) -> Any:
     """The function that Hydra calls for each job; it keeps errors to itself, so that a sweep's other jobs go on."""
 
     def job(config: DictConfig) -> None:
-        keep_freed_memory()  # here, for a launcher may run its jobs in other processes
         settings = HydraConfig.get()
         is_sweep = settings.mode == RunMode.MULTIRUN
         overrides = list(settings.overrides.task)
