@@ -9,7 +9,8 @@ norms in inference mode. It is run twice: with its blocks alone, for all of the 
 the whole network with cross-entropy after them (SGD, 0.01, momentum 0.9, weight decay 5e-4, cosine). tspc: its
 defaults, the steps of the phases cut to the time; --batch, --learning-rate (of finetuning) and --distill-steps (of
 phase 1 for each block; 0 leaves it out) are tspc's alone. Seconds are those of the work; looking at the test images is
-not counted. Every cell is kept in --out, and not repeated.
+not counted. "Times sooner" is when the opponent was at its best ÷ when tspc was as good, both by the looks on the way,
+of --limit test images; accuracies at the end are of all. Every cell is kept in --out, and not repeated.
 """
 
 from __future__ import annotations
@@ -54,12 +55,16 @@ RUNS = {"blocks": "the paper's blocks", "finetuned": "the paper's blocks, then f
 
 
 class Clock:
-    """Seconds of work, and the accuracies seen on the way (of `limit` test images, which costs no time here)."""
+    """Seconds of work, and the accuracies seen on the way (of `limit` test images, which costs no time here).
+
+    `accuracy` is that of all test images, at the end.
+    """
 
     def __init__(self, data: Data, device: torch.device, budget: float, limit: int) -> None:
         self._data, self._device, self._limit, self.budget = data, device, limit, budget
         self._started, self._paused = time.monotonic(), 0.0
         self.points: list[tuple[str, float, float]] = []
+        self.accuracy = 0.0
 
     @property
     def seconds(self) -> float:
@@ -69,11 +74,15 @@ class Clock:
     def left(self) -> float:
         return self.budget - self.seconds
 
-    def look(self, label: str, model: nn.Module, whole: bool = False) -> None:
+    def look(self, label: str, model: nn.Module, is_last: bool = False) -> None:
         at, began = self.seconds, time.monotonic()
-        top1 = evaluate(model, self._data, self._device, limit=None if whole else self._limit).top1
-        self.points.append((label, round(at, 1), 100 * top1))
+        self.points.append((label, round(at, 1), self._top1(model, self._limit)))
+        if is_last:
+            self.accuracy = self._top1(model, None)
         self._paused += time.monotonic() - began
+
+    def _top1(self, model: nn.Module, limit: int | None) -> float:
+        return 100 * evaluate(model, self._data, self._device, limit=limit).top1
 
 
 def batches(data: Data, device: torch.device, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -102,7 +111,7 @@ def original(
             clock.look("distill", model)
     if share < 1:
         _classify(model, read, clock)
-    clock.look("distill" if share == 1 else "finetune", model, whole=True)
+    clock.look("distill" if share == 1 else "finetune", model, is_last=True)
     return steps
 
 
@@ -152,7 +161,7 @@ def ours(reference: nn.Module, method: str, rate: float, config: Config, data: D
     recipe = dataclasses.replace(recipe, steps=max(10, int((clock.left - judging) / each)), held_out=1000)
     seen = _looking(clock, model, recipe.steps or 0, context)
     finetune(model, reference, recipe, seen, Progress(), "finetune")
-    clock.look("finetune", model, whole=True)
+    clock.look("finetune", model, is_last=True)
     return recipe.steps or 0
 
 
@@ -168,10 +177,15 @@ def _looking(clock: Clock, model: nn.Module, steps: int, context: Context) -> Co
     return dataclasses.replace(context, note=note)
 
 
+SETTINGS = ("seconds", "batch", "learning_rate", "distill_steps", "limit", "threads", "seed")
+"""Options that a cell depends on."""
+
+
 def cell(method: str, rate: float, config: Config, data: Data, reference: nn.Module, options: Any) -> dict[str, Any]:
     path = Path(options.out) / f"{method}-{rate}.json"
+    settings = {name: getattr(options, name) for name in SETTINGS} | {"device": str(options.device)}
     if not path.exists():
-        found: dict[str, Any] = {"method": method, "rate": rate, "budget": options.seconds}
+        found: dict[str, Any] = {"method": method, "rate": rate, "settings": settings}
         for name in RUNS:
             clock = Clock(data, options.device, options.seconds, options.limit)
             if name == "ours":
@@ -179,24 +193,28 @@ def cell(method: str, rate: float, config: Config, data: Data, reference: nn.Mod
             else:
                 share = 1.0 if name == "blocks" else 0.5
                 steps = original(reference, method, rate, data, clock, options, share)
-            found[name] = {"points": clock.points, "steps": steps}
-            print(f"{method} {rate:g} {name}: {clock.points}", flush=True)
+            found[name] = {"points": clock.points, "accuracy": clock.accuracy, "steps": steps}
+            print(f"{method} {rate:g} {name}: {clock.points}, {clock.accuracy:.2f} % at the end", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
-    return json.loads(path.read_text())
+    kept = json.loads(path.read_text())
+    if kept.get("settings") != settings:
+        raise SystemExit(f"{path} was made with other settings ({kept.get('settings')}); give another --out")
+    return kept
 
 
 def row(found: dict[str, Any]) -> list[str]:
-    own = found["ours"]["points"]
+    own = found["ours"]
     cells = [f"`{found['method']}`", f"{found['rate']:g}"]
     for name in ("blocks", "finetuned"):
-        theirs = found[name]["points"]
-        best = max(top1 for _, _, top1 in theirs)
-        reached = next((at for _, at, top1 in own if top1 >= best), None)
-        sooner = "not reached" if reached is None else f"{found['budget'] / reached:.1f}"
-        cells += [f"{theirs[-1][2]:.2f}", f"{own[-1][2] - theirs[-1][2]:+.1f}", sooner]
-    phases = [f"{top1:.1f}" for name, _, top1 in own if name in ("decompose", "distill")]
-    return [*cells, " → ".join([*phases, f"{own[-1][2]:.2f}"]), f"{own[0][1]:.0f}", f"{own[-1][1]:.0f}"]
+        theirs = found[name]
+        at_best, best = max(((at, top1) for _, at, top1 in theirs["points"]), key=lambda point: point[1])
+        reached = next((at for _, at, top1 in own["points"] if top1 >= best), None)
+        sooner = "not reached" if reached is None else f"{at_best / reached:.1f}"
+        cells += [f"{theirs['accuracy']:.2f}", f"{own['accuracy'] - theirs['accuracy']:+.1f}", sooner]
+    phases = [f"{top1:.1f}" for name, _, top1 in own["points"] if name in ("decompose", "distill")]
+    seconds = [f"{own['points'][i][1]:.0f}" for i in (0, -1)]
+    return [*cells, " → ".join([*phases, f"{own['accuracy']:.2f}"]), *seconds]
 
 
 def draw(cells: list[dict[str, Any]], path: Path) -> None:
