@@ -182,7 +182,12 @@ def _check(batch: Tensor) -> None:
 
 def is_narrow(layer: nn.Module) -> bool:
     """Whether the second moments of the layer's inputs can be kept."""
-    return kernel_of(layer)[0].numel() <= WIDEST
+    return _entries(layer) <= WIDEST**2
+
+
+def _entries(layer: nn.Module) -> int:
+    """Numbers in the second moments of the layer's inputs, those of each group of its channels."""
+    return getattr(layer, "groups", 1) * kernel_of(layer)[0].numel() ** 2
 
 
 def moments_of(
@@ -197,29 +202,28 @@ def moments_of(
         for segment in trace.segments:
             walker.advance()
             inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
-            handfuls = list(_handfuls(model, inside, samples.settings.memory))
-            for handful in handfuls:
-                found = _gather(walker, handful, samples, for_the_last_time=handful is handfuls[-1])
-                for name in handful:
+            parts = list(_fitting_together(model, inside, samples.settings.memory))
+            for part in parts:
+                found = _gather(walker, part, samples, for_the_last_time=part is parts[-1])
+                for name in part:
                     yield name, found.pop(name)  # given away, so that its memory can be freed
     finally:
         walker.close()
 
 
-def _handfuls(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[list[str]]:
+def _fitting_together(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[list[str]]:
     """Layers whose moments fit into memory together; at least one at a time."""
-    handful: list[str] = []
+    part: list[str] = []
     used = 0.0
     for name in layers:
-        layer = model.get_submodule(name)
-        size = 8 * getattr(layer, "groups", 1) * kernel_of(layer)[0].numel() ** 2 / 2**20
-        if handful and used + size > megabytes:
-            yield handful
-            handful, used = [], 0.0
-        handful.append(name)
+        size = 8 * _entries(model.get_submodule(name)) / 2**20
+        if part and used + size > megabytes:
+            yield part
+            part, used = [], 0.0
+        part.append(name)
         used += size
-    if handful:
-        yield handful
+    if part:
+        yield part
 
 
 def _gather(walker: Walker, layers: Collection[str], samples: Samples, for_the_last_time: bool) -> dict[str, Moments]:

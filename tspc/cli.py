@@ -147,7 +147,7 @@ def _unknown_key(key: str) -> str:
         except HydraException:
             node = hydra.compose("config")
     if parent.startswith("phase.") and parent.split(".")[1] not in node.phase:
-        return f"{key} has no effect: the phases asked for are {', '.join(node.phase)}"
+        return f"{key} has no effect: the phases asked for are {', '.join(node.phase)}; leave it out"
     for part in filter(None, parent.split(".")):
         node = node.get(part) or {}
     if name in ("kwargs", "options") or parent.endswith(("kwargs", "options")):

@@ -82,7 +82,7 @@ def output_rows(layer: DenseLayer, outputs: Tensor, positions: Positions | None 
     return rows if layer.bias is None else rows - layer.bias
 
 
-def blocks_of(matrix: Tensor, groups: int) -> Tensor:
+def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
     """The square blocks on a matrix's diagonal: groups × T/groups × T/groups."""
     size = len(matrix) // groups
     return matrix.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -108,16 +108,16 @@ class Statistics:
     With `centred`, a constant can be added to the layer's output, so that only what varies counts: the means are
     taken off all second moments. `target` is the kernel (T × n) that answers best. All else is kept for each group of
     the layer's channels, one for most layers, g of them with t = T/g outputs: `mean_x` (g × n), `mean_y` (g × t),
-    `inputs` is E[xxᵀ] + `damping`·I (g × n × n), `cross` E[yxᵀ] (g × t × n), `outputs` E[yyᵀ] (g × t × t), `weights`
-    how much the outputs count (g × t × t; None: all alike). A kernel that is decomposed as one tensor for all groups
-    is fitted in one norm, `metric`: that of the groups' mean inputs.
+    `inputs` is E[xxᵀ] + `damping`·I (g × n × n; `damping` g × 1 × 1), `cross` E[yxᵀ] (g × t × n), `outputs` E[yyᵀ]
+    (g × t × t), `weights` how much the outputs count (g × t × t; None: all alike). A kernel that is decomposed as one
+    tensor for all groups is fitted in one norm, `metric`: that of the groups' mean inputs.
     """
 
     target: Tensor
     centred: bool
     mean_x: Tensor
     mean_y: Tensor
-    damping: float
+    damping: Tensor
     inputs: Tensor
     cross: Tensor
     outputs: Tensor
@@ -135,8 +135,7 @@ class Statistics:
         product = matrix @ self.cross.mT
         answers = matrix @ self.inputs @ matrix.mT - self.damping * (matrix @ matrix.mT)
         rest = self.outputs - product - product.mT + answers
-        weights = torch.eye(rest.shape[-1]).to(rest) if self.weights is None else self.weights
-        lost, whole = (float((moments * weights).sum()) for moments in (rest, self.outputs))
+        lost, whole = (self._weighed(moments) for moments in (rest, self.outputs))
         return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
 
     def shift(self, kernel: Tensor) -> Tensor | None:
@@ -144,6 +143,10 @@ class Statistics:
         if not self.centred:
             return None
         return (self.mean_y - (self._grouped(kernel) @ self.mean_x[..., None])[..., 0]).flatten()
+
+    def _weighed(self, outputs: Tensor) -> float:
+        of_each = outputs.diagonal(dim1=1, dim2=2) if self.weights is None else outputs * self.weights
+        return float(of_each.sum())
 
     def _grouped(self, kernel: Tensor) -> Tensor:
         return kernel.detach().reshape(self.cross.shape).to(self.cross)
@@ -203,14 +206,14 @@ class Moments:
             cross = cross - mean_y[..., None] * mean_x[:, None]
             outputs = outputs - mean_y[..., None] * mean_y[:, None]
         diagonals = inputs.diagonal(dim1=1, dim2=2)
-        size = float(diagonals.mean())
+        size = diagonals.mean(1)[:, None, None]
         # Of fewer rows than this the moments are partly noise, which a best kernel would follow.
         independent = math.sqrt(count * min(images, count)) if images else count
         scarcity = max(0.0, n / independent - 1 / ROWS)
-        shift = (damping + SCARCITY * scarcity) * size if size > 0 else 1.0
-        diagonals.add_(shift)
+        shift = torch.where(size > 0, (damping + SCARCITY * scarcity) * size, 1.0)
+        diagonals.add_(shift[..., 0])
         target = matrix
         if self._pairs is not None and count >= LEAST_ROWS * n:
             target = torch.linalg.solve(inputs, (cross + shift * matrix).mT).mT
-        weights = None if sensitivity is None else blocks_of(sensitivity.to(inputs), groups)
+        weights = None if sensitivity is None else diagonal_blocks(sensitivity.to(inputs), groups)
         return Statistics(target.flatten(0, 1), centred, mean_x, mean_y, shift, inputs, cross, outputs, weights)

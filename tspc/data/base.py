@@ -140,7 +140,7 @@ def _digest(*tensors: Tensor) -> str:
 def existing(data_dir: Path | None) -> Path | None:
     """`data_dir` if given. Raises DataError if it is not a folder."""
     if data_dir is not None and not os.path.isdir(data_dir):
-        raise DataError(f"data_dir={data_dir}: there is no such folder")
+        raise DataError(f"data_dir={data_dir}: there is no such folder (looked for {os.path.abspath(data_dir)})")
     return data_dir
 
 

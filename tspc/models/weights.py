@@ -29,7 +29,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise WeightsError(f"pretrained={path}: there is no such file")
+        raise WeightsError(f"pretrained={path}: there is no such file (looked for {os.path.abspath(path)})")
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"pretrained={path}: expected a file ending in {', '.join(SUFFIXES)}")
     data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)

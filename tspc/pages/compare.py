@@ -12,7 +12,17 @@ from tspc.pages.drawing import style
 from tspc.pages.records import DAMAGED, DAMAGES, DONE, Broken, Run, damaged, find_runs, fixed_part, read_sweep
 from tspc.pages.render import render
 from tspc.pages.report import FIGURES, write_report
-from tspc.pages.rows import Row, csv_of, grid_of, latex_of, markdown_of, order_of_goal, row_of, row_of_broken
+from tspc.pages.rows import (
+    Row,
+    csv_of,
+    differences_of,
+    grid_of,
+    latex_of,
+    markdown_of,
+    order_of_goal,
+    row_of,
+    row_of_broken,
+)
 from tspc.pages.sweep_figures import sweep_drawings
 from tspc.runs import STAGES
 
@@ -114,6 +124,7 @@ def _group(name: tuple[str, str], rows: list[Row], folder: Path, prefix: str) ->
         "name": f"{name[1]} on {name[0]}",
         "figures": figures,
         "grids": [grid for grid in grids if grid is not None],
+        "differences": differences_of(rows),
         "has_latency": any(row.latency is not None for row in rows),
         "has_rate": any(row.final is not None for row in rows),
     }

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,16 @@ from tspc.pages.benchmark import LATENCY, MACS, figures_of
 from tspc.pages.records import Broken, Run
 from tspc.runs import STAGES
 
+DECISIVE = ("phase.decompose.", "phase.distill.", "phase.finetune.", "calibration.", "allocation", "eval_samples")
+"""What the keys of settings begin with that an accuracy depends on, besides method, rate and seed."""
+
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Accuracies are shares; `latency` is in milliseconds; None is what is not known (yet)."""
+    """One run. Accuracies are shares; `latency` is in milliseconds; None is what is not known (yet).
+
+    `settings` are those that an accuracy depends on, by their dotted keys.
+    """
 
     label: str
     group: tuple[str, str]
@@ -36,6 +43,7 @@ class Row:
     macs: float | None = None
     latency: float | None = None
     seconds: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def rate(self) -> float | None:
@@ -92,11 +100,30 @@ def row_of(run: Run, page: Path) -> Row:
         macs=measured.get(MACS),
         latency=measured.get(LATENCY),
         seconds=sum(phase["seconds"] for phase in result["phases"].values()),
+        settings={key: value for key, value in _flat(result.get("settings", {})) if key.startswith(DECISIVE)},
     )
 
 
 def row_of_broken(broken: Broken) -> Row:
     return Row(broken.label, ("", ""), "", "", broken.status, error=broken.error)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def differences_of(rows: list[Row]) -> dict[str, list[str]]:
+    """The settings in which finished runs differ that have them, with their values."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for key, value in row.settings.items():
+            values = found.setdefault(key, [])
+            values.extend({str(value)}.difference(values))
+    return {key: sorted(values) for key, values in found.items() if len(values) > 1}
 
 
 def _top1(accuracy: dict[str, Any] | None) -> float | None:
