@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.small import CPU, cross_entropy, network, recipe
 from tspc import interrupts
+from tspc.batch_norm import rebase_
 from tspc.data import DataSpec, Feed, load_data
 from tspc.errors import ConfigError, Interrupted, RunError, TrainingError
 from tspc.models import NetworkSpec
@@ -195,3 +196,26 @@ def test_top5_from_100_classes_on():
 def test_wrong_number_of_outputs(context):
     with pytest.raises(ConfigError, match="10 classes"):
         evaluate(NetworkSpec("builtin", "resnet8", 12).build(), context.data, CPU)
+
+
+def test_rebased_batch_norms_answer_the_same_and_train_from_there():
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(4, affine=False)
+    first, second = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)], [nn.Conv2d(6, 4, 3), plain, nn.BatchNorm2d(4)]
+    model = nn.Sequential(*first, nn.ReLU(), *second)
+    x = torch.randn(32, 3, 9, 9)
+    with torch.no_grad():
+        model(x)  # statistics that are not those of the batch
+        for norm in (model[1], model[5]):
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.uniform_(-1, 1)
+            norm.running_var *= 9
+    model.eval()
+    wanted, before = model(x), plain.running_var.clone()
+    rebase_(model, lambda: [model(part) for part in x.split(8)])
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    assert not model.training
+    torch.testing.assert_close(plain.running_var, before)
+    head = model[:2].train()
+    torch.testing.assert_close(head(x), head.eval()(x), rtol=1e-3, atol=1e-4)
+    assert float(model[1].running_var.mean()) < 1

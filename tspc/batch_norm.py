@@ -1,13 +1,17 @@
-"""Batch norm statistics taken anew on the calibration images."""
+"""Batch norm statistics taken anew: on the calibration images, and before training."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tspc import processes
 from tspc.calibration import Samples
+from tspc.decompositions import double
+from tspc.hooks import evaluating, hooked
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 JUDGES = 128
@@ -70,3 +74,42 @@ def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:
         return 0.0
     pairs = zip(_answers(model, samples), wanted, strict=True)
     return sum(float((answer - target).square().sum()) for answer, target in pairs)
+
+
+@torch.no_grad()
+def rebase_(network: nn.Module, run: Callable[[], object]) -> None:
+    """Lets batch norms normalise by what they see now, without changing what the network answers in eval mode.
+
+    While `run` sends images through the network, means and variances of what its batch norms are given are taken. They
+    become the running statistics, and weight and bias make up for the change:
+
+        w (x − m) / s + b = w' (x − m') / s' + b'   with   w' = w s' / s,   b' = b + w (m' − m) / s
+
+    In training a batch norm goes by the batch. Compressed layers answer with less variance than the reference's, so
+    that without this the first step would meet another network than the one that was fitted: one whose activations,
+    and all that is wrong about them, are blown up to the reference's size. What has no weight or no statistics is left
+    alone.
+    """
+    norms = [m for m in network.modules() if isinstance(m, BatchNorm) and m.affine and m.running_mean is not None]
+    sums: dict[nn.Module, Tensor] = {}
+
+    def see(norm: nn.Module, args: Any) -> None:
+        values = double(args[0]).transpose(0, 1).flatten(1)
+        count = torch.full_like(values[:, 0], values.shape[1])
+        found = torch.stack((count, values.sum(1), values.square().sum(1)))
+        sums[norm] = sums[norm] + found if norm in sums else found
+
+    with evaluating(network), hooked([norm.register_forward_pre_hook(see) for norm in norms]):
+        run()
+    for norm in norms:
+        if norm not in sums:  # never called
+            continue
+        count, total, squares = processes.summed(sums[norm])
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        old_mean, old_variance = double(cast(Tensor, norm.running_mean)), double(cast(Tensor, norm.running_var))
+        old, new = (old_variance + norm.eps).sqrt(), (variance + norm.eps).sqrt()
+        norm.bias += (double(norm.weight) * (mean - old_mean) / old).to(norm.bias)
+        norm.weight *= (new / old).to(norm.weight)
+        cast(Tensor, norm.running_mean).copy_(mean)
+        cast(Tensor, norm.running_var).copy_(variance)

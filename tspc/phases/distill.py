@@ -6,6 +6,7 @@ once, when its turn comes, and kept: a step then costs one block, forward and ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tspc import processes
+from tspc.batch_norm import rebase_
 from tspc.data import generator_of
 from tspc.errors import ConfigError, out_of_range
 from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
-from tspc.phases.finetune import relative_error
+from tspc.phases.finetune import SHOWN, relative_error
 from tspc.stash import Room, Stash
 from tspc.training import Progress, Recipe, Watchers, fit
 from tspc.walk import Trace, Walker, trace
@@ -134,6 +136,12 @@ class _Kept:
         for number in torch.randperm(self.per_epoch, generator=generator_of(self._seed, epoch))[start:].tolist():
             yield self._pair(number, from_reference=self._inputs == "mixed" and (number + epoch) % 2 == 1)
 
+    def show(self, block: nn.Module, batches: int) -> None:
+        """Sends the first of the kept batches through the block."""
+        for number in range(min(batches, self.per_epoch)):
+            args, named = self._pair(number)[0]
+            block(*args, **named)
+
     def judging(self) -> Iterator[tuple[Any, Tensor]]:
         """Batches that are not trained on."""
         return (self._pair(self.per_epoch + number) for number in range(self._judging))
@@ -156,6 +164,8 @@ def _train_block(
     block = model.get_submodule(name)
     model.eval().requires_grad_(False)
     block.requires_grad_(True)
+    if settings.batch_norm == "updated":
+        rebase_(block, lambda: kept.show(block, math.ceil(SHOWN / settings.batch_size)))
     for module in block.modules():
         # Nothing but batch norm: dropout would only be noise against a reference that has none.
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

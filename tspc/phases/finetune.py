@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspc import processes
+from tspc.batch_norm import rebase_
 from tspc.blocks import find_blocks
 from tspc.errors import out_of_range
 from tspc.hooks import outputs_of
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
 from tspc.training import Labelled, LossOf, Progress, Recipe, Watchers, accuracy, fit
+
+SHOWN = 512
+"""Training images by which batch norms are set before training."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,15 @@ def finetune(
                 )
             return loss
 
+        rebase_(model, lambda: _show(model, settings, context))
         _train(model, settings, context, progress, phase, loss_of)
+
+
+def _show(model: nn.Module, recipe: Recipe, context: Context) -> None:
+    """Sends the first training images through the network."""
+    batches = context.required_data.train_batches(context.feed(recipe), epoch=0)
+    for images, _ in islice(batches, math.ceil(SHOWN / recipe.batch_size)):
+        model(images)
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
