@@ -38,11 +38,14 @@ def test_distillation_brings_the_activations_closer(context, reference, change):
 
 
 def test_a_block_is_never_left_worse_than_it_was(context, reference):
-    model = compress(reference, "tk", 0.3, allocation="uniform")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model = compress(reference, "tk", 0.3, allocation="uniform").eval()
+    images = next(context.data.calibration_batches(64, 64, CPU))
+    before, wanted = {k: v.clone() for k, v in model.state_dict().items()}, model(images)
     ruinous = replace(DISTILLATION, steps=4, optimizer="sgd", learning_rate=5.0, blocks="layer3.0")
     distill(model, reference, ruinous, context, Progress())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    # Its batch norms were set anew, which changes no answer.
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "bn" not in k)
+    torch.testing.assert_close(model(images), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_block_is_done_when_its_loss_no_longer_falls(context, reference):
