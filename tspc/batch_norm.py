@@ -16,6 +16,8 @@ from tspc.hooks import evaluating, hooked
 BatchNorm = nn.modules.batchnorm._BatchNorm
 JUDGES = 128
 """Images by whose answers the better statistics are chosen."""
+SHOWN = 512
+"""Training images by which batch norms are set before training."""
 
 
 def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> None:
@@ -94,9 +96,11 @@ def rebase_(network: nn.Module, run: Callable[[], object]) -> None:
     sums: dict[nn.Module, Tensor] = {}
 
     def see(norm: nn.Module, args: Any) -> None:
-        values = double(args[0]).transpose(0, 1).flatten(1)
-        count = torch.full_like(values[:, 0], values.shape[1])
-        found = torch.stack((count, values.sum(1), values.square().sum(1)))
+        values = args[0].float()  # widened after the sums, for activations are large
+        others = [axis for axis in range(values.ndim) if axis != 1]
+        variance, mean = map(double, torch.var_mean(values, others, correction=0))
+        count = values.numel() // values.shape[1]
+        found = count * torch.stack((torch.ones_like(mean), mean, variance + mean.square()))
         sums[norm] = sums[norm] + found if norm in sums else found
 
     with evaluating(network), hooked([norm.register_forward_pre_hook(see) for norm in norms]):

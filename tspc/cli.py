@@ -42,7 +42,7 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         _complain(str(stop) or "interrupted; the same command goes on where it stopped")
         sys.exit(128 + stop.signal if isinstance(stop, Interrupted) else INTERRUPTED)
-    except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, TspcError) as error:
         GlobalHydra.instance().clear()
         forget_empty_sweep()
         failures.append(_plain_error(error))

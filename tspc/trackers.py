@@ -32,7 +32,8 @@ def tracked(
     if tracker not in [str(name) for name in get_available_trackers()]:
         raise ConfigError([f"tracker={tracker}: its package is not installed; pip install 'tspc[{tracker}]'"])
     accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=str(folder))
-    accelerator.init_trackers("tspc", _flat(settings))
+    known = {key: v if isinstance(v, int | float | str) else str(v) for key, v in flattened(settings).items()}
+    accelerator.init_trackers("tspc", known)
     numbers = count(start)
 
     def both(record: dict[str, Any]) -> None:
@@ -52,12 +53,9 @@ def measurements(record: dict[str, Any]) -> dict[str, float]:
     return {f"{where}/{key}": float(value) for key, value in numbers.items()}
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level of names with dots."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str) else str(value)
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

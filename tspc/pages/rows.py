@@ -6,7 +6,6 @@ import csv
 import io
 import os
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from tspc.pages.benchmark import LATENCY, MACS, figures_of
 from tspc.pages.records import Broken, Run
 from tspc.runs import STAGES
+from tspc.trackers import flattened
 
 DECISIVE = ("phase.decompose.", "phase.distill.", "phase.finetune.", "calibration.", "allocation", "eval_samples")
 """What the keys of settings begin with that an accuracy depends on, besides method, rate and seed."""
@@ -100,7 +100,7 @@ def row_of(run: Run, page: Path) -> Row:
         macs=measured.get(MACS),
         latency=measured.get(LATENCY),
         seconds=sum(phase["seconds"] for phase in result["phases"].values()),
-        settings={key: value for key, value in _flat(result.get("settings", {})) if key.startswith(DECISIVE)},
+        settings={k: v for k, v in flattened(result.get("settings", {})).items() if k.startswith(DECISIVE)},
     )
 
 
@@ -108,21 +108,12 @@ def row_of_broken(broken: Broken) -> Row:
     return Row(broken.label, ("", ""), "", "", broken.status, error=broken.error)
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def differences_of(rows: list[Row]) -> dict[str, list[str]]:
     """The settings in which finished runs differ that have them, with their values."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, set[str]] = {}
     for row in rows:
         for key, value in row.settings.items():
-            values = found.setdefault(key, [])
-            values.extend({str(value)}.difference(values))
+            found.setdefault(key, set()).add(str(value))
     return {key: sorted(values) for key, values in found.items() if len(values) > 1}
 
 

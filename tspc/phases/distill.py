@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tspc import processes
-from tspc.batch_norm import rebase_
+from tspc.batch_norm import SHOWN, rebase_
 from tspc.data import generator_of
 from tspc.errors import ConfigError, out_of_range
 from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
-from tspc.phases.finetune import SHOWN, relative_error
+from tspc.phases.finetune import relative_error
 from tspc.stash import Room, Stash
 from tspc.training import Progress, Recipe, Watchers, fit
 from tspc.walk import Trace, Walker, trace

@@ -11,16 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspc import processes
-from tspc.batch_norm import rebase_
+from tspc.batch_norm import SHOWN, rebase_
 from tspc.blocks import find_blocks
 from tspc.errors import out_of_range
 from tspc.hooks import outputs_of
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
 from tspc.training import Labelled, LossOf, Progress, Recipe, Watchers, accuracy, fit
-
-SHOWN = 512
-"""Training images by which batch norms are set before training."""
 
 
 @dataclass(frozen=True)
