@@ -23,7 +23,7 @@ LAYERS = [
     ["deploy", "moments", "paths", "selection", "spectra", "walk"],
     ["inference", "sensitivity"],
     ["calibration"],
-    ["batch_norm", "curves"],
+    ["batch_norm", "curves", "refit"],
     ["allocation"],
     ["planning"],
     ["compression"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import signal
@@ -12,7 +13,7 @@ from torch import nn
 
 from tests.small import CPU, cross_entropy, network, recipe
 from tspc import interrupts
-from tspc.batch_norm import rebase_
+from tspc.batch_norm import rebase_, refit_norms_
 from tspc.data import DataSpec, Feed, load_data
 from tspc.errors import ConfigError, Interrupted, RunError, TrainingError
 from tspc.models import NetworkSpec
@@ -196,6 +197,28 @@ def test_top5_from_100_classes_on():
 def test_wrong_number_of_outputs(context):
     with pytest.raises(ConfigError, match="10 classes"):
         evaluate(NetworkSpec("builtin", "resnet8", 12).build(), context.data, CPU)
+
+
+def test_refitted_batch_norms_answer_most_like_the_references():
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 9, 9)
+    reference = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    reference(x)
+    reference.eval()
+    model = copy.deepcopy(reference)
+    with torch.no_grad():
+        model[0].weight += 0.1 * torch.randn_like(model[0].weight)
+        model[3].weight *= 0.3
+        refit_norms_(
+            model, reference, lambda: [network(part) for part in x.split(16) for network in (model, reference)]
+        )
+        answer, wanted = model(x), reference(x)
+    # No other line through the points of a channel is closer: the rest has no mean, and nothing to do with the answer.
+    rest, centred = wanted - answer, answer - answer.mean((0, 2, 3), keepdim=True)
+    assert float(rest.mean((0, 2, 3)).abs().max()) < 1e-4
+    assert float((rest * centred).mean((0, 2, 3)).abs().max()) < 1e-3
+    assert float(rest.square().mean()) < 0.5
+    torch.testing.assert_close(model[4].running_mean, model[3](model[:3](x)).mean((0, 2, 3)))
 
 
 def test_rebased_batch_norms_answer_the_same_and_train_from_there():

@@ -78,6 +78,69 @@ def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:
     return sum(float((answer - target).square().sum()) for answer, target in pairs)
 
 
+def _fitted_norms(network: nn.Module) -> dict[str, BatchNorm]:
+    """Batch norms that have a scale, a shift and running statistics."""
+    norms = {name: m for name, m in network.named_modules() if isinstance(m, BatchNorm)}
+    return {name: norm for name, norm in norms.items() if norm.affine and norm.running_mean is not None}
+
+
+def count_norms(network: nn.Module) -> int:
+    return len(_fitted_norms(network))
+
+
+@torch.no_grad()
+def refit_norms_(network: nn.Module, reference: nn.Module, run: Callable[[], object]) -> None:
+    """Sets the batch norms' scale and shift anew, one after the other: each then answers most like the reference's.
+
+    `run` sends the same images first through the network, then through the reference, batch by batch. The least
+    squares are solved channel by channel: with x what the network's batch norm is given and y what the reference's
+    answers,
+
+        w = cov(x, y) / √(var(x) + ε),   b = E[y],   running statistics E[x] and var(x).
+
+    It costs forward passes alone, and brings back to their size activations whose inputs have become others.
+    """
+    for name, norm in _fitted_norms(network).items():
+        waiting: list[Tensor] = []
+        found: list[Tensor] = []
+
+        def see(module: nn.Module, args: Any, waiting: list[Tensor] = waiting) -> None:
+            waiting.append(args[0].float())
+
+        def compare(
+            module: nn.Module, args: Any, y: Tensor, waiting: list[Tensor] = waiting, found: list[Tensor] = found
+        ) -> None:
+            found.append(_sums(waiting.pop(0), y.float()))
+
+        other = reference.get_submodule(name)
+        with (
+            evaluating(network),
+            hooked([norm.register_forward_pre_hook(see), other.register_forward_hook(compare)]),
+        ):
+            run()
+        if not found:
+            continue
+        count, x, y, xx, xy = processes.summed(torch.stack(found).sum(0))
+        mean, target = x / count, y / count
+        variance = (xx / count - mean.square()).clamp(min=0)
+        norm.weight.copy_((xy / count - mean * target) / (variance + norm.eps).sqrt())
+        norm.bias.copy_(target)
+        cast(Tensor, norm.running_mean).copy_(mean)
+        cast(Tensor, norm.running_var).copy_(variance)
+
+
+def _sums(x: Tensor, y: Tensor) -> Tensor:
+    """For every channel the number of values, Σx, Σy, Σx² and Σxy."""
+    others = [axis for axis in range(x.ndim) if axis != 1]
+    spread, mean = torch.var_mean(x, others, correction=0, keepdim=True)
+    target = y.mean(others, keepdim=True)
+    together = ((x - mean) * (y - target)).mean(others)
+    # Widened after the means, for activations are large.
+    mean, target, spread, together = (double(value.flatten()) for value in (mean, target, spread, together))
+    parts = (torch.ones_like(mean), mean, target, spread + mean.square(), together + mean * target)
+    return x.numel() // x.shape[1] * torch.stack(parts)
+
+
 @torch.no_grad()
 def rebase_(network: nn.Module, run: Callable[[], object]) -> None:
     """Lets batch norms normalise by what they see now, without changing what the network answers in eval mode.
@@ -92,7 +155,7 @@ def rebase_(network: nn.Module, run: Callable[[], object]) -> None:
     and all that is wrong about them, are blown up to the reference's size. What has no weight or no statistics is left
     alone.
     """
-    norms = [m for m in network.modules() if isinstance(m, BatchNorm) and m.affine and m.running_mean is not None]
+    norms = list(_fitted_norms(network).values())
     sums: dict[nn.Module, Tensor] = {}
 
     def see(norm: nn.Module, args: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tspc import processes
 from tspc.decompositions import Metric, double
 from tspc.dense import AXES, DenseLayer, explicit_padding, kernel_shape, kind_of
 
@@ -181,6 +182,12 @@ class Moments:
             y = y.to(x).reshape(rows, groups, -1).transpose(0, 1)
             for total, value in zip(self._pairs, (y.sum(1), y.mT @ x, y.mT @ y), strict=True):
                 total += value.to(total)
+
+    def join(self) -> None:
+        """Adds up what all processes have seen."""
+        self.count = int(processes.summed(torch.tensor(self.count, device=self.x.device)))
+        for total in (self.x, self.xx, *(self._pairs or ())):
+            processes.summed(total)
 
     def statistics(
         self, kernel: Tensor, centred: bool, damping: float, sensitivity: Tensor | None = None, images: int = 0

@@ -57,12 +57,16 @@ class LayerPlan:
         return self.reason in (None, FINAL, SLOWER)
 
     @property
-    def form(self) -> str:
-        """What the layer becomes: method, ranks and path, or why it stays dense."""
+    def factors(self) -> str:
+        """What the layer becomes: method and ranks, or why it stays dense."""
         if self.method is None or self.rank is None:
             return f"dense: {self.reason or 'kept'}"
-        path = "" if self.path is None else f", {self.path}"
-        return f"{self.method.name} {', '.join(map(str, self.rank))}{path}"
+        return f"{self.method.name} {', '.join(map(str, self.rank))}"
+
+    @property
+    def form(self) -> str:
+        """The same with the path that it is run by, where one is chosen."""
+        return self.factors if self.method is None or self.path is None else f"{self.factors}, {self.path}"
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))

@@ -92,9 +92,9 @@ class _Record:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, layers: Collection[str], images: Tensor, pattern: str | None = None) -> Trace:
-    """Runs `model` on a few images and finds its segments: its blocks, or those that the pattern names."""
-    blocks = find_blocks(model, layers, pattern)
+def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: list[str] | None = None) -> Trace:
+    """Runs `model` on a few images and finds its segments: the named blocks, or those that hold the layers."""
+    blocks = find_blocks(model, layers) if blocks is None else blocks
     record, consumers = _Record(), _Consumers()
 
     def on_layer(name: str) -> Callable:

@@ -17,6 +17,7 @@ from tspc.pages.rows import (
     csv_of,
     differences_of,
     grid_of,
+    judged_by,
     latex_of,
     markdown_of,
     order_of_goal,
@@ -116,8 +117,7 @@ def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
 def _group(name: tuple[str, str], rows: list[Row], folder: Path, prefix: str) -> dict[str, Any]:
     figures = {}
     for drawing in sweep_drawings(rows, prefix):
-        svg = drawing.save(folder)
-        figures[drawing.name] = {"title": drawing.title, "text": drawing.text, "svg": drawing.inline(svg)}
+        figures[drawing.name] = drawing.put(folder)
     trained = any(set(row.phases) - {"decompose"} for row in rows)
     grids = [grid_of(rows), grid_of(rows, "decompose") if trained else None]
     return {
@@ -125,6 +125,7 @@ def _group(name: tuple[str, str], rows: list[Row], folder: Path, prefix: str) ->
         "figures": figures,
         "grids": [grid for grid in grids if grid is not None],
         "differences": differences_of(rows),
+        "judged": judged_by(rows),
         "has_latency": any(row.latency is not None for row in rows),
         "has_rate": any(row.final is not None for row in rows),
     }

@@ -24,6 +24,9 @@ SERIES = ("#1f5fd0", "#c2410c", "#15803d", "#8b2fb8", "#9a6700", "#0f7c8c", "#be
 """Each is dark enough on white; a page replaces them by variables that are light enough on black."""
 MARKERS = "osD^vPX*"
 """Of the series, for readers who cannot tell the colours apart."""
+GLYPHS = dict(zip(MARKERS, "●■◆▲▼✚✖★", strict=True))
+LEGEND = "legend"
+"""The gid of a legend that a narrow page hides, because it shows the drawing's `legend` instead."""
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SOFT: "--soft"} | {
     colour: f"--c{number}" for number, colour in enumerate(SERIES)
 }
@@ -64,14 +67,36 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Key:
+    """An entry of a legend that stands beside the figure, in words of the page."""
+
+    label: str
+    glyph: str
+    variable: str
+
+    @classmethod
+    def of(cls, label: str, glyph: str, colour: str) -> Key:
+        return cls(label, glyph, _VARIABLES[colour])
+
+
+@dataclass(frozen=True)
 class Drawing:
-    """`title` names the figure, `text` says in words what it shows. `marks` belong to the artists with these gids."""
+    """`title` names the figure, `text` says in words what it shows. `marks` belong to the artists with these gids.
+
+    `legend` is shown by the page where the figure's own is out of sight, because the page is narrow.
+    """
 
     name: str
     title: str
     text: str
     figure: Figure
     marks: dict[str, Mark] = field(default_factory=dict)
+    legend: tuple[Key, ...] = ()
+
+    def put(self, folder: Path) -> dict[str, Any]:
+        """Writes `name`.png and `name`.svg; returns what a page's template asks for."""
+        svg = self.save(folder)
+        return {"title": self.title, "text": self.text, "legend": self.legend, "svg": self.inline(svg)}
 
     def save(self, folder: Path) -> str:
         """Writes `name`.png and `name`.svg; returns the SVG for `inline`."""

@@ -104,6 +104,15 @@ class Broken:
     label: str
     error: str
     status: str = FAILED
+    method: str = ""
+    goal: str = ""
+
+
+def _failed(overrides: list[str], error: str) -> Broken:
+    """A job that left no directory, with what its command says of method and rate."""
+    given = dict(override.split("=", 1) for override in overrides if "=" in override)
+    label = " ".join(overrides) or "(defaults)"
+    return Broken(label, error, method=given.get("method", ""), goal=given.get("rate", ""))
 
 
 def damaged(path: Path, error: BaseException) -> Broken:
@@ -158,7 +167,7 @@ def _read_jobs(folder: Path) -> dict[Path, Run | Broken]:
         try:
             record = read_json(path)
             if record["result"] is None:
-                found[path.resolve()] = Broken(" ".join(record["overrides"]) or "(defaults)", record["error"])
+                found[path.resolve()] = _failed(record["overrides"], record["error"])
             else:
                 found |= _read_all([_located(Path(record["result"]["directory"]), folder)])
         except DAMAGES as error:

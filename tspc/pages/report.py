@@ -34,8 +34,7 @@ def write_report(directory: Path) -> Path:
     with style():
         figures = {}
         for drawing in run_drawings(run):
-            svg = drawing.save(directory / FIGURES)
-            figures[drawing.name] = {"title": drawing.title, "text": drawing.text, "svg": drawing.inline(svg)}
+            figures[drawing.name] = drawing.put(directory / FIGURES)
     page = render("report.html", run=run, figures=figures, folder=FIGURES, **_content(run))
     path = directory / "report.html"
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))

@@ -21,7 +21,8 @@ DECISIVE = ("phase.decompose.", "phase.distill.", "phase.finetune.", "calibratio
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Accuracies are shares; `latency` is in milliseconds; None is what is not known (yet).
+    """One run. Accuracies are shares, of so many test images as `judged` says for each phase; `latency` is in
+    milliseconds; None is what is not known (yet).
 
     `settings` are those that an accuracy depends on, by their dotted keys.
     """
@@ -43,6 +44,7 @@ class Row:
     macs: float | None = None
     latency: float | None = None
     seconds: float | None = None
+    judged: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -94,6 +96,7 @@ def row_of(run: Run, page: Path) -> Row:
         reached=result["rate_reached"],
         reference=_top1(result["reference"]["accuracy"]),
         phases={name: _top1(phase["accuracy"]) for name, phase in result["phases"].items()},
+        judged={name: p["accuracy"]["images"] for name, p in result["phases"].items() if p["accuracy"]},
         final=_top1(result["accuracy"]),
         parameters=result["parameters"]["after"],
         bytes=result["bytes"]["after"],
@@ -105,7 +108,7 @@ def row_of(run: Run, page: Path) -> Row:
 
 
 def row_of_broken(broken: Broken) -> Row:
-    return Row(broken.label, ("", ""), "", "", broken.status, error=broken.error)
+    return Row(broken.label, ("", ""), broken.method, broken.goal, broken.status, error=broken.error)
 
 
 def differences_of(rows: list[Row]) -> dict[str, list[str]]:
@@ -115,6 +118,15 @@ def differences_of(rows: list[Row]) -> dict[str, list[str]]:
         for key, value in row.settings.items():
             found.setdefault(key, set()).add(str(value))
     return {key: sorted(values) for key, values in found.items() if len(values) > 1}
+
+
+def judged_by(rows: list[Row]) -> dict[int, list[str]]:
+    """The phases by the number of test images that judged them, where that is not the same for all."""
+    found: dict[int, list[str]] = {}
+    for stage in STAGES:
+        for images in sorted({row.judged[stage] for row in rows if stage in row.judged}):
+            found.setdefault(images, []).append(stage)
+    return found if len(found) > 1 else {}
 
 
 def _top1(accuracy: dict[str, Any] | None) -> float | None:

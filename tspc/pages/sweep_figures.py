@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from tspc.pages.drawing import INK, MARKERS, MUTED, SERIES, Drawing, Mark, accuracy_axis, canvas, plain_log_axis
+from tspc.pages.drawing import (
+    GLYPHS,
+    INK,
+    LEGEND,
+    MARKERS,
+    MUTED,
+    SERIES,
+    Drawing,
+    Key,
+    Mark,
+    accuracy_axis,
+    canvas,
+    plain_log_axis,
+)
 from tspc.pages.rows import Row
 
 COSTS: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
@@ -63,10 +76,29 @@ def _scatter(name: str, title: str, label: str, known: list[tuple[float, Row]], 
         axes.set_xticks(asked, [f"{rate:g}" for rate in asked])
     axes.set_xlabel(label)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
+    legend = axes.legend(
+        handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0
+    )
+    legend.set_gid(LEGEND)
     best = ", ".join(f"{known[i][1].label} {points[i][1]:.2f} %" for i in front)
     text = f"Top-1 accuracy of {len(points)} runs against {label}. On the Pareto front: {best}."
-    return Drawing(name, title, text, figure, marks)
+    return Drawing(name, title, text, figure, marks, tuple(_keys(order, known)))
+
+
+def _look(number: int) -> tuple[str, str]:
+    """Colour and marker of a series."""
+    return SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+
+
+def _keys(order: list[str], known: list[tuple[float, Row]]) -> Iterator[Key]:
+    shown = {row.series for _, row in known}
+    for number, series in enumerate(order):
+        if series in shown:
+            colour, marker = _look(number)
+            yield Key.of(series, GLYPHS[marker], colour)
+    yield Key.of("Pareto front", "▬", MUTED)
+    if any(row.reference is not None for _, row in known):
+        yield Key.of("reference", "╌", INK)
 
 
 def _series(
@@ -80,7 +112,7 @@ def _series(
     front: list[int],
 ) -> None:
     """A method's runs as marks, and a line through the means of those with the same goal."""
-    colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+    colour, marker = _look(number)
     goals: dict[str, list[tuple[float, float]]] = {}
     for i in own:
         goals.setdefault(known[i][1].goal, []).append(points[i])

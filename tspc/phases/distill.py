@@ -6,8 +6,9 @@ once, when its turn comes, and kept: a step then costs one block, forward and ba
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -16,21 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from tspc import processes
-from tspc.batch_norm import SHOWN, rebase_
+from tspc.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
+from tspc.blocks import block_of, find_blocks
 from tspc.data import generator_of
 from tspc.errors import ConfigError, out_of_range
 from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
+from tspc.refit import adapted_layers, refit_
 from tspc.stash import Room, Stash
-from tspc.training import Progress, Recipe, Watchers, fit
+from tspc.training import Progress, Recipe, Step, Watchers, fit
 from tspc.walk import Trace, Walker, trace
 
 BATCH_NORMS = ("frozen", "updated")
 WAYS = ("sequential", "parallel", "mixed")
 JUDGES = 8
 """One in so many of the kept batches judges, and is not trained on."""
+FEW_NORMS = 8
+"""Batch norms of a block that are all set by as many images."""
 VIEWS = 4
 """Most augmentations of one training image."""
 
@@ -73,11 +78,13 @@ def distill(
 ) -> None:
     """Trains the blocks of `model` in order, in place.
 
-    Layers outside every block with a tensorized layer equal the reference's and stay as they are. A block is never
-    left worse than it was, by the images kept for judging.
+    A dense layer outside every block with a tensorized layer stays as it is where it equals the reference's. Where
+    phase 0 changed it, to make up for the layers before it, it is solved anew for what these have become. A block is
+    never left worse than it was, by the images kept for judging.
 
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
+    adapted = adapted_layers(model, reference)
     state = progress.state_of(progress.stage)
     if state is not None:
         model.load_state_dict(state["network"])
@@ -87,13 +94,19 @@ def distill(
     try:
         images = _augmented(settings, context, room)
         # In the reference, for the factors of a layer must not count as layers of a block.
-        found = trace(reference, list(tensorized_layers(model)), images[0][:2], settings.blocks)
+        layers = list(tensorized_layers(model))
+        blocks = find_blocks(reference, layers + (adapted if settings.blocks is None else []), settings.blocks)
+        blocks += [name for name in adapted if block_of(name, blocks) is None]
+        found = trace(reference, layers + adapted, images[0][:2], blocks)
         kept = _Kept(reference, model, found, images, room, settings.inputs, context.seed)
         for number, segment in enumerate(found.segments):
             kept.advance()
             if number >= progress.stage:
                 label = f"block {number + 1}/{len(found.segments)} {segment.module or 'whole network'}"
-                _train_block(model, segment.module, number, label, kept, settings, context, progress)
+                if segment.module in adapted:
+                    _solve(model, reference, segment.module, label, kept, settings, context)
+                else:
+                    _train_block(model, reference, segment.module, number, label, kept, settings, context, progress)
                 progress.save(number + 1, {"network": model.state_dict()})
     finally:
         room.close()
@@ -131,28 +144,40 @@ class _Kept:
         if self._small is not None:
             self._small.advance()
         self._reference.answer()
+        output = self._reference.output(0)
+        if not isinstance(output, Tensor):
+            name, kind = self._reference.segment.module, type(output).__name__
+            raise ConfigError(
+                [f"block {name} gives {kind}, not one tensor; name others by phase.distill.blocks='PATTERN'"]
+            )
 
     def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor]]:
         for number in torch.randperm(self.per_epoch, generator=generator_of(self._seed, epoch))[start:].tolist():
             yield self._pair(number, from_reference=self._inputs == "mixed" and (number + epoch) % 2 == 1)
 
-    def show(self, block: nn.Module, batches: int) -> None:
-        """Sends the first of the kept batches through the block."""
+    def show(self, blocks: Sequence[nn.Module], batches: int) -> None:
+        """Sends the first of the kept batches through the block, and through the reference's where it is named too."""
         for number in range(min(batches, self.per_epoch)):
-            args, named = self._pair(number)[0]
-            block(*args, **named)
+            for block, walker in zip(blocks, (self._small or self._reference, self._reference), strict=False):
+                args, named = walker.arguments(number)
+                block(*args, **named)
+
+    def training(self) -> Iterator[tuple[Any, Tensor]]:
+        """All batches that are trained on."""
+        return (self._pair(number) for number in range(self.per_epoch))
 
     def judging(self) -> Iterator[tuple[Any, Tensor]]:
         """Batches that are not trained on."""
         return (self._pair(self.per_epoch + number) for number in range(self._judging))
 
     def _pair(self, number: int, from_reference: bool = False) -> tuple[Any, Tensor]:
-        walker = self._reference if self._small is None or from_reference else self._small
+        walker = self._reference if from_reference else self._small or self._reference
         return walker.arguments(number), self._reference.output(number)
 
 
 def _train_block(
     model: nn.Module,
+    reference: nn.Module,
     name: str,
     number: int,
     label: str,
@@ -165,43 +190,76 @@ def _train_block(
     model.eval().requires_grad_(False)
     block.requires_grad_(True)
     if settings.batch_norm == "updated":
-        rebase_(block, lambda: kept.show(block, math.ceil(SHOWN / settings.batch_size)))
+        _start_norms_(block, reference.get_submodule(name), kept, settings)
     for module in block.modules():
         # Nothing but batch norm: dropout would only be noise against a reference that has none.
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train(settings.batch_norm == "updated")
-
-    def loss_of(network: nn.Module, call: Any, target: Tensor) -> Tensor:
-        args, named = call
-        output = network(*args, **named)
-        if not isinstance(output, Tensor):
-            kind = type(output).__name__
-            raise ConfigError(
-                [f"block {name} gives {kind}, not one tensor; name others by phase.distill.blocks='PATTERN'"]
-            )
-        return relative_error(output, target)
-
-    @torch.no_grad()
-    def judge(network: nn.Module) -> float:
-        with evaluating(network):
-            errors = torch.stack([loss_of(network, call, target) for call, target in kept.judging()])
-        return -float(processes.summed(errors.mean())) / processes.count()
 
     total = settings.total_steps(kept.per_epoch)
     with context.watch("distill", label, total, settings.batch_size, block=name) as on_step:
         fit(
             block,
             kept,
-            loss_of,
+            _loss,
             settings,
             context.hardware,
             context.seed,
             stage=number,
             progress=progress,
-            watchers=Watchers(on_step, judge, lambda losses: _stalled(losses, settings.least_gain)),
+            watchers=Watchers(
+                on_step, lambda network: -_judged(network, kept), lambda losses: _stalled(losses, settings.least_gain)
+            ),
             kept=model,
         )
     model.eval()
+
+
+def _start_norms_(block: nn.Module, original: nn.Module, kept: _Kept, settings: Distillation) -> None:
+    """Batch norms in closed form for the inputs that the block has by now, where that brings its answer closer."""
+    batches = math.ceil(SHOWN / settings.batch_size)
+    before, state = _judged(block, kept), copy.deepcopy(block.state_dict())
+    # Each batch norm takes a pass: a few of them see all that is shown, many share it.
+    share = math.ceil(FEW_NORMS * batches / max(FEW_NORMS, count_norms(block)))
+    refit_norms_(block, original, lambda: kept.show((block, original), share))
+    if not _judged(block, kept) < before:
+        block.load_state_dict(state)
+    rebase_(block, lambda: kept.show((block,), batches))
+
+
+def _loss(block: nn.Module, call: Any, target: Tensor) -> Tensor:
+    args, named = call
+    return relative_error(block(*args, **named), target)
+
+
+@torch.no_grad()
+def _solve(
+    model: nn.Module,
+    reference: nn.Module,
+    name: str,
+    label: str,
+    kept: _Kept,
+    settings: Distillation,
+    context: Context,
+) -> None:
+    """In closed form, what `_train_block` does by steps: for a layer that is dense."""
+    layer, original = model.get_submodule(name), reference.get_submodule(name)
+    before, state = _judged(layer, kept), copy.deepcopy(layer.state_dict())
+    pairs = ((args[0], target) for (args, _), target in kept.training())
+    refit_(layer, original, pairs, kept.per_epoch)
+    after = _judged(layer, kept)
+    if not after < before:
+        layer.load_state_dict(state)
+    with context.watch("distill", label, 1, settings.batch_size, block=name) as on_step:
+        on_step(Step(0, 1, min(before, after), 0.0))
+
+
+@torch.no_grad()
+def _judged(block: nn.Module, kept: _Kept) -> float:
+    """The mean loss of the batches that are not trained on, over all processes."""
+    with evaluating(block):
+        errors = torch.stack([_loss(block, call, target) for call, target in kept.judging()])
+    return float(processes.summed(errors.mean())) / processes.count()
 
 
 def _stalled(losses: list[float], least_gain: float) -> bool:
