@@ -182,7 +182,7 @@ def _looking(clock: Clock, model: nn.Module, steps: int, context: Context) -> Co
     return dataclasses.replace(context, note=note)
 
 
-SETTINGS = ("runs", "seconds", "batch", "learning_rate", "distill_steps", "limit", "threads", "seed")
+SETTINGS = ("seconds", "batch", "learning_rate", "distill_steps", "limit", "threads", "seed")
 """Options that a cell depends on."""
 
 

@@ -94,7 +94,8 @@ def test_what_is_missing_is_told_before_any_work(cli, tmp_path, monkeypatch):
     code, _, err = cli(*RUN, "phase=[pretrain,decompose,export]")
     assert code == 1
     assert err == (
-        "tspc: the export to ONNX needs the extra onnx; onnxruntime not installed: pip install 'tspc[onnx]'\n"
+        "tspc: the export to ONNX (formats=[pt2,safetensors] leaves it out) needs the extra onnx; "
+        "onnxruntime not installed: pip install 'tspc[onnx]'\n"
     )
     assert not (tmp_path / "outputs").exists()
     code, _, err = cli(*RUN, "phase=export", "phase.export.formats=[pt2]")

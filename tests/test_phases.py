@@ -14,6 +14,7 @@ from tests.small import CPU, network
 from tspc.calibration import Calibration
 from tspc.compression import compress
 from tspc.hooks import outputs_of
+from tspc.phases.agreement import keep_better_
 from tspc.phases.distill import Distillation, distill
 from tspc.phases.finetune import Finetuning, finetune, relative_error
 from tspc.refit import adapted_layers, refit_
@@ -117,6 +118,18 @@ def test_a_network_that_calls_its_blocks_twice_is_distilled_as_a_whole(context):
     before = distance(model, reference, images)
     distill(model, reference, DISTILLATION, context, Progress())
     assert distance(model, reference, images) < before
+
+
+def test_a_network_is_not_left_further_from_the_reference(context, reference):
+    images = [next(context.data.calibration_batches(200, 200, CPU))]
+    start = copy.deepcopy(reference.state_dict())
+    worse = copy.deepcopy(reference)
+    nn.init.normal_(worse.linear.weight)
+    ruined = copy.deepcopy(worse.state_dict())
+    keep_better_(worse, start, reference, images, context)
+    assert all(torch.equal(value, start[key]) for key, value in worse.state_dict().items())
+    keep_better_(worse, ruined, reference, images, context)
+    assert all(torch.equal(value, start[key]) for key, value in worse.state_dict().items()), "the better one stays"
 
 
 @pytest.mark.parametrize(

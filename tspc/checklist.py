@@ -75,7 +75,7 @@ class Checklist:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for row in self._rows:
             row.work = None
-            row.is_done = row.is_done or (kind is None and bool(row.seconds or row.text))
+            row.is_done = row.is_done or kind is None
         self._is_over = True
         self._live.stop()
 

@@ -110,7 +110,9 @@ def _read(path: str | Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Te
     except FileNotFoundError as error:
         raise WeightsError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); make it again") from error
+        raise WeightsError(
+            f"{path} is not a whole safetensors file ({error}); remove it, and it is made again"
+        ) from error
     if "tspc" not in metadata:
         raise WeightsError(f"{path} holds weights, but was not written by tspc: load it into the network itself")
     header = json.loads(metadata["tspc"])

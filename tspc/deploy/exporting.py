@@ -60,7 +60,7 @@ class Exported:
 def check_formats(formats: tuple[str, ...]) -> None:
     """Raises ConfigError if a format needs packages that are not installed."""
     if "onnx" in formats:
-        extras.require("onnx", "the export to ONNX")
+        extras.require("onnx", "the export to ONNX (formats=[pt2,safetensors] leaves it out)")
 
 
 def export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import statistics
 import tempfile
 import time
@@ -162,9 +163,15 @@ def _prepared(model: nn.Module, batch: Inputs, runtime: str) -> Run:
 def _inductor_quiet() -> Iterator[None]:
     import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logger = logging.getLogger("torch.utils.cpp_extension")  # says that there is no GPU
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _session(model: nn.Module, inputs: Inputs) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from tspc.deploy import RUNTIMES, Comparison, cost
@@ -82,16 +83,18 @@ def _timing_table(found: dict[str, Any]) -> Table:
     heads = ("batch", "dense\nmedian", "\np95", "compressed\nmedian", "\np95", "speedup", "compressed\ninputs/s")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
-    notes = []
+    skipped: dict[tuple[str, str], list[str]] = {}
     for entry in found["timings"]:
         if entry["skipped"] is not None:
-            notes.append(f"{entry['runtime']}, batch {entry['batch_size']}, was left out: {entry['skipped']}")
+            skipped.setdefault((entry["runtime"], entry["skipped"]), []).append(str(entry["batch_size"]))
             continue
         dense, small = entry["dense"], entry["compressed"]
         times = (f"{1000 * side[key]:.3g}" for side in (dense, small) for key in ("median", "p95"))
         last = f"{entry['speedup']:.2f}×", f"{small['throughput']:,.0f}"
         table.add_row(entry["runtime"], str(entry["batch_size"]), *times, *last)
-    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
+    notes = [f"{runtime}, batch {', '.join(sizes)}, was left out: {why}" for (runtime, why), sizes in skipped.items()]
+    # As text: an extra's brackets are no markup.
+    table.caption, table.caption_justify = Text("\n".join(notes)) if notes else None, "left"
     return table
 
 
