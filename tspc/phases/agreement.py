@@ -17,31 +17,29 @@ from tspc.phases.context import Context
 def keep_better_(
     model: nn.Module, start: dict[str, Tensor], reference: nn.Module, images: list[Tensor], context: Context
 ) -> None:
-    """Blocks that are all closer can still be further together, where little of the network is left."""
+    """Blocks that are all closer can still be further together, where little of the network is left.
+
+    The network is set back to `start` if it gave the reference's class on more of the images then, by more than two
+    standard deviations of that difference (McNemar, 1947). What does not classify stays as it is.
+    """
     trained = copy.deepcopy(model.state_dict())
-    after, _ = _agreement(model, reference, images)
+    after = _agreeing(model, reference, images)
     model.load_state_dict(start)
-    before, count = _agreement(model, reference, images)
-    # The difference of two shares of so many images, at two standard deviations.
-    chance = 2 * math.sqrt((before * (1 - before) + after * (1 - after)) / count)
-    if before - after <= chance:
+    before = _agreeing(model, reference, images)
+    lost, gained = before & ~after, after & ~before
+    counts = torch.stack([flags.sum() for flags in (lost, gained, before, after, torch.ones_like(after))])
+    lost, gained, before, after, images_in_all = processes.summed(counts).tolist()
+    if lost - gained <= 2 * math.sqrt(lost + gained):
         model.load_state_dict(trained)
         return
-    shares = f"{100 * before:.1f} % of the judging images, after it on {100 * after:.1f} %"
-    context.display.line(f"distill    undone: before it the network agreed with the reference on {shares}")
+    text = f"before it the network gave the reference's class on {before:,} of {images_in_all:,} training images"
+    context.display.line(f"distill    undone: {text}, after it on {after:,}")
 
 
-def _agreement(model: nn.Module, reference: nn.Module, images: list[Tensor]) -> tuple[float, float]:
-    """The share of the images to which both give the same class (1 if they are no classifiers), and how many there are.
-
-    Of all processes.
-    """
-    same = torch.zeros(2, device=images[0].device)
+def _agreeing(model: nn.Module, reference: nn.Module, images: list[Tensor]) -> Tensor:
+    """For each image whether both answer with the same class; true for all where they do not classify."""
     with evaluating(model):
-        for batch in images:
-            ours, theirs = model(batch), reference(batch)
-            if not (isinstance(theirs, Tensor) and theirs.ndim == 2):
-                return 1.0, 1.0
-            same += torch.tensor([float((ours.argmax(1) == theirs.argmax(1)).sum()), len(batch)]).to(same)
-    agreed, count = processes.summed(same).tolist()
-    return agreed / count, count
+        pairs = [(model(batch), reference(batch)) for batch in images]
+    if not all(isinstance(theirs, Tensor) and theirs.ndim == 2 for _, theirs in pairs):
+        return torch.ones(1, dtype=torch.bool, device=images[0].device)
+    return torch.cat([ours.argmax(1) == theirs.argmax(1) for ours, theirs in pairs])

@@ -82,7 +82,7 @@ def distill(
     A dense layer outside every block with a tensorized layer stays as it is where it equals the reference's. Where
     phase 0 changed it, to make up for the layers before it, it is solved anew for what these have become. A block is
     never left worse than it was, by the images kept for judging. Nor is a classifier: where before it agreed with the
-    reference on more of them than chance explains, it is left as it was, unless the blocks were named.
+    reference on more of the held-out images than chance explains, it is left as it was, unless the blocks were named.
 
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
@@ -111,10 +111,16 @@ def distill(
                     _train_block(model, reference, segment.module, number, label, kept, settings, context, progress)
                 progress.save(number + 1, {"network": model.state_dict()})
         if settings.blocks is None:
-            keep_better_(model, start, reference, kept.judging_images, context)
+            keep_better_(model, start, reference, _left_out(settings, context) or kept.judging_images, context)
     finally:
         room.close()
     model.eval().requires_grad_(True)
+
+
+def _left_out(settings: Distillation, context: Context) -> list[Tensor]:
+    """The training images by which finetuning judges too: as they are, without augmentation."""
+    data, feed = context.required_data, context.feed(settings)
+    return [images for images, _ in data.held_out_batches(feed.held_out, 250, context.device, feed.share)]
 
 
 def _augmented(settings: Distillation, context: Context, room: Room) -> Stash:
