@@ -1,4 +1,4 @@
-"""What rates would cost, before anything is done."""
+"""What rates would cost, before anything is replaced."""
 
 from __future__ import annotations
 
