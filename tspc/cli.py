@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import os
 import re
 import shlex
@@ -34,6 +35,9 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"tspc {__version__}")
         return
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode gets a question mark, not a traceback
+            stream.reconfigure(errors="replace")
     # Hydra would print its errors in a form of its own; with this set it raises them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[str] = []
