@@ -17,7 +17,7 @@ from tspc.errors import InfeasibleRateError
 from tspc.plans import LayerPlan, Plan
 
 MAX_ROWS = 60
-COLUMNS = ("layer", "kind", "shape", "ranks", "before", "after", "kernel\nerror", "output\nerror")
+COLUMNS = ("layer", "kind", "shape", "ranks", "before", "after", "error", "output\nerror")
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -37,7 +37,7 @@ def plan_table(
     columns of `width` what a reader misses least."""
     table = Table(title=_title(plan), title_justify="left", caption=_totals(plan, bytes_before, bytes_after))
     table.caption_justify = "left"
-    spare = {"kind", "kernel\nerror"} if width < 100 else set()
+    spare = {"kind", "error"} if width < 100 else set()
     names = [name for name in COLUMNS if name not in spare]
     for name in names:
         is_text = name in COLUMNS[:4]
