@@ -120,8 +120,20 @@ def test_a_network_that_calls_its_blocks_twice_is_distilled_as_a_whole(context):
     assert distance(model, reference, images) < before
 
 
+def test_layers_are_not_solved_where_that_would_be_wrong(context, reference):
+    """From the reference's inputs a layer would be the reference's, and named blocks are all that is touched."""
+    images = next(context.data.calibration_batches(200, 200, CPU))
+    settings = Calibration(samples=200)
+    model = compress(reference, "svd", 0.2, allocation="uniform", calibration=images, settings=settings)
+    head = model.linear.weight.clone()
+    for change in ({"inputs": "parallel"}, {"blocks": "layer3.0"}):
+        small = copy.deepcopy(model)
+        distill(small, reference, replace(DISTILLATION, steps=2, **change), context, Progress())
+        assert torch.equal(small.linear.weight, head)
+
+
 def test_a_network_is_not_left_further_from_the_reference(context, reference):
-    images = [next(context.data.calibration_batches(200, 200, CPU))]
+    images = lambda: context.data.calibration_batches(200, 200, CPU)  # noqa: E731
     start = copy.deepcopy(reference.state_dict())
     worse = copy.deepcopy(reference)
     nn.init.normal_(worse.linear.weight)

@@ -105,7 +105,7 @@ def refit_norms_(network: nn.Module, reference: nn.Module, run: Callable[[], obj
         found: list[Tensor] = []
 
         def see(module: nn.Module, args: Any, waiting: list[Tensor] = waiting) -> None:
-            waiting.append(args[0].float())
+            waiting.append(args[0].to(torch.float32, copy=True))  # the block may change it in place
 
         def compare(
             module: nn.Module, args: Any, y: Tensor, waiting: list[Tensor] = waiting, found: list[Tensor] = found

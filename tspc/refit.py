@@ -8,9 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tspc import processes
 from tspc.calibration import Calibration, is_narrow
 from tspc.dense import DenseLayer, kernel_of, kernel_shape, kind_of
 from tspc.moments import Moments, Positions, input_patches, output_rows
+from tspc.walk import Trace
 
 
 def adapted_layers(model: nn.Module, reference: nn.Module) -> list[str]:
@@ -25,6 +27,14 @@ def _are_equal(layer: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(one, two) for one, two in pairs)
 
 
+def can_be_refitted(model: nn.Module, name: str, found: Trace) -> bool:
+    """Whether a layer is called once, and what its output is shifted by belongs to itself.
+
+    Without a bias phase 0 puts that into the batch norm.
+    """
+    return found.calls[name] == 1 and (name not in found.batch_norms or model.get_submodule(name).bias is not None)
+
+
 @torch.no_grad()
 def refit_(layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], batches: int) -> None:
     """Gives the layer the kernel and the bias whose answers to x are closest to y in the mean square.
@@ -37,7 +47,7 @@ def refit_(layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, 
     dense, own = cast(DenseLayer, layer), cast(DenseLayer, original)
     settings, moments, images = Calibration(), None, 0
     for number, (x, y) in enumerate(pairs):
-        positions = Positions.at_most(max(1, settings.patches // batches), dense, y, number)
+        positions = Positions.at_most(max(1, settings.patches // (batches * processes.count())), dense, y, number)
         rows = input_patches(dense, x.float(), positions)
         moments = moments or Moments(rows.shape[-1], kernel_shape(dense)[0], rows.device, len(rows))
         moments.add(rows, output_rows(own, y.float(), positions))
@@ -45,8 +55,9 @@ def refit_(layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, 
     if moments is None:
         return
     moments.join()
+    images = int(processes.summed(torch.tensor(images, device=moments.x.device)))
     found = moments.statistics(kernel_of(own), dense.bias is not None, settings.damping, images=images)
     kernel_of(dense).copy_(found.target.reshape(kernel_shape(dense)))
     shift = found.shift(kernel_of(dense))
     if dense.bias is not None and own.bias is not None and shift is not None:
-        dense.bias.copy_(own.bias + shift)
+        dense.bias.copy_(own.bias + shift.to(own.bias))

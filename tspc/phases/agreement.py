@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,34 +13,43 @@ from tspc import processes
 from tspc.hooks import evaluating
 from tspc.phases.context import Context
 
+Images = Callable[[], Iterable[Tensor]]
+
 
 @torch.no_grad()
 def keep_better_(
-    model: nn.Module, start: dict[str, Tensor], reference: nn.Module, images: list[Tensor], context: Context
+    model: nn.Module, start: dict[str, Tensor], reference: nn.Module, images: Images, context: Context
 ) -> None:
     """Blocks that are all closer can still be further together, where little of the network is left.
 
     The network is set back to `start` if it gave the reference's class on more of the images then, by more than two
     standard deviations of that difference (McNemar, 1947). What does not classify stays as it is.
     """
+    wanted = _classes(reference, images)
+    if wanted is None:
+        return
     trained = copy.deepcopy(model.state_dict())
-    after = _agreeing(model, reference, images)
+    after = _classes(model, images) == wanted
     model.load_state_dict(start)
-    before = _agreeing(model, reference, images)
+    before = _classes(model, images) == wanted
     lost, gained = before & ~after, after & ~before
     counts = torch.stack([flags.sum() for flags in (lost, gained, before, after, torch.ones_like(after))])
-    lost, gained, before, after, images_in_all = processes.summed(counts).tolist()
+    lost, gained, before, after, count = processes.summed(counts).tolist()
     if lost - gained <= 2 * math.sqrt(lost + gained):
         model.load_state_dict(trained)
         return
-    text = f"before it the network gave the reference's class on {before:,} of {images_in_all:,} training images"
+    context.note({"phase": "distill", "event": "undone", "before": before, "after": after, "images": count})
+    text = f"before it the network gave the reference's class on {before:,} of {count:,} training images"
     context.display.line(f"distill    undone: {text}, after it on {after:,}")
 
 
-def _agreeing(model: nn.Module, reference: nn.Module, images: list[Tensor]) -> Tensor:
-    """For each image whether both answer with the same class; true for all where they do not classify."""
-    with evaluating(model):
-        pairs = [(model(batch), reference(batch)) for batch in images]
-    if not all(isinstance(theirs, Tensor) and theirs.ndim == 2 for _, theirs in pairs):
-        return torch.ones(1, dtype=torch.bool, device=images[0].device)
-    return torch.cat([ours.argmax(1) == theirs.argmax(1) for ours, theirs in pairs])
+def _classes(network: nn.Module, images: Images) -> Tensor | None:
+    """The class of each image; None if the network does not classify."""
+    found: list[Tensor] = []
+    with evaluating(network):
+        for batch in images():
+            answer = network(batch)
+            if not (isinstance(answer, Tensor) and answer.ndim == 2):
+                return None
+            found.append(answer.argmax(1))
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=next(network.parameters()).device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -26,7 +26,7 @@ from tspc.layers import tensorized_layers
 from tspc.phases.agreement import keep_better_
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
-from tspc.refit import adapted_layers, refit_
+from tspc.refit import adapted_layers, can_be_refitted, refit_
 from tspc.stash import Room, Stash
 from tspc.training import Progress, Recipe, Step, Watchers, fit
 from tspc.walk import Trace, Walker, trace
@@ -49,7 +49,7 @@ class Distillation(Recipe):
     at the block's place is kept (float16; beyond `memory` MB in temporary files). `inputs` says what a block learns
     from: what the compressed blocks before it make of the images (`sequential`, as in the paper), what the reference's
     do (`parallel`), or both by turns (`mixed`). A block is done when its loss falls by less than `least_gain`, as a
-    share, over ten steps; 0 never ends it early. `held_out` images are left out, for finetuning judges by them.
+    share, over ten steps; 0 never ends it early. `held_out` images are left out: they judge the network.
 
     `batch_norm` says whether the block under training normalises by its running statistics, as the reference does
     (`frozen`), or by the batch's, updating them (`updated`).
@@ -81,8 +81,9 @@ def distill(
 
     A dense layer outside every block with a tensorized layer stays as it is where it equals the reference's. Where
     phase 0 changed it, to make up for the layers before it, it is solved anew for what these have become. A block is
-    never left worse than it was, by the images kept for judging. Nor is a classifier: where before it agreed with the
-    reference on more of the held-out images than chance explains, it is left as it was, unless the blocks were named.
+    never left worse than it was, by the images kept for judging. Nor is a network that classifies: where it gives the
+    reference's class on fewer held-out images than before, by more than chance explains, it is set back, unless the
+    blocks were named.
 
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
@@ -95,11 +96,7 @@ def distill(
     room = Room(settings.memory)
     try:
         images = _augmented(settings, context, room)
-        # In the reference, for the factors of a layer must not count as layers of a block.
-        layers = list(tensorized_layers(model))
-        blocks = find_blocks(reference, layers + (adapted if settings.blocks is None else []), settings.blocks)
-        blocks += [name for name in adapted if block_of(name, blocks) is None]
-        found = trace(reference, layers + adapted, images[0][:2], blocks)
+        found = _trace(model, reference, adapted, images[0][:2], settings)
         kept = _Kept(reference, model, found, images, room, settings.inputs, context.seed)
         for number, segment in enumerate(found.segments):
             kept.advance()
@@ -111,16 +108,33 @@ def distill(
                     _train_block(model, reference, segment.module, number, label, kept, settings, context, progress)
                 progress.save(number + 1, {"network": model.state_dict()})
         if settings.blocks is None:
-            keep_better_(model, start, reference, _left_out(settings, context) or kept.judging_images, context)
+            keep_better_(model, start, reference, _unseen(kept, settings, context), context)
     finally:
         room.close()
     model.eval().requires_grad_(True)
 
 
-def _left_out(settings: Distillation, context: Context) -> list[Tensor]:
-    """The training images by which finetuning judges too: as they are, without augmentation."""
+def _trace(model: nn.Module, reference: nn.Module, adapted: list[str], images: Tensor, settings: Distillation) -> Trace:
+    """The blocks, and the adapted layers outside of them that can be solved anew as segments of their own.
+
+    Traced in the reference, for in the compressed network the factors of a layer must not count as layers of a block.
+    """
+    layers = list(tensorized_layers(model))
+    blocks = find_blocks(reference, layers, settings.blocks)
+    found = trace(reference, layers + adapted, images, blocks)
+    # Of named blocks nothing else is touched; what the reference's inputs ask of a layer is the reference's layer.
+    if settings.blocks is not None or settings.inputs == "parallel":
+        return found
+    alone = [name for name in adapted if block_of(name, blocks) is None and can_be_refitted(reference, name, found)]
+    return trace(reference, layers + adapted, images, blocks + alone) if alone else found
+
+
+def _unseen(kept: _Kept, settings: Distillation, context: Context) -> Callable[[], Iterator[Tensor]]:
+    """The training images by which finetuning judges too, as they are; without such the augmented ones that judge."""
     data, feed = context.required_data, context.feed(settings)
-    return [images for images, _ in data.held_out_batches(feed.held_out, 250, context.device, feed.share)]
+    if feed.held_out == 0:
+        return kept.judging_images
+    return lambda: (x for x, _ in data.held_out_batches(feed.held_out, 250, context.device, feed.share))
 
 
 def _augmented(settings: Distillation, context: Context, room: Room) -> Stash:
@@ -156,7 +170,7 @@ class _Kept:
         self._reference.answer()
         output = self._reference.output(0)
         if not isinstance(output, Tensor):
-            name, kind = self._reference.segment.module, type(output).__name__
+            name, kind = self._reference.segment.module or "(the whole network)", type(output).__name__
             raise ConfigError(
                 [f"block {name} gives {kind}, not one tensor; name others by phase.distill.blocks='PATTERN'"]
             )
@@ -176,9 +190,8 @@ class _Kept:
         """All batches that are trained on."""
         return (self._pair(number) for number in range(self.per_epoch))
 
-    @property
-    def judging_images(self) -> list[Tensor]:
-        return [self._images[self.per_epoch + number] for number in range(self._judging)]
+    def judging_images(self) -> Iterator[Tensor]:
+        return (self._images[self.per_epoch + number] for number in range(self._judging))
 
     def judging(self) -> Iterator[tuple[Any, Tensor]]:
         """Batches that are not trained on."""
@@ -231,10 +244,12 @@ def _train_block(
 
 def _start_norms_(block: nn.Module, original: nn.Module, kept: _Kept, settings: Distillation) -> None:
     """Batch norms in closed form for the inputs that the block has by now, where that brings its answer closer."""
-    batches = math.ceil(SHOWN / settings.batch_size)
+    norms, batches = count_norms(block), math.ceil(SHOWN / settings.batch_size)
+    if norms == 0:
+        return
     before, state = _judged(block, kept), copy.deepcopy(block.state_dict())
     # Each batch norm takes a pass: a few of them see all that is shown, many share it.
-    share = math.ceil(FEW_NORMS * batches / max(FEW_NORMS, count_norms(block)))
+    share = math.ceil(FEW_NORMS * batches / max(FEW_NORMS, norms))
     refit_norms_(block, original, lambda: kept.show((block, original), share))
     if not _judged(block, kept) < before:
         block.load_state_dict(state)
@@ -259,7 +274,7 @@ def _solve(
     """In closed form, what `_train_block` does by steps: for a layer that is dense."""
     layer, original = model.get_submodule(name), reference.get_submodule(name)
     before, state = _judged(layer, kept), copy.deepcopy(layer.state_dict())
-    pairs = ((args[0], target) for (args, _), target in kept.training())
+    pairs = ((next(iter((*args, *named.values()))), target) for (args, named), target in kept.training())
     refit_(layer, original, pairs, kept.per_epoch)
     after = _judged(layer, kept)
     if not after < before:
