@@ -192,7 +192,7 @@ def row(case: Case, found: dict[str, dict[str, Any]]) -> list[str]:
     whole = [result for result in found.values() if "rebuilt" in result]
     wrong = [f"**{m}: {'; '.join(r['failures'])}**" for m, r in found.items() if r["failures"]]
     first = whole[0] if whole else None
-    worst = [max((r[key] for r in whole if key in r), default=float("nan")) for key in ("rebuilt", "onnx")]
+    differences = [[r[key] for r in whole if key in r] for key in ("rebuilt", "onnx")]
     name = case.name if case.family == "torchvision" else f"{case.family}: {case.name}"
     dense: Counter[str] = Counter()
     for reason, count in ({} if first is None else first["dense"]).items():
@@ -203,7 +203,7 @@ def row(case: Case, found: dict[str, dict[str, Any]]) -> list[str]:
         "" if first is None else f"{first['parameters'] / 1e6:.1f}",
         "" if first is None else f"{first['tensorized']}/{first['layers']}",
         f"{len(good)}/{len(case.methods)}" + (f" ({len(found)} run)" if len(found) < len(case.methods) else ""),
-        *(f"{value:.0e}" for value in worst),
+        *(f"{max(values):.0e}" if values else "" for values in differences),
         f"{sum(r['seconds'] for r in whole):.0f}",
         "; ".join([reasons, *wrong]),
     ]

@@ -119,7 +119,10 @@ def test_a_run_in_two_processes(tmp_path):
     assert two["parameters"] == one["parameters"]
     weights = [effective(load_file(path.with_name("model.safetensors"))) for path in runs]
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=5e-3, atol=5e-4)
+        # Batch norms in closed form follow from activations kept in float16, which the halves of a batch round
+        # otherwise: small entries are as exact as the largest one of their tensor.
+        exactness = max(5e-4, 3e-3 * float(value.abs().max()))
+        torch.testing.assert_close(weights[1][name], value, rtol=5e-3, atol=exactness)
     left = [path.name for path in tmp_path.rglob("*") if "progress" in path.name or "partial" in path.name]
     assert left == []
     # The same command again, in two processes: everything is done before.
