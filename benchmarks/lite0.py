@@ -33,7 +33,7 @@ from tspc.files import write_json
 from tspc.phases.context import Context
 from tspc.phases.distill import Distillation, distill
 from tspc.phases.finetune import Finetuning, finetune
-from tspc.training import Hardware, Progress, evaluate, place
+from tspc.training import Hardware, Progress, accuracy, evaluate, place
 
 CPU = torch.device("cpu")
 SEEN = 900
@@ -57,13 +57,10 @@ def _pixels(path: Path) -> Tensor:
         return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
 
 
-@torch.no_grad()
 def accuracies(model: nn.Module, data: Data) -> list[float]:
     """Top-1 in percent of the images that train, and of the others."""
-    model.eval()
-    held = [(model(x).argmax(1), y) for x, y in data.held_out_batches(data.train_size, 50, CPU)]
-    seen = sum(int((found == y).sum()) for found, y in held) / data.train_size
-    return [100 * seen, 100 * evaluate(model, data, CPU).top1]
+    seen = accuracy(model, data.held_out_batches(data.train_size, 50, CPU), data.num_classes, CPU)
+    return [100 * seen.top1, 100 * evaluate(model, data, CPU).top1]
 
 
 def cell(reference: nn.Module, data: Data, rate: float, options: argparse.Namespace) -> dict[str, Any]:

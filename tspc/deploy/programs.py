@@ -23,6 +23,9 @@ Inputs = tuple[Tensor, ...]
 PROTOBUF_LIMIT = 2**31 - 2**24
 """Bytes of weights that one ONNX file can hold, with some room for the graph."""
 
+EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+"""The loggers of those who write files."""
+
 FOLDED = 1024
 """Largest number of bytes that a constant computed from others may have in an ONNX file."""
 
@@ -57,7 +60,7 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     for layer in tensorized_layers(model).values():
         layer.forget()  # the file holds the factors, not the larger kernels that eval mode contracts from them
     try:
-        with _quiet():
+        with quiet(*EXPORTERS):
             program = torch.export.export(model, example, dynamic_shapes=_free_batch(example))
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
         raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
@@ -82,7 +85,7 @@ def onnx_program(program: ExportedProgram, inputs: Inputs) -> Any:
     names = [f"input{i}" if i else "input" for i in range(len(inputs))]
     shapes = _free_batch(inputs)
     try:
-        with _quiet():
+        with quiet(*EXPORTERS):
             made: Any = torch.onnx.export(
                 program, inputs, verbose=False, input_names=names, dynamic_shapes=shapes, optimize=False
             )
@@ -125,9 +128,9 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters warn of and log what concerns their own authors."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+def quiet(*names: str) -> Iterator[None]:
+    """Without warnings, and without what the named loggers say below an error: it concerns their own authors."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from torch import nn
 
 from tspc import extras
-from tspc.deploy.programs import Inputs, first_line, onnx_program, onnx_session, run_session, take, traced
+from tspc.deploy.programs import Inputs, first_line, onnx_program, onnx_session, quiet, run_session, take, traced
 from tspc.errors import ExportError
 
 RUNTIMES = ("eager", "compile", "onnx")
@@ -151,27 +149,12 @@ def _prepared(model: nn.Module, batch: Inputs, runtime: str) -> Run:
         return compiled(*batch)
 
     try:
-        with _inductor_quiet():
+        with quiet("torch.utils.cpp_extension"):  # it says that there is no GPU
             run()
     except Exception as error:  # no compiler, or a network that it does not take
         lines = str(error).splitlines()
         raise _Unusable(f"torch.compile: {type(error).__name__}: {lines[0] if lines else ''}") from error
     return run
-
-
-@contextmanager
-def _inductor_quiet() -> Iterator[None]:
-    import warnings
-
-    logger = logging.getLogger("torch.utils.cpp_extension")  # says that there is no GPU
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _session(model: nn.Module, inputs: Inputs) -> Any:

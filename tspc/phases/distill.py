@@ -247,12 +247,9 @@ def _start_norms_(block: nn.Module, original: nn.Module, kept: _Kept, settings: 
     norms, batches = count_norms(block), math.ceil(SHOWN / settings.batch_size)
     if norms == 0:
         return
-    before, state = _judged(block, kept), copy.deepcopy(block.state_dict())
     # Each batch norm takes a pass: a few of them see all that is shown, many share it.
     share = math.ceil(FEW_NORMS * batches / max(FEW_NORMS, norms))
-    refit_norms_(block, original, lambda: kept.show((block, original), share))
-    if not _judged(block, kept) < before:
-        block.load_state_dict(state)
+    _if_closer_(block, kept, lambda: refit_norms_(block, original, lambda: kept.show((block, original), share)))
     rebase_(block, lambda: kept.show((block,), batches))
 
 
@@ -273,14 +270,21 @@ def _solve(
 ) -> None:
     """In closed form, what `_train_block` does by steps: for a layer that is dense."""
     layer, original = model.get_submodule(name), reference.get_submodule(name)
-    before, state = _judged(layer, kept), copy.deepcopy(layer.state_dict())
     pairs = ((next(iter((*args, *named.values()))), target) for (args, named), target in kept.training())
-    refit_(layer, original, pairs, kept.per_epoch)
-    after = _judged(layer, kept)
-    if not after < before:
-        layer.load_state_dict(state)
+    loss = _if_closer_(layer, kept, lambda: refit_(layer, original, pairs, kept.per_epoch))
     with context.watch("distill", label, 1, settings.batch_size, block=name) as on_step:
-        on_step(Step(0, 1, min(before, after), 0.0))
+        on_step(Step(0, 1, loss, 0.0))
+
+
+def _if_closer_(block: nn.Module, kept: _Kept, change: Callable[[], None]) -> float:
+    """Changes the block where that brings its answer closer; returns the loss that it is left with."""
+    before, state = _judged(block, kept), copy.deepcopy(block.state_dict())
+    change()
+    after = _judged(block, kept)
+    if after < before:
+        return after
+    block.load_state_dict(state)
+    return before
 
 
 @torch.no_grad()
