@@ -14,6 +14,7 @@ from tspc.calibration import Calibration, Samples, moments_of
 from tspc.compression import compress, tensorized
 from tspc.decompositions import METHODS, SVD, Auto, TensorTrain
 from tspc.errors import ConfigError, DataError, DecompositionError
+from tspc.layers import tensorized_layers
 from tspc.moments import Moments, input_patches
 from tspc.planning import plan
 
@@ -53,6 +54,13 @@ def test_the_mean_of_a_layers_output_is_the_references(build):
         means.append(seen[0])
     assert name
     torch.testing.assert_close(*means, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("calibration", [None, images()])
+def test_whoever_waits_is_told_of_each_layer(calibration):
+    told: list[str] = []
+    small = compress(resnet(), "svd", 0.3, calibration=calibration, on_layer=told.append)
+    assert {told.count(name) for name in tensorized_layers(small)} == {2}
 
 
 @pytest.mark.parametrize("batch_norm", ["keep", "recalibrate", "auto"])

@@ -41,21 +41,28 @@ def compress(
     *,
     calibration: Tensor | Iterable[Any] | None = None,
     settings: Calibration | None = None,
+    on_layer: Callable[[str], None] = lambda name: None,
     **options: Any,
 ) -> nn.Module:
     """A compressed copy of `model`; `options` are those of `tspc.plan`.
 
     `calibration` is a tensor of images (N, …) or gives batches of them, with or without labels, like a DataLoader;
-    without it the weights alone decide. Raises what `plan` and `apply_` raise.
+    without it the weights alone decide. `on_layer` is told the name of each layer that was measured for the plan, then
+    of each that was decomposed: layers with thousands of inputs take seconds each. Raises what `plan` and `apply_`
+    raise.
     """
     small = copy.deepcopy(model)
-    if calibration is None or (settings is not None and settings.samples == 0):
-        apply_(small, plan(small, method, rate, **options))
+
+    def run(samples: Samples | None) -> nn.Module:
+        ranks = plan(small, method, rate, samples=samples, on_layer=on_layer, **options)
+        apply_(small, ranks, samples, lambda layer, *fitted: on_layer(layer.name))
         return small
+
+    if calibration is None or (settings is not None and settings.samples == 0):
+        return run(None)
     device = next((p.device for p in model.parameters()), None)
     with Samples(calibration, settings, device) as samples:
-        apply_(small, plan(small, method, rate, samples=samples, **options), samples)
-    return small
+        return run(samples)
 
 
 def apply_(

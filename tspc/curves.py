@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tspc import decompositions
 from tspc.calibration import Samples, moments_of
-from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
+from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape
 from tspc.dense import DenseLayer, kernel_of
 from tspc.errors import DecompositionError
 from tspc.hooks import evaluating
@@ -103,9 +103,9 @@ def error_curves(
         with evaluating(model):
             for name, moments in moments_of(model, list(waiting), samples, survey.trace):
                 dense = cast(DenseLayer, model.get_submodule(name))
-                statistics = survey.statistics(name, dense, moments, samples)
+                metric = survey.statistics(name, dense, moments, samples).metric.sketch()
                 del moments  # room for the fits
-                measure(name, replace(statistics.metric, is_sketch=True))
+                measure(name, metric)
     for name in list(waiting):  # never called, or too wide: by its kernel alone
         measure(name, None)
     return curves
@@ -115,7 +115,7 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
     """One curve for each method."""
     shape, size = tuple(weight.shape), weight.numel()
     # The kernels alone need no more than their own precision.
-    kernel = weight if metric is None else double(weight)
+    kernel = weight if metric is None else weight.to(metric.inputs)
     squared = (lambda matrix: float(matrix.square().sum())) if metric is None else metric.squared
     whole = squared(kernel.flatten(1))
     # Between an equal say for all layers and one in proportion to the squared change of the answer, of which

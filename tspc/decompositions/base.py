@@ -224,7 +224,7 @@ class Decomposition(ABC):
         if metric is None:
             tensors = self._fit(kernel if kernel.dtype == torch.float64 else kernel.float(), rank)
         else:
-            tensors = function_space.fit(self, double(kernel), rank, metric)
+            tensors = function_space.fit(self, kernel, rank, metric)
         return Factors(tuple(t.to(weight).contiguous() for t in tensors), shape, rank)
 
     @abstractmethod

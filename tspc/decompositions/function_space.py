@@ -30,21 +30,21 @@ ROOT_FLOOR = 1e-6
 """Least eigenvalue of a mode's covariance, as a share of their mean: what lies below counts as never seen."""
 INNER = 10
 """Most conjugate gradient steps in each Levenberg-Marquardt step."""
-FULL, SKETCH = (12, 5e11), (2, 5e10)
-"""Most Levenberg-Marquardt steps, and the multiplications by the metric that they may take together."""
-LARGE = 2048
-"""Inputs from which on a whitened metric, 32 MB and more, is not kept."""
+FULL, SKETCH = (12, 5e11), (1, 2e10)
+"""Most Levenberg-Marquardt steps, and the multiply-adds with the metric that they may take together."""
+LARGE = 2**25
+"""Bytes from which on a whitened metric is not kept."""
 STALLED = 1e-3
 """A relative fall of the squared error below which refining ends."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The norm ‖D‖² = tr(G D Σ Dᵀ) of a difference D (T × n) of kernels, both matrices float64.
+    """The norm ‖D‖² = tr(G D Σ Dᵀ) of a difference D (T × n) of kernels.
 
     `inputs` is Σ (n × n, n = S·H·W in this order), positive definite. `outputs` is G (T × T), how much the
-    network's answer depends on the layer's outputs; None stands for the identity. With `is_sketch` a fit is
-    quick rather than good.
+    network's answer depends on the layer's outputs; None stands for the identity. Kernels are fitted in the precision
+    of these matrices: float64, but for a sketch. With `is_sketch` a fit is quick rather than good.
     """
 
     inputs: Tensor
@@ -58,7 +58,7 @@ class Metric:
 
     def whitened(self, axes: Axes) -> Metric:
         """The same norm for kernels whose modes are whitened; made once, too, unless it is large."""
-        if len(self.inputs) > LARGE:
+        if self.inputs.nbytes > LARGE:
             return self.roots(axes).whitened(self)
         return self._once(("whitened", *axes.modes), lambda: self.roots(axes).whitened(self))
 
@@ -72,10 +72,13 @@ class Metric:
         product = difference @ self.inputs
         return product if self.outputs is None else self.outputs @ product
 
+    def sketch(self) -> Metric:
+        """The same norm in float32, for quick fits."""
+        return Metric(self.inputs.float(), None if self.outputs is None else self.outputs.float(), is_sketch=True)
+
     def single(self) -> Metric:
         """The same norm in float32; made once for all ranks that are fitted in it."""
-        outputs = self.outputs
-        return self._once("single", lambda: Metric(self.inputs.float(), None if outputs is None else outputs.float()))
+        return self if self.inputs.dtype == torch.float32 else self._once("single", self.sketch)
 
     def squared(self, difference: Tensor) -> float:
         """‖D‖²."""
@@ -88,31 +91,31 @@ class Metric:
 
 
 def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> list[Tensor]:
-    """Factors of a finite float64 kernel with a small error in `metric`.
+    """Factors of a finite kernel, in the metric's precision, with a small error in it.
 
     It is never above the plain solution's, except that a sketch does not look at that one.
     """
-    matrix = weight.flatten(1)
-
-    def error(tensors: Sequence[Tensor]) -> float:
-        return metric.squared(matrix - method._contract(tensors, shape).flatten(1))
-
+    weight = weight.to(metric.inputs)
     shape = tuple(weight.shape)
     axes = method.axes(shape)
     roots = metric.roots(axes)
     target = roots.whiten(weight)
     start = list(method._fit(target, rank))
-    candidates = [roots.unwhiten_factors(start, axes)]
+
+    def contract(tensors: Sequence[Tensor]) -> Tensor:
+        return method._contract(tensors, shape).flatten(1)
+
+    def error(tensors: Sequence[Tensor]) -> float:
+        return metric.squared(weight.flatten(1) - contract(tensors))
+
     if not metric.is_sketch:
         plain = list(method._fit(weight, rank))
-        if error(plain) < error(candidates[0]):
+        if error(plain) < error(roots.unwhiten_factors(start, axes)):
             start = roots.whiten_factors(plain, axes)
-        candidates.append(plain)
-    if not method.is_matrix_factorisation(shape):
-        contract = lambda tensors: method._contract(tensors, shape).flatten(1)  # noqa: E731
-        refined = refine(contract, start, target.flatten(1), metric.whitened(axes), metric.steps(len(weight)))
-        candidates.append(roots.unwhiten_factors(refined, axes))
-    return min(candidates, key=error)
+    steps = 0 if method.is_matrix_factorisation(shape) else metric.steps(len(weight))
+    if steps > 0:
+        start = refine(contract, start, target.flatten(1), metric.whitened(axes), steps)
+    return roots.unwhiten_factors(start, axes)
 
 
 def whitened(method: Decomposition, weight: Tensor, metric: Metric) -> Tensor:
@@ -185,10 +188,13 @@ def _marginals(matrix: Tensor, modes: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a positive semidefinite matrix and its inverse, small eigenvalues lifted."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    """The symmetric square root of a positive semidefinite matrix and its inverse, small eigenvalues lifted.
+
+    Found in float64: float32 knows nothing of eigenvalues as small as the floor.
+    """
+    values, vectors = torch.linalg.eigh((matrix + matrix.T).double() / 2)
     roots = values.clamp(min=ROOT_FLOOR).sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    return ((vectors * roots) @ vectors.T).to(matrix), ((vectors / roots) @ vectors.T).to(matrix)
 
 
 def refine(
