@@ -216,3 +216,19 @@ def test_finetuning_restores_accuracy(context, reference, change):
     assert evaluate(model, context.data, CPU).top1 > before
     assert not any(m._forward_hooks for net in (model, reference) for m in net.modules())
     assert all(p.grad is None for p in reference.parameters())
+
+
+def largest_rate(model, reference, context, careful_below):
+    notes = []
+    settings = Finetuning(1, 50, 1e-3, optimizer="adam", steps=4, schedule="constant", careful_below=careful_below)
+    finetune(copy.deepcopy(model), reference, settings, replace(context, note=notes.append), Progress(), "finetune")
+    told = [note for note in notes if note.get("event") == "careful"]
+    rates = {note["learning_rate"] for note in notes if "step" in note}
+    assert rates == {note["learning_rate"] for note in told} or not told
+    return max(rates)
+
+
+def test_a_network_close_to_the_reference_is_finetuned_in_small_steps(context, reference):
+    assert largest_rate(network(), reference, context, 0.3) == 1e-3
+    assert largest_rate(reference, reference, context, 0.3) < 1e-4
+    assert largest_rate(reference, reference, context, 0.0) == 1e-3

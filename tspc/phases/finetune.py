@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -28,17 +28,23 @@ class Finetuning(Recipe):
     Dean, arXiv:1503.02531), the rest goes by the labels. `features` weighs how far the outputs of the blocks are
     from the reference's: their mean squared error, relative to the variance there, mean over the blocks (Romero et
     al., "FitNets", ICLR 2015).
+
+    The learning rate is that of a network which gives another class than the reference for a share of at least
+    `careful_below` of the images. Below that it is less in proportion, for large steps would first lead a network away
+    that is close already; 0 takes it as it is.
     """
 
     distillation: float = 0.9
     temperature: float = 4.0
     features: float = 0.0
+    careful_below: float = 0.3
 
     def problems(self, where: str) -> list[str]:
         rules = [
             ("distillation", 0 <= self.distillation <= 1, "from 0 to 1"),
             ("temperature", 0 < self.temperature < math.inf, "above 0"),
             ("features", 0 <= self.features < math.inf, "at least 0"),
+            ("careful_below", 0 <= self.careful_below <= 1, "from 0 to 1"),
         ]
         return super().problems(where) + out_of_range(self, where, rules)
 
@@ -79,15 +85,37 @@ def finetune(
                 )
             return loss
 
-        rebase_(model, lambda: _show(model, settings, context))
-        _train(model, settings, context, progress, phase, loss_of)
+        apart = _rebased(model, reference, settings, context)
+        _train(model, _careful(settings, apart, context, phase), context, progress, phase, loss_of)
 
 
-def _show(model: nn.Module, recipe: Recipe, context: Context) -> None:
-    """Sends the first training images through the network."""
-    batches = context.required_data.train_batches(context.feed(recipe), epoch=0)
-    for images, _ in islice(batches, math.ceil(SHOWN / recipe.batch_size)):
-        model(images)
+def _rebased(model: nn.Module, reference: nn.Module, recipe: Recipe, context: Context) -> float:
+    """Sets the batch norms of `model` for training; tells the share of images with another class than the reference's.
+
+    Both by the first training images.
+    """
+    counts = torch.zeros(2, device=context.device)
+
+    def show() -> None:
+        batches = context.required_data.train_batches(context.feed(recipe), epoch=0)
+        for images, _ in islice(batches, math.ceil(SHOWN / recipe.batch_size)):
+            differs = model(images).argmax(1) != reference(images).argmax(1)
+            counts.add_(torch.stack((differs.sum(), torch.ones_like(differs).sum())))
+
+    rebase_(model, show)
+    differing, count = processes.summed(counts).tolist()
+    return max(differing, 1.0) / max(count, 1.0)
+
+
+def _careful(settings: Finetuning, apart: float, context: Context, phase: str) -> Finetuning:
+    """The settings with the learning rate for a network so far from the reference."""
+    if not apart < settings.careful_below:
+        return settings
+    careful = replace(settings, learning_rate=settings.learning_rate * apart / settings.careful_below)
+    context.note({"phase": phase, "event": "careful", "apart": apart, "learning_rate": careful.learning_rate})
+    text = f"learning rate {careful.learning_rate:.2g} instead of {settings.learning_rate:.2g}"
+    context.display.line(f"{phase:<9}  {text}: the reference's class on {100 * (1 - apart):.1f} % of images already")
+    return careful
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
