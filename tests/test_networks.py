@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import tspc
 from benchmarks.networks import CASES, examine, row
 
 BY_NAME = {case.name: case for case in CASES}
@@ -27,3 +29,34 @@ def test_a_network_passes_every_check(name, method, tmp_path):
     assert result["tensorized"] > 0
     assert max(result["rebuilt"], result["onnx"]) <= 1e-4
     assert row(BY_NAME[name], {method: result})[3] == "1/7 (1 run)"
+
+
+@pytest.mark.slow
+def test_a_detector_with_a_compressed_backbone_still_detects(tmp_path):
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+
+    def detector():
+        torch.manual_seed(0)
+        return fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None).eval()
+
+    small = detector()
+    before = sum(p.numel() for p in small.backbone.body.parameters())
+    small.backbone.body = tspc.compress(small.backbone.body, "svd", 0.5, calibration=torch.rand(4, 3, 64, 64))
+    assert sum(p.numel() for p in small.backbone.body.parameters()) < 0.6 * before
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    with torch.no_grad():
+        assert [set(found) for found in small(images)] == [{"boxes", "labels", "scores"}] * 2
+        tspc.save(small, tmp_path / "small.safetensors")
+        loaded = tspc.load(tmp_path / "small.safetensors", model=detector()).eval()
+        for ours, theirs in zip(small(images), loaded(images), strict=True):
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.slow
+def test_a_segmentation_network_keeps_its_map():
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    small = tspc.compress(model, "tk", 0.5, calibration=torch.rand(2, 3, 64, 64))
+    with torch.no_grad():
+        assert small(torch.rand(1, 3, 64, 64))["out"].shape == (1, 21, 64, 64)
