@@ -175,7 +175,7 @@ def _looking(clock: Clock, model: nn.Module, steps: int, context: Context) -> Co
     marks = [int(steps * share) for share in LOOKS]
 
     def note(record: dict[str, Any]) -> None:
-        if marks and record["step"] >= marks[0]:
+        if marks and record.get("step", 0) >= marks[0]:
             marks.pop(0)
             clock.look("finetune", model)
 
