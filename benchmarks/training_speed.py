@@ -40,7 +40,7 @@ def kept_activations(model: nn.Module, reference: nn.Module, data: Data, steps: 
 
     def note(record: dict[str, Any]) -> None:
         nonlocal counted
-        counted = counted + steps if record["step"] == steps else counted
+        counted = counted + steps if record.get("step") == steps else counted
 
     context = Context(data, Hardware(CPU), 0, Display(is_silent=True), note)
     started = time.perf_counter()
