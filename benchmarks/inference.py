@@ -23,7 +23,6 @@ import contextlib
 import copy
 import importlib
 import io
-import math
 import statistics
 import sys
 import time
@@ -208,6 +207,8 @@ def main() -> None:
     arguments.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
+    if options.rounds < 2:
+        arguments.error("--rounds takes at least 2: one ratio has no middle half")
     if options.clock == "cpu" and options.threads != 1:
         arguments.error("--clock cpu adds up the time of all threads: it needs --threads 1")
     torch.set_num_threads(options.threads)
@@ -216,24 +217,29 @@ def main() -> None:
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(options.seed))
     runtimes = options.runtimes.split(",")
     dense = network("dense", options, images)[0]
-    beside = {runtime: runner(dense, images, runtime, options.threads) for runtime in runtimes}
-    rows: list[list[str]] = []
-    fastest = math.inf
+    beside: dict[str, Callable[[], Any]] = {}
+    timings: dict[str, dict[str, Timing]] = {}
+    rates: dict[str, str] = {}
     for method in options.methods.split(","):
-        model, rate = network(method, options, images)
-        found: dict[str, Timing] = {}
+        model, rates[method] = network(method, options, images)
+        found = timings[method] = {}
         for runtime in runtimes:
             try:
+                if runtime not in beside:
+                    beside[runtime] = runner(dense, images, runtime, options.threads)
                 run = runner(model, images, runtime, options.threads)
                 found[runtime] = timed(run, beside[runtime], options)
             except Exception as error:  # what a library cannot do is part of the table
                 print(f"  {method} in {runtime}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-        if method == "dense":
-            fastest = min(timing.dense for timing in found.values())
-        # Ratios are surer than seconds: those of a runtime in which the dense network is slower count for less.
-        best = max(timing.faster * min(fastest / timing.dense, 1.0) for timing in found.values())
-        rows.append([f"`{method}`", rate, *(str(found.get(r, "failed")) for r in runtimes), f"{best:.2f}×"])
-        print(" ".join(rows[-1]), flush=True)
+        print(method, rates[method], *(f"{runtime} {timing}" for runtime, timing in found.items()), flush=True)
+    # Ratios are surer than seconds: one in a runtime that is slow for the dense network counts for less in proportion.
+    everywhere = {r: [t[r].dense for t in timings.values() if r in t] for r in runtimes}
+    usual = {runtime: statistics.median(times) for runtime, times in everywhere.items() if times}
+    rows: list[list[str]] = []
+    for method, found in timings.items():
+        best = max((t.faster * min(usual.values()) / usual[r] for r, t in found.items()), default=0.0)
+        cells = [str(found.get(runtime, "failed")) for runtime in runtimes]
+        rows.append([f"`{method}`", rates[method], *cells, f"{best:.2f}×" if found else "failed"])
     print(
         f"\n{options.network}, rate {options.rate:g}, batches of {batch} at {size}², {options.threads} threads, ",
         end="",

@@ -62,7 +62,8 @@ def accuracies(model: nn.Module, data: Data) -> list[float]:
 
 
 def cell(reference: nn.Module, data: Data, rate: float, options: argparse.Namespace) -> dict[str, Any]:
-    path = Path(options.out) / f"{options.method}-{rate:g}.json"
+    recipe = f"{options.calibration}-{options.epochs}x{options.batch}-{options.learning_rate:g}"
+    path = Path(options.out) / f"{options.method}-{rate:g}-{recipe}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {"rate": rate}
@@ -75,12 +76,12 @@ def cell(reference: nn.Module, data: Data, rate: float, options: argparse.Namesp
             started = time.monotonic()
 
         images = torch.cat(list(data.calibration_batches(options.calibration, 50, CPU)))
-        settings = Calibration(samples=options.calibration, compensate=False)
-        model = compress(reference, options.method, rate, calibration=images, settings=settings)
+        calibration = Calibration(samples=options.calibration, compensate=False)
+        model = compress(reference, options.method, rate, calibration=images, settings=calibration)
         place(model, CPU)
         note("decompose")
         context = Context(data, Hardware(CPU), options.seed, Display(is_silent=True))
-        recipe = Finetuning(
+        settings = Finetuning(
             epochs=options.epochs,
             batch_size=options.batch,
             learning_rate=options.learning_rate,
@@ -88,8 +89,9 @@ def cell(reference: nn.Module, data: Data, rate: float, options: argparse.Namesp
             warmup=0.1,
             distillation=1.0,
             features=1.0,
+            careful_below=0.0,
         )
-        finetune(model, reference, recipe, context, Progress(), "finetune")
+        finetune(model, reference, settings, context, Progress(), "finetune")
         note("finetune")
         write_json(path, found)
     return json.loads(path.read_text())

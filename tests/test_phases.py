@@ -218,17 +218,37 @@ def test_finetuning_restores_accuracy(context, reference, change):
     assert all(p.grad is None for p in reference.parameters())
 
 
-def largest_rate(model, reference, context, careful_below):
+def finetuned_notes(model, reference, context, **changes):
     notes = []
-    settings = Finetuning(1, 50, 1e-3, optimizer="adam", steps=4, schedule="constant", careful_below=careful_below)
+    settings = Finetuning(1, 50, 1e-3, optimizer="adam", steps=4, schedule="constant", **changes)
     finetune(copy.deepcopy(model), reference, settings, replace(context, note=notes.append), Progress(), "finetune")
-    told = [note for note in notes if note.get("event") == "careful"]
-    rates = {note["learning_rate"] for note in notes if "step" in note}
-    assert rates == {note["learning_rate"] for note in told} or not told
-    return max(rates)
+    (rate,) = {note["learning_rate"] for note in notes if "step" in note}
+    return rate, [note["apart"] for note in notes if note.get("event") == "careful"]
 
 
 def test_a_network_close_to_the_reference_is_finetuned_in_small_steps(context, reference):
-    assert largest_rate(network(), reference, context, 0.3) == 1e-3
-    assert largest_rate(reference, reference, context, 0.3) < 1e-4
-    assert largest_rate(reference, reference, context, 0.0) == 1e-3
+    assert finetuned_notes(network(), reference, context) == (1e-3, [])
+    rate, (apart,) = finetuned_notes(reference, reference, context)
+    assert apart == 0
+    assert rate == pytest.approx(1e-3 * 0.01 / 0.3)
+    assert finetuned_notes(reference, reference, context, careful_below=0.0) == (1e-3, [])
+    assert finetuned_notes(reference, reference, context, distillation=0.0, features=0.0) == (1e-3, [])
+    near = compress(reference, "tk", 0.3, calibration=next(context.data.calibration_batches(200, 200, CPU)))
+    rate, (apart,) = finetuned_notes(near, reference, context, careful_below=1.0)
+    assert 0.01 < apart < 1
+    assert rate == pytest.approx(1e-3 * apart)
+
+
+def test_agreement_by_chance_is_no_closeness(context, reference):
+    class Constant(nn.Module):
+        """The class that the reference names most often, whatever the image, as a network that has collapsed."""
+
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x) * 1e-6 + torch.arange(10.0)
+
+    rate, told = finetuned_notes(Constant(reference), Constant(reference), context)
+    assert (rate, told) == (1e-3, []), "where all images are of one class, nothing is known"

@@ -6,6 +6,7 @@ import copy
 import errno
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(context, tmp_path, monkey
         with pytest.raises(Killed):
             train_classifier(killed, settings, context, Progress(path, "settings", interval=0), "finetune")
     assert Progress(path, "settings").state_of(0)["step"] == 10, "in the middle of an epoch"
-    train_classifier(resumed, settings, context, Progress(path, "settings"), "finetune")
+    # A learning rate that was measured goes on as it was, even where it would be measured otherwise today.
+    measured_anew = replace(settings, learning_rate=2 * settings.learning_rate)
+    train_classifier(resumed, measured_anew, context, Progress(path, "settings"), "finetune")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert Progress(path, "other settings").state_of(0) is None, "another run's progress is ignored"
 

@@ -44,12 +44,12 @@ def compress(
     on_layer: Callable[[str], None] = lambda name: None,
     **options: Any,
 ) -> nn.Module:
-    """A compressed copy of `model`; `options` are those of `tspc.plan`.
+    """A compressed copy of `model`; `options` are those of `tspc.plan`, but for `samples`.
 
     `calibration` is a tensor of images (N, …) or gives batches of them, with or without labels, like a DataLoader;
-    without it the weights alone decide. `on_layer` is told the name of each layer that was measured for the plan, then
-    of each that was decomposed: layers with thousands of inputs take seconds each. Raises what `plan` and `apply_`
-    raise.
+    without it the weights alone decide. `on_layer` is told the name of each layer whose errors were measured for the
+    plan, then of each that was decomposed or, kept dense, made up for those before it: layers with thousands of inputs
+    take seconds each. Raises what `plan` and `apply_` raise.
     """
     small = copy.deepcopy(model)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +30,12 @@ ROOT_FLOOR = 1e-6
 """Least eigenvalue of a mode's covariance, as a share of their mean: what lies below counts as never seen."""
 INNER = 10
 """Most conjugate gradient steps in each Levenberg-Marquardt step."""
-FULL, SKETCH = (12, 5e11), (1, 2e10)
+FULL, SKETCH = (12, 5e11), (3, 5e10)
 """Most Levenberg-Marquardt steps, and the multiply-adds with the metric that they may take together."""
 LARGE = 2**25
 """Bytes from which on a whitened metric is not kept."""
-STALLED = 1e-3
-"""A relative fall of the squared error below which refining ends."""
+STALLED, SKETCHED = 1e-3, 0.3
+"""Relative falls of the squared error below which refining ends; most kernels need but one step for a sketch."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,13 @@ class Metric:
 
     def sketch(self) -> Metric:
         """The same norm in float32, for quick fits."""
-        return Metric(self.inputs.float(), None if self.outputs is None else self.outputs.float(), is_sketch=True)
+        return replace(self.single(), is_sketch=True)
 
     def single(self) -> Metric:
         """The same norm in float32; made once for all ranks that are fitted in it."""
-        return self if self.inputs.dtype == torch.float32 else self._once("single", self.sketch)
+        outputs = self.outputs
+        narrow = lambda: Metric(self.inputs.float(), None if outputs is None else outputs.float())  # noqa: E731
+        return self if self.inputs.dtype == torch.float32 else self._once("single", narrow)
 
     def squared(self, difference: Tensor) -> float:
         """‖D‖²."""
@@ -114,7 +116,8 @@ def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> li
             start = roots.whiten_factors(plain, axes)
     steps = 0 if method.is_matrix_factorisation(shape) else metric.steps(len(weight))
     if steps > 0:
-        start = refine(contract, start, target.flatten(1), metric.whitened(axes), steps)
+        stalled = SKETCHED if metric.is_sketch else STALLED
+        start = refine(contract, start, target.flatten(1), metric.whitened(axes), steps, stalled)
     return roots.unwhiten_factors(start, axes)
 
 
@@ -203,6 +206,7 @@ def refine(
     target: Tensor,
     metric: Metric,
     steps: int,
+    stalled: float = STALLED,
 ) -> list[Tensor]:
     """Lowers ‖target − contract(tensors)‖ in `metric`; `contract` is linear in each tensor.
 
@@ -240,7 +244,7 @@ def refine(
             continue
         fall, tensors, pulled, loss = (loss - loss_now) / loss, tried, pulled_now, loss_now
         damping = max(damping / 4, 1e-8)
-        if fall < STALLED:
+        if fall < stalled:
             break
     return [t * share for t in tensors]
 

@@ -19,6 +19,9 @@ from tspc.layers import tensorized_layers
 from tspc.phases.context import Context
 from tspc.training import Labelled, LossOf, Progress, Recipe, Watchers, accuracy, fit
 
+LEAST_APART = 0.01
+"""Distances from the reference below it count as this: 512 images tell no smaller ones apart."""
+
 
 @dataclass(frozen=True)
 class Finetuning(Recipe):
@@ -29,9 +32,10 @@ class Finetuning(Recipe):
     from the reference's: their mean squared error, relative to the variance there, mean over the blocks (Romero et
     al., "FitNets", ICLR 2015).
 
-    The learning rate is that of a network which gives another class than the reference for a share of at least
-    `careful_below` of the images. Below that it is less in proportion, for large steps would first lead a network away
-    that is close already; 0 takes it as it is.
+    The learning rate is for a network that is as far from the reference as `careful_below` or farther, where 0 gives
+    the same class to every image and 1 agrees by chance alone (1 − κ, Cohen, 1960). Nearer it is less in proportion,
+    for large steps would first lead the network away; `careful_below=0` takes it as it is, and so does a training that
+    does not go by the reference.
     """
 
     distillation: float = 0.9
@@ -90,31 +94,38 @@ def finetune(
 
 
 def _rebased(model: nn.Module, reference: nn.Module, recipe: Recipe, context: Context) -> float:
-    """Sets the batch norms of `model` for training; tells the share of images with another class than the reference's.
+    """Sets the batch norms of `model` for training; tells how far its classes are from the reference's (1 − κ).
 
-    Both by the first training images.
+    Both by the first training images. Where all of them are of one class, nothing is known: 1.
     """
-    counts = torch.zeros(2, device=context.device)
+    found: list[Tensor] = []
 
     def show() -> None:
         batches = context.required_data.train_batches(context.feed(recipe), epoch=0)
         for images, _ in islice(batches, math.ceil(SHOWN / recipe.batch_size)):
-            differs = model(images).argmax(1) != reference(images).argmax(1)
-            counts.add_(torch.stack((differs.sum(), torch.ones_like(differs).sum())))
+            answer = model(images)
+            own, wanted = answer.argmax(1).flatten(), reference(images).argmax(1).flatten()
+            classes = (found_by.bincount(minlength=answer.shape[1]) for found_by in (own, wanted))
+            found.append(torch.cat(((own != wanted).sum()[None], *classes)))
 
     rebase_(model, show)
-    differing, count = processes.summed(counts).tolist()
-    return max(differing, 1.0) / max(count, 1.0)
+    differing, *classes = processes.summed(torch.stack(found).sum(0)).tolist()
+    own, wanted = classes[: len(classes) // 2], classes[len(classes) // 2 :]
+    count = sum(own)
+    by_chance = 1 - sum(p * q for p, q in zip(own, wanted, strict=True)) / count**2
+    return differing / count / by_chance if by_chance > 0 else 1.0
 
 
 def _careful(settings: Finetuning, apart: float, context: Context, phase: str) -> Finetuning:
     """The settings with the learning rate for a network so far from the reference."""
-    if not apart < settings.careful_below:
+    is_led = settings.distillation > 0 or settings.features > 0
+    if not is_led or not apart < settings.careful_below:
         return settings
-    careful = replace(settings, learning_rate=settings.learning_rate * apart / settings.careful_below)
+    share = max(apart, LEAST_APART) / settings.careful_below
+    careful = replace(settings, learning_rate=settings.learning_rate * min(1.0, share))
     context.note({"phase": phase, "event": "careful", "apart": apart, "learning_rate": careful.learning_rate})
     text = f"learning rate {careful.learning_rate:.2g} instead of {settings.learning_rate:.2g}"
-    context.display.line(f"{phase:<9}  {text}: the reference's class on {100 * (1 - apart):.1f} % of images already")
+    context.display.line(f"{phase:<9}  {text}: as close to the reference as κ = {1 - apart:.3f} already")
     return careful
 
 

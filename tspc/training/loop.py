@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -146,6 +146,7 @@ class _Loop:
             return
         self.step, self.best, self.is_over = state["step"], state["best"], state["is_over"]
         self.losses, self.recent = state["losses"], state["recent"].to(self.hardware.device)
+        self.recipe = replace(self.recipe, learning_rate=state["learning_rate"])  # may be measured
         kept.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
@@ -268,6 +269,7 @@ class _Loop:
         return {
             "step": self.step,
             "is_over": self.is_over,
+            "learning_rate": self.recipe.learning_rate,
             "losses": self.losses,
             "recent": self.recent,
             "network": self.kept.state_dict(),
