@@ -74,13 +74,13 @@ class Metric:
 
     def sketch(self) -> Metric:
         """The same norm in float32, for quick fits."""
-        return replace(self.single(), is_sketch=True)
+        return Metric(self.inputs.float(), None if self.outputs is None else self.outputs.float(), is_sketch=True)
 
     def single(self) -> Metric:
         """The same norm in float32; made once for all ranks that are fitted in it."""
-        outputs = self.outputs
-        narrow = lambda: Metric(self.inputs.float(), None if outputs is None else outputs.float())  # noqa: E731
-        return self if self.inputs.dtype == torch.float32 else self._once("single", narrow)
+        if self.inputs.dtype == torch.float32:
+            return self
+        return self._once("single", lambda: replace(self.sketch(), is_sketch=False))
 
     def squared(self, difference: Tensor) -> float:
         """‖D‖²."""

@@ -1,10 +1,10 @@
-"""Whether training the blocks has served the network, by how often it gives the reference's class."""
+"""How close a network is to the reference, by how often it gives the reference's class; what training made of that."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,3 +53,21 @@ def _classes(network: nn.Module, images: Images) -> Tensor | None:
                 return None
             found.append(answer.argmax(1))
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=next(network.parameters()).device)
+
+
+def class_counts(answer: Tensor, wanted: Tensor) -> Tensor:
+    """Of two answers (N, C, …): how many classes differ, then how often the one names each class, and the other."""
+    own, other = answer.argmax(1).flatten(), wanted.argmax(1).flatten()
+    named = (classes.bincount(minlength=answer.shape[1]) for classes in (own, other))
+    return torch.cat(((own != other).sum()[None], *named))
+
+
+def distance(counts: Sequence[Tensor]) -> float:
+    """1 − κ (Cohen, 1960) from the `class_counts` of all batches of all processes: 0 agrees, 1 agrees by chance.
+
+    Where both name one class alone, nothing is known: 1.
+    """
+    differing, *named = processes.summed(torch.stack(list(counts)).sum(0)).tolist()
+    own, other = named[: len(named) // 2], named[len(named) // 2 :]
+    by_chance = 1 - sum(p * q for p, q in zip(own, other, strict=True)) / sum(own) ** 2
+    return differing / sum(own) / by_chance if by_chance > 0 else 1.0

@@ -16,6 +16,7 @@ from tspc.blocks import find_blocks
 from tspc.errors import out_of_range
 from tspc.hooks import outputs_of
 from tspc.layers import tensorized_layers
+from tspc.phases.agreement import class_counts, distance
 from tspc.phases.context import Context
 from tspc.training import Labelled, LossOf, Progress, Recipe, Watchers, accuracy, fit
 
@@ -42,6 +43,11 @@ class Finetuning(Recipe):
     temperature: float = 4.0
     features: float = 0.0
     careful_below: float = 0.3
+
+    @property
+    def is_careful(self) -> bool:
+        """Whether the learning rate depends on the distance from the reference."""
+        return self.careful_below > 0 and (self.distillation > 0 or self.features > 0)
 
     def problems(self, where: str) -> list[str]:
         rules = [
@@ -89,37 +95,23 @@ def finetune(
                 )
             return loss
 
-        apart = _rebased(model, reference, settings, context)
-        _train(model, _careful(settings, apart, context, phase), context, progress, phase, loss_of)
+        found: list[Tensor] = []
 
+        def show() -> None:
+            batches = context.required_data.train_batches(context.feed(settings), epoch=0)
+            for images, _ in islice(batches, math.ceil(SHOWN / settings.batch_size)):
+                answer = model(images)
+                if settings.is_careful:
+                    found.append(class_counts(answer, reference(images)))
 
-def _rebased(model: nn.Module, reference: nn.Module, recipe: Recipe, context: Context) -> float:
-    """Sets the batch norms of `model` for training; tells how far its classes are from the reference's (1 − κ).
-
-    Both by the first training images. Where all of them are of one class, nothing is known: 1.
-    """
-    found: list[Tensor] = []
-
-    def show() -> None:
-        batches = context.required_data.train_batches(context.feed(recipe), epoch=0)
-        for images, _ in islice(batches, math.ceil(SHOWN / recipe.batch_size)):
-            answer = model(images)
-            own, wanted = answer.argmax(1).flatten(), reference(images).argmax(1).flatten()
-            classes = (found_by.bincount(minlength=answer.shape[1]) for found_by in (own, wanted))
-            found.append(torch.cat(((own != wanted).sum()[None], *classes)))
-
-    rebase_(model, show)
-    differing, *classes = processes.summed(torch.stack(found).sum(0)).tolist()
-    own, wanted = classes[: len(classes) // 2], classes[len(classes) // 2 :]
-    count = sum(own)
-    by_chance = 1 - sum(p * q for p, q in zip(own, wanted, strict=True)) / count**2
-    return differing / count / by_chance if by_chance > 0 else 1.0
+        rebase_(model, show)
+        recipe = _careful(settings, distance(found), context, phase) if settings.is_careful else settings
+        _train(model, recipe, context, progress, phase, loss_of)
 
 
 def _careful(settings: Finetuning, apart: float, context: Context, phase: str) -> Finetuning:
     """The settings with the learning rate for a network so far from the reference."""
-    is_led = settings.distillation > 0 or settings.features > 0
-    if not is_led or not apart < settings.careful_below:
+    if not apart < settings.careful_below:
         return settings
     share = max(apart, LEAST_APART) / settings.careful_below
     careful = replace(settings, learning_rate=settings.learning_rate * min(1.0, share))
