@@ -90,14 +90,25 @@ def tensorized_(model: nn.Module, plan: Plan) -> nn.Module:
 
 def factorized_(model: nn.Module, form: str, rate: float, rows: Plan) -> nn.Module:
     """tensorly-torch's layers in the place of those that tspc would tensorize."""
-    tl: Any = importlib.import_module("tltorch")
-
+    tl, utils = importlib.import_module("tltorch"), importlib.import_module("tltorch.utils")
     for row in rows.budgeted:
         dense: Any = model.get_submodule(row.name)
         if isinstance(dense, nn.Linear):
-            layer: Any = tl.FactorizedLinear.from_linear(
-                dense, rank=rate, factorization=form, auto_tensorize=True, n_tensorized_modes=2
+            # Not `from_linear`, which would decompose random weights for hours. "factorized" wants 380 GB for a ViT.
+            inputs, outputs = utils.get_tensorized_shape(
+                dense.in_features, dense.out_features, order=2, min_dim=2, verbose=False
             )
+            has_bias = dense.bias is not None
+            layer: Any = tl.FactorizedLinear(
+                inputs,
+                outputs,
+                bias=has_bias,
+                factorization={"tt": "blocktt"}.get(form, form),
+                rank=rate,
+                implementation="reconstructed",
+            )
+            if has_bias:
+                layer.bias.zero_()
         else:
             layer = tl.FactorizedConv(
                 dense.in_channels,
@@ -111,7 +122,7 @@ def factorized_(model: nn.Module, form: str, rate: float, rows: Plan) -> nn.Modu
                 rank=rate,
                 implementation="factorized",
             )
-            layer.weight.normal_(0.0, dense.weight[0].numel() ** -0.5)
+        layer.weight.normal_(0.0, dense.weight[0].numel() ** -0.5)
         set_module(model, row.name, layer)
     return model.eval()
 

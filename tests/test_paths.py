@@ -13,11 +13,14 @@ from torch import nn
 import tspc
 from tests.conftest import TINY
 from tests.nets import Net, a_layer, images, small_net
+from tspc.compression import tensorized
 from tspc.decompositions import METHODS
+from tspc.deploy import cost
 from tspc.errors import ConfigError, DataError
 from tspc.layers import tensorized_layers, untrained
 from tspc.links import CHAIN, REBUILT, groupings, members
 from tspc.paths import GAIN, Costs, input_sizes
+from tspc.phases.plan import operations_at
 from tspc.plans import SLOWER, Plan
 
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -110,6 +113,17 @@ def test_what_is_no_faster_stays_dense_within_the_budget(objective):
         assert all(row.method is None for row in made.layers if row.reason == SLOWER)
     assert any(row.reason == SLOWER for row in made.layers)
     assert not any(row.reason == SLOWER for row in tspc.plan(Net(), "rtt", 0.6, allocation="uniform").layers)
+
+
+@each_method
+def test_the_operations_of_a_plan_are_those_of_the_network(name):
+    model, example = Net().eval(), images(1)
+    plans = {rate: tspc.plan(model, name, rate, example=example, keep_first=False) for rate in (0.2, 0.5)}
+    found = operations_at(model, plans, example)
+    for rate, made in plans.items():
+        small, _ = tensorized(model, made)
+        assert found[rate] == pytest.approx(cost(small, (example,)).macs / cost(model, (example,)).macs, abs=1e-12)
+    assert operations_at(model, plans, None) == operations_at(model, plans, torch.randn(1, 7)) == {}
 
 
 def test_wrong_settings():

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tspc import __version__
-from tspc.errors import DataError, Interrupted, TrainingError, TspcError
+from tspc.errors import ConfigError, DataError, Interrupted, TrainingError, TspcError
 from tspc.launch import count, is_first
 from tspc.sweep import forget_empty_sweep, sweep_folder, write_record
 
@@ -95,12 +95,20 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
     from tspc.display import Display, library_warnings
     from tspc.pipeline import run
 
+    _refuse_two_goals(config)
     settings = dataclasses.replace(read_config(config), command=_command())
     display = Display(is_silent=not is_first(), verbosity=settings.verbosity)
     if heading is not None:
         display.heading(heading)
     with interrupts.handled(), library_warnings(logged=settings.verbosity != "debug"):
         return run(settings, display)
+
+
+def _refuse_two_goals(config: DictConfig) -> None:
+    """The configuration always holds a rate; only the command line tells whether somebody asked for it."""
+    asked = [item for item in HydraConfig.get().overrides.task if item.lstrip("+").startswith("rate=")]
+    if asked and config.get("target_error") is not None:
+        raise ConfigError([f"{asked[0]} and target_error={config.target_error} are two goals; leave one of them out"])
 
 
 def _command() -> str:

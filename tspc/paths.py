@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -90,6 +90,21 @@ def macs_of(form: Form, stages: list[Stage], size: Size) -> int:
     for stage in stages:
         size = output_size(form, stage, size)
         total += math.prod(size) * math.prod(stage.shape)
+    return total
+
+
+def macs_saved(model: nn.Module, rows: Iterable[LayerPlan], sizes: Mapping[str, Size]) -> int:
+    """Multiply-adds for one input that the paths of tensorized layers do without; negative if they need more.
+
+    Layers whose size is not known count for nothing.
+    """
+    total = 0
+    for row in rows:
+        if row.method is None or row.rank is None or row.path is None or row.name not in sizes:
+            continue
+        form, size, method = Form.of(model.get_submodule(row.name)), sizes[row.name], row.method.for_shape(row.shape)
+        dense, own = (stages_of(method, row.shape, row.rank, path, form.groups) for path in (REBUILT, row.path))
+        total += macs_of(form, dense, size) - macs_of(form, own, size)
     return total
 
 

@@ -22,7 +22,7 @@ from tspc.models import NetworkSpec
 from tspc.pages import write_comparison
 from tspc.phases.context import Context
 from tspc.phases.decompose import calibration_samples, example_input
-from tspc.phases.plan import plans_at
+from tspc.phases.plan import operations_at, plans_at
 from tspc.reference import (
     Reference,
     calibration_identity,
@@ -134,7 +134,7 @@ def _show_plans(reference: Reference, config: Config, context: Context, shared: 
     context.display.show(
         plan_table(asked, size, after, width=width), logged=plan_table(asked, size, after, max_rows=None)
     )
-    context.display.show(rates_table(plans))
+    context.display.show(rates_table(plans, operations_at(reference.model, plans, example)))
 
 
 def _require_decomposed(directory: RunDirectory, config: Config) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tspc.curves import Curves
+from tspc.deploy import cost
 from tspc.errors import InfeasibleRateError
+from tspc.paths import input_sizes, macs_saved
 from tspc.phases.decompose import PlanRequest
 from tspc.plans import Plan
 
@@ -41,3 +43,17 @@ def plans_at(
         except InfeasibleRateError as error:
             plans[rate] = error
     return plans
+
+
+def operations_at(
+    reference: nn.Module, plans: dict[float, Plan | InfeasibleRateError], example: Tensor | None
+) -> dict[float, float]:
+    """Multiply-adds of the network after ÷ before, at each rate that can be met; empty without an example."""
+    if example is None:
+        return {}
+    possible = {rate: plan for rate, plan in plans.items() if isinstance(plan, Plan)}
+    sizes = input_sizes(reference, {row.name for plan in possible.values() for row in plan.tensorized}, example)
+    before = cost(reference, (example,)).macs if sizes else 0
+    if not before:  # the network does not take the example
+        return {}
+    return {rate: 1 - macs_saved(reference, plan.tensorized, sizes) / before for rate, plan in possible.items()}
