@@ -248,20 +248,26 @@ def test_the_default_run_calibrates_and_shares_its_curves(cli, tmp_path):
 def test_a_plan_is_shown_and_nothing_else_done(cli, tmp_path):
     code, out, err = cli(*TINY, "method=auto", "method.candidates=[svd,tt]", "phase=plan", "rate=0.3")
     assert (code, err) == (0, "")
-    for text in ("Plan: auto at rate 0.3", "Rates", "operations", "0.05", "0.4"):
+    for text in ("Plan: auto at rate 0.3", "Rates", "network MACs", "0.05", "0.4"):
         assert text in out
+    rates = out[out.index("Rates") :].splitlines()
+    assert all(0 < float(row.split("│")[5]) <= 1 for row in rates if row.startswith("│  0.3"))
     assert os.listdir(tmp_path / "outputs/synthetic/resnet8") == ["reference"]
 
 
-def test_a_rate_beside_a_target_error_is_refused(cli, tmp_path):
-    code, _, err = cli(*TINY, "method=svd", "rate=0.1", "target_error=0.5", "phase=decompose")
+@pytest.mark.parametrize(
+    ("sweep", "goals"), [((), ("rate=0.1", "target_error=0.5")), (("-m",), ("rate=0.1,0.2", "target_error=0.5"))]
+)
+def test_a_rate_beside_a_target_error_is_refused(cli, tmp_path, sweep, goals):
+    code, _, err = cli(*sweep, *TINY, "method=svd", "phase=decompose", *goals)
     assert code == 1
-    assert err == "tspc: rate=0.1 and target_error=0.5 are two goals; leave one of them out\n"
+    assert err == f"tspc: {' and '.join(goals)} are two goals; leave one of them out\n"
     assert not os.listdir(tmp_path)
 
 
 def test_a_target_error_names_the_directory(cli, tmp_path):
-    code, _, err = cli(*TINY, "method=svd", "target_error=0.5", "phase=decompose")
+    code, out, err = cli(*TINY, "method=svd", "target_error=0.5", "phase=[plan,decompose]")
     assert (code, err) == (0, "")
     result = json.loads((tmp_path / "outputs/synthetic/resnet8/svd-error0.5/seed0/result.json").read_text())
     assert 0 < result["rate_reached"] <= result["rate"] < 1
+    assert f"{result['rate']:g}" in out[out.index("Rates, as expected") :]

@@ -20,7 +20,7 @@ from tspc.errors import ConfigError, DataError
 from tspc.layers import tensorized_layers, untrained
 from tspc.links import CHAIN, REBUILT, groupings, members
 from tspc.paths import GAIN, Costs, input_sizes
-from tspc.phases.plan import operations_at
+from tspc.phases.plan import macs_at
 from tspc.plans import SLOWER, Plan
 
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -119,11 +119,43 @@ def test_what_is_no_faster_stays_dense_within_the_budget(objective):
 def test_the_operations_of_a_plan_are_those_of_the_network(name):
     model, example = Net().eval(), images(1)
     plans = {rate: tspc.plan(model, name, rate, example=example, keep_first=False) for rate in (0.2, 0.5)}
-    found = operations_at(model, plans, example)
+    found = macs_at(model, plans, example)
     for rate, made in plans.items():
         small, _ = tensorized(model, made)
         assert found[rate] == pytest.approx(cost(small, (example,)).macs / cost(model, (example,)).macs, abs=1e-12)
-    assert operations_at(model, plans, None) == operations_at(model, plans, torch.randn(1, 7)) == {}
+    assert macs_at(model, plans, None) == macs_at(model, plans, torch.randn(1, 7)) == {}
+
+
+class Repeated(nn.Module):
+    """A convolution called twice, on maps of two sizes, a grouped one, and a dense layer over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Conv2d(16, 16, 3, padding=1)
+        self.grouped = nn.Conv2d(16, 32, 3, groups=2)
+        self.tokens = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.grouped(self.twice(self.twice(x)[..., ::2, ::2]))
+        return self.tokens(x.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_call_of_a_layer_counts(count):
+    model, example = Repeated().eval(), torch.randn(count, 16, 12, 12)
+    options = {"allocation": "uniform", "objective": "macs", "keep_first": False, "keep_last": False}
+    made = tspc.plan(model, "svd", 0.3, example=example, **options)
+    small, _ = tensorized(model, made)
+    assert [row.path for row in made.tensorized] == [CHAIN, REBUILT, CHAIN]
+    before, after = (cost(network, (example,)).macs for network in (model, small))
+    assert macs_at(model, {0.3: made}, example) == {0.3: pytest.approx(after / before, abs=1e-12)}
+
+
+def test_what_stays_dense_saves_nothing():
+    model, example = Net().eval(), images(1)
+    made = tspc.plan(model, "svd", 1.0, allocation="uniform", example=example)
+    dense = replace(made, layers=tuple(replace(row, method=None, rank=None, path=None) for row in made.layers))
+    assert macs_at(model, {1.0: dense}, example) == {1.0: 1.0}
 
 
 def test_wrong_settings():

@@ -164,7 +164,9 @@ def test_a_signal_elsewhere_stops_at_once():
 
 
 def test_nan_stops(context):
-    with pytest.raises(TrainingError, match=r"the loss became .* at step \d+ of 8; lower the learning rate"):
+    with pytest.raises(
+        TrainingError, match=r"the loss became .* at step \d+ of 8; lower the learning rate \(learning_rate="
+    ):
         train_classifier(network(), recipe(learning_rate=1e18), context, Progress(), "finetune")
 
 

@@ -42,6 +42,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[str] = []
     try:
+        _refuse_two_goals(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=_config_path(), config_name="config")(_job(failures))()
     except KeyboardInterrupt as stop:
         _complain(str(stop) or "interrupted; the same command goes on where it stopped")
@@ -95,7 +96,6 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
     from tspc.display import Display, library_warnings
     from tspc.pipeline import run
 
-    _refuse_two_goals(config)
     settings = dataclasses.replace(read_config(config), command=_command())
     display = Display(is_silent=not is_first(), verbosity=settings.verbosity)
     if heading is not None:
@@ -104,11 +104,12 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
         return run(settings, display)
 
 
-def _refuse_two_goals(config: DictConfig) -> None:
-    """The configuration always holds a rate; only the command line tells whether somebody asked for it."""
-    asked = [item for item in HydraConfig.get().overrides.task if item.lstrip("+").startswith("rate=")]
-    if asked and config.get("target_error") is not None:
-        raise ConfigError([f"{asked[0]} and target_error={config.target_error} are two goals; leave one of them out"])
+def _refuse_two_goals(arguments: list[str]) -> None:
+    """A configuration always holds a rate: only the command line tells whether somebody asked for it."""
+    given = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
+    goals = [f"{key}={given[key]}" for key in ("rate", "target_error") if given.get(key, "null") != "null"]
+    if len(goals) > 1:
+        raise ConfigError([f"{' and '.join(goals)} are two goals; leave one of them out"])
 
 
 def _command() -> str:

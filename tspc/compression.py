@@ -37,14 +37,14 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def compress(
     model: nn.Module,
     method: str | Method = "tt",
-    rate: float = 0.2,
+    rate: float | None = None,
     *,
     calibration: Tensor | Iterable[Any] | None = None,
     settings: Calibration | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     **options: Any,
 ) -> nn.Module:
-    """A compressed copy of `model`; `options` are those of `tspc.plan`, but for `samples`.
+    """A compressed copy of `model`; `rate` (0.2 where none is given) and `options` are those of `tspc.plan`.
 
     `calibration` is a tensor of images (N, …) or gives batches of them, with or without labels, like a DataLoader;
     without it the weights alone decide. `on_layer` is told the name of each layer whose errors were measured for the

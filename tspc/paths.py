@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -42,11 +42,16 @@ Size = tuple[int, int]
 
 
 def input_sizes(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str, Size]:
-    """The sizes of the inputs of some layers when the network is given an example; largest where it is called often.
+    """The largest input of some layers when the network is given an example; see `calls`."""
+    return {name: max(sizes, key=math.prod) for name, sizes in calls(model, names, images).items()}
+
+
+def calls(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str, list[Size]]:
+    """The sizes of the inputs of some layers at every call, when the network is given an example.
 
     Empty if the network cannot take the example, and without the layers that are not called.
     """
-    sizes: dict[str, Size] = {}
+    sizes: dict[str, list[Size]] = {}
 
     def on_call(name: str) -> object:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -55,7 +60,7 @@ def input_sizes(model: nn.Module, names: Collection[str], images: Tensor) -> dic
                 size = math.prod(shape[:-1]) // max(1, len(images)), 1
             else:
                 size = cast(Size, shape[-2:]) if Form.of(module).kind == "conv2d" else (1, shape[-1])
-            sizes[name] = max(sizes.get(name, size), size, key=math.prod)
+            sizes.setdefault(name, []).append(size)
 
         return hook
 
@@ -93,18 +98,18 @@ def macs_of(form: Form, stages: list[Stage], size: Size) -> int:
     return total
 
 
-def macs_saved(model: nn.Module, rows: Iterable[LayerPlan], sizes: Mapping[str, Size]) -> int:
+def macs_saved(model: nn.Module, rows: Iterable[LayerPlan], called: Mapping[str, Sequence[Size]]) -> int:
     """Multiply-adds for one input that the paths of tensorized layers do without; negative if they need more.
 
-    Layers whose size is not known count for nothing.
+    `called` has the sizes of a layer's inputs at its `calls`.
     """
     total = 0
     for row in rows:
-        if row.method is None or row.rank is None or row.path is None or row.name not in sizes:
+        if row.method is None or row.rank is None or row.path is None:
             continue
-        form, size, method = Form.of(model.get_submodule(row.name)), sizes[row.name], row.method.for_shape(row.shape)
+        form, method = Form.of(model.get_submodule(row.name)), row.method.for_shape(row.shape)
         dense, own = (stages_of(method, row.shape, row.rank, path, form.groups) for path in (REBUILT, row.path))
-        total += macs_of(form, dense, size) - macs_of(form, own, size)
+        total += sum(macs_of(form, dense, size) - macs_of(form, own, size) for size in called.get(row.name, ()))
     return total
 
 

@@ -22,7 +22,7 @@ from tspc.models import NetworkSpec
 from tspc.pages import write_comparison
 from tspc.phases.context import Context
 from tspc.phases.decompose import calibration_samples, example_input
-from tspc.phases.plan import operations_at, plans_at
+from tspc.phases.plan import macs_at, plans_at
 from tspc.reference import (
     Reference,
     calibration_identity,
@@ -125,8 +125,8 @@ def _show_plans(reference: Reference, config: Config, context: Context, shared: 
     with calibration_samples(config.calibration, context) as samples:
         curves = reference_curves(reference, config, samples, context, shared)
     example = example_input(reference.model, network_spec(config, context.data))
-    plans = plans_at(reference.model, config.request, config.plan, curves, example)
     asked = config.request.plan(reference.model, curves, example)
+    plans = plans_at(reference.model, config.request, config.plan, asked, curves, example)
     size = state_bytes(reference.model)
     entry = next(p.element_size() for p in reference.model.parameters())
     after = size - entry * (asked.network_dense_params - asked.network_params)
@@ -134,7 +134,7 @@ def _show_plans(reference: Reference, config: Config, context: Context, shared: 
     context.display.show(
         plan_table(asked, size, after, width=width), logged=plan_table(asked, size, after, max_rows=None)
     )
-    context.display.show(rates_table(plans, operations_at(reference.model, plans, example)))
+    context.display.show(rates_table(plans, macs_at(reference.model, plans, example)))
 
 
 def _require_decomposed(directory: RunDirectory, config: Config) -> None:

@@ -22,6 +22,8 @@ from tspc.selection import select
 
 RATE_DECAYS = ("flat", "linear_inc", "linear_dec")
 RATE_SCOPES = ("layers", "network")
+RATE = 0.2
+"""Where neither a rate nor a target error is given."""
 RATE_STEPS = 24
 """Bisections of the rate that meets a target error."""
 
@@ -29,7 +31,7 @@ RATE_STEPS = 24
 def plan(
     model: nn.Module,
     method: str | Method = "tt",
-    rate: float = 0.2,
+    rate: float | None = None,
     *,
     target_error: float | None = None,
     allocation: str = "global",
@@ -50,9 +52,10 @@ def plan(
 ) -> Plan:
     """Chooses the ranks of every layer of `model`; changes nothing.
 
-    `rate` is a ceiling on parameters after ÷ before, in (0, 1]: over the layers that can be tensorized with
-    `rate_scope="layers"`, over the whole network with `"network"`. `target_error` asks the inverse question, for
-    the smallest rate at which the root mean square of the layers' output errors is expected to be at most that.
+    `rate` (0.2 where none is given) is a ceiling on parameters after ÷ before, in (0, 1]: over the layers that can be
+    tensorized with `rate_scope="layers"`, over the whole network with `"network"`. `target_error` asks the inverse
+    question, for the smallest rate at which the root mean square of the layers' output errors is expected to be at
+    most that.
 
     `allocation="global"` spends the budget where it lowers the error most, and may keep layers dense;
     `"uniform"` gives every layer the same rate, or with `rate_decay` one that rises (`linear_inc`) or falls
@@ -83,6 +86,7 @@ def plan(
         exclude=exclude,
         min_params=min_params,
     )
+    rate = RATE if rate is None else rate
     if target_error is None:
         sketch.budget(rate)  # a rate that cannot be met is refused before the work
     if curves is None and needs_curves(sketch.method, allocation, target_error):
@@ -208,7 +212,9 @@ def check(
     objective: Any = "parameters",
 ) -> None:
     """Raises ConfigError, with every problem, for arguments of `plan` that are out of range."""
-    problems = [] if _is_share(rate) else [f"rate={rate!r}: expected a number above 0 and at most 1"]
+    problems = [] if rate is None or _is_share(rate) else [f"rate={rate!r}: expected a number above 0 and at most 1"]
+    if rate is not None and target_error is not None:
+        problems.append(f"rate={rate!r} and target_error={target_error!r} are two goals; leave one of them out")
     if target_error is not None and not _is_share(target_error):
         problems.append(f"target_error={target_error!r}: expected a number above 0 and at most 1, or null")
     for key, value, options in (

@@ -80,23 +80,24 @@ def _row(layer: LayerPlan) -> tuple[str, ...]:
     return escape(layer.name), layer.kind, shape, escape(form), before, after, *errors
 
 
-def rates_table(plans: dict[float, Plan | InfeasibleRateError], operations: dict[float, float]) -> Table:
+def rates_table(plans: dict[float, Plan | InfeasibleRateError], macs: dict[float, float]) -> Table:
     """What each rate would cost: one row a plan, or why there is none.
 
-    `operations` is the share of the network's multiply-adds that is left, where it is known.
+    `macs` is the share of the network's multiply-accumulates that is left at each rate; empty where it is not known.
     """
     table = Table(title="Rates, as expected before any training", title_justify="left")
-    for name in ("rate", "reached", "parameters", "network", "operations", "output error"):
+    names = ("rate", "reached", "parameters", "network", *(["network MACs"] if macs else []), "output error")
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("layers", overflow="fold")
     for rate, plan in plans.items():
         if isinstance(plan, InfeasibleRateError):
-            table.add_row(f"{rate:g}", "", "", "", "", "", f"cannot be met: at least {plan.smallest:g}")
+            table.add_row(f"{rate:g}", *[""] * (len(names) - 1), f"cannot be met: at least {plan.smallest:g}")
             continue
         error = "" if plan.output_error is None else f"{plan.output_error:.3f}"
         counts = f"{plan.params:,}", f"{plan.network_params:,}"
-        share = f"{100 * operations[rate]:.1f} %" if rate in operations else ""
-        table.add_row(f"{rate:g}", f"{plan.rate_reached:.4f}", *counts, share, error, _kinds(plan))
+        share = [f"{macs[rate]:.3f}"] if macs else []
+        table.add_row(f"{rate:g}", f"{plan.rate_reached:.4f}", *counts, *share, error, _kinds(plan))
     return table
 
 

@@ -59,7 +59,7 @@ class NetworkSpec:
         if self.family == "custom":
             return _custom(self.factory, self.kwargs)
         if self.num_classes is None:
-            raise ConfigError([f"dataset.num_classes is needed to build {self.name}"])
+            raise ConfigError([f"dataset.num_classes is needed to build {self.name}, as in dataset.num_classes=1000"])
         if self.family == "torchvision":
             return torchvision_network(self.name, self.num_classes, self.in_channels, pretrained, self.kwargs)
         if self.family in ("timm", "transformers"):

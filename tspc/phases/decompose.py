@@ -90,7 +90,7 @@ class PlanRequest:
         return plan(
             model,
             self.method,
-            self.rate,
+            self.rate if self.target_error is None else None,
             target_error=self.target_error,
             allocation=self.allocation,
             rate_decay=self.rate_decay,

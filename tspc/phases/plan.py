@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tspc.curves import Curves
 from tspc.deploy import cost
 from tspc.errors import InfeasibleRateError
-from tspc.paths import input_sizes, macs_saved
+from tspc.paths import calls, macs_saved
 from tspc.phases.decompose import PlanRequest
 from tspc.plans import Plan
 
@@ -31,29 +31,30 @@ def plans_at(
     reference: nn.Module,
     request: PlanRequest,
     overview: PlanOverview,
+    asked: Plan,
     curves: Curves,
     example: Tensor | None = None,
 ) -> dict[float, Plan | InfeasibleRateError]:
-    """A plan for every rate, largest first, or why there is none."""
-    rates = {request.rate, *overview.rates} if request.target_error is None else set(overview.rates)
-    plans: dict[float, Plan | InfeasibleRateError] = {}
-    for rate in sorted(rates, reverse=True):
+    """The plan asked for and one for every other rate, largest first, or why there is none."""
+    plans: dict[float, Plan | InfeasibleRateError] = {asked.rate: asked}
+    for rate in {*overview.rates} - {asked.rate}:
         try:
             plans[rate] = dataclasses.replace(request, rate=rate, target_error=None).plan(reference, curves, example)
         except InfeasibleRateError as error:
             plans[rate] = error
-    return plans
+    return dict(sorted(plans.items(), reverse=True))
 
 
-def operations_at(
+def macs_at(
     reference: nn.Module, plans: dict[float, Plan | InfeasibleRateError], example: Tensor | None
 ) -> dict[float, float]:
-    """Multiply-adds of the network after ÷ before, at each rate that can be met; empty without an example."""
-    if example is None:
-        return {}
+    """The network's multiply-accumulates in eval mode, after ÷ before, at each rate that can be met.
+
+    Empty without an example that the network takes.
+    """
     possible = {rate: plan for rate, plan in plans.items() if isinstance(plan, Plan)}
-    sizes = input_sizes(reference, {row.name for plan in possible.values() for row in plan.tensorized}, example)
-    before = cost(reference, (example,)).macs if sizes else 0
-    if not before:  # the network does not take the example
+    names = {row.name for plan in possible.values() for row in plan.budgeted}
+    if example is None or not (called := calls(reference, names, example)):
         return {}
-    return {rate: 1 - macs_saved(reference, plan.tensorized, sizes) / before for rate, plan in possible.items()}
+    before = cost(reference, (example,)).macs
+    return {rate: 1 - macs_saved(reference, plan.tensorized, called) / before for rate, plan in possible.items()}

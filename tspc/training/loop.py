@@ -227,7 +227,7 @@ class _Loop:
 
     @property
     def _remedy(self) -> str:
-        return f"lower the learning rate (this training went by {self.recipe.learning_rate:g})"  # may be measured
+        return f"lower the learning rate (learning_rate={self.recipe.learning_rate:g} in this training)"
 
     def _check_weights(self) -> None:
         if not all(bool(torch.isfinite(t).all()) for t in self.network.state_dict().values()):
