@@ -12,8 +12,8 @@ else runs too.
 
 A machine's speed drifts, so every network runs in turn with the dense one: in each of `--rounds` rounds both run once
 to warm the caches and RUNS times for the clock, and the round gives one ratio of their medians. Printed are the median
-of the ratios, the middle half of them, and the median of the seconds; of the dense network against itself, too, which
-shows how far to trust the rest.
+of the ratios, the middle half of them, and the medians of both networks' seconds; of the dense network against itself,
+too, which shows how far to trust the rest.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def factorized_(model: nn.Module, form: str, rate: float, rows: Plan) -> nn.Modu
     for row in rows.budgeted:
         dense: Any = model.get_submodule(row.name)
         if isinstance(dense, nn.Linear):
-            # Not `from_linear`, which would decompose random weights for hours. "factorized" wants 380 GB for a ViT.
+            # Not `from_linear`, which would decompose random weights for hours.
+            # `implementation="factorized"` wants 380 GB for a ViT.
             inputs, outputs = utils.get_tensorized_shape(
                 dense.in_features, dense.out_features, order=2, min_dim=2, verbose=False
             )
@@ -167,7 +168,7 @@ class Timing:
 
     def __str__(self) -> str:
         low, _, high = statistics.quantiles(self.ratios, n=4)
-        return f"{self.own:.3f} ({self.faster:.2f}×, {low:.2f} to {high:.2f})"
+        return f"{self.own:.3f} of {self.dense:.3f} ({self.faster:.2f}×, {low:.2f} to {high:.2f})"
 
 
 def timed(run: Callable[[], Any], dense: Callable[[], Any], options: argparse.Namespace) -> Timing:
@@ -243,20 +244,16 @@ def main() -> None:
             except Exception as error:  # what a library cannot do is part of the table
                 print(f"  {method} in {runtime}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         print(method, rates[method], *(f"{runtime} {timing}" for runtime, timing in found.items()), flush=True)
-    # Ratios are surer than seconds: one in a runtime that is slow for the dense network counts for less in proportion.
-    everywhere = {r: [t[r].dense for t in timings.values() if r in t] for r in runtimes}
-    usual = {runtime: statistics.median(times) for runtime, times in everywhere.items() if times}
-    rows: list[list[str]] = []
-    for method, found in timings.items():
-        best = max((t.faster * min(usual.values()) / usual[r] for r, t in found.items()), default=0.0)
-        cells = [str(found.get(runtime, "failed")) for runtime in runtimes]
-        rows.append([f"`{method}`", rates[method], *cells, f"{best:.2f}×" if found else "failed"])
+    rows = [
+        [f"`{method}`", rates[method], *(str(found.get(runtime, "failed")) for runtime in runtimes)]
+        for method, found in timings.items()
+    ]
     print(
         f"\n{options.network}, rate {options.rate:g}, batches of {batch} at {size}², {options.threads} threads, ",
         end="",
     )
     print(f"rank multiple {options.rank_multiple}, objective {options.objective}. {machine(options.seed)}\n")
-    print(table(["", "rate reached", *(f"{r}, s (× dense, middle half)" for r in runtimes), "best × best dense"], rows))
+    print(table(["", "rate reached", *(f"{r}, s of dense s (×, middle half)" for r in runtimes)], rows))
 
 
 if __name__ == "__main__":
