@@ -116,7 +116,7 @@ def test_what_is_no_faster_stays_dense_within_the_budget(objective):
 
 
 @each_method
-def test_the_operations_of_a_plan_are_those_of_the_network(name):
+def test_the_macs_of_a_plan_are_those_of_the_network(name):
     model, example = Net().eval(), images(1)
     plans = {rate: tspc.plan(model, name, rate, example=example, keep_first=False) for rate in (0.2, 0.5)}
     found = macs_at(model, plans, example)

@@ -44,7 +44,7 @@ def compress(
     on_layer: Callable[[str], None] = lambda name: None,
     **options: Any,
 ) -> nn.Module:
-    """A compressed copy of `model`; `rate` (0.2 where none is given) and `options` are those of `tspc.plan`.
+    """A compressed copy of `model`; `rate` and `options` are those of `tspc.plan`, but for `samples`.
 
     `calibration` is a tensor of images (N, …) or gives batches of them, with or without labels, like a DataLoader;
     without it the weights alone decide. `on_layer` is told the name of each layer whose errors were measured for the
