@@ -93,14 +93,14 @@ def _job(failures: list[str]) -> Any:
 def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
     from tspc import interrupts
     from tspc.config import read_config
-    from tspc.display import Display, library_warnings
+    from tspc.display import Display, shown_warnings
     from tspc.pipeline import run
 
     settings = dataclasses.replace(read_config(config), command=_command())
     display = Display(is_silent=not is_first(), verbosity=settings.verbosity)
     if heading is not None:
         display.heading(heading)
-    with interrupts.handled(), library_warnings(logged=settings.verbosity != "debug"):
+    with interrupts.handled(), shown_warnings(display):
         return run(settings, display)
 
 

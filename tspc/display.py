@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import rich
 from rich.console import Console, RenderableType
 
 from tspc.checklist import Checklist
+from tspc.errors import TspcWarning
 
 logger = logging.getLogger("tspc")
 
@@ -20,19 +22,6 @@ VERBOSITIES = ("quiet", "normal", "debug")
 PLAIN_WIDTH = 100
 PLAIN_INTERVAL = 30.0
 """Seconds between two lines about the same bar where there is no terminal."""
-
-
-@contextmanager
-def library_warnings(logged: bool) -> Iterator[None]:
-    """Within it warnings of libraries go to the log of the run, where `logged`, instead of between the lines."""
-    if not logged:
-        yield
-        return
-    logging.captureWarnings(True)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
 
 
 class Bar(Protocol):
@@ -171,3 +160,30 @@ class _PlainBar(_Timed):
     ) -> None:
         if kind is None:
             self._display.line(self._summary())
+
+
+@contextmanager
+def shown_warnings(display: Display) -> Iterator[None]:
+    """Within it a warning of ours is a line, shown once. Those of libraries go to the log of the run.
+
+    With the verbosity `debug` the libraries' warnings are printed as usual.
+    """
+    seen: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if not issubclass(category, TspcWarning):
+            usual(message, category, *where)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            display.warn(str(message))
+
+    logs = display.verbosity != "debug"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TspcWarning)
+        logging.captureWarnings(logs)
+        usual, warnings.showwarning = warnings.showwarning, show
+        try:
+            yield
+        finally:
+            warnings.showwarning = usual
+            logging.captureWarnings(False)

@@ -11,6 +11,10 @@ class TspcError(Exception):
     """A mistake that the user can mend; the message names the thing, its value and the likely remedy."""
 
 
+class TspcWarning(UserWarning):
+    """Something goes on differently than was asked; the message says what, and why. The command shows it as a line."""
+
+
 class ConfigError(TspcError):
     """One or more settings are wrong; `problems` has a line for each."""
 
