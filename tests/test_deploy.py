@@ -124,6 +124,23 @@ class Fickle(nn.Module):
         return x.relu() if x.sum() > 0 else x
 
 
+class Gathering(nn.Module):
+    """Takes `*inputs`, like DataParallel and other wrappers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, first, *others):
+        return self.layer(first) + sum(self.layer(other) for other in others)
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_a_forward_that_gathers_its_inputs(tmp_path, format):
+    inputs = tuple(torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    assert export(Gathering(), tmp_path / f"net.{format}", inputs).relative < 1e-5
+
+
 def test_a_network_that_cannot_be_traced_is_told_in_one_line(tmp_path):
     with pytest.raises(ExportError, match=r"^Fickle cannot be traced by torch.export: .+$"):
         export(Fickle(), tmp_path / "net.pt2", IMAGES)

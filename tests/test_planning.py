@@ -153,3 +153,12 @@ def test_compress_copies():
     assert count(small) < 75290
     x = torch.randn(4, 3, 32, 32)
     assert small(x).shape == model(x).shape
+
+
+def test_a_plan_leaves_a_network_in_training_as_it_is():
+    """Spectral norm, for one, changes its buffers whenever a weight is read in training mode."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 8))
+    before = {name: value.clone() for name, value in model.train().state_dict().items()}
+    plan(model, "svd", 0.5)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tspc.dense import kernel_shape, kind_of
 from tspc.errors import ConfigError
+from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
 from tspc.plans import FINAL, LayerPlan
 
@@ -31,7 +32,9 @@ def select(
     done = next(iter(tensorized_layers(model)), None)
     if done is not None:
         raise ConfigError([f"the network is compressed already (layer {done}); give the original one"])
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd) or kind_of(m) is not None}
+    with evaluating(model):  # in training, spectral norm and its like change when a weight is only looked at
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd) or kind_of(m)}
+        shapes = {name: kernel_shape(module) for name, module in modules.items()}
     shared = _shared_weights(model)
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
     last = next(reversed(modules), None)
@@ -57,8 +60,7 @@ def select(
             reason = "not included"
         elif reason is None and params < min_params:
             reason = f"fewer than {min_params:,} parameters"
-        shape = kernel_shape(module)
-        layers.append(LayerPlan(name, type(module).__name__, shape, params, params, reason=reason))
+        layers.append(LayerPlan(name, type(module).__name__, shapes[name], params, params, reason=reason))
     return layers
 
 

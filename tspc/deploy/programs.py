@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
         layer.forget()  # the file holds the factors, not the larger kernels that eval mode contracts from them
     try:
         with quiet(*EXPORTERS):
-            program = torch.export.export(model, example, dynamic_shapes=_free_batch(example))
+            program = torch.export.export(model, example, dynamic_shapes=_as_arguments(model, _free_batch(example)))
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
         raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
@@ -73,6 +74,11 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
 def _free_batch(inputs: Inputs) -> tuple[dict[int, Dim], ...]:
     batch = Dim("batch", min=1)
     return tuple({0: batch} for _ in inputs)
+
+
+def _as_arguments(model: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A value for each argument of `forward`: what `*inputs` gathers is one argument, a tuple."""
+    return tuple(inspect.signature(model.forward).bind(*values).arguments.values())
 
 
 def onnx_program(program: ExportedProgram, inputs: Inputs) -> Any:
