@@ -16,7 +16,6 @@ of --limit test images; accuracies at the end are of all. Every cell is kept in 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import time
@@ -33,6 +32,7 @@ from tspc.blocks import find_blocks
 from tspc.calibration import Calibration, Samples
 from tspc.compression import tensorized
 from tspc.config import Config
+from tspc.copying import copied
 from tspc.curves import error_curves
 from tspc.data import Data, Feed
 from tspc.decompositions import METHODS, resolve
@@ -156,7 +156,7 @@ def ours(reference: nn.Module, method: str, rate: float, config: Config, data: D
     def trial(steps: int) -> float:
         before = clock.seconds
         short = dataclasses.replace(recipe, steps=steps)
-        finetune(copy.deepcopy(model), reference, short, context, Progress(), "finetune")
+        finetune(copied(model), reference, short, context, Progress(), "finetune")
         return clock.seconds - before
 
     few, more = trial(2), trial(8)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import importlib
 import io
 import statistics
@@ -37,13 +36,14 @@ from torch import Tensor, nn
 
 import tspc
 from benchmarks.common import machine, table
-from tspc.compression import set_module
+from tspc.copying import copied
 from tspc.decompositions import METHODS
 from tspc.dense import kernel_of
 from tspc.inference import fold_batch_norms
 from tspc.layers import untrained
 from tspc.models import NetworkSpec
 from tspc.plans import Plan
+from tspc.replacing import set_module
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet50": (torchvision.models.resnet50, 8, 224),
@@ -130,7 +130,7 @@ def factorized_(model: nn.Module, form: str, rate: float, rows: Plan) -> nn.Modu
 
 def runner(model: nn.Module, images: Tensor, runtime: str, threads: int) -> Callable[[], Any]:
     """A call that runs a batch."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     if runtime in ("channels_last", "compile"):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)

@@ -8,7 +8,6 @@ Decomposition in function space with 512 images, no training. torchao quantises 
 from __future__ import annotations
 
 import argparse
-import copy
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from benchmarks.common import cifar_reference, machine, parser, table
 from tspc.calibration import Calibration
 from tspc.compression import compress
+from tspc.copying import copied
 from tspc.data import Data
 from tspc.training import evaluate
 
@@ -23,7 +23,7 @@ from tspc.training import evaluate
 def quantised(model: nn.Module) -> nn.Module:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    small = copy.deepcopy(model)
+    small = copied(model)
     quantize_(small, Int8WeightOnlyConfig())
     return small
 

@@ -17,7 +17,6 @@ made again; --report prints the table of what is there.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 import time
@@ -32,7 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import tspc
 from benchmarks.common import machine, table
-from tspc.compression import apply_, set_module
+from tspc.compression import apply_
+from tspc.copying import copied
 from tspc.decompositions import METHODS, Decomposition, decomposition_from_dict, settings_of
 from tspc.deploy import export
 from tspc.deploy.programs import take
@@ -41,6 +41,7 @@ from tspc.files import write_json
 from tspc.layers import tensorized_layers
 from tspc.models import NetworkSpec
 from tspc.planning import plan
+from tspc.replacing import set_module
 
 RATE = 0.3
 LIMIT = 1e-4
@@ -125,9 +126,9 @@ def _distance(given: Tensor, wanted: Tensor) -> float:
 @torch.no_grad()
 def _rebuilt(model: nn.Module, small: nn.Module) -> nn.Module:
     """The dense network with the kernels that the factors stand for."""
-    dense = copy.deepcopy(model)
+    dense = copied(model)
     for name, layer in tensorized_layers(small).items():
-        module = copy.deepcopy(model.get_submodule(name))
+        module = copied(model.get_submodule(name))
         module.weight.copy_(layer.weight)  # type: ignore[operator]
         set_module(dense, name, module)
     return dense.eval()
@@ -139,7 +140,7 @@ def examine(case: Case, method: str, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     model, inputs = case.build(), case.inputs(4)
     _know_(model, inputs)
-    small = copy.deepcopy(model)
+    small = copied(model)
     done = apply_(small, plan(model, _method(method), RATE, allocation="uniform"))
     result: dict[str, Any] = {
         "parameters": done.network_dense_params,
@@ -176,7 +177,7 @@ def _saved(case: Case, small: nn.Module, inputs: Tensor, answer: Tensor, folder:
 
 
 def _backward(small: nn.Module, inputs: Tensor) -> list[str]:
-    trained = copy.deepcopy(small).train()
+    trained = copied(small).train()
     trained(inputs).square().mean().backward()
     return [
         f"{name}.{entry} has {'no' if p.grad is None else 'an infinite'} gradient"

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from benchmarks.common import cifar_reference, machine, table
 from tspc import decompositions
 from tspc.calibration import Calibration, Samples
-from tspc.compression import set_module, tensorized
+from tspc.compression import tensorized
 from tspc.curves import Curves, error_curves
 from tspc.decompositions import NAMES
 from tspc.files import write_json
 from tspc.planning import outline, plan
+from tspc.replacing import set_module
 from tspc.training import place
 
 WAYS = ("original", "+global", "+function space", "+compensation")

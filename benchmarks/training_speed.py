@@ -9,7 +9,6 @@ runs both whole networks forward, as the paper's code does; mean over the blocks
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks.common import cifar_reference, machine, parser, table, tuned_block
 from tspc.blocks import find_blocks
 from tspc.compression import compress
+from tspc.copying import copied
 from tspc.data import Data, Feed
 from tspc.decompositions import METHODS
 from tspc.display import Display
@@ -90,7 +90,7 @@ def main() -> None:
         make = lambda method=method: place(compress(reference, method, options.rate, allocation="uniform"), CPU)  # noqa: E731
         naive = whole_networks(make(), reference, data, 3)
         kept = kept_activations(make(), reference, data, options.steps)
-        dense = finetuning(copy.deepcopy(reference), data, options.steps)
+        dense = finetuning(copied(reference), data, options.steps)
         small = finetuning(make(), data, options.steps)
         cells = [f"{value:.2f}" for value in (naive, kept, kept / naive, dense, small, small / dense)]
         rows.append([f"`{method}`", *cells])

@@ -147,8 +147,8 @@ def test_blocks_by_pattern():
 @pytest.mark.parametrize("name", METHODS)
 def test_resnet50_runs_as_its_rebuilt_kernels(name):
     """Every method on ResNet-50 at 0.05: the network equals the one with dense kernels rebuilt from the factors."""
-    from tspc.compression import set_module
     from tspc.layers import tensorized_layers
+    from tspc.replacing import set_module
 
     torch.manual_seed(0)
     model = NetworkSpec("torchvision", "resnet50", 1000).build().eval()

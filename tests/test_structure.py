@@ -15,11 +15,13 @@ PACKAGE = ROOT / "tspc"
 
 LAYERS = [
     ["errors", "launch"],
-    ["checklist", "extras", "files", "hooks", "interrupts", "parallel", "processes", "trackers"],
+    ["checklist", "copying", "extras", "files", "hooks", "interrupts", "parallel", "processes", "trackers"],
     ["sweep", "display", "decompositions", "models", "data", "blocks"],
     ["links"],
     ["dense"],
     ["layers", "training", "plans", "stash"],
+    ["replacing"],
+    ["norms"],
     ["deploy", "moments", "paths", "selection", "spectra", "walk"],
     ["inference", "sensitivity"],
     ["calibration"],

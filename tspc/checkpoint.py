@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tspc import decompositions
-from tspc.compression import set_module
 from tspc.dense import DenseLayer, kernel_shape, kind_of
 from tspc.errors import WeightsError
 from tspc.files import write_atomically
 from tspc.layers import tensorized_layers, untrained
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state
+from tspc.replacing import set_module
 
 FORMAT = 1
 """Version of the header's layout; raised when a reader of the old one would fail."""

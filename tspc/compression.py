@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from tspc.batch_norm import recalibrate_
 from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of, moments_towards, targets_of
+from tspc.copying import copied
 from tspc.decompositions import Method, Metric, check_finite, double
 from tspc.dense import DenseLayer, kernel_of, kernel_shape
 from tspc.errors import DecompositionError
@@ -22,16 +22,11 @@ from tspc.moments import Moments, Statistics
 from tspc.parallel import side_by_side
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
+from tspc.replacing import refuse_save_pretrained_, replace_layer, warn_of_state_hooks
 from tspc.walk import Trace
 
 OnLayer = Callable[[LayerPlan, Tensor, Metric | None], None]
 """Called after each layer with its row, the kernel that was fitted (not always its own), and the norm, if any."""
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def compress(
@@ -51,7 +46,7 @@ def compress(
     plan, then of each that was decomposed or, kept dense, made up for those before it: layers with thousands of inputs
     take seconds each. Raises what `plan` and `apply_` raise.
     """
-    small = copy.deepcopy(model)
+    small = copied(model)
 
     def run(samples: Samples | None) -> nn.Module:
         ranks = plan(small, method, rate, samples=samples, on_layer=on_layer, **options)
@@ -82,8 +77,9 @@ def apply_(
     small, done = tensorized(model, plan, samples, on_layer)
     for layer in done.tensorized:
         mode = model.get_submodule(layer.name).training
-        set_module(model, layer.name, small.get_submodule(layer.name).train(mode))
+        replace_layer(model, layer.name, small.get_submodule(layer.name).train(mode))
     model.load_state_dict(small.state_dict())
+    refuse_save_pretrained_(model)
     return done
 
 
@@ -96,14 +92,15 @@ def tensorized(
 
 
 def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer) -> tuple[nn.Module, Plan]:
-    work = copy.deepcopy(model)
+    work = copied(model)
     done: dict[str, _Done] = {}
+    warn_of_state_hooks(model, [layer.name for layer in plan.tensorized])
     for name in (layer.name for layer in plan.tensorized):
         with _naming(name):
             check_finite(kernel_of(model.get_submodule(name)))
 
     def keep(fitted: _Done, kernel: Tensor, metric: Metric | None) -> None:
-        set_module(work, fitted.layer.name, fitted.module)
+        replace_layer(work, fitted.layer.name, fitted.module)
         done[fitted.layer.name] = fitted
         on_layer(fitted.layer, kernel, metric)
 
@@ -125,6 +122,7 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
         keep(fitted, kernel_of(layers[layer.name]), None)
     if samples is not None:
         recalibrate_(work, model, samples)
+    refuse_save_pretrained_(work)
     rows = tuple(done[layer.name].layer if layer.name in done else layer for layer in plan.layers)
     return work, replace(plan, layers=rows)
 
@@ -189,7 +187,7 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Sta
     """The layer's replacement: tensorized, or dense with a kernel that makes up for the layers before it."""
     with _naming(layer.name):
         if layer.method is None or layer.rank is None:
-            module: nn.Module = copy.deepcopy(dense)
+            module: nn.Module = copied(dense)
             with torch.no_grad():
                 kernel_of(module).copy_(kernel)
         else:

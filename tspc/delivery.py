@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tspc.config import Config
+from tspc.copying import copied
 from tspc.errors import RunError
 from tspc.files import read_json, write_json
 from tspc.models import NetworkSpec
@@ -72,7 +72,7 @@ class Delivery:
                     outdated.unlink()  # of another state of the network
             self._keep("export", found)
         if self.config.benchmark is not None and not self._done("benchmark"):
-            dense, small = (place(copy.deepcopy(network), device) for network in (reference, model))
+            dense, small = (place(copied(network), device) for network in (reference, model))
             tried = example(small, self.spec, max(self.config.benchmark.batch_sizes), self.context)
             self._keep("benchmark", measure(dense, small, self.config.benchmark, tried, self.context.display))
 

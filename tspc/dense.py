@@ -52,6 +52,15 @@ def kernel_shape(layer: nn.Module) -> Shape:
     return tuple(kernel_of(layer).shape)
 
 
+def shown_by(layer: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a layer that others may read: its sizes, stride, padding, what a user has put there."""
+    return {
+        key: value
+        for key, value in vars(layer).items()
+        if (not key.startswith("_") and key not in ("training", "forward")) or key.startswith("_reversed_padding")
+    }
+
+
 @dataclass(frozen=True)
 class Form:
     """How a layer treats its input, apart from its kernel: the arguments of a convolution."""

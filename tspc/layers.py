@@ -7,8 +7,8 @@ The parameters are the factors, whatever the path (see `tspc.links`). Two forms,
 - `Contracted`: the factors are a list of matrices, from which the kernels of the path are contracted.
 
 Kernels that are contracted from factors follow them in training. In eval mode they are contracted once and kept, until
-the factors change. Both forms show `weight` (rebuilt, differentiable) and `bias` like the layer they replace, so that
-code which reads a layer's weight directly keeps working.
+the factors change. Both forms show `weight` (rebuilt, differentiable), `bias` and the plain attributes (`in_features`,
+`stride`, …) of the layer they replace, so that code which reads them keeps working.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.decompositions import Decomposition, Factors, Metric, Rank, Shape
-from tspc.dense import DenseLayer, Form, as_weight, kernel_of, kernel_shape
+from tspc.dense import DenseLayer, Form, as_weight, kernel_of, kernel_shape, shown_by
 from tspc.links import CHAIN, REBUILT, Stage, contracted, paths_of, stages_of
 
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
@@ -35,6 +35,8 @@ class TensorizedLayer(nn.Module):
     shape: Shape
     rank: Rank
     kind: str
+    shown: dict[str, Any]
+    """The attributes of the dense layer, which this one has, too."""
     _kept: tuple[Tensor, ...] | None
     """In eval mode: the kernels of the path's stages. Neither a parameter nor a buffer, so that it is not saved."""
 
@@ -43,6 +45,8 @@ class TensorizedLayer(nn.Module):
         self.kind, self.shape = self.form.kind, kernel_shape(layer)
         self.decomposition, self.rank = decomposition, rank
         self._kept, self._kept_of = None, None
+        self.shown = {key: value for key, value in shown_by(layer).items() if not hasattr(self, key)}
+        vars(self).update(self.shown)
         self.register_load_state_dict_post_hook(_after_loading)
         self.path = path or default_path(layer, decomposition)
 
@@ -79,6 +83,10 @@ class TensorizedLayer(nn.Module):
     def forget(self) -> None:
         """Lets go of the kept kernels, until they are wanted again."""
         self._kept, self._kept_of = None, None
+
+    def factor_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold the factors, in the order of the decomposition."""
+        raise NotImplementedError
 
     def factor_tensors(self) -> list[Tensor]:
         """The factors, in the order of the decomposition: the parameters, or views of them."""
@@ -184,8 +192,11 @@ class Chain(TensorizedLayer, nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return nn.Sequential.forward(self, input) if self.runs_factors else TensorizedLayer.forward(self, input)
 
+    def factor_parameters(self) -> list[nn.Parameter]:
+        return [cast(nn.Parameter, link.weight) for link in self]
+
     def factor_tensors(self) -> list[Tensor]:
-        weights = [cast(Tensor, link.weight) for link in self]
+        weights: list[Tensor] = [*self.factor_parameters()]
         return [weight.unsqueeze(2) for weight in weights] if self.kind == "conv1d" else weights
 
     @property
@@ -218,6 +229,9 @@ class Contracted(TensorizedLayer):
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **_like(layer))) if bias else None)
         self._prepare(layer, decomposition, rank, path)
 
+    def factor_parameters(self) -> list[nn.Parameter]:
+        return list(self.factor_list)
+
     def factor_tensors(self) -> list[Tensor]:
         return [matrix.view(s) for matrix, s in zip(self.factor_list, self._factor_shapes, strict=True)]
 
@@ -239,11 +253,17 @@ def default_path(layer: nn.Module, decomposition: Decomposition) -> str:
 def untrained(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> TensorizedLayer:
     """The tensorized form of `layer` with factors of the right shapes and arbitrary values.
 
-    Raises ConfigError for a path that it does not have.
+    Factors are trained if the layer's weight is, the bias if its bias is. Raises ConfigError for a path that it does
+    not have.
     """
     decomposition = decomposition.for_shape(kernel_shape(layer))
     form = Chain if is_chain(layer, decomposition) else Contracted
-    return form(layer, decomposition, rank, path)
+    result = form(layer, decomposition, rank, path)
+    for factor in result.factor_parameters():
+        factor.requires_grad_(layer.weight.requires_grad)
+    if layer.bias is not None:
+        cast(nn.Parameter, result.bias).requires_grad_(layer.bias.requires_grad)
+    return result
 
 
 def tensorize(
@@ -269,8 +289,6 @@ def tensorize(
             own.copy_(value)
         if layer.bias is not None:
             cast(nn.Parameter, result.bias).copy_(layer.bias)
-    for parameter in result.parameters():
-        parameter.requires_grad_(layer.weight.requires_grad)
     return result.train(layer.training)
 
 

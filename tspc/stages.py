@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 
 from tspc import checkpoint, interrupts, processes
 from tspc.config import Config
+from tspc.copying import copied
 from tspc.delivery import Delivery, made_with
 from tspc.errors import RunError, TrainingError
 from tspc.files import write_json
@@ -124,7 +124,7 @@ class Stages:
         data = self.context.data
         if data is None or info["data"] == data.fingerprint or stage != "decompose":
             return info
-        self.model = place(checkpoint.load(self._file(stage), copy.deepcopy(self.reference)), self.context.device)
+        self.model = place(checkpoint.load(self._file(stage), copied(self.reference)), self.context.device)
         info = info | {"data": data.fingerprint, "accuracy": self._accuracy(whole=False)}
         checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
         return info
@@ -197,7 +197,7 @@ class Stages:
             return plan_data
 
         plan_data = processes.by_first(decompose)
-        model = checkpoint.load(path, copy.deepcopy(self.reference))
+        model = checkpoint.load(path, copied(self.reference))
         processes.wait()
         if is_first():
             path.unlink()
@@ -235,7 +235,7 @@ class Stages:
         """The network that the stage starts from."""
         if self.model is None:
             path = self._file(next(reversed(self.finished)))
-            self.model = place(checkpoint.load(path, copy.deepcopy(self.reference)), self.context.device)
+            self.model = place(checkpoint.load(path, copied(self.reference)), self.context.device)
         return self.model
 
     def _accuracy(self, whole: bool) -> dict[str, Any] | None:
@@ -248,7 +248,7 @@ class Stages:
     def _finish(self, reference: dict[str, Any]) -> dict[str, Any]:
         """Writes `model.safetensors` and `result.json` from the furthest stage."""
         last = next(reversed(self.finished))
-        model = checkpoint.load(self._file(last), copy.deepcopy(self.reference).cpu())
+        model = checkpoint.load(self._file(last), copied(self.reference).cpu())
         target = self.directory.file("model.safetensors")
         checkpoint.save(model, target, network=self.spec, info={"stage": last, "identity": self.directory.identity})
         ranks = Plan.from_dict(self.finished["decompose"]["plan"])

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tspc.blocks import block_of, find_blocks
 from tspc.hooks import Reached, hooked, run_until_reached
+from tspc.norms import along_channels, has_statistics, is_untouched, takes_shift
 from tspc.stash import Room, Stash, mapped, tensors_in
 
 
@@ -39,7 +40,8 @@ class Segment:
 class Trace:
     """What one forward pass showed: the segments, how often each layer was called, and its batch norm.
 
-    `batch_norms` has the layers whose output goes into a batch norm and nowhere else.
+    `batch_norms` has the layers whose output goes into a batch norm over its channels and nowhere else: a constant that
+    is added to that output is undone by the norm's running mean.
     """
 
     segments: tuple[Segment, ...]
@@ -88,7 +90,7 @@ class _Record:
     order: list[str] = field(default_factory=list)
     entered: dict[str, list[_Entry]] = field(default_factory=dict)
     left: dict[str, tuple[Any, int]] = field(default_factory=dict)
-    normalised: list[tuple[str, Tensor]] = field(default_factory=list)
+    normalised: list[tuple[str, Tensor | None]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -111,15 +113,14 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: lis
         return hook
 
     def on_batch_norm(name: str) -> Callable:
-        return lambda module, args: record.normalised.append((name, args[0]))
+        return lambda module, args: record.normalised.append((name, args[0] if args else None))
 
     modules = dict(model.named_modules())
+    statistics = {name: m for name, m in modules.items() if has_statistics(m) and is_untouched(m)}
     handles = [modules[name].register_forward_hook(on_layer(name)) for name in layers]
     handles += _on_entering(model, blocks, record)
     handles += [modules[name].register_forward_hook(on_block_end(name)) for name in blocks]
-    for name, module in modules.items():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(on_batch_norm(name)))
+    handles += [norm.register_forward_pre_hook(on_batch_norm(name)) for name, norm in statistics.items()]
     with hooked(handles), consumers:
         answer = model(images)
     consumers.count(answer)
@@ -131,6 +132,7 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: lis
         for name, output in consumers.watched.values()
         for norm, normalised in record.normalised
         if normalised is output and consumers.counts.get(name) == calls[name] == norms.count(norm) == 1
+        if along_channels(modules[name], statistics[norm], output) and takes_shift(statistics[norm], output)
     }
     return Trace(_segments(blocks, record), calls, batch_norms)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import warnings
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from tspc.copying import copied
 from tspc.errors import ExportError
 from tspc.layers import tensorized_layers
 
@@ -47,7 +47,7 @@ def flat(outputs: Any) -> list[Tensor]:
 
 def on_cpu(model: nn.Module) -> nn.Module:
     """A copy for files: on the CPU, in eval mode, in the default layout."""
-    return copy.deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return copied(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
@@ -57,7 +57,7 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """
     # The file will hold the example, so not the user's images; and a batch of one would be taken for a constant.
     example = tuple(torch.zeros_like(x) for x in take(inputs, 2))
-    model = copy.deepcopy(model)
+    model = copied(model)
     for layer in tensorized_layers(model).values():
         layer.forget()  # the file holds the factors, not the larger kernels that eval mode contracts from them
     try:

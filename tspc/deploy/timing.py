@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from tspc import extras
+from tspc.copying import copied
 from tspc.deploy.programs import Inputs, first_line, onnx_program, onnx_session, quiet, run_session, take, traced
 from tspc.errors import ExportError
 
@@ -140,7 +140,7 @@ def _summary(times: list[float], batch_size: int) -> dict[str, float]:
 
 def _prepared(model: nn.Module, batch: Inputs, runtime: str) -> Run:
     """A call that runs the batch in PyTorch. Raises _Unusable."""
-    network = copy.deepcopy(model).eval()
+    network = copied(model).eval()
     if runtime == "eager":
         return lambda: network(*batch)
     compiled = torch.compile(network, dynamic=False)
@@ -168,7 +168,7 @@ def _session(model: nn.Module, inputs: Inputs) -> Any:
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers() or device.type == "mps":
         raise _Unusable(f"this ONNX Runtime does not run on {device.type}")
-    host = copy.deepcopy(model).cpu().eval()
+    host = copied(model).cpu().eval()
     inputs = tuple(x.cpu() for x in inputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")

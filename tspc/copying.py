@@ -1,0 +1,121 @@
+"""Copies of people's networks: what `copy.deepcopy` refuses, but can be copied all the same, is copied."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tspc.errors import TspcError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copied(model: Module) -> Module:
+    """A deep copy of `model`, in which tensors that were computed from others are constants.
+
+    Such are the weights of weight norm, spectral norm and pruning masks until the next forward pass computes them
+    anew, and activations that a module keeps. Locks are new ones, random generators go on from the same state. Raises
+    TspcError, naming the attribute, for what cannot be copied, such as an open file.
+    """
+    try:
+        return _deep_copy(model, model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # an attribute may be anything, and so may what it raises
+        raise TspcError(_complaint(model, error)) from error
+
+
+def _deep_copy(value: Any, owner: nn.Module) -> Any:
+    memo = {id(kept): new(kept) for kept, new in _renewed(owner)}
+    with _Detaching():
+        return copy.deepcopy(value, memo)
+
+
+class _Detaching(TorchFunctionMode):
+    """Copies tensors that are not leaves of the graph, which PyTorch refuses to do."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _detached(tensor, memo)
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def _detached(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    base = tensor._base
+    if not isinstance(base, nn.Parameter):
+        return tensor.detach().clone()
+    # A view of a parameter: of the copied one then, whose changes it goes on to show.
+    copied = copy.deepcopy(base, memo).detach()
+    return copied.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def _same_generator(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator(generator.device).set_state(generator.get_state())
+
+
+_RENEWED: dict[type, Callable[[Any], Any]] = {
+    type(threading.Lock()): lambda _: threading.Lock(),
+    type(threading.RLock()): lambda _: threading.RLock(),
+    threading.Condition: lambda _: threading.Condition(),
+    torch.Generator: _same_generator,
+}
+
+
+def _renewed(model: nn.Module) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
+    """What is inside the modules' attributes and is made new instead of copied, and by what."""
+    waiting: list[Any] = [vars(module) for module in model.modules()]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if type(value) in _RENEWED:
+            yield value, _RENEWED[type(value)]
+        else:
+            waiting += _parts(value)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What a value holds, as far as a deep copy would go into it."""
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        yield from value
+    elif isinstance(value, types.MethodType):
+        yield value.__self__
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    elif not isinstance(value, Tensor | type | types.FunctionType | types.ModuleType):
+        yield getattr(value, "__dict__", {})
+
+
+def _complaint(model: nn.Module, error: Exception) -> str:
+    """Names the attribute that cannot be copied, where it is a single one."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key == "_modules":
+                continue
+            try:
+                _deep_copy(value, module)
+            except Exception:
+                where = f"{name}.{key}" if name else key
+                return (
+                    f"{type(model).__name__} cannot be copied because of its attribute {where} "
+                    f"({type(value).__name__}: {reason}); set it to None for the time being, or give the class a "
+                    "__deepcopy__"
+                )
+    return f"{type(model).__name__} cannot be copied: {type(error).__name__}: {reason}"
