@@ -178,7 +178,7 @@ def test_damaged_runs_take_no_other_along(outputs, cli, tmp_path):
     rows = {row["run"]: row for row in csv.DictReader(Path("outputs/synthetic/sweep.csv").read_text().splitlines())}
     assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(runs, "damaged") | {"tt-0.2": "done"}
     assert "result.json" in rows["svd-0.4"]["error"]
-    assert "KeyError: 'rate_reached'" in rows["svd-0.2"]["error"]
+    assert "result.json: rate_reached is missing" in rows["svd-0.2"]["error"]
     page = Path("outputs/synthetic/sweep.html").read_text()
     assert page.count('class="status-damaged"') == 3
     assert "svd-0.2/seed0 is damaged or incomplete" in page

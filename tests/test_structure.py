@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tspc"
 
 LAYERS = [
-    ["errors", "launch"],
+    ["errors", "launch", "schemas"],
     ["checklist", "copying", "extras", "files", "hooks", "interrupts", "parallel", "processes", "trackers"],
     ["sweep", "display", "decompositions", "models", "data", "blocks"],
     ["links"],

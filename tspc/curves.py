@@ -70,8 +70,13 @@ class ErrorCurve:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ErrorCurve:
-        method = decompositions.decomposition_from_dict(data["method"])
-        return cls(method, tuple(data["params"]), tuple(data["errors"]), data["dense"], data["weight"])
+        """The curve that `to_dict` described. Raises ValueError if its points are none, ConfigError for the method."""
+        params, errors = tuple(data["params"]), tuple(data["errors"])
+        if not params or len(params) != len(errors) or list(params) != sorted(set(params)):
+            raise ValueError("the sizes of a curve ascend, and each has an error")
+        return cls(
+            decompositions.decomposition_from_dict(data["method"]), params, errors, data["dense"], data["weight"]
+        )
 
 
 def error_curves(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,14 @@ from torch import nn
 
 from tspc.config import Config
 from tspc.copying import copied
-from tspc.errors import RunError
-from tspc.files import read_json, write_json
+from tspc.files import intact, remove, write_json
 from tspc.models import NetworkSpec
 from tspc.phases.benchmark import benchmark_tables, measure
 from tspc.phases.context import Context
 from tspc.phases.export import describe, export_files
 from tspc.phases.inputs import example
 from tspc.runs import RunDirectory, plain
+from tspc.schemas import DELIVERED, RESULT
 from tspc.training import place
 
 RECORDS = {"export": "export.json", "benchmark": "benchmark.json"}
@@ -29,20 +28,12 @@ def made_with(path: Path, phases: dict[str, Any]) -> dict[str, Any]:
 
     A command that only exports or measures what is there must not pass for it.
     """
-    before = _readable(path)
+    before = intact(path, RESULT) or {}
     seconds = [
         [(name, phase["seconds"]) for name, phase in found.items()] for found in (before.get("phases", {}), phases)
     ]
     same = seconds[0] == seconds[1]
     return {key: before[key] for key in ("command", "settings", "device", "versions") if same and key in before}
-
-
-def _readable(path: Path) -> dict[str, Any]:
-    """The mapping in a file; empty if there is none, or it is damaged: then it is made anew."""
-    with suppress(RunError):
-        found = read_json(path) if path.exists() else None
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 class Delivery:
@@ -69,7 +60,7 @@ class Delivery:
             if self._record("export") is None:
                 names = {file["file"] for file in found["files"]}
                 for outdated in (path for path in folder.glob("model.*") if path.name not in names):
-                    outdated.unlink()  # of another state of the network
+                    remove(outdated)  # of another state of the network
             self._keep("export", found)
         if self.config.benchmark is not None and not self._done("benchmark"):
             dense, small = (place(copied(network), device) for network in (reference, model))
@@ -82,15 +73,15 @@ class Delivery:
         for phase, name in RECORDS.items():
             path = self.directory.file(name)
             if phase not in found and path.exists():
-                why = "of an earlier state" if _readable(path) else "damaged"
+                why = "damaged" if intact(path, DELIVERED[phase]) is None else "of an earlier state"
                 self.context.display.line(f"{phase:<9}  {name} is {why}; phase={phase} makes it anew")
         if self.config.benchmark is not None:
             for table in benchmark_tables(found["benchmark"]):
                 self.context.display.show(table)
 
     def _record(self, phase: str) -> dict[str, Any] | None:
-        record = _readable(self.directory.file(RECORDS[phase]))
-        return record if record.get("state") == self.state and {"settings", "found"} <= set(record) else None
+        record = intact(self.directory.file(RECORDS[phase]), DELIVERED[phase])
+        return record if record is not None and record["state"] == self.state else None
 
     def _done(self, phase: str) -> bool:
         record = self._record(phase)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors import SafetensorError
 
 from tspc.errors import RunError
 from tspc.launch import is_first
+from tspc.schemas import DEEPEST, problem
 
 PARTIAL = ".partial"
 """Ending of the temporary files; one that a killed process left behind can be removed."""
@@ -68,9 +71,71 @@ def write_json(path: Path, data: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in `path`. Raises RunError if it is damaged."""
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8, atomically; what UTF-8 has no form for, half a surrogate pair, becomes a question mark."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode(errors="replace")))
+
+
+def read_json(path: Path, schema: Any = (dict, list)) -> Any:
+    """The JSON in `path`. Raises RunError if it is no file, damaged, or not as the schema says (see `schemas`)."""
+    data = None
     try:
-        return json.loads(path.read_text())
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        data = json.loads(path.read_bytes())
+        wrong = problem(data, schema)
+    except RecursionError:
+        wrong = f"deeper than {DEEPEST} levels"
     except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}; remove it, or pass overwrite=true") from error
+        wrong = getattr(error, "strerror", None) or str(error)
+    if wrong is not None:
+        raise RunError(f"cannot read {path}: {wrong}; remove it, or pass overwrite=true")
+    return data
+
+
+def intact(path: Path, schema: Any) -> Any:
+    """The JSON in `path`; None if there is none, or it is not as the schema says: then it is made anew."""
+    with suppress(RunError):
+        return read_json(path, schema) if path.exists() else None
+    return None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it. Raises RunError if it cannot be made."""
+    if not is_first():
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create {path}: {error.strerror}; choose another output_dir") from error
+
+
+def remove(path: Path) -> None:
+    """Removes a file that may be there. Raises RunError if that cannot be done, as where a folder has its name."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot remove {path}: {error.strerror}; move it away") from error
+
+
+def remove_left_over(*folders: Path) -> None:
+    """Removes the temporary files in folders that killed processes left."""
+    for path in (path for folder in folders for path in folder.glob(f".*{PARTIAL}*")):
+        # Those of a living process may be about to get their names; this one has none open yet.
+        writer = re.search(rf"\.(\d+){re.escape(PARTIAL)}", path.name)
+        if writer is not None and _is_another_alive(int(writer.group(1))):
+            continue
+        with suppress(OSError):  # somebody else's
+            path.unlink()
+
+
+def _is_another_alive(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # another user's
+    return True

@@ -46,7 +46,7 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     Everything that can be wrong is checked before anything is written. Raises TspcError.
     """
     if "compare" in config.phases:
-        page = write_comparison(config.runs or str(config.output_dir / "**"))
+        page = write_comparison(config.runs or str(config.output_dir))
         display.line(f"compared   {page}")
         return {"directory": str(page.parent), "page": str(page), "phases": {}}
     device = pick_device(config.device)

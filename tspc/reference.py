@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from tspc.calibration import Samples
 from tspc.config import Config
 from tspc.curves import Curves, ErrorCurve
 from tspc.data import Data
-from tspc.errors import RunError, TrainingError
-from tspc.files import read_json, write_json
+from tspc.errors import TrainingError, TspcError
+from tspc.files import intact, make_folder, remove, remove_left_over, write_json
 from tspc.launch import is_first
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state, read_state
@@ -25,6 +26,7 @@ from tspc.phases.context import Context
 from tspc.phases.decompose import measure_curves
 from tspc.phases.finetune import train_classifier
 from tspc.runs import RunDirectory, file_digest, fingerprint, plain
+from tspc.schemas import ACCURACY, CURVES, SECONDS, problem
 from tspc.training import Progress, evaluate, place
 
 
@@ -103,7 +105,9 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
         if processes.by_first(result.exists) and not (config.overwrite and config.phases == ("pretrain",)):
             header, state = checkpoint.read(result)
             load_state(reference.model, state, str(result))
-            reference.seconds = header["info"]["seconds"]
+            info: Any = header.get("info")
+            reference.seconds = info["seconds"] if problem(info, {"seconds": SECONDS}) is None else None
+            Progress.discard(run.file("progress.pt"))  # of a process that was killed before it did
             display.line(f"reference  read from {result}")
             return
         place(reference.model, context.device)
@@ -119,7 +123,7 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
         reference.seconds = progress.seconds
         stale = [path for pattern in ("accuracy-*.json", "curves-*.json") for path in folder.glob(pattern)]
         for path in stale if is_first() else ():
-            path.unlink()
+            remove(path)
         checkpoint.save(reference.model, result, network=spec, info={"seconds": reference.seconds})
         Progress.discard(run.file("progress.pt"))
 
@@ -140,11 +144,11 @@ def reference_curves(
         "dataset": None if samples is None else data_identity(config),
     }
     path = folder / f"curves-{fingerprint(identity)}.json"
-    if path.exists():
-        return {name: [ErrorCurve.from_dict(c) for c in curves] for name, curves in read_json(path).items()}
+    if (known := _known_curves(path, [layer.name for layer in sketch.chosen])) is not None:
+        return known
+    _prepare(path, context)
     place(reference.model, context.device).eval()
     curves = measure_curves(reference.model, sketch.chosen, config.request.method, samples, context)
-    _make(folder)
     write_json(path, {name: [curve.to_dict() for curve in of_layer] for name, of_layer in curves.items()})
     return curves
 
@@ -162,19 +166,30 @@ def reference_accuracy(reference: Reference, config: Config, context: Context, f
         return None
     identity = {"reference": reference.identity, "dataset": data_identity(config), "data": context.data.fingerprint}
     path = folder / f"accuracy-{fingerprint(identity)}.json"
-    if processes.by_first(path.exists):
-        return read_json(path)
+    known = processes.by_first(lambda: intact(path, ACCURACY))
+    if known is not None:
+        return known
+    _prepare(path, context)
     place(reference.model, context.device).eval()
     accuracy = evaluate(reference.model, context.data, context.device).to_dict()
-    _make(folder)
     write_json(path, accuracy)
     return accuracy
 
 
-def _make(folder: Path) -> None:
-    if not is_first():
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot create {folder}: {error.strerror}; choose another output_dir") from error
+def _prepare(path: Path, context: Context) -> None:
+    """For what is measured now and kept in a file."""
+    make_folder(path.parent)
+    if is_first():
+        remove_left_over(path.parent)
+        if path.exists():
+            context.display.warn(f"{path} is damaged; it is made anew")
+
+
+def _known_curves(path: Path, layers: list[str]) -> Curves | None:
+    """What an earlier run measured of these layers; None if that is not there, or damaged."""
+    found = intact(path, CURVES)
+    if found is None or sorted(found) != sorted(layers):
+        return None
+    with suppress(TspcError, ValueError, TypeError):
+        return {name: [ErrorCurve.from_dict(curve) for curve in curves] for name, curves in found.items()}
+    return None

@@ -162,8 +162,9 @@ def sweep_table(records: list[dict[str, Any]]) -> Table:
             table.add_row(str(record["job"]), Text(f"{name}\nFAILED: {why}", style="red"))
             continue
         parameters = result.get("parameters")
-        cells = ["", ""] if parameters is None else [f"{result['rate_reached']:.4f}", f"{parameters['after']:,}"]
+        reached = f"{result['rate_reached']:.4f}" if "rate_reached" in result else ""
+        reference = percent(result["reference"]["accuracy"]) if "reference" in result else ""
         final = percent(result["accuracy"]) if "accuracy" in result else ""
-        row = (cells[0], percent(result["reference"]["accuracy"]), final, cells[1])
+        row = (reached, reference, final, "" if parameters is None else f"{parameters['after']:,}")
         table.add_row(str(record["job"]), Text(f"{name}\n{result['directory']}"), *row)
     return table

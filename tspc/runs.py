@@ -14,13 +14,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tspc import processes
-from tspc.errors import RunError
-from tspc.files import PARTIAL, read_json, write_json
+from tspc import checkpoint, processes
+from tspc.errors import RunError, TspcError
+from tspc.files import read_json, remove, remove_left_over, write_json
 from tspc.launch import is_first
+from tspc.plans import Plan
+from tspc.schemas import METRICS, STAGE, problem
 
 STAGES = ("decompose", "distill", "finetune")
 """The phases that leave a network in the directory, in their order."""
+
+SHARED = "decompose.shared.safetensors"
+"""How the first of several processes gives what it decomposed to the others."""
+
+FIGURES = "figures"
+"""The folder beside a page with its figures as PNG and SVG."""
 
 FAILED = "failed"
 """The event in `metrics.jsonl` that ends a command which raised."""
@@ -56,21 +64,43 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; none where there is no such file."""
+    """The records of `metrics.jsonl`; none where there is no such file, and without the lines that are damaged."""
     path = folder / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # the last line of a run that is being written, or was killed
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):  # a run that is being written, or was killed, ends in half a line
+            record = json.loads(line)
+            if problem(record, METRICS) is None:
+                records.append(record)
     return records
 
 
 def failure(metrics: list[dict[str, Any]]) -> str | None:
     """Why the last command failed; None if it did not, or another one succeeded since."""
     last = next((record for record in reversed(metrics) if "event" in record), {})
-    return last["error"] if last.get("event") == FAILED else None
+    if last.get("event") != FAILED:
+        return None
+    return str(last.get("error") or "for a reason that is not noted")
+
+
+def read_stage(path: Path) -> dict[str, Any]:
+    """What a finished stage tells in the header of its checkpoint. Raises RunError or WeightsError if it is damaged."""
+    info: Any = checkpoint.read_header(path).get("info")
+    wrong = problem(info, STAGE)
+    if wrong is None:
+        try:
+            wrong = _problem_of_plan(info["plan"], needed=path.stem == STAGES[0])
+        except (TspcError, TypeError, ValueError, ArithmeticError) as error:
+            wrong = f"plan: {error}"
+    if wrong is not None:
+        raise RunError(f"the header of {path} is damaged ({wrong}); remove the file, or pass overwrite=true")
+    return info
+
+
+def _problem_of_plan(plan: dict[str, Any] | None, needed: bool) -> str | None:
+    if plan is None:
+        return "plan is missing" if needed else None
+    return None if Plan.from_dict(plan).rate_reached >= 0 else "plan: the rate is below 0"
 
 
 def unfinished(folder: Path) -> str | None:
@@ -78,7 +108,7 @@ def unfinished(folder: Path) -> str | None:
     for stage in reversed(STAGES):
         if (folder / f"{stage}.safetensors").exists():
             return None
-        if (folder / f"{stage}.progress.pt").exists():
+        if any((folder / f"{before}{stage}.progress.pt").exists() for before in ("", "previous.")):
             return stage
     return None
 
@@ -150,8 +180,10 @@ class RunDirectory:
         if not is_first():
             return
         try:
-            with self.file("metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            with self.file("metrics.jsonl").open("ab+") as file:
+                # A full disk, or a kill, may have left half a line.
+                is_cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+                file.write(b"\n" * is_cut + json.dumps(record).encode() + b"\n")
         except OSError as error:
             raise RunError(f"cannot write {self.file('metrics.jsonl')}: {error.strerror}") from error
 
@@ -159,14 +191,22 @@ class RunDirectory:
     def lines(self) -> int:
         """How many `metrics.jsonl` has."""
         path = self.file("metrics.jsonl")
-        return path.read_text().count("\n") if path.exists() else 0
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def held_by_another(self) -> list[str]:
-        """How the identity of the results in the directory differs from this one's; empty if there are none."""
+        """How the identity of the results in the directory differs from this one's; empty if there are none.
+
+        Raises RunError if it cannot be read, unless all is to be overwritten.
+        """
         path = self.file("run.json")
         if not os.path.exists(path) or not self._results():
             return []
-        return differences(read_json(path), self.identity)
+        try:
+            return differences(read_json(path, dict), self.identity)
+        except RunError as error:
+            if self.overwrite:
+                return [str(error)]
+            raise
 
     def _results(self) -> list[Path]:
         return [path for pattern in RESULTS for path in self.path.glob(pattern)]
@@ -183,7 +223,7 @@ class RunDirectory:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if self._on_wait is None:
-                owner = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+                owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
                 os.close(descriptor)
                 raise RunError(f"{self.path} is in use by another run (process {owner}); wait for it to end") from None
             self._on_wait()
@@ -201,10 +241,10 @@ class RunDirectory:
             )
         # The results of another identity go before the new one is written: a kill in between leaves no false claim.
         for outdated in self._results() if changed else []:
-            outdated.unlink()
+            remove(outdated)
         write_json(self.file("run.json"), self.identity)
-        for left_over in self.path.glob(f".*{PARTIAL}*"):
-            left_over.unlink()
+        remove(self.file(SHARED))
+        remove_left_over(*(self.file(name) for name in ("", FIGURES, "export")))
 
     def _open_log(self) -> None:
         self._handler = logging.FileHandler(self.file("tspc.log"))

@@ -14,7 +14,7 @@ from tspc.config import Config
 from tspc.copying import copied
 from tspc.delivery import Delivery, made_with
 from tspc.errors import RunError, TrainingError
-from tspc.files import write_json
+from tspc.files import remove, write_json
 from tspc.launch import is_first
 from tspc.models import NetworkSpec
 from tspc.pages import made, write_report
@@ -25,7 +25,7 @@ from tspc.phases.finetune import finetune
 from tspc.plans import Plan
 from tspc.reference import Reference, reference_curves
 from tspc.report import percent, plan_table, result_lines, result_table, state_bytes, versions
-from tspc.runs import STAGES, RunDirectory, differences, fingerprint, plain, unfinished
+from tspc.runs import SHARED, STAGES, RunDirectory, differences, fingerprint, plain, read_stage, unfinished
 from tspc.training import Progress, evaluate, place
 
 
@@ -91,7 +91,8 @@ class Stages:
             if stage == before:
                 break
             if self._file(stage).exists():
-                self.finished[stage] = checkpoint.read_header(self._file(stage))["info"]
+                self.finished[stage] = read_stage(self._file(stage))
+                Progress.discard(self._progress_file(stage))  # of a process that was killed before it did
 
     def _after(self) -> str:
         """Fingerprint of the stage that the next one starts from."""
@@ -102,7 +103,7 @@ class Stages:
         path = self._file(stage)
         if self.config.overwrite or not path.exists():
             return False
-        info = checkpoint.read_header(path)["info"]
+        info = read_stage(path)
         changed = differences(info["settings"], settings, f"phase.{stage}")
         if info["after"] != self._after():
             changed.append(f"what {stage} started from")
@@ -160,7 +161,7 @@ class Stages:
         for later in STAGES[STAGES.index(stage) + 1 :]:
             Progress.discard(self._progress_file(later))
             if is_first():
-                self._file(later).unlink(missing_ok=True)
+                remove(self._file(later))
         checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
         Progress.discard(self._progress_file(stage))
         processes.wait()
@@ -189,7 +190,7 @@ class Stages:
         if processes.count() == 1:
             model, plan_data = self._decompose()
             return place(model, self.context.device), plan_data
-        path = self.directory.file("decompose.shared.safetensors")
+        path = self.directory.file(SHARED)
 
         def decompose() -> dict[str, Any]:
             model, plan_data = self._decompose()
@@ -200,7 +201,7 @@ class Stages:
         model = checkpoint.load(path, copied(self.reference))
         processes.wait()
         if is_first():
-            path.unlink()
+            remove(path)
         return place(model, self.context.device), plan_data
 
     def _decompose(self) -> tuple[nn.Module, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from contextlib import suppress
@@ -37,7 +36,12 @@ def write_record(
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
+    """Those that can be read: another sweep may have left half a one in the folder."""
+    from tspc.files import intact
+    from tspc.schemas import JOB
+
+    records = [intact(path, JOB) for path in sorted(folder.glob("job-*.json"))]
+    return [record for record in records if record is not None]
 
 
 def forget_empty_sweep() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tspc.display import Display
+from tspc.errors import TspcError
 from tspc.pages.compare import write_comparison, write_sweep
 from tspc.pages.report import write_report
 
@@ -22,7 +23,8 @@ def made(make: Callable[[], Path], display: Display) -> Path | None:
     try:
         page = make()
     except Exception as error:
-        logger.exception("page not made")
+        if not isinstance(error, TspcError):
+            logger.exception("page not made")
         display.warn(f"page       not made: {error}")
         return None
     display.line(f"page       {os.path.relpath(page)}")

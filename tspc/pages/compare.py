@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tspc.decompositions import NAMES
-from tspc.files import write_atomically
+from tspc.files import make_folder, remove_left_over, write_text
 from tspc.pages.drawing import style
-from tspc.pages.records import DAMAGED, DAMAGES, DONE, Broken, Run, damaged, find_runs, fixed_part, read_sweep
+from tspc.pages.records import DAMAGED, DAMAGES, DONE, Broken, Run, damaged, find_runs, read_sweep, split_pattern
 from tspc.pages.render import render
-from tspc.pages.report import FIGURES, write_report
+from tspc.pages.report import write_report
 from tspc.pages.rows import (
     Row,
     csv_of,
@@ -25,7 +25,7 @@ from tspc.pages.rows import (
     row_of_broken,
 )
 from tspc.pages.sweep_figures import sweep_drawings
-from tspc.runs import STAGES
+from tspc.runs import FIGURES, STAGES
 
 
 def write_comparison(pattern: str) -> Path:
@@ -34,7 +34,8 @@ def write_comparison(pattern: str) -> Path:
     Raises RunError if there are none, or the page cannot be written.
     """
     found = find_runs(pattern)
-    folder = fixed_part(pattern)
+    folder, _ = split_pattern(pattern)
+    folder = folder if folder.is_dir() else folder.parent
     if (folder / "run.json").exists():  # of one run; the page is about several
         folder = folder.parent
     return _write(folder, f"Runs of {pattern}", found)
@@ -46,9 +47,10 @@ def write_sweep(folder: Path) -> Path:
 
 
 def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
-    rows = _rows(found, folder)
     figures = folder / FIGURES
-    figures.mkdir(exist_ok=True)
+    make_folder(figures)
+    remove_left_over(folder, figures)
+    rows = _rows(found, folder)
     groups = _groups(rows)
     with style():
         content = [_group(name, own, figures, f"g{i}-" if i else "") for i, (name, own) in enumerate(groups.items())]
@@ -71,13 +73,14 @@ def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
         stage_columns=[(stage, "number") for stage in stages],
     )
     for name, text in (files | {"sweep.html": page}).items():
-        write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        write_text(folder / name, text)
     return folder / "sweep.html"
 
 
 def _rows(found: list[Run | Broken], folder: Path) -> list[Row]:
     """In their order; what cannot be shown comes last, and takes nothing else along."""
     order = {name: place for place, name in enumerate(NAMES)}
+    last = len(order)  # a method of another version
     placed: list[tuple[Any, Row]] = []
     broken: list[Broken] = []
     for run in found:
@@ -85,7 +88,14 @@ def _rows(found: list[Run | Broken], folder: Path) -> list[Row]:
             broken.append(run)
             continue
         try:
-            place = run.dataset, run.network, order[run.method], run.series, order_of_goal(run.goal), run.path.name
+            place = (
+                run.dataset,
+                run.network,
+                order.get(run.method, last),
+                run.series,
+                order_of_goal(run.goal),
+                run.path.name,
+            )
             _renew_report(run)
             placed.append((place, row_of(run, folder)))
         except DAMAGES as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from tspc.files import write_atomically
+from tspc.files import write_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +29,10 @@ MARKERS = "osD^vPX*"
 GLYPHS = dict(zip(MARKERS, "●■◆▲▼✚✖★", strict=True))
 LEGEND = "legend"
 """The gid of a legend that a narrow page hides, because it shows the drawing's `legend` instead."""
+LONGEST = 60
+"""Most characters of a name in a figure."""
+_FORMLESS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode's categories of characters that are no text: XML refuses some, others turn the writing's direction."""
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SOFT: "--soft"} | {
     colour: f"--c{number}" for number, colour in enumerate(SERIES)
 }
@@ -52,6 +58,8 @@ _STYLE: Any = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
     "figure.facecolor": "none",
+    "text.parse_math": False,  # a `$` in a name is a dollar
+    "text.usetex": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "tspc",
 }
@@ -103,7 +111,7 @@ class Drawing:
         buffer = io.StringIO()
         self.figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None, "Title": self.title})
         svg = buffer.getvalue()
-        write_atomically(folder / f"{self.name}.svg", lambda path: path.write_text(svg))
+        write_text(folder / f"{self.name}.svg", svg)
         write_atomically(
             folder / f"{self.name}.png",
             lambda path: self.figure.savefig(path, format="png", dpi=160, facecolor="white"),
@@ -174,8 +182,17 @@ def style() -> Iterator[None]:
     """Within it figures are made and saved in the pages' style."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks
         yield
+
+
+def legible(name: str, most: int = LONGEST) -> str:
+    """A name as a figure can show it: on one line, without characters that have no form, shortened in its middle."""
+    text = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in _FORMLESS else c for c in name)
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
 
 
 def canvas(
@@ -224,11 +241,11 @@ def accuracy_axis(axes: Axes, values: list[float]) -> None:
     axes.set_ylabel("top-1 accuracy")
 
 
-def plain_log_axis(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis that may span less than a decade."""
+def plain_log_axis(axis: Any, each: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Plain numbers on a logarithmic axis that may span less than a decade, at `each` multiple of the powers of 10."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axis.set_major_locator(LogLocator(subs=each, numticks=7))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())

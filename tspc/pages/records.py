@@ -11,17 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tspc import checkpoint
-from tspc.errors import RunError, TspcError, WeightsError
+from tspc.errors import RunError, TspcError
 from tspc.files import read_json
 from tspc.plans import Plan
-from tspc.runs import FAILED, STAGES, failure, read_metrics, unfinished
+from tspc.runs import FAILED, STAGES, failure, read_metrics, read_stage, unfinished
+from tspc.schemas import IDENTITY, JOB, RESULT, SPECTRA
 
 REFERENCE = "reference"
 DONE, RUNNING, STOPPED, DAMAGED = "done", "running", "stopped", "damaged"
 
-DAMAGES = (TspcError, KeyError, TypeError, ValueError, AttributeError, OSError)
-"""What reading a record raises that is cut short, or lacks something."""
+DAMAGES = (TspcError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What a run may raise whose records were changed by hand: the schemas find nearly all of it before."""
 
 
 @dataclass(frozen=True)
@@ -64,27 +64,41 @@ class Run:
         return self.identity["network"]["name"]
 
     @cached_property
-    def stages(self) -> dict[str, dict[str, Any]]:
-        """What each finished phase wrote into the header of its checkpoint."""
-        found = {}
+    def _found(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], list[str]]:
+        """Stages, spectra, and what could not be read: that is the run's business, a page shows what there is."""
+        stages, spectra, problems = {}, [], []
         for stage in STAGES:
             path = self.path / f"{stage}.safetensors"
-            if path.exists():
-                try:
-                    found[stage] = checkpoint.read_header(path)["info"]
-                except WeightsError:
-                    continue  # a damaged file is the run's business; the page shows what there is
-        return found
+            try:
+                if path.exists():
+                    stages[stage] = read_stage(path)
+            except DAMAGES as error:
+                problems.append(str(error))
+        path = self.path / "spectra.json"
+        try:
+            spectra = read_json(path, SPECTRA) if path.exists() else []
+        except DAMAGES as error:
+            problems.append(str(error))
+        return stages, spectra, problems
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What each finished phase wrote into the header of its checkpoint."""
+        return self._found[0]
+
+    @property
+    def spectra(self) -> list[dict[str, Any]]:
+        return [spectrum for spectrum in self._found[1] if spectrum["values"]]
+
+    @property
+    def problems(self) -> list[str]:
+        """Why something is not shown that the directory has a file for."""
+        return self._found[2]
 
     @cached_property
     def plan(self) -> Plan | None:
         plan = self.stages.get("decompose", {}).get("plan")
         return None if plan is None else Plan.from_dict(plan)
-
-    @cached_property
-    def spectra(self) -> list[dict[str, Any]]:
-        path = self.path / "spectra.json"
-        return read_json(path) if path.exists() else []
 
     @cached_property
     def reference_metrics(self) -> list[dict[str, Any]]:
@@ -126,10 +140,11 @@ def read_run(path: Path) -> Run | None:
     description = path / "run.json"
     if not description.exists():
         return None
-    identity = read_json(description)
+    identity = read_json(description, dict)
     if "method" not in identity:  # a reference network
         return None
-    result = read_json(path / "result.json") if (path / "result.json").exists() else None
+    identity = read_json(description, IDENTITY)
+    result = read_json(path / "result.json", RESULT) if (path / "result.json").exists() else None
     metrics = read_metrics(path)
     error = failure(metrics)
     if error is not None:
@@ -146,10 +161,12 @@ def find_runs(pattern: str) -> list[Run | Broken]:
 
     Raises RunError if there are none.
     """
+    folder, rest = split_pattern(pattern)
+    matches = [""] if rest in ("", "**") else glob.glob(rest, root_dir=folder, recursive=True)
     found: dict[Path, Run | Broken] = {}
-    for folder in _topmost(Path(name) for name in glob.glob(pattern, recursive=True)):
-        found |= _read_all(description.parent for description in sorted(folder.rglob("run.json")))
-        found |= _read_jobs(folder)
+    for top in _topmost(folder / name for name in matches):
+        found |= _read_all(description.parent for description in sorted(top.rglob("run.json")))
+        found |= _read_jobs(top)
     if not found:
         raise RunError(f"runs={pattern}: no run there; name a folder of runs, for example runs='outputs/**'")
     return list(found.values())
@@ -165,9 +182,9 @@ def _read_jobs(folder: Path) -> dict[Path, Run | Broken]:
     found: dict[Path, Run | Broken] = {}
     for path in sorted(folder.glob("job-*.json")):
         try:
-            record = read_json(path)
+            record = read_json(path, JOB)
             if record["result"] is None:
-                found[path.resolve()] = _failed(record["overrides"], record["error"])
+                found[path.resolve()] = _failed(record["overrides"], record["error"] or "it left no result")
             else:
                 found |= _read_all([_located(Path(record["result"]["directory"]), folder)])
         except DAMAGES as error:
@@ -187,12 +204,12 @@ def _read_all(directories: Iterable[Path]) -> dict[Path, Run | Broken]:
     return found
 
 
-def fixed_part(pattern: str) -> Path:
-    """The folder that a wildcard starts from: its part before the first special character."""
-    parts = Path(pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    folder = Path(*parts[:fixed]) if fixed else Path()
-    return folder if folder.is_dir() else folder.parent
+def split_pattern(pattern: str) -> tuple[Path, str]:
+    """The folder that a wildcard starts from, and the rest of it. What is there by that very name is no wildcard."""
+    folder, parts = Path(), list(Path(pattern).parts)
+    while parts and (not glob.has_magic(parts[0]) or (folder / parts[0]).exists()):
+        folder /= parts.pop(0)
+    return folder, str(Path(*parts)) if parts else ""
 
 
 def _located(directory: Path, folder: Path) -> Path:
@@ -207,7 +224,7 @@ def _topmost(paths: Any) -> list[Path]:
 
 
 def _is_locked(path: Path) -> bool:
-    if not path.exists():
+    if not path.is_file():
         return False
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -9,15 +9,14 @@ from typing import Any
 from markupsafe import Markup
 
 from tspc.errors import RunError
-from tspc.files import write_atomically
+from tspc.files import make_folder, write_text
 from tspc.pages.benchmark import LATENCY, MACS, figures_of, readable_count
 from tspc.pages.drawing import style
 from tspc.pages.records import REFERENCE, Run, read_run
 from tspc.pages.render import render
 from tspc.pages.run_figures import run_drawings, thinned
+from tspc.runs import FIGURES
 
-FIGURES = "figures"
-"""The folder beside a page with its figures as PNG and SVG."""
 _SPARK = (120, 26)
 """Width and height of a spectrum's curve in the table of layers."""
 
@@ -30,14 +29,14 @@ def write_report(directory: Path) -> Path:
     run = read_run(directory)
     if run is None or run.result is None:
         raise RunError(f"{directory} holds no finished run to report on")
-    (directory / FIGURES).mkdir(exist_ok=True)
+    make_folder(directory / FIGURES)
     with style():
         figures = {}
         for drawing in run_drawings(run):
             figures[drawing.name] = drawing.put(directory / FIGURES)
     page = render("report.html", run=run, figures=figures, folder=FIGURES, **_content(run))
     path = directory / "report.html"
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, page)
     return path
 
 
@@ -50,6 +49,7 @@ def _content(run: Run) -> dict[str, Any]:
         "phases": _phases(run.result),
         "layers": _layers(run),
         "settings": _settings(run),
+        "problems": run.problems,
     }
 
 

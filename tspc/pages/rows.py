@@ -9,6 +9,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from tspc.pages.benchmark import LATENCY, MACS, figures_of
 from tspc.pages.records import Broken, Run
@@ -17,6 +18,16 @@ from tspc.trackers import flattened
 
 DECISIVE = ("phase.decompose.", "phase.distill.", "phase.finetune.", "calibration.", "allocation", "eval_samples")
 """What the keys of settings begin with that an accuracy depends on, besides method, rate and seed."""
+
+_FORMULA = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}", "\N{FULLWIDTH HYPHEN-MINUS}")
+"""What a cell begins with that a spreadsheet computes."""
+_MARKDOWN = {ord(c): f"\\{c}" for c in "\\`*|[]$<>"} | dict.fromkeys(map(ord, "\r\n"), " ")
+_LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
+    ord("\\"): r"\textbackslash{}",
+    ord("~"): r"\textasciitilde{}",
+    ord("^"): r"\textasciicircum{}",
+    **dict.fromkeys(map(ord, "\r\n"), " "),
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ def row_of(run: Run, page: Path) -> Row:
     measured = {figure.name: figure.after for figure in figures_of(run.benchmark)}
     return Row(
         **common,
-        link=Path(os.path.relpath(report, page)).as_posix() if report.exists() else None,
+        link=quote(Path(os.path.relpath(report, page)).as_posix()) if report.exists() else None,
         reached=result["rate_reached"],
         reference=_top1(result["reference"]["accuracy"]),
         phases={name: _top1(phase["accuracy"]) for name, phase in result["phases"].items()},
@@ -143,8 +154,16 @@ def csv_of(rows: list[Row]) -> str:
         known = [row.label, *row.group, row.series, row.goal, row.seed, row.status, row.reached, row.reference]
         known += [row.phases.get(stage) for stage in STAGES]
         known += [row.final, row.parameters, row.bytes, row.macs, row.latency, row.seconds, row.error]
-        writer.writerow(["" if value is None else value for value in known])
+        writer.writerow([_cell(value) for value in known])
     return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet takes for text: one that begins like a formula gets an apostrophe before it."""
+    if not isinstance(value, str):
+        return "" if value is None else value
+    text = "".join(c if c.isprintable() else " " for c in value)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) or text[:1] != value[:1] else text
 
 
 @dataclass(frozen=True)
@@ -209,7 +228,7 @@ def markdown_of(grid: Grid) -> str:
             f"**{grid.text(method, goal)}**" if grid.is_best(method, goal) else grid.text(method, goal)
             for goal in grid.goals
         ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append(f"| {method.translate(_MARKDOWN)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -222,8 +241,7 @@ def latex_of(grid: Grid) -> str:
         for goal in grid.goals:
             text = grid.text(method, goal).replace("±", r"$\pm$")
             cells.append(rf"\textbf{{{text}}}" if grid.is_best(method, goal) else text)
-        name = method.replace("_", r"\_")
-        lines.append(f"{name} & " + " & ".join(cells) + r" \\")
+        lines.append(f"{method.translate(_LATEX)} & " + " & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tspc.pages.drawing import GRID, MUTED, SERIES, SOFT, Drawing, Mark, accuracy_axis, canvas, plain_log_axis
+from tspc.pages.drawing import GRID, MUTED, SERIES, SOFT, Drawing, Mark, accuracy_axis, canvas, legible, plain_log_axis
 from tspc.pages.records import REFERENCE, Run
 from tspc.plans import Plan
 from tspc.runs import STAGES
@@ -50,7 +50,7 @@ def _accuracy(run: Run) -> Drawing | None:
         offset, side = (-8, "top") if is_below else (8, "bottom")
         axes.annotate(f"{value:.2f}", (place, value), (0, offset), textcoords="offset points", ha="center", va=side)
         marks[f"phase{place}"] = Mark(f"{name}\n{value:.2f} % top-1")
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [legible(name, 20) for name in names])
     axes.set_xlim(-0.4, len(names) - 0.6)
     axes.grid(False, axis="x")
     accuracy_axis(axes, values)
@@ -69,9 +69,9 @@ def last_attempt(phase: str, metrics: list[dict[str, Any]]) -> list[dict[str, An
     for record in metrics:
         if record.get("phase") != phase:
             continue
-        if record.get("event") == "start" and record["seconds_before"] < 0.1:
+        if record.get("event") == "start" and record.get("seconds_before", 0.0) < 0.1:
             steps.clear()
-        elif "loss" in record:
+        elif "loss" in record and "step" in record:
             steps[record.get("block", ""), record["step"]] = record
     return list(steps.values())
 
@@ -116,7 +116,8 @@ def _layers(plan: Plan) -> Drawing:
     has_errors = any(error is not None for error in errors)
     named = len(layers) <= NAMED
     # Rotated names take about a fifteenth of an inch a letter.
-    below = 0.2 + max(len(layer.name) for layer in layers) / 15 if named else 0.5
+    labels = [legible(layer.name) for layer in layers]
+    below = 0.2 + max(map(len, labels)) / 15 if named else 0.5
     figure, axes = canvas(
         11.0,
         (3.6 if has_errors else 2.4) + below,
@@ -143,7 +144,7 @@ def _layers(plan: Plan) -> Drawing:
         lower.set_ylabel("output error")
     last = axes[-1, 0]
     if named:
-        last.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=90, fontsize=8)
+        last.set_xticks(range(len(layers)), labels, rotation=90, fontsize=8)
     else:
         last.set_xlabel("layer, in the order of the network")
     for each in axes.flat:
@@ -177,8 +178,6 @@ def thinned(count: int, most: int = POINTS) -> list[int]:
 
 
 def _spectra(run: Run) -> Drawing:
-    from matplotlib.ticker import NullLocator
-
     grouped: dict[str, list[dict[str, Any]]] = {}
     for spectrum in run.spectra:
         grouped.setdefault(spectrum["layer"], []).append(spectrum)
@@ -203,8 +202,9 @@ def _spectra(run: Run) -> Drawing:
             place.axvline(spectrum["rank"], color=colour, linestyle="--", linewidth=0.8)
         place.set_yscale("log")
         place.set_ylim(0.8e-3 if min(s["values"][-1] for s in run.spectra) > 1e-3 else 0.8e-4, 1.3)
-        place.yaxis.set_minor_locator(NullLocator())
-        place.set_title(f"{name}\n{own[0]['method']} {', '.join(str(s['rank']) for s in own)}", fontsize=7.5, pad=3)
+        plain_log_axis(place.yaxis, each=(1.0,))
+        ranks = f"{own[0]['method']} {', '.join(str(s['rank']) for s in own)}"
+        place.set_title(f"{legible(name, 30)}\n{legible(ranks, 40)}", fontsize=7.5, pad=3)
         place.tick_params(labelsize=7)
     which = f"The {len(shown)} largest of {len(grouped)} layers" if len(shown) < len(grouped) else "All layers"
     text = (

@@ -17,6 +17,7 @@ from tspc.pages.drawing import (
     Mark,
     accuracy_axis,
     canvas,
+    legible,
     plain_log_axis,
 )
 from tspc.pages.rows import Row
@@ -118,7 +119,7 @@ def _series(
         goals.setdefault(known[i][1].goal, []).append(points[i])
     means = sorted((sum(x for x, _ in at) / len(at), sum(y for _, y in at) / len(at)) for at in goals.values())
     axes.plot(*zip(*means, strict=True), color=colour, linewidth=1.2, alpha=0.8)
-    axes.plot([], [], color=colour, marker=marker, markersize=6, linewidth=1.2, label=series)
+    axes.plot([], [], color=colour, marker=marker, markersize=6, linewidth=1.2, label=legible(series, 30))
     for i in own:
         row, is_best = known[i][1], i in front
         axes.plot(

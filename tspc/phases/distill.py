@@ -88,9 +88,7 @@ def distill(
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
     adapted, start = adapted_layers(model, reference), copy.deepcopy(model.state_dict())
-    state = progress.state_of(progress.stage)
-    if state is not None:
-        model.load_state_dict(state["network"])
+    progress.restore_(model)
     model.eval().requires_grad_(False)
     reference.eval()
     room = Room(settings.memory)

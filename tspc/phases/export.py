@@ -11,8 +11,8 @@ from torch import nn
 
 from tspc.deploy import FORMATS, Exporter, check_formats
 from tspc.display import Display
-from tspc.errors import RunError, out_of_range
-from tspc.files import PARTIAL
+from tspc.errors import out_of_range
+from tspc.files import make_folder
 from tspc.phases.inputs import Example
 
 
@@ -47,12 +47,7 @@ def export_files(
     model: nn.Module, settings: Export, example: Example, folder: Path, display: Display
 ) -> dict[str, Any]:
     """Writes `model.<format>` into `folder`; returns what was found, as plain data. Raises ExportError, RunError."""
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot create {folder}: {error.strerror}") from error
-    for left_over in folder.glob(f".*{PARTIAL}*"):
-        left_over.unlink()
+    make_folder(folder)
     exporter = Exporter(model, example.tensors, settings.tolerance)
     files = []
     for name in settings.formats:

@@ -142,12 +142,15 @@ class _Loop:
         """Goes on from what was saved, if anything was."""
         self.progress, self.watchers, self.kept = progress, watchers, kept
         state = progress.state_of(self.stage)
-        if state is None or "step" not in state:
-            return
+        if state is not None and "step" in state:
+            with progress.restoring():
+                self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.best, self.is_over = state["step"], state["best"], state["is_over"]
         self.losses, self.recent = state["losses"], state["recent"].to(self.hardware.device)
         self.recipe = replace(self.recipe, learning_rate=state["learning_rate"])  # may be measured
-        kept.load_state_dict(state["network"])
+        self.kept.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

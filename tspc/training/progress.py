@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
+from torch import nn
 
 from tspc import processes
-from tspc.files import write_atomically
+from tspc.errors import RunError
+from tspc.files import remove, write_atomically
 from tspc.launch import is_first
+from tspc.schemas import COUNT, SECONDS, problem
+
+_SAVED = {"settings": str, "stage": COUNT, "seconds": SECONDS}
+"""What a saved state has beside the tensors."""
 
 
 class Progress:
@@ -41,6 +50,21 @@ class Progress:
         """What was saved last, if it lies in this stage."""
         return self._state["state"] if self._state is not None and self._state["stage"] == stage else None
 
+    def restore_(self, network: nn.Module) -> None:
+        """Puts the network's saved weights into it, if there are any. Raises RunError if they do not fit."""
+        if (state := self.state_of(self.stage)) is not None:
+            with self.restoring():
+                network.load_state_dict(state["network"])
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Within it a state is taken over. Raises RunError if it is not one of this training."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(f"{self.path} holds no state of this training ({why}); remove it, and begin anew") from error
+
     @property
     def is_due(self) -> bool:
         """Whether the time between two saves has passed."""
@@ -58,8 +82,8 @@ class Progress:
     def discard(path: Path) -> None:
         """Removes what was saved there."""
         if is_first():
-            path.unlink(missing_ok=True)
-            _previous(path).unlink(missing_ok=True)
+            remove(path)
+            remove(_previous(path))
 
     def _read(self) -> dict[str, Any] | None:
         if self.path is None:
@@ -67,13 +91,19 @@ class Progress:
         for path in (self.path, _previous(self.path)):
             if not path.is_file():
                 continue
+            found: Any = None
             try:
+                with ZipFile(path) as archive:  # torch does not look at the checksums
+                    is_whole = archive.testzip() is None
                 found = torch.load(path, map_location="cpu", weights_only=True)
+                is_whole = is_whole and isinstance(found["state"], dict)
+                is_whole = is_whole and problem({key: found[key] for key in _SAVED}, _SAVED) is None
             except Exception:  # a damaged zip file raises nearly anything
+                is_whole = False
+            if not is_whole:
                 self.warning = f"{path} is damaged; going on from the state before it, if there is one"
-                path.unlink()  # or it would take the place of the good one at the next save
-                continue
-            if isinstance(found, dict) and found.get("settings") == self.settings:
+                remove(path)  # or it would take the place of the good one at the next save
+            elif found["settings"] == self.settings:
                 return found
         return None
 

@@ -1,0 +1,220 @@
+"""Damaged records: what can be made again is, the rest is one line, and one run takes no other along."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY, Cli
+from tests.damage import BYTES, VALUES, change, damage
+from tspc.errors import RunError
+from tspc.files import read_json
+from tspc.runs import failure, read_metrics
+from tspc.schemas import IDENTITY, JOB, METRICS, PLAN, RESULT, STAGE, problem
+from tspc.training import Progress
+
+COMMAND = (*(argument for argument in TINY if argument != "report=false"), "phase=[pretrain,decompose]")
+RUN = Path("outputs/synthetic/resnet8/tt-0.2/seed0")
+REFERENCE = Path("outputs/synthetic/resnet8/reference")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"folder": tmp_path_factory.mktemp("whole")}
+
+
+@pytest.fixture
+def run(whole: dict[str, Path], cli: Cli, tmp_path: Path) -> Cli:
+    """The command, in a folder that holds two finished runs with an allocation by error curves."""
+    made = whole["folder"] / "outputs"
+    if not made.exists():
+        assert cli(*COMMAND)[0] == 0
+        assert cli(*COMMAND, "method=svd")[0] == 0
+        shutil.copytree(tmp_path / "outputs", made)
+    shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
+    shutil.copytree(made, tmp_path / "outputs")
+    return cli
+
+
+def said(outcome: tuple[int, str, str]) -> str:
+    """What a command that succeeded or was refused in one line says."""
+    code, out, err = outcome
+    assert code in (0, 1)
+    assert "Traceback" not in err + out
+    if code == 1:
+        assert err.startswith("tspc: ")
+        assert err.count("\n") == 1, err
+        assert "unexpected" not in err
+    else:
+        assert err == ""
+    return out + err
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_directory_is_mended_or_refused_in_one_line(run, seed):
+    damage(Path("outputs"), random.Random(seed))
+    for command in (COMMAND, ("phase=compare",), (*COMMAND, "method=svd")):
+        said(run(*command))
+
+
+def table() -> dict[str, dict[str, str]]:
+    found = csv.DictReader(Path("outputs/sweep.csv").read_text().splitlines())
+    return {row["run"]: row for row in found}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [
+        (lambda r: r["accuracy"].pop("top1"), "accuracy.top1 is missing"),
+        (lambda r: r["accuracy"].update(images=0), "accuracy.images: expected a whole number"),
+        (lambda r: r["parameters"].update(after=10**400), "parameters.after: expected a whole number"),
+        (lambda r: r.update(rate="a half"), "rate: expected a number, at least"),
+        (lambda r: r.update(phases=[]), "phases: expected a mapping, found a list of 0"),
+        (lambda r: r["phases"]["decompose"].update(seconds=float("nan")), "phases.decompose.seconds"),
+        (lambda r: r.update(versions=VALUES[-1]), "deeper than 50 levels"),
+    ],
+)
+def test_a_damaged_result_is_shown_with_the_reason(run, damaged: Callable[[dict], object], reason):
+    path = RUN / "result.json"
+    result = json.loads(path.read_text())
+    damaged(result)
+    path.write_text(json.dumps(result))
+    assert said(run("phase=compare"))
+    assert {name: row["status"] for name, row in table().items()} == {"tt-0.2": "damaged", "svd-0.2": "done"}
+    assert reason in table()["tt-0.2"]["error"]
+    assert "svd-0.2" in Path("outputs/sweep.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+def test_a_record_of_other_bytes_is_shown_as_damaged(run, name):
+    for content in BYTES:
+        (RUN / name).write_bytes(content)
+        said(run("phase=compare", "verbosity=quiet"))
+        found = table()
+        # A run.json without a method is a reference network's.
+        assert found["svd-0.2"]["status"] == "done"
+        assert found.get("tt-0.2", {"status": "damaged"})["status"] == "damaged"
+    (RUN / name).unlink()
+    (RUN / name).mkdir()
+    said(run("phase=compare"))
+    assert "it is no file" in table()["tt-0.2"]["error"]
+
+
+def test_side_files_are_made_again(run):
+    metrics = RUN / "metrics.jsonl"
+    lines = metrics.read_text()
+    metrics.write_bytes(b"null\n5\n[]\n\xff\xfe\n" + lines.encode() + b'{"half')
+    assert read_metrics(RUN) == [json.loads(line) for line in lines.splitlines()]
+    accuracies, curves = sorted(REFERENCE.glob("accuracy-*.json")), sorted(REFERENCE.glob("curves-*.json"))
+    before = [path.read_text() for path in accuracies + curves]
+    for content in ("{}", "[]"):
+        for path in accuracies + curves:
+            path.write_text(content)
+        shutil.rmtree(RUN)
+        text = said(run(*COMMAND))
+        assert "accuracy" in text
+        assert "is damaged; it is made anew" in text
+        assert [json.loads(path.read_text()) for path in accuracies] == [json.loads(before[0])]
+    assert len(curves) >= 1
+    again = [path.read_text() for path in curves if path.read_text() != "[]"]
+    assert len(again) >= 1
+    assert set(again) <= set(before)
+
+
+def test_a_line_after_half_a_line_is_not_lost(run):
+    (RUN / "metrics.jsonl").write_bytes(b'{"event": "start"}\n{"half')
+    said(run(*COMMAND, "overwrite=true"))
+    records = read_metrics(RUN)
+    assert records[0] == {"event": "start"}
+    assert records[1]["event"] == "start"
+    assert records[1]["phase"] == "decompose"
+
+
+def test_a_failure_without_a_reason_is_one():
+    assert failure([{"event": "failed"}]) == "for a reason that is not noted"
+
+
+@pytest.mark.parametrize("key", ["seconds", "fingerprint", "plan"])
+def test_a_stage_without_what_it_should_tell_is_refused_and_can_be_made_anew(run, key):
+    from safetensors.torch import save_file
+
+    from tspc import checkpoint
+
+    path = RUN / "decompose.safetensors"
+    header, state = checkpoint.read(path)
+    del header["info"][key]
+    save_file(state, path, {"tspc": json.dumps(header)})
+    text = said(run(*COMMAND))
+    assert f"tspc: the header of {path} is damaged ({key} is missing); remove the file, or pass overwrite=true" in text
+    said(run(*COMMAND, "overwrite=true"))
+    assert key in checkpoint.read_header(path)["info"]
+
+
+def test_a_reference_without_its_seconds_is_still_one(run):
+    from safetensors.torch import save_file
+
+    from tspc import checkpoint
+
+    path = REFERENCE / "model.safetensors"
+    header, state = checkpoint.read(path)
+    header["info"] = []
+    save_file(state, path, {"tspc": json.dumps(header)})
+    assert run(*COMMAND)[0] == 0
+    assert json.loads((RUN / "result.json").read_text())["reference"]["seconds"] is None
+
+
+@pytest.mark.parametrize("saved", [{}, {"settings": "s"}, {"settings": "s", "stage": 0, "state": {}}, [1]])
+def test_progress_that_is_not_whole_gives_way_to_the_one_before(tmp_path, saved):
+    path = tmp_path / "finetune.progress.pt"
+    before = Progress(path, "s")
+    before.save(3, {"a": torch.ones(2)})
+    path.rename(tmp_path / "previous.finetune.progress.pt")
+    torch.save(saved, path)
+    found = Progress(path, "s")
+    assert found.stage == 3
+    assert found.warning is not None
+    assert not path.exists()
+
+
+def test_progress_with_a_flipped_bit_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "progress.pt"
+    Progress(path, "s").save(1, {"a": torch.zeros(1000)})
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(4000)) + 2000] ^= 1
+    path.write_bytes(content)
+    assert Progress(path, "s").state_of(1) is None
+
+
+def test_a_state_of_another_training_is_one_line(tmp_path):
+    progress = Progress(tmp_path / "progress.pt", "s")
+    with pytest.raises(RunError, match="no state of this training .*remove it"), progress.restoring():
+        torch.nn.Linear(2, 2).load_state_dict({})
+
+
+@pytest.mark.parametrize("schema", [RESULT, IDENTITY, METRICS, PLAN, STAGE, JOB, [JOB]])
+def test_a_schema_takes_anything_and_says_what_is_wrong(schema):
+    for value in VALUES:
+        found = problem(value, schema)
+        assert found is None or (0 < len(found) < 120)
+    chance = random.Random(0)
+    data = {"job": 1, "overrides": ["a=1"], "result": None, "error": "none"}
+    assert problem(data, JOB) is None
+    for _ in range(100):
+        changed = json.loads(json.dumps(data))
+        change(changed, chance)
+        problem(changed, schema)
+
+
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "result.json")
+    with pytest.raises(RunError, match="it is no file"):
+        read_json(tmp_path / "result.json")

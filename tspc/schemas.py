@@ -1,0 +1,230 @@
+"""What the records that a run keeps look like, and a check that tells what is wrong with one.
+
+A schema is plain data too: a type; a `Number`; None; a list of one schema for lists; a mapping for mappings, whose
+keys are needed unless they end in `?`, and where `...` stands for keys of any name; a tuple of schemas for either.
+Further keys are allowed: another version may have written them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+DEEPEST = 50
+"""Most levels of a record; deeper ones could exhaust the stack of whoever walks over them."""
+_WORDS = {str: "text", bool: "true or false", dict: "a mapping", list: "a list", None: "null"}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number from `low` to `high`, which may be `whole`. What is not finite only passes with `any_float`."""
+
+    low: float = -1e300
+    high: float = 1e300
+    whole: bool = False
+    any_float: bool = False
+
+    def accepts(self, data: Any) -> bool:
+        if isinstance(data, bool) or not isinstance(data, int if self.whole else int | float):
+            return False
+        if isinstance(data, float) and not math.isfinite(data):
+            return self.any_float
+        return self.low <= data <= self.high
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        return (
+            f"{kind} from {self.low:g} to {self.high:g}" if abs(self.high) < 1e18 else f"{kind}, at least {self.low:g}"
+        )
+
+
+COUNT, SIZE = Number(0, 2**63, whole=True), Number(1, 2**63, whole=True)
+SHARE, POSITIVE, SECONDS = Number(0, 1), Number(1e-300), Number(0, 1e15)
+ERROR = (Number(0, any_float=True), None)
+
+ACCURACY = {"top1": SHARE, "top5?": (SHARE, None), "images": SIZE}
+_MEASURED = {"accuracy": (ACCURACY, None)}
+_SIZES = {"before": SIZE, "after": COUNT}
+
+METRICS = {
+    **dict.fromkeys(("phase?", "event?", "block?", "layer?"), str),
+    **{"step?": COUNT, "loss?": Number(), "seconds_before?": SECONDS},
+}
+"""A line of `metrics.jsonl`."""
+
+IDENTITY = {
+    "method": {"name": str},
+    "rate?": (Number(), None),
+    "target_error?": (Number(), None),
+    "dataset": {"name": str},
+    "network": {"name": str},
+    "seed?": (Number(-(2**63), 2**64, whole=True), None),
+}
+"""`run.json`, as far as a page shows it."""
+
+BENCHMARK_SHOWN = {
+    "cost?": ({"dense?": {"macs": COUNT}, "compressed?": {"macs": COUNT}}, None),
+    "timings?": (
+        [
+            (
+                {"skipped": str},
+                {
+                    "runtime": str,
+                    "batch_size": SIZE,
+                    "skipped?": None,
+                    "dense": {"median": POSITIVE},
+                    "compressed": {"median": POSITIVE},
+                },
+            )
+        ],
+        None,
+    ),
+}
+RESULT = {
+    "rate": POSITIVE,
+    "rate_reached": Number(0),
+    **dict.fromkeys(("allocation", "rate_scope", "network", "device"), str),
+    "reference": _MEASURED | {"seconds?": (SECONDS, None), "source": str},
+    "phases": {...: _MEASURED | {"seconds": SECONDS}},
+    "accuracy": (ACCURACY, None),
+    "parameters": _SIZES,
+    "bytes": _SIZES,
+    "seed": int,
+    "versions": dict,
+    "settings?": dict,
+    "benchmark?": (BENCHMARK_SHOWN, None),
+}
+"""`result.json`."""
+
+SPECTRA = [{"layer": str, "method": str, "rank": SIZE, "values": [Number(0)]}]
+_OUTCOME = {
+    "directory": str,
+    "rate_reached?": Number(0),
+    "reference?": _MEASURED,
+    "accuracy?": (ACCURACY, None),
+    "parameters?": _SIZES,
+}
+JOB = {"job": COUNT, "overrides": [str], "result": (_OUTCOME, None), "error": (str, None)}
+"""What a job of a sweep leaves. One that has no result has an error."""
+
+_LAYER = {
+    "name": str,
+    "kind": str,
+    "shape": [SIZE],
+    "dense_params": SIZE,
+    "params": COUNT,
+    "method": (dict, None),
+    "rank": ([SIZE], None),
+    **dict.fromkeys(("reason", "note?", "path?"), (str, None)),
+    **dict.fromkeys(("error", "output_error"), ERROR),
+}
+PLAN = {
+    "method": dict,
+    "rate": POSITIVE,
+    **dict.fromkeys(("rate_decay", "rate_scope", "allocation", "objective?"), str),
+    "layers": [_LAYER],
+    "network_dense_params": SIZE,
+}
+STAGE = {
+    "settings": dict,
+    "after": str,
+    "fingerprint": str,
+    "seconds": SECONDS,
+    "data": (str, None),
+    "accuracy": (ACCURACY, None),
+    "plan": (PLAN, None),
+}
+"""What a finished stage tells in the header of its checkpoint."""
+
+CURVES = {...: [{"method": dict, "params": [COUNT], "errors": [Number(0)], "dense": SIZE, "weight": Number(0)}]}
+"""`curves-*.json` beside a reference."""
+
+_EXPORTED = {
+    "inputs": str,
+    "files": [{"file": str, "bytes": COUNT, "difference": Number(0, any_float=True), "samples": COUNT}],
+}
+_SIDE = {"median": POSITIVE, "p95": POSITIVE, "throughput": Number(0)}
+_COST = dict.fromkeys(("macs", "parameters", "weight_bytes", "peak_bytes"), COUNT)
+_TIMING = {"runtime": str, "batch_size": SIZE}
+_BENCHMARK = {
+    "device": str,
+    "threads": SIZE,
+    "memory_batch": SIZE,
+    "cost": {"dense": _COST, "compressed": _COST},
+    "timings": [
+        (
+            _TIMING | {"skipped": str},
+            _TIMING | {"skipped": None, "dense": _SIDE, "compressed": _SIDE, "speedup": Number(0)},
+        )
+    ],
+}
+DELIVERED = {
+    phase: {"state": str, "settings": dict, "found": found}
+    for phase, found in (("export", _EXPORTED), ("benchmark", _BENCHMARK))
+}
+"""`export.json` and `benchmark.json`."""
+
+
+def problem(data: Any, schema: Any) -> str | None:
+    """What is wrong with data that was read from a file; None if it fits the schema."""
+    return f"deeper than {DEEPEST} levels" if _is_deep(data) else _problem(data, schema, "")
+
+
+def _is_deep(data: Any) -> bool:
+    level = [data]
+    for _ in range(DEEPEST):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return False
+    return True
+
+
+def _children(node: Any) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+
+
+def _problem(data: Any, schema: Any, where: str) -> str | None:
+    if isinstance(schema, tuple):
+        found = [_problem(data, each, where) for each in schema]
+        return None if None in found else found[0]
+    if isinstance(schema, dict) and isinstance(data, dict):
+        return _problem_of_mapping(data, schema, where)
+    if isinstance(schema, list) and isinstance(data, list):
+        entries = (_problem(each, schema[0], f"{where}[{place}]") for place, each in enumerate(data))
+        return next(filter(None, entries), None)
+    if isinstance(schema, Number):
+        fits, expected = schema.accepts(data), str(schema)
+    else:
+        kind = type(schema) if isinstance(schema, dict | list) else schema
+        fits = data is None if kind is None else isinstance(data, kind)
+        expected = _WORDS.get(kind, "a whole number")
+    return None if fits else f"{where or 'the whole'}: expected {expected}, found {_brief(data)}"
+
+
+def _problem_of_mapping(data: dict[str, Any], schema: dict[Any, Any], where: str) -> str | None:
+    below = f"{where}." if where else ""
+    for key, inner in schema.items():
+        names = list(data) if key is ... else [key.removesuffix("?")]
+        for name in names:
+            if name not in data:
+                if key.endswith("?"):
+                    continue
+                return f"{below}{name} is missing"
+            wrong = _problem(data[name], inner, f"{below}{name}")
+            if wrong is not None:
+                return wrong
+    return None
+
+
+def _brief(data: Any) -> str:
+    if isinstance(data, dict | list):
+        return f"{_WORDS[type(data)]} of {len(data)}"
+    text = (
+        repr(data)
+        if isinstance(data, str | float | bool | None)
+        else f"{data:.6g}"
+        if abs(data) < 1e300
+        else "a huge number"
+    )
+    return text if len(text) <= 40 else f"{text[:37]}…"
