@@ -2,102 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import tspc
-from tests.random_networks import Answer, Network, kinds, mostly
-from tspc.calibration import Calibration
+from tests.random_networks import Answer, Network
+from tests.random_uses import CALLERS, Use
+from tspc.calibration import Samples
 from tspc.compression import apply_
-from tspc.decompositions import NAMES
 from tspc.errors import ConfigError, ExportError, InfeasibleRateError, TspcWarning
 from tspc.layers import tensorized_layers
 from tspc.plans import Plan
 
-CALLERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "plain": contextlib.nullcontext,
-    "without gradients": torch.no_grad,
-    "inference mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "float64 by default": lambda: default_dtype(torch.float64),
-}
-"""What the caller's code may be inside of."""
-CALIBRATIONS = ("weights alone", "images", "batches", "batches with labels")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.1}
 """Largest difference of answers that should be equal, relative to the largest answer."""
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@dataclass(frozen=True)
-class Use:
-    """One way to use the library on a network."""
-
-    method: str
-    rate: float
-    allocation: str
-    rate_scope: str
-    calibration: str
-    settings: Calibration
-    caller: str
-    training: bool
-    exports: bool
-
-    def samples(self, network: Network) -> Any:
-        images = network.inputs(self.settings.samples, seed=1)
-        batches = images.split(5)
-        given = {
-            "images": images,
-            "batches": batches,
-            "batches with labels": [(batch, torch.zeros(len(batch))) for batch in batches],
-        }
-        return given.get(self.calibration)
-
-    @property
-    def plan_options(self) -> dict[str, Any]:
-        names = ("method", "rate", "allocation", "rate_scope")
-        return {name: getattr(self, name) for name in names} | {"keep_first": False, "keep_last": False}
-
-
-USES = st.builds(
-    Use,
-    method=kinds(NAMES),
-    rate=st.sampled_from((0.5, 0.3, 0.8, 0.1, 1.0)),
-    allocation=kinds(("global", "uniform")),
-    rate_scope=mostly(("layers", "network")),
-    calibration=kinds(CALIBRATIONS),
-    settings=st.builds(
-        Calibration,
-        samples=st.sampled_from((16, 11, 1)),
-        batch_size=st.sampled_from((8, 3)),
-        sensitivity=st.booleans(),
-        compensate=st.booleans(),
-        batch_norm=kinds(("auto", "keep", "recalibrate")),
-        memory=st.sampled_from((256, 0)),
-    ),
-    caller=mostly(tuple(CALLERS)),
-    training=st.booleans(),
-    exports=st.sampled_from((False,) * 19 + (True,)),
-)
 
 
 class Refused(Exception):
@@ -119,6 +44,7 @@ def keeps_the_contract(network: Network, use: Use, folder: Path) -> None:
             assert surroundings() == inside
         assert state_of(model) == before, "the network that was given has changed"
         assert surroundings() == around
+        check_caller(small, model, network, use)
         check_parameters(small, model, use)
         check_answers(small, model, inputs, dense)
         check_full_rank(model, network, use, inputs, dense)
@@ -194,6 +120,15 @@ def surroundings() -> Any:
     )
 
 
+def check_caller(small: nn.Module, model: nn.Module, network: Network, use: Use) -> None:
+    """What the caller is inside of does not matter."""
+    if use.caller != "plain":
+        plain, _ = _compressed(model, network, use)
+        for name, value in plain.state_dict().items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                close([small.state_dict()[name]], [value], 1, f"{name} differs inside of {use.caller}")
+
+
 def check_parameters(small: nn.Module, model: nn.Module, use: Use) -> None:
     """No more parameters than the rate allows; those that could be trained still can, and no other."""
     plan = tspc.plan(model, **use.plan_options)
@@ -231,10 +166,15 @@ def check_answers(small: nn.Module, model: nn.Module, inputs: Tensor, dense: lis
 
 
 def check_full_rank(model: nn.Module, network: Network, use: Use, inputs: Tensor, dense: list[Tensor]) -> None:
-    """With the largest ranks the network answers as it did."""
-    plan = full_rank(tspc.plan(model, **use.plan_options | {"rate": 1.0, "allocation": "uniform"}))
+    """With the largest ranks the network answers as it did, fitted by the weights or by what the layers see."""
+    whole_plan = tspc.plan(model, use.method, 1.0, allocation="uniform", keep_first=False, keep_last=False)
     whole = copy.deepcopy(model)
-    apply_(whole, plan)
+    given = use.samples(network)
+    if given is None:
+        apply_(whole, full_rank(whole_plan))
+    else:
+        with Samples(given, replace(use.settings, batch_norm="keep")) as samples:
+            apply_(whole, full_rank(whole_plan), samples)
     close(answer(whole, inputs), dense, 10, "at full rank the network answers otherwise")
 
 
@@ -250,7 +190,7 @@ def check_file(small: nn.Module, network: Network, inputs: Tensor, folder: Path)
     """What is loaded is what was saved, in another network of the same architecture."""
     path = folder / "small.safetensors"
     tspc.save(small, path)
-    other = replace(network, seed=network.seed + 1).build()
+    other = replace(network, seed=network.seed + 1, dtype="float32").build()
     loaded = tspc.load(path, model=other)
     expected, found = small.state_dict(), loaded.state_dict()
     assert expected.keys() == found.keys()

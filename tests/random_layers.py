@@ -21,7 +21,7 @@ class ChannelsLast(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.movedim(1, -1)).movedim(-1, 1)
+        return self.inner(x.movedim(1, -1)).movedim(-1, 1).contiguous()
 
 
 class Turned(nn.Module):
@@ -51,6 +51,21 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cells(x)[0].contiguous()
+
+
+class Experts(nn.Module):
+    """Two layers, of which each example goes to one."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(channels, width), nn.Linear(channels, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.new_empty(*x.shape[:-1], self.experts[0].out_features)  # type: ignore[arg-type]
+        for number, expert in enumerate(self.experts):
+            chosen = (x[..., 0] > 0.1) == bool(number)
+            y[chosen] = expert(x[chosen])
+        return y
 
 
 class OwnConv2d(nn.Conv2d):
@@ -102,6 +117,8 @@ def layer_of(kind: str, form: str, shape: Sequence[int], width: int, kernel: int
     """A layer for one example of a shape; what does not fit the shape is taken smaller."""
     if form in ("rows", "vectors"):
         return _dense_layer(kind, shape[-1], width, bias)
+    if form == "volumes" and kind == "volume":
+        return nn.Conv3d(shape[0], width, min(kernel, *shape[1:]), bias=bias)
     flat = form == "series"
     conv: Any = nn.Conv1d if flat else nn.Conv2d
     channels, smallest = shape[0], min(shape[1:])
@@ -138,6 +155,8 @@ def _dense_layer(kind: str, channels: int, width: int, bias: bool) -> nn.Module:
         "linear": lambda: nn.Linear(channels, width, bias),
         "attention": lambda: Attention(channels),
         "recurrent": lambda: Recurrent(channels, width),
+        "encoder": lambda: nn.TransformerEncoderLayer(channels, 2 - channels % 2, width, 0.0, batch_first=True),
+        "experts": lambda: Experts(channels, width),
         "own linear": lambda: OwnLinear(channels, width, bias),
     }
     return made[kind]()
@@ -154,7 +173,7 @@ def norm_of(kind: str, form: str, shape: Sequence[int]) -> nn.Module:
     }
     if alone.get(kind) == 1:
         return nn.Identity()  # one number has no variance
-    batch: Any = nn.BatchNorm2d if form == "maps" else nn.BatchNorm1d
+    batch: Any = {"maps": nn.BatchNorm2d, "volumes": nn.BatchNorm3d}.get(form, nn.BatchNorm1d)
     made: dict[str, Callable[[], nn.Module]] = {
         "no norm": nn.Identity,
         "batch": lambda: batch(channels),

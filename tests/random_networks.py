@@ -21,7 +21,7 @@ from tests import random_parts as parts
 from tests.random_layers import WEIGHTS, layer_of, norm_of, shape_after, spread_
 from tests.random_parts import EXCHANGES, EXTRAS, Block, Cache, Unit
 
-OFF = {
+OFF = {"experts",
     "hook", "pre-hook", "keyword", "frozen weight", "batch of positions", "active batch", "old weight norm",
     "spectral norm", "old spectral norm", "namedtuple", "dataclass", "cache", "complex buffer", "float64 table",
     "extra state", "pruned", "lock", "generator", "kept activation", "inference mode", "autocast", "float64 by default",
@@ -32,6 +32,7 @@ INPUTS = {
     "maps": (3, 8, 7),
     "narrow maps": (1, 5, 9),
     "series": (4, 11),
+    "volumes": (2, 4, 5, 3),
     "rows": (5, 6),
     "vectors": (7,),
     "tokens": (6,),
@@ -41,19 +42,21 @@ CONVOLUTIONS = ("plain", "pointwise", "unpadded", "strided", "dilated", "grouped
 LAYERS = {
     "maps": (*CONVOLUTIONS, "oblong", "reflecting", "channels last", "own convolution"),
     "series": (*CONVOLUTIONS, "circular", "channels last"),
-    "rows": ("linear", "matrix", "attention", "recurrent", "own linear"),
-    "vectors": ("linear", "matrix", "own linear"),
+    "volumes": ("channels last", "volume"),
+    "rows": ("linear", "matrix", "attention", "recurrent", "encoder", "experts", "own linear"),
+    "vectors": ("linear", "matrix", "experts", "own linear"),
 }
 NORMS = {
     "maps": ("no norm", "batch", "batch without affine", "batch of the moment", "active batch", "group", "instance"),
     "series": ("no norm", "batch", "batch without affine", "batch of the moment", "active batch", "group", "instance"),
+    "volumes": ("no norm", "batch", "group"),
     "rows": ("no norm", "batch of positions", "batch of channels", "layer"),
     "vectors": ("no norm", "batch", "batch without affine", "active batch", "group", "layer"),
 }
-ACTIVATIONS = ("no activation", "relu", "relu in place", "added in place", "gelu", "tanh")
+ACTIVATIONS = ("no activation", "relu", "relu in place", "added in place", "gelu", "tanh", "detached")
 USES = (
     "once", "twice", "two names", "keyword", "checkpoint", "own weight", "attributes", "never called", "frozen",
-    "frozen weight", "tied weight", "hook", "pre-hook",
+    "frozen weight", "tied weight", "viewed", "hook", "pre-hook",
 )  # fmt: skip
 CONTAINERS = ("sequential", "list", "dict", "nested")
 HEADS = ("linear", "no head", "tied")
@@ -163,7 +166,7 @@ class Made(nn.Module):
             self.last = x
         features = x
         if self.head is not None:
-            x = self.head(x.mean(list(range(2, x.ndim))) if self.form in ("maps", "series") else x)
+            x = self.head(x.mean(list(range(2, x.ndim))) if self.form in ("maps", "series", "volumes") else x)
         made = {"tuple": (x, features), "dict": {"logits": x, "features": features}, "dataclass": Answer(x, features)}
         return made.get(self.answer, x)
 
@@ -182,7 +185,7 @@ def units(form: str, usual: bool = False) -> st.SearchStrategy[UnitOf]:
     """A unit; a `usual` one has a layer that can be tensorized."""
     return st.builds(
         UnitOf,
-        layer=kinds(LAYERS[form][: 2 if usual else None]),
+        layer=kinds(LAYERS[form][: (1 if form == "volumes" else 2) if usual else None]),
         width=st.sampled_from((8, 6, 12, 7, 16, 1)[: 3 if usual else None]),
         kernel=st.sampled_from((3, 2, 1, 5)),
         bias=st.booleans(),

@@ -50,6 +50,8 @@ class Unit(nn.Module):
         if self.use == "attributes":
             return self._read(x)
         y = layer(x)
+        if self.use == "viewed":
+            return y.view(len(y), -1).view(y.shape)
         if self.use in ("twice", "two names") and y.shape == x.shape:
             return self.again(y) if self.use == "two names" else layer(y)
         return y + self.twin(x) if hasattr(self, "twin") else y
@@ -81,7 +83,9 @@ def acted(activation: str, x: Tensor) -> Tensor:
     if activation == "added in place" and not _is_leaf(x):
         x += 0.5
         return x
-    return {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}.get(activation, lambda x: x)(x)
+    return {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "detached": Tensor.detach}.get(activation, lambda x: x)(
+        x
+    )
 
 
 def _is_leaf(x: Tensor) -> bool:

@@ -56,6 +56,20 @@ def test_never_worse_than_the_plain_solution(name, shape, kind):
 
 
 @each_method
+@pytest.mark.parametrize("seed", range(4))
+def test_a_kernel_that_the_metric_does_not_see(name, seed):
+    """A norm over the outputs takes their size away: the network's answer does not depend on the kernel's size."""
+    shape = (12, 3)
+    k = normal(12, 1, seed=seed) @ normal(1, 3, seed=seed + 9)
+    direction = k[:, :1] / k[:, :1].norm()
+    metric = Metric(covariance(3, "full"), torch.eye(12, dtype=k.dtype) - direction @ direction.T)
+    assert 0 <= metric.squared(k) < 1e-12
+    method = METHODS[name]().for_shape(shape)
+    factors = method.decompose(k, method.rank_for(shape, 20), metric)
+    assert all(tensor.isfinite().all() for tensor in factors.tensors)
+
+
+@each_method
 def test_outputs_can_be_weighted(name):
     shape = (12, 10, 3, 3)
     method, k, n = kernel_and_size(name, shape)

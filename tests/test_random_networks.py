@@ -9,8 +9,9 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.contract import USES, Refused, keeps_the_contract
+from tests.contract import Refused, keeps_the_contract
 from tests.random_networks import networks
+from tests.random_uses import USES
 
 COUNT = int(os.environ.get("TSPC_RANDOM_NETWORKS", "50"))
 SEED = os.environ.get("TSPC_RANDOM_SEED")

@@ -130,8 +130,7 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
     def error(point: tuple[Decomposition, Rank]) -> float:
         method, rank = point
         rebuilt = method.reconstruct(method.sketch().decompose(kernel, rank, metric))
-        # Rounding can leave less than nothing, of a layer whose inputs do not vary.
-        return max(squared((kernel - rebuilt).flatten(1)), 0.0) / whole if whole > 0 else 0.0
+        return squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
 
     points = [(method, rank) for method in methods for rank in _sampled_ranks(method, shape)]
     if metric is not None and len(metric.inputs) > WIDE:

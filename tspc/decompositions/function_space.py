@@ -83,8 +83,8 @@ class Metric:
         return self._once("single", lambda: replace(self.sketch(), is_sketch=False))
 
     def squared(self, difference: Tensor) -> float:
-        """‖D‖²."""
-        return float((self.apply(difference) * difference).sum())
+        """‖D‖². Rounding would leave less than nothing where the metric does not see the difference."""
+        return max(float((self.apply(difference) * difference).sum()), 0.0)
 
     def steps(self, outputs: int) -> int:
         """Refining steps for a kernel with so many outputs."""
@@ -225,7 +225,7 @@ def refine(
     target = target / size
     rest = target - contract(tensors)
     pulled = metric.apply(rest)
-    loss = float((pulled * rest).sum())
+    loss = max(float((pulled * rest).sum()), 0.0)
     damping, scale = 1e-3, None
     narrow = metric.single()
     for _ in range(steps):
@@ -238,7 +238,7 @@ def refine(
         tried = [t + p for t, p in zip(tensors, step, strict=True)]
         rest = target - contract(tried)
         pulled_now = metric.apply(rest)
-        loss_now = float((pulled_now * rest).sum())
+        loss_now = max(float((pulled_now * rest).sum()), 0.0)
         if not loss_now < loss:
             damping *= 8
             continue
