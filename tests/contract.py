@@ -224,6 +224,6 @@ def check_exported(small: nn.Module, inputs: Tensor, folder: Path) -> None:
 
 
 def close(found: list[Tensor], expected: list[Tensor], times: float, message: str) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in ((a, b) for a, b in zip(found, expected, strict=True) if b.numel()):
         difference = float((ours.double() - theirs.double()).abs().max()) / max(float(theirs.abs().max()), 1e-6)
         assert difference <= times * TOLERANCE[theirs.dtype], f"{message}: {difference:.2g}"

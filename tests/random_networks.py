@@ -22,7 +22,7 @@ from tests.random_layers import WEIGHTS, layer_of, norm_of, shape_after, spread_
 from tests.random_parts import EXCHANGES, EXTRAS, Block, Cache, Unit
 
 OFF = {"experts",
-    "hook", "pre-hook", "keyword", "frozen weight", "batch of positions", "active batch", "old weight norm",
+    "hook", "pre-hook", "keyword", "frozen weight", "old weight norm",
     "spectral norm", "old spectral norm", "namedtuple", "dataclass", "cache", "complex buffer", "float64 table",
     "extra state", "pruned", "lock", "generator", "kept activation", "inference mode", "autocast", "float64 by default",
 }  # fmt: skip
@@ -47,11 +47,11 @@ LAYERS = {
     "vectors": ("linear", "matrix", "experts", "own linear"),
 }
 NORMS = {
-    "maps": ("no norm", "batch", "batch without affine", "batch of the moment", "active batch", "group", "instance"),
-    "series": ("no norm", "batch", "batch without affine", "batch of the moment", "active batch", "group", "instance"),
+    "maps": ("no norm", "batch", "batch without affine", "batch of the moment", "group", "instance"),
+    "series": ("no norm", "batch", "batch without affine", "batch of the moment", "group", "instance"),
     "volumes": ("no norm", "batch", "group"),
-    "rows": ("no norm", "batch of positions", "batch of channels", "layer"),
-    "vectors": ("no norm", "batch", "batch without affine", "active batch", "group", "layer"),
+    "rows": ("no norm", "batch of channels", "layer"),
+    "vectors": ("no norm", "batch", "batch without affine", "group", "layer"),
 }
 ACTIVATIONS = ("no activation", "relu", "relu in place", "added in place", "gelu", "tanh", "detached")
 USES = (

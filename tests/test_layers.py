@@ -56,6 +56,18 @@ def test_convolution(name, arguments):
 
 
 @each_method
+@pytest.mark.parametrize("size", [1, 3])
+def test_answers_in_the_layout_of_the_dense_layer(name, size):
+    """People call `.view` on what a convolution answers."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    small = tensorized(nn.Conv2d(3, 8, size).double().eval(), name)
+    for path in small.paths:
+        small.path = path
+        assert small(x).is_contiguous(), path
+
+
+@each_method
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_layer_with_leading_dimensions(name, bias):
     torch.manual_seed(0)

@@ -104,7 +104,9 @@ class Form:
         """A kernel of four axes (or two) as `run` takes it."""
         if not self.is_convolution:
             return kernel.flatten(1)
-        return kernel.squeeze(2) if self.kind == "conv1d" else kernel
+        kernel = kernel.squeeze(2) if self.kind == "conv1d" else kernel
+        # An axis of length one may have any stride; PyTorch takes some for channels last, and answers in that layout.
+        return kernel.flatten().view(kernel.shape)
 
     def module(self, stage: Stage, bias: bool, **like: Any) -> nn.Conv1d | nn.Conv2d | nn.Linear:
         """The ordinary layer that does what `run` does, with arbitrary weights; `like` is their device and dtype."""
