@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from tests.random_networks import Answer, Network
 from tests.random_uses import CALLERS, Use
 from tspc.calibration import Samples
 from tspc.compression import apply_
+from tspc.copying import copied
 from tspc.errors import ConfigError, ExportError, InfeasibleRateError, TspcWarning
 from tspc.layers import tensorized_layers
 from tspc.plans import Plan
@@ -168,7 +168,7 @@ def check_answers(small: nn.Module, model: nn.Module, inputs: Tensor, dense: lis
 def check_full_rank(model: nn.Module, network: Network, use: Use, inputs: Tensor, dense: list[Tensor]) -> None:
     """With the largest ranks the network answers as it did, fitted by the weights or by what the layers see."""
     whole_plan = tspc.plan(model, use.method, 1.0, allocation="uniform", keep_first=False, keep_last=False)
-    whole = copy.deepcopy(model)
+    whole = copied(model)
     given = use.samples(network)
     if given is None:
         apply_(whole, full_rank(whole_plan))

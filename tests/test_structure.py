@@ -15,7 +15,7 @@ PACKAGE = ROOT / "tspc"
 
 LAYERS = [
     ["errors", "launch", "schemas"],
-    ["checklist", "copying", "extras", "files", "hooks", "interrupts", "parallel", "processes", "trackers"],
+    ["checklist", "copying", "extras", "files", "hooks", "interrupts", "parallel", "processes", "state", "trackers"],
     ["sweep", "display", "decompositions", "models", "data", "blocks"],
     ["links"],
     ["dense"],

@@ -17,8 +17,9 @@ from tspc.errors import WeightsError
 from tspc.files import write_atomically
 from tspc.layers import tensorized_layers, untrained
 from tspc.models import NetworkSpec
-from tspc.models.weights import load_state
-from tspc.replacing import set_module
+from tspc.models.weights import check_state, load_state
+from tspc.replacing import refuse_save_pretrained_, replace_layer, set_module, warn_of_state_hooks
+from tspc.state import packed, take_kinds_, unpacked_extra
 
 FORMAT = 1
 """Version of the header's layout; raised when a reader of the old one would fail."""
@@ -30,7 +31,8 @@ def save(
     """Writes `model` to a safetensors file, atomically.
 
     The header tells the method, shape and rank of every tensorized layer. With `network`, `tspc.load` can
-    build the architecture by itself. `info` is any JSON data to keep along.
+    build the architecture by itself. `info` is any JSON data to keep along. Raises WeightsError, naming it, for a part
+    of the network's state that such a file cannot hold.
     """
     layers = {
         name: {
@@ -41,43 +43,56 @@ def save(
         }
         for name, layer in tensorized_layers(model).items()
     }
+    tensors, beside = packed(model)
     header = {
         "format": FORMAT,
         "layers": layers,
         "network": None if network is None else network.to_dict(),
         "info": info or {},
-    }
-    # Tied tensors share memory, which safetensors refuses: each name gets a copy of its own.
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    } | beside
     metadata = {"tspc": json.dumps(header)}
-    write_atomically(Path(path), lambda temporary: save_file(state, temporary, metadata))
+    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Reads a network that `save` wrote; runs no code from the file.
 
     `model` is the dense architecture, with any weights; it is tensorized in place and returned. Without it
-    the architecture is built from the file's own description, where it has one.
+    the architecture is built from the file's own description, where it has one. Parameters and buffers take the types
+    of numbers that the file has, and `requires_grad` from the dense layers; on the meta device they get values.
 
     Raises WeightsError if the file is damaged, is not tspc's, or does not fit the architecture.
     """
     header, state = read(path)
-    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     if model is None:
         model = _described_network(path, header)
     modules = dict(model.named_modules())
     small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
     for name, module in small.items():
-        set_module(model, name, module)
-    if len(dtypes) == 1:
-        model.to(dtype=dtypes.pop())
+        replace_layer(model, name, module)
     try:
-        load_state(model, state, str(path))
+        _fill_(model, header, state, path)
     except WeightsError:
         for name in small:
             set_module(model, name, modules[name])
         raise
+    warn_of_state_hooks({name: modules[name] for name in small})
+    refuse_save_pretrained_(model)
     return model
+
+
+def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: str | Path) -> None:
+    """The state of the file into the network that has its layers; all of it or nothing."""
+    try:
+        extra = unpacked_extra(header, state)
+        check_state(model, state | extra, str(path))
+        take_kinds_(model, state, header)
+    except WeightsError as error:
+        raise WeightsError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+    try:
+        load_state(model, state | extra, str(path))
+    except RuntimeError as error:  # of the network's own set_extra_state, or its hooks
+        raise WeightsError(f"{path}: the network does not take its state: {error}") from error
 
 
 def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str, Any]) -> nn.Module:

@@ -94,7 +94,7 @@ def tensorized(
 def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer) -> tuple[nn.Module, Plan]:
     work = copied(model)
     done: dict[str, _Done] = {}
-    warn_of_state_hooks(model, [layer.name for layer in plan.tensorized])
+    warn_of_state_hooks({layer.name: model.get_submodule(layer.name) for layer in plan.tensorized})
     for name in (layer.name for layer in plan.tensorized):
         with _naming(name):
             check_finite(kernel_of(model.get_submodule(name)))

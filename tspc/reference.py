@@ -27,6 +27,7 @@ from tspc.phases.decompose import measure_curves
 from tspc.phases.finetune import train_classifier
 from tspc.runs import RunDirectory, file_digest, fingerprint, plain
 from tspc.schemas import ACCURACY, CURVES, SECONDS, problem
+from tspc.state import tensor_state
 from tspc.training import Progress, evaluate, place
 
 
@@ -48,7 +49,7 @@ def network_spec(config: Config, data: Data | None) -> NetworkSpec:
 
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensor_state(model).items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

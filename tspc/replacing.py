@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -41,12 +41,12 @@ def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
     set_module(model, name, module)
 
 
-def warn_of_state_hooks(model: nn.Module, names: Collection[str]) -> None:
-    """Says which of the layers that will be replaced have hooks that their replacements will not have.
+def warn_of_state_hooks(layers: Mapping[str, nn.Module]) -> None:
+    """Says which of the dense layers, by name, have hooks that their replacements will not have.
 
     Such hooks deal with the entries of a state dict, which are others in a tensorized layer.
     """
-    found = [name for name in names if any(vars(model.get_submodule(name)).get(hooks) for hooks in STATE_HOOKS)]
+    found = [name for name, layer in layers.items() if any(vars(layer).get(hooks) for hooks in STATE_HOOKS)]
     if found:
         warnings.warn(
             f"hooks on the state dict of {', '.join(found)} do not act on the compressed layers, whose weights have "

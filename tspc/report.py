@@ -15,6 +15,7 @@ from torch import nn
 
 from tspc.errors import InfeasibleRateError
 from tspc.plans import LayerPlan, Plan
+from tspc.state import tensor_state
 
 MAX_ROWS = 60
 COLUMNS = ("layer", "kind", "shape", "ranks", "before", "after", "error", "output\nerror")
@@ -22,7 +23,7 @@ COLUMNS = ("layer", "kind", "shape", "ranks", "before", "after", "error", "outpu
 
 def state_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return sum(t.numel() * t.element_size() for t in tensor_state(model).values())
 
 
 def versions() -> dict[str, str]:

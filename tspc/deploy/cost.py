@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tspc.deploy.programs import Inputs
 from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
+from tspc.state import tensor_state
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Cost:
 @torch.no_grad()
 def cost(model: nn.Module, inputs: Inputs) -> Cost:
     """What `model` costs on a batch of `inputs`."""
-    state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
+    state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensor_state(model).values()}
     weights = sum(state.values())
     with evaluating(model), _whole_operations():
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:

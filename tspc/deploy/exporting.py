@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +28,11 @@ from tspc.deploy.programs import (
     take,
     traced,
 )
-from tspc.errors import ExportError
+from tspc.errors import ExportError, TspcWarning
 from tspc.files import write_atomically
 from tspc.launch import is_first
 from tspc.models.weights import load_state
+from tspc.state import packed, tensor_state
 
 FORMATS = ("onnx", "pt2", "safetensors")
 """Also the endings of the files."""
@@ -128,12 +130,18 @@ class Exporter:
         return lambda inputs: flat(network(*inputs))
 
     def _write_safetensors(self, path: Path) -> Answer:
-        save_file({name: value.detach().clone().contiguous() for name, value in self.model.state_dict().items()}, path)
+        tensors, beside = packed(self.model)
+        if "extra" in beside:
+            message = f"{path.name} holds the tensors alone, not the extra state {', '.join(beside['extra'])}"
+            warnings.warn(message, TspcWarning, stacklevel=2)
+        named = tensor_state(self.model)
+        save_file({name: value for name, value in tensors.items() if name in named}, path)
         network = on_cpu(self.model)
         with torch.no_grad():
-            for value in network.state_dict().values():
+            for value in tensor_state(network).values():
                 value.zero_()
-        load_state(network, load_file(path), str(path))
+        own = {name: value for name, value in network.state_dict().items() if not isinstance(value, Tensor)}
+        load_state(network, load_file(path) | own, str(path))
         return lambda inputs: flat(network(*inputs))
 
     @torch.no_grad()

@@ -70,28 +70,36 @@ def _read_pickle(path: Path) -> Any:
         raise WeightsError(f"pretrained={path} is truncated or is no PyTorch checkpoint") from error
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copies `state` into `model`, all of it or nothing.
+def load_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
+    """Copies `state` into `model`, all of it or nothing. Raises WeightsError as `check_state`."""
+    check_state(model, state, source)
+    whole = OrderedDict(state)
+    # Some networks (MNASNet) refuse a state that does not tell the version of its layout, as files do not.
+    whole._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(whole, strict=False)
 
-    Counters that older files lack (`num_batches_tracked`) may be missing. Raises WeightsError listing what
-    is missing, unexpected, or of another shape.
+
+def check_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
+    """Raises WeightsError, listing what is missing, unexpected, or of another shape, if `state` does not fit `model`.
+
+    Counters that older files lack (`num_batches_tracked`) may be missing.
     """
     own = model.state_dict()
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
     differing = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        f"{k} {_shape(state[k])} instead of {_shape(own[k])}"
         for k in own
-        if k in state and state[k].shape != own[k].shape
+        if k in state and _shape(state[k]) != _shape(own[k]) and not k.endswith("_extra_state")
     ]
     parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", differing)]
     problems = [f"{label}: {_some(names)}" for label, names in parts if names]
     if problems:
         raise WeightsError(f"{source} does not fit the network: {'; '.join(problems)}")
-    whole = OrderedDict(state)
-    # Some networks (MNASNet) refuse a state that does not tell the version of its layout, as files do not.
-    whole._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
-    model.load_state_dict(whole, strict=False)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _some(names: list[str], limit: int = 6) -> str:

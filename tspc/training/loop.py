@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tspc import interrupts, processes
 from tspc.data import Batch, Data, Feed, generator_of
 from tspc.errors import TrainingError
+from tspc.state import tensor_state
 from tspc.training.progress import Progress
 from tspc.training.recipe import Recipe
 
@@ -233,7 +234,7 @@ class _Loop:
         return f"lower the learning rate (learning_rate={self.recipe.learning_rate:g} in this training)"
 
     def _check_weights(self) -> None:
-        if not all(bool(torch.isfinite(t).all()) for t in self.network.state_dict().values()):
+        if not all(bool(torch.isfinite(t).all()) for t in tensor_state(self.network).values()):
             raise TrainingError(f"the weights stopped being finite before step {self.step + 1}; {self._remedy}")
 
     def _judge_if_due(self) -> None:
