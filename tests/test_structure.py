@@ -19,7 +19,7 @@ LAYERS = [
     ["sweep", "display", "decompositions", "models", "data", "blocks"],
     ["links"],
     ["dense"],
-    ["layers", "training", "plans", "stash"],
+    ["layers", "header", "training", "plans", "stash"],
     ["replacing"],
     ["norms"],
     ["deploy", "moments", "paths", "selection", "spectra", "walk"],

@@ -6,23 +6,20 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tspc import decompositions
-from tspc.dense import DenseLayer, kernel_shape, kind_of
-from tspc.errors import WeightsError
+from tspc.dense import DenseLayer, Form, kernel_shape, kind_of
+from tspc.errors import WeightsError, shortened
 from tspc.files import write_atomically
+from tspc.header import FORMAT, checked_header, method_of
 from tspc.layers import tensorized_layers, untrained
+from tspc.links import paths_of
 from tspc.models import NetworkSpec
+from tspc.models.described import described_network
+from tspc.models.safe_files import TensorFile, read_tensors, write_tensors
 from tspc.models.weights import check_state, load_state
 from tspc.replacing import refuse_save_pretrained_, replace_layer, set_module, warn_of_state_hooks
 from tspc.state import packed, take_kinds_, unpacked_extra
-
-FORMAT = 1
-"""Version of the header's layout; raised when a reader of the old one would fail."""
 
 
 def save(
@@ -50,8 +47,7 @@ def save(
         "network": None if network is None else network.to_dict(),
         "info": info or {},
     } | beside
-    metadata = {"tspc": json.dumps(header)}
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomically(Path(path), lambda temporary: write_tensors(temporary, tensors, json.dumps(header)))
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -63,9 +59,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Raises WeightsError if the file is damaged, is not tspc's, or does not fit the architecture.
     """
-    header, state = read(path)
+    header, file = _read(path, tensors=True)
+    state = file.tensors
     if model is None:
-        model = _described_network(path, header)
+        model = _described(path, header, file)
     modules = dict(model.named_modules())
     small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
     for name, module in small.items():
@@ -100,11 +97,14 @@ def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str,
     if dense is None or kind_of(dense) is None or list(kernel_shape(dense)) != layer["shape"]:
         found = "no such layer" if dense is None else f"{type(dense).__name__}"
         raise WeightsError(
-            f"{path}: layer {name} was a kernel of shape {layer['shape']}, but the network given has {found} "
-            "there; pass the dense architecture that was compressed"
+            f"{path}: layer {shortened(name)} was a kernel of shape {layer['shape']}, but the network given has "
+            f"{found} there; pass the dense architecture that was compressed"
         )
-    method = decompositions.decomposition_from_dict(layer["method"])
-    return untrained(cast(DenseLayer, dense), method, tuple(layer["rank"]), layer.get("path"))
+    method, rank, way = method_of(layer), tuple(layer["rank"]), layer.get("path")
+    paths = paths_of(method, kernel_shape(dense), rank, Form.of(dense).groups)
+    if way is not None and way not in paths:
+        raise WeightsError(f"{path}: layer {shortened(name)} has no path {way}; choose one of {', '.join(paths)}")
+    return untrained(cast(DenseLayer, dense), method, rank, way)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -114,32 +114,26 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file that `save` wrote. Raises WeightsError as `load` does."""
-    return _read(path, tensors=True)
+    header, file = _read(path, tensors=True)
+    return header, file.tensors
 
 
-def _read(path: str | Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path} is not a whole safetensors file ({error}); remove it, and it is made again"
-        ) from error
-    if "tspc" not in metadata:
+def _read(path: str | Path, tensors: bool) -> tuple[dict[str, Any], TensorFile]:
+    file = read_tensors(path, tensors)
+    if file.header is None:
         raise WeightsError(f"{path} holds weights, but was not written by tspc: load it into the network itself")
-    header = json.loads(metadata["tspc"])
-    if header["format"] > FORMAT:
-        raise WeightsError(f"{path} has format {header['format']}, this tspc reads up to {FORMAT}: install a newer one")
-    return header, state
+    try:
+        return checked_header(file.header, file.elements), file
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
 
 
-def _described_network(path: str | Path, header: dict[str, Any]) -> nn.Module:
+def _described(path: str | Path, header: dict[str, Any], file: TensorFile) -> nn.Module:
+    """The dense network that the header describes, with arbitrary weights."""
     description = header["network"]
     if description is None or description["family"] == "custom":
         raise WeightsError(f"{path} does not describe a built-in network: pass the architecture as load(path, model=…)")
-    # The weights come from the file, so the random initial ones need not disturb anybody's seed.
-    with torch.random.fork_rng(devices=[]):
-        return NetworkSpec.from_dict(description).build()
+    try:
+        return described_network(NetworkSpec.from_dict(description), file.elements, len(file.names))
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}; pass the architecture as load(path, model=…)") from error

@@ -44,6 +44,13 @@ def _as_given(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def shortened(value: Any, longest: int = 80) -> str:
+    """A value from a file as a message shows it: on one line, printable, and cut where it is long."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text[: 4 * longest].split()))
+    return text if len(text) <= longest else f"{text[:longest]}…"
+
+
 class DecompositionError(TspcError):
     """A kernel or a rank that a decomposition cannot take."""
 

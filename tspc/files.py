@@ -76,21 +76,27 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(text.encode(errors="replace")))
 
 
+def parsed_json(text: str | bytes, schema: Any = (dict, list)) -> Any:
+    """The JSON in `text`. Raises ValueError if it is damaged, nested too deeply, or not as the schema says."""
+    try:
+        data = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"deeper than {DEEPEST} levels") from error
+    wrong = problem(data, schema)
+    if wrong is not None:
+        raise ValueError(wrong)
+    return data
+
+
 def read_json(path: Path, schema: Any = (dict, list)) -> Any:
     """The JSON in `path`. Raises RunError if it is no file, damaged, or not as the schema says (see `schemas`)."""
-    data = None
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
-        data = json.loads(path.read_bytes())
-        wrong = problem(data, schema)
-    except RecursionError:
-        wrong = f"deeper than {DEEPEST} levels"
+        return parsed_json(path.read_bytes(), schema)
     except (OSError, ValueError) as error:
         wrong = getattr(error, "strerror", None) or str(error)
-    if wrong is not None:
-        raise RunError(f"cannot read {path}: {wrong}; remove it, or pass overwrite=true")
-    return data
+        raise RunError(f"cannot read {path}: {wrong}; remove it, or pass overwrite=true") from error
 
 
 def intact(path: Path, schema: Any) -> Any:

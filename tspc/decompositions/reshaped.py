@@ -16,6 +16,9 @@ from tspc.decompositions.cp import CP
 from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
 
+MOST_MODES = 8
+"""Most modes that a channel count is split into: ways to split grow quickly, and 2 ** 8 has no more factors."""
+
 
 def balanced_factors(number: int, count: int) -> Shape:
     """`number` as a product of `count` integers, ascending, with the smallest possible sum.
@@ -49,7 +52,7 @@ class Reshaped(Decomposition):
     order: int
 
     def __post_init__(self) -> None:
-        self._require(self.order >= 2, "order", "at least 2 modes")
+        self._require(2 <= self.order <= MOST_MODES, "order", f"2 to {MOST_MODES} modes")
 
     @property
     def name(self) -> str:  # type: ignore[override]

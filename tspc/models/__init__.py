@@ -46,8 +46,10 @@ class NetworkSpec:
     def from_dict(cls, data: dict[str, Any]) -> NetworkSpec:
         return cls(**data)
 
-    def build(self, pretrained: bool = False) -> nn.Module:
-        """The network with initial weights, or with torchvision's published ones; a factory gives what it gives.
+    def build(self, pretrained: bool = False, from_file: bool = False) -> nn.Module:
+        """The network with initial weights, or with the published ones; a factory gives what it gives.
+
+        `from_file` is for a description that a file of weights holds: no folder is read for it.
 
         Raises ConfigError for an unknown network or a factory that cannot be called, WeightsError if
         published weights cannot be had.
@@ -62,10 +64,11 @@ class NetworkSpec:
             raise ConfigError([f"dataset.num_classes is needed to build {self.name}, as in dataset.num_classes=1000"])
         if self.family == "torchvision":
             return torchvision_network(self.name, self.num_classes, self.in_channels, pretrained, self.kwargs)
-        if self.family in ("timm", "transformers"):
-            network = timm_network if self.family == "timm" else transformers_network
-            sizes = self.num_classes, self.in_channels, self.image_size
-            return network(self.name, *sizes, pretrained, self.kwargs)
+        sizes = self.num_classes, self.in_channels, self.image_size
+        if self.family == "timm":
+            return timm_network(self.name, *sizes, pretrained, self.kwargs)
+        if self.family == "transformers":
+            return transformers_network(self.name, *sizes, pretrained, self.kwargs, folders=not from_file)
         if self.name == "lenet5":
             return LeNet5(self.num_classes, self.in_channels, self.image_size or 28)
         if self.name in CIFAR_RESNETS:

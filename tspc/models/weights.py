@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import warnings
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tspc.errors import WeightsError
+from tspc.errors import WeightsError, shortened
+from tspc.files import parsed_json
+from tspc.models.safe_files import read_tensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
 _WRAPPERS = ("state_dict", "model")
@@ -44,13 +43,20 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> Any:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("tspc")
-        if header is not None and json.loads(header)["layers"]:
-            raise WeightsError(f"pretrained={path} is a network that tspc has compressed; give the original's weights")
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"pretrained={path} is not a whole safetensors file ({error})") from error
+        file = read_tensors(path)
+    except WeightsError as error:
+        raise WeightsError(f"pretrained={error}") from error
+    if file.header is not None and _has_layers(path, file.header):
+        raise WeightsError(f"pretrained={path} is a network that tspc has compressed; give the original's weights")
+    return file.tensors
+
+
+def _has_layers(path: Path, header: str) -> bool:
+    """Whether a header of tspc tells of tensorized layers, as far as it can be read."""
+    try:
+        return bool(parsed_json(header)["layers"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise WeightsError(f"pretrained={path}: its header is damaged; fetch it again, or make it again") from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -104,4 +110,4 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def _some(names: list[str], limit: int = 6) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(shortened(name) for name in names[:limit]) + more
