@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from tspc.calibration import Calibration, Samples, moments_of
+from tspc.dense import kernel_of
 from tspc.errors import RunError
 from tspc.models import NetworkSpec
-from tspc.moments import Moments, Positions, input_patches, output_rows
+from tspc.moments import Moments
+from tspc.patches import Positions, input_patches, output_rows
 from tspc.stash import Room, Stash
 
 CONVS = [
@@ -222,4 +224,6 @@ def test_the_walk_sees_what_the_whole_network_sees(build, memory):
             model(x)
         rows = torch.cat([input_patches(model.get_submodule(name), s) for s in seen], 1).double()
         assert found[name].count == rows.shape[1]
-        torch.testing.assert_close(found[name].xx, rows.mT @ rows, rtol=1e-4, atol=1e-3)
+        seen_by_walk = found[name].statistics(kernel_of(model.get_submodule(name)), False, 0.0)
+        inputs = seen_by_walk.inputs - seen_by_walk.damping * torch.eye(rows.shape[-1], dtype=rows.dtype)
+        torch.testing.assert_close(inputs, rows.mT @ rows / rows.shape[1], rtol=1e-4, atol=1e-6)

@@ -13,9 +13,11 @@ from tests.test_calibration import Twice, convs, images, resnet
 from tspc.calibration import Calibration, Samples, moments_of
 from tspc.compression import compress, tensorized
 from tspc.decompositions import METHODS, SVD, Auto, TensorTrain
+from tspc.dense import kernel_of
 from tspc.errors import ConfigError, DataError, DecompositionError
 from tspc.layers import tensorized_layers
-from tspc.moments import Moments, input_patches
+from tspc.moments import Moments
+from tspc.patches import input_patches
 from tspc.planning import plan
 
 
@@ -126,7 +128,8 @@ def test_an_activation_in_place_is_not_skipped():
         found = dict(moments_of(model, ["2", "4"], samples, samples.survey(model, ["2", "4"]).trace))
     with torch.no_grad():
         rows = input_patches(model[4], model[:4](x)).double()
-    torch.testing.assert_close(found["4"].xx, rows.mT @ rows, rtol=1e-4, atol=1e-3)
+    inputs = found["4"].statistics(kernel_of(model[4]), False, 0.0).inputs
+    torch.testing.assert_close(inputs, rows.mT @ rows / rows.shape[1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_network_with_one_output_is_not_lost():
@@ -147,7 +150,7 @@ def test_the_sensitivity_does_not_see_the_bias():
         with torch.no_grad():
             model[4].bias.fill_(bias)
         with Samples(images(8)) as samples:
-            found.append(samples.survey(model, ["4"]).sensitivity["4"])
+            found.append(samples.survey(model, ["4"]).sensitivity["4"][0])
     torch.testing.assert_close(*found)
 
 

@@ -13,7 +13,7 @@ from tspc.decompositions import METHODS
 from tspc.dense import kernel_of
 from tspc.errors import ConfigError
 from tspc.layers import tensorized_layers
-from tspc.moments import Positions, input_patches, output_rows
+from tspc.patches import Positions, input_patches, output_rows
 
 each_method = pytest.mark.parametrize("name", METHODS)
 

@@ -14,15 +14,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tspc"
 
 LAYERS = [
-    ["errors", "launch", "schemas"],
-    ["checklist", "copying", "extras", "files", "hooks", "interrupts", "parallel", "processes", "state", "trackers"],
+    ["errors", "launch", "modes", "schemas"],
+    ["batches", "checklist", "copying", "extras", "files", "hooks", "interrupts", "parallel", "processes", "trackers"],
+    ["state"],
     ["sweep", "display", "decompositions", "models", "data", "blocks"],
     ["links"],
     ["dense"],
     ["layers", "header", "training", "plans", "stash"],
     ["replacing"],
     ["norms"],
-    ["deploy", "moments", "paths", "selection", "spectra", "walk"],
+    ["deploy", "moments", "patches", "paths", "selection", "spectra", "walk"],
     ["inference", "sensitivity"],
     ["calibration"],
     ["batch_norm", "curves", "refit"],

@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tspc.batches import Batches, check_nothing_is_missing
 from tspc.dense import DenseLayer, kernel_of
 from tspc.errors import ConfigError, DataError, out_of_range
 from tspc.hooks import evaluating
-from tspc.moments import Moments, Positions, Statistics, input_patches, output_rows
-from tspc.selection import why_dense
+from tspc.modes import own_modes
+from tspc.moments import Moments, Statistics
+from tspc.patches import Positions, input_patches, output_rows
 from tspc.sensitivity import output_sensitivity
 from tspc.stash import Room, Stash
 from tspc.walk import Trace, Walker, trace
 
 WIDEST = 8192
 """Longest input patch whose second moments are kept (half a gigabyte in float64)."""
+MATRICES = 1024
+"""Megabytes of the layers' sensitivities in memory; more of them are kept in files."""
 
 
 @dataclass(frozen=True)
@@ -72,24 +76,28 @@ class Survey:
     """What the images showed of an uncompressed network: its trace, and for layers the weights of their outputs."""
 
     trace: Trace
-    sensitivity: dict[str, Tensor]
+    sensitivity: Mapping[str, Stash]
 
     def is_centred(self, name: str, layer: DenseLayer) -> bool:
         """Whether a constant can be added to the layer's output: by its bias, or by its batch norm."""
         return layer.bias is not None or name in self.trace.batch_norms
 
     def statistics(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples) -> Statistics:
-        centred, weights = self.is_centred(name, layer), self.sensitivity.get(name)
-        return moments.statistics(kernel_of(layer), centred, samples.settings.damping, weights, len(samples))
+        weights = self.sensitivity[name][0] if name in self.sensitivity else None
+        return moments.statistics(
+            kernel_of(layer), self.is_centred(name, layer), samples.settings.damping, weights, len(samples)
+        )
 
 
 class Samples:
     """Calibration images, kept for several walks through networks. Use as a context manager.
 
     `images` is a tensor (N, …), or gives batches: tensors, or tuples whose first item is one. The first
-    `settings.samples` are taken. Raises DataError if there is none.
+    `settings.samples` are taken, the rest of a tuple is not: a survey of a network that would take it raises DataError.
+    Raises DataError if there is no image.
     """
 
+    @own_modes()
     def __init__(
         self, images: Tensor | Iterable[Any], settings: Calibration | None = None, device: torch.device | None = None
     ) -> None:
@@ -97,18 +105,20 @@ class Samples:
         problems = self.settings.problems("calibration")
         if problems:
             raise ConfigError(problems)
-        self.room = Room(self.settings.memory)
-        self._sensitivity: tuple[nn.Module, dict[str, Tensor]] | None = None
+        self.room, self._matrices = Room(self.settings.memory), Room(MATRICES)
+        self._sensitivity: tuple[nn.Module, dict[str, Stash]] | None = None
+        self._asked = set[str]()
         self._images, self._count = Stash(self.room), 0
         try:
-            for batch in _batches(images, self.settings):
-                _check(batch)
+            batches = Batches(images, self.settings.samples, self.settings.batch_size)
+            for batch in batches:
                 self._images.append(batch)
                 self._count += len(batch)
+            self._first = batches.first
             if len(self._images) == 0:
                 raise DataError("calibration needs at least one image, but the data gave none")
         except BaseException:
-            self.room.close()
+            self.__exit__()
             raise
 
     def __enter__(self) -> Samples:
@@ -116,6 +126,7 @@ class Samples:
 
     def __exit__(self, *exception: Any) -> None:
         self.room.close()
+        self._matrices.close()
 
     def __len__(self) -> int:
         """The number of images."""
@@ -126,8 +137,12 @@ class Samples:
         for batch in self._images:
             yield batch if self.device is None else batch.to(self.device)
 
-    def survey(self, model: nn.Module, layers: Collection[str]) -> Survey:
-        """How a network calls some layers, and how its answer depends on them."""
+    def survey(self, model: nn.Module, layers: Collection[str], later: Collection[str] = ()) -> Survey:
+        """How a network calls some layers, and how its answer depends on them.
+
+        Of layers that another survey will ask for `later` the latter is measured along: the gradients come in one go.
+        """
+        check_nothing_is_missing(model, self._first)
         images = next(iter(self))[:2]
         with evaluating(model):
             try:
@@ -135,14 +150,21 @@ class Samples:
             except (RuntimeError, ValueError, TypeError) as error:
                 given = f"{tuple(images.shape[1:])}, {images.dtype}"
                 raise DataError(f"the network cannot take the calibration images ({given} each): {error}") from error
-            return Survey(found, self._sensitivity_of(model))
+            return Survey(found, self._sensitivity_of(model, [*layers, *later]))
 
-    def _sensitivity_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """Of all layers that could be treated, whichever are asked for: the gradients come in one pass, kept."""
+    def _sensitivity_of(self, model: nn.Module, layers: Collection[str]) -> dict[str, Stash]:
+        """Measured once for each layer of a network."""
         if self._sensitivity is None or self._sensitivity[0] is not model:
-            layers = [name for name, module in model.named_modules() if why_dense(module) is None]
-            self._sensitivity = model, output_sensitivity(model, layers, self) if self.settings.sensitivity else {}
-        return self._sensitivity[1]
+            for matrix in self._sensitivity[1].values() if self._sensitivity else ():
+                matrix.clear()
+            self._sensitivity, self._asked = (model, {}), set()
+        found = self._sensitivity[1]
+        missing = [name for name in dict.fromkeys(layers) if name not in self._asked]
+        self._asked.update(missing)
+        for name, matrix in output_sensitivity(model, missing, self) if self.settings.sensitivity else ():
+            found[name] = Stash(self._matrices)
+            found[name].append(matrix)
+        return found
 
     @property
     def patches_of_a_batch(self) -> int:
@@ -150,34 +172,6 @@ class Samples:
 
     def walk(self, model: nn.Module, trace: Trace) -> Walker:
         return Walker(model, trace, self, self.room)
-
-
-def _batches(images: Tensor | Iterable[Any], settings: Calibration) -> Iterator[Tensor]:
-    """Batches of equal size (the last one may be smaller), of as many images as asked for."""
-    left, rest = settings.samples, []
-    for given in images.split(settings.batch_size) if isinstance(images, Tensor) else images:
-        batch = given[0] if isinstance(given, tuple | list) and given else given
-        if not isinstance(batch, Tensor):
-            raise DataError(f"calibration needs tensors, or tuples that begin with one, not {type(batch).__name__}")
-        rest.append(batch[:left])
-        left -= len(rest[-1])
-        try:
-            joined = torch.cat(rest)
-        except RuntimeError as error:
-            raise DataError(f"the calibration images are not all of one size: {error}") from error
-        full = len(joined) - len(joined) % settings.batch_size
-        if full:
-            yield from joined[:full].split(settings.batch_size)
-        rest = [joined[full:]]
-        if left == 0:
-            break
-    if rest and len(rest[0]):
-        yield rest[0]
-
-
-def _check(batch: Tensor) -> None:
-    if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
-        raise DataError("a calibration image holds NaN or infinite values")
 
 
 def is_narrow(layer: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from tspc.models import NetworkSpec
 from tspc.models.described import described_network
 from tspc.models.safe_files import TensorFile, read_tensors, write_tensors
 from tspc.models.weights import check_state, load_state
+from tspc.modes import own_modes
 from tspc.replacing import refuse_save_pretrained_, replace_layer, set_module, warn_of_state_hooks
 from tspc.state import packed, take_kinds_, unpacked_extra
 
@@ -50,6 +51,7 @@ def save(
     write_atomically(Path(path), lambda temporary: write_tensors(temporary, tensors, json.dumps(header)))
 
 
+@own_modes()
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Reads a network that `save` wrote; runs no code from the file.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,22 +12,25 @@ from torch import Tensor, nn
 from tspc.batch_norm import recalibrate_
 from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of, moments_towards, targets_of
 from tspc.copying import copied
+from tspc.curves import naming
 from tspc.decompositions import Method, Metric, check_finite, double
 from tspc.dense import DenseLayer, kernel_of, kernel_shape
-from tspc.errors import DecompositionError
 from tspc.hooks import evaluating
 from tspc.layers import TensorizedLayer, tensorize
+from tspc.modes import is_of_inference, own_modes
 from tspc.moments import Moments, Statistics
 from tspc.parallel import side_by_side
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
 from tspc.replacing import refuse_save_pretrained_, replace_layer, warn_of_state_hooks
+from tspc.selection import why_dense
 from tspc.walk import Trace
 
 OnLayer = Callable[[LayerPlan, Tensor, Metric | None], None]
 """Called after each layer with its row, the kernel that was fitted (not always its own), and the norm, if any."""
 
 
+@own_modes()
 def compress(
     model: nn.Module,
     method: str | Method = "tt",
@@ -60,6 +62,7 @@ def compress(
         return run(samples)
 
 
+@own_modes()
 def apply_(
     model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
 ) -> Plan:
@@ -78,11 +81,13 @@ def apply_(
     for layer in done.tensorized:
         mode = model.get_submodule(layer.name).training
         replace_layer(model, layer.name, small.get_submodule(layer.name).train(mode))
-    model.load_state_dict(small.state_dict())
+    with torch.inference_mode(is_of_inference(model)):
+        model.load_state_dict(small.state_dict())
     refuse_save_pretrained_(model)
     return done
 
 
+@own_modes()
 def tensorized(
     model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
 ) -> tuple[nn.Module, Plan]:
@@ -96,7 +101,7 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
     done: dict[str, _Done] = {}
     warn_of_state_hooks({layer.name: model.get_submodule(layer.name) for layer in plan.tensorized})
     for name in (layer.name for layer in plan.tensorized):
-        with _naming(name):
+        with naming(name):
             check_finite(kernel_of(model.get_submodule(name)))
 
     def keep(fitted: _Done, kernel: Tensor, metric: Metric | None) -> None:
@@ -133,23 +138,20 @@ class _Done:
     layer: LayerPlan
 
 
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    try:
-        yield
-    except DecompositionError as error:
-        raise DecompositionError(f"layer {layer}: {error}") from error
-
-
 def _in_turn(
     model: nn.Module, work: nn.Module, plan: Plan, samples: Samples
 ) -> Iterator[tuple[LayerPlan, Statistics, str | None]]:
     """Every layer that is called, with its statistics, taken when the layers before it in `work` have been treated."""
-    compensates = [x for x in plan.layers if x.method is None and x.compensates and samples.settings.compensate]
+    compensates = [x for x in plan.layers if _compensates(x, model) and samples.settings.compensate]
     waiting = {layer.name: layer for layer in (*plan.tensorized, *compensates)}
     survey = samples.survey(model, list(waiting))
     for name, statistics in _statistics(model, work, list(waiting), samples, survey):
         yield waiting[name], statistics, survey.trace.batch_norms.get(name)
+
+
+def _compensates(layer: LayerPlan, model: nn.Module) -> bool:
+    """Whether a layer that stays dense makes up for those before it; it must have a kernel of its own to be changed."""
+    return layer.method is None and layer.compensates and why_dense(model.get_submodule(layer.name)) is None
 
 
 def _statistics(
@@ -185,7 +187,7 @@ def _moments(
 
 def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | None) -> _Done:
     """The layer's replacement: tensorized, or dense with a kernel that makes up for the layers before it."""
-    with _naming(layer.name):
+    with naming(layer.name):
         if layer.method is None or layer.rank is None:
             module: nn.Module = copied(dense)
             with torch.no_grad():

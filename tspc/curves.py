@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from tspc import decompositions
 from tspc.calibration import Samples, moments_of
-from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape
+from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, check_finite
 from tspc.dense import DenseLayer, kernel_of
 from tspc.errors import DecompositionError
 from tspc.hooks import evaluating
+from tspc.modes import own_modes
 from tspc.parallel import side_by_side
 from tspc.plans import LayerPlan
 
@@ -79,6 +81,7 @@ class ErrorCurve:
         )
 
 
+@own_modes()
 def error_curves(
     model: nn.Module,
     layers: Sequence[LayerPlan],
@@ -87,24 +90,26 @@ def error_curves(
     *,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[ErrorCurve]]:
-    """Curves of the given layers, in function space with `samples`, of the kernels alone without.
+    """Curves of the layers that nothing keeps dense, in function space with `samples`, of the kernels alone without.
 
     Raises DecompositionError, naming the layer, for a kernel with NaN or infinite entries.
     """
     curves: dict[str, list[ErrorCurve]] = {}
-    waiting = {layer.name: layer for layer in layers}
+    waiting = {layer.name: layer for layer in layers if layer.reason is None}
+
+    for name in waiting:
+        with naming(name):
+            check_finite(kernel_of(model.get_submodule(name)))
 
     def measure(name: str, metric: Metric | None) -> None:
         weight = kernel_of(model.get_submodule(name)).detach()
-        try:
+        with naming(name):
             curves[name] = _curves(method.candidates(tuple(weight.shape)), weight, metric)
-        except DecompositionError as error:
-            raise DecompositionError(f"layer {name}: {error}") from error
         waiting.pop(name)
         on_layer(name)
 
     if samples is not None:
-        survey = samples.survey(model, list(waiting))
+        survey = samples.survey(model, list(waiting), [layer.name for layer in layers if layer.compensates])
         with evaluating(model):
             for name, moments in moments_of(model, list(waiting), samples, survey.trace):
                 dense = cast(DenseLayer, model.get_submodule(name))
@@ -114,6 +119,15 @@ def error_curves(
     for name in list(waiting):  # never called, or too wide: by its kernel alone
         measure(name, None)
     return curves
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Says in the messages of decompositions which layer they speak of."""
+    try:
+        yield
+    except DecompositionError as error:
+        raise DecompositionError(f"layer {layer}: {error}") from error
 
 
 def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | None) -> list[ErrorCurve]:

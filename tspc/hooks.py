@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -28,6 +28,11 @@ def run_until_reached(model: nn.Module, handles: Sequence[RemovableHandle], *arg
     """Runs `model` up to the hook that raises `Reached`, or to the end if none does; then removes the hooks."""
     with hooked(handles), suppress(Reached):
         model(*args, **kwargs)
+
+
+def version_of(value: Any) -> int | None:
+    """What changes with every operation in place on a tensor; None where that is not told, as in inference mode."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tspc.dense import AXES, kind_of
 from tspc.errors import DataError, TspcWarning
 from tspc.layers import Chain, TensorizedLayer, tensorized_layers
 from tspc.links import REBUILT
+from tspc.modes import own_modes
 from tspc.norms import BatchNorm, is_exact, is_untouched
 from tspc.replacing import forbid_save_pretrained_, replace_layer, saves_pretrained
 from tspc.stash import tensors_in
@@ -28,6 +29,7 @@ Swap = dict[str, nn.Module]
 """Modules, by name, that take their places in a network together."""
 
 
+@own_modes()
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
     """A copy of a network, in eval mode, that answers the same up to rounding and runs faster.

@@ -189,7 +189,8 @@ def measure(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: s
     shape = {"conv2d": (BATCH, channels, *size), "conv1d": (BATCH, channels, size[1])}.get(
         form.kind, (BATCH * size[0], channels)
     )
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(layer.weight)
     if x.ndim == 4:
         x = x.to(memory_format=torch.channels_last)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

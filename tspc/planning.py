@@ -16,6 +16,7 @@ from tspc.calibration import Samples
 from tspc.curves import Curves, error_curves
 from tspc.decompositions import Auto, Method
 from tspc.errors import ConfigError, InfeasibleRateError
+from tspc.modes import own_modes
 from tspc.paths import OBJECTIVES, PATHS, Costs, Size, input_sizes
 from tspc.plans import LayerPlan, Plan
 from tspc.selection import select
@@ -28,6 +29,7 @@ RATE_STEPS = 24
 """Bisections of the rate that meets a target error."""
 
 
+@own_modes()
 def plan(
     model: nn.Module,
     method: str | Method = "tt",
@@ -90,11 +92,10 @@ def plan(
     if target_error is None:
         sketch.budget(rate)  # a rate that cannot be met is refused before the work
     if curves is None and needs_curves(sketch.method, allocation, target_error):
-        curves = error_curves(model, sketch.chosen, sketch.method, samples, on_layer=on_layer)
+        curves = error_curves(model, sketch.layers, sketch.method, samples, on_layer=on_layer)
     candidates = [_candidate(layer, sketch.method, curves, rank_multiple) for layer in sketch.chosen]
-    weights = dict(
-        zip((layer.name for layer in sketch.chosen), _weights(model, sketch.chosen, rate_decay), strict=True)
-    )
+    names = [layer.name for layer in sketch.chosen]
+    weights = dict(zip(names, _weights(model, sketch.chosen, rate_decay), strict=True))
     costs = Costs(paths, objective, _sizes(model, sketch.chosen, samples, example))
 
     def share_out(those: Sequence[Candidate], budget: int) -> list[LayerPlan]:
@@ -153,11 +154,11 @@ class Outline:
     @property
     def smallest_rate(self) -> float:
         """The smallest feasible rate; rounded up, so that it is itself feasible."""
-        return math.ceil(self._least / self._base * 1e4) / 1e4
+        return -(-self._least * 10_000 // self._base) / 10_000
 
     def budget(self, rate: float) -> int:
         """Parameters that these layers together may have. Raises InfeasibleRateError if they cannot have so few."""
-        counted = math.floor(rate * self._base)
+        counted = _whole_share(rate, self._base)
         if counted < self._least:
             raise InfeasibleRateError(
                 f"rate={rate} cannot be met: the smallest rank in every layer already needs {self._least:,} of "
@@ -231,6 +232,12 @@ def check(
         problems.append(f"rank_multiple={rank_multiple!r}: expected a whole number of at least 1")
     if problems:
         raise ConfigError(problems)
+
+
+def _whole_share(rate: float, base: int) -> int:
+    """The largest number that, divided by `base`, is at most the rate; 29 for 0.29 of 100, though 0.29 · 100 < 29."""
+    near = math.floor(rate * base)
+    return next(number for number in (near + 1, near, near - 1) if number / base <= rate)
 
 
 def conflicts(allocation: Any, rate_decay: Any) -> list[str]:

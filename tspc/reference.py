@@ -149,7 +149,7 @@ def reference_curves(
         return known
     _prepare(path, context)
     place(reference.model, context.device).eval()
-    curves = measure_curves(reference.model, sketch.chosen, config.request.method, samples, context)
+    curves = measure_curves(reference.model, sketch.layers, config.request.method, samples, context)
     write_json(path, {name: [curve.to_dict() for curve in of_layer] for name, of_layer in curves.items()})
     return curves
 

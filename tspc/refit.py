@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tspc import processes
 from tspc.calibration import Calibration, is_narrow
 from tspc.dense import DenseLayer, kernel_of, kernel_shape, kind_of
-from tspc.moments import Moments, Positions, input_patches, output_rows
+from tspc.modes import own_modes
+from tspc.moments import Moments
+from tspc.patches import Positions, input_patches, output_rows
 from tspc.walk import Trace
 
 
@@ -35,6 +37,7 @@ def can_be_refitted(model: nn.Module, name: str, found: Trace) -> bool:
     return found.calls[name] == 1 and (name not in found.batch_norms or model.get_submodule(name).bias is not None)
 
 
+@own_modes()
 @torch.no_grad()
 def refit_(layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], batches: int) -> None:
     """Gives the layer the kernel and the bias whose answers to x are closest to y in the mean square.
@@ -55,7 +58,7 @@ def refit_(layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, 
     if moments is None:
         return
     moments.join()
-    images = int(processes.summed(torch.tensor(images, device=moments.x.device)))
+    images = int(processes.summed(torch.tensor(images, device=moments.device)))
     found = moments.statistics(kernel_of(own), dense.bias is not None, settings.damping, images=images)
     kernel_of(dense).copy_(found.target.reshape(kernel_shape(dense)))
     shift = found.shift(kernel_of(dense))

@@ -52,7 +52,7 @@ def select(
             reason = "its weight is shared with another layer"
         elif keep_first and name == first:
             reason = "first convolution"
-        elif keep_last and name == last:
+        elif keep_last and name == last and reason is None:
             reason = FINAL
         elif any(fnmatchcase(name, pattern) for pattern in exclude):
             reason = "excluded"

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from tspc.blocks import block_of, find_blocks
-from tspc.hooks import Reached, hooked, run_until_reached
+from tspc.hooks import Reached, hooked, run_until_reached, version_of
 from tspc.norms import along_channels, has_statistics, is_untouched, takes_shift
 from tspc.stash import Room, Stash, mapped, tensors_in
 
@@ -79,7 +79,7 @@ class _Entry:
     """
 
     tensor: Tensor | None
-    version: int
+    version: int | None
     named: Mapping[str, Any]
 
 
@@ -89,7 +89,7 @@ class _Record:
 
     order: list[str] = field(default_factory=list)
     entered: dict[str, list[_Entry]] = field(default_factory=dict)
-    left: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    left: dict[str, tuple[Any, int | None]] = field(default_factory=dict)
     normalised: list[tuple[str, Tensor | None]] = field(default_factory=list)
 
 
@@ -108,7 +108,7 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: lis
 
     def on_block_end(name: str) -> Callable:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            record.left[name] = output, output._version if isinstance(output, Tensor) else 0
+            record.left[name] = output, version_of(output)
 
         return hook
 
@@ -144,7 +144,7 @@ def _on_entering(model: nn.Module, blocks: list[str], record: _Record) -> list[R
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             plain = all(value is None or isinstance(value, bool | int | float | str) for value in kwargs.values())
             alone = len(args) == 1 and isinstance(args[0], Tensor) and plain
-            entry = _Entry(args[0], args[0]._version, dict(kwargs)) if alone else _Entry(None, 0, {})
+            entry = _Entry(args[0], version_of(args[0]), dict(kwargs)) if alone else _Entry(None, None, {})
             record.entered.setdefault(name, []).append(entry)
 
         return hook
@@ -162,7 +162,7 @@ def _forget_variables_(record: _Record, model: nn.Module, blocks: list[str], ima
             model(images[:1])
     for name, entries in record.entered.items():
         if [entry.named for entry in entries] != [entry.named for entry in other.entered.get(name, [])]:
-            record.entered[name] = [_Entry(None, 0, {}) for _ in entries]
+            record.entered[name] = [_Entry(None, None, {}) for _ in entries]
 
 
 def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
@@ -170,10 +170,10 @@ def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
     if any(len(calls) != 1 for calls in record.entered.values()):
         return (Segment("", tuple(called), False),)
     segments: list[Segment] = []
-    before, version = None, 0
+    before, version = None, None
     for name, (entry,) in record.entered.items():
         inside = tuple(layer for layer in called if block_of(layer, [name]) is not None)
-        follows = entry.tensor is not None and entry.tensor is before and entry.version == version
+        follows = entry.version is not None and entry.tensor is before and entry.version == version
         segments.append(Segment(name, inside, follows, entry.named if follows else {}))
         before, version = record.left[name]
     return tuple(segments)

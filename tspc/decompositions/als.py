@@ -105,7 +105,7 @@ def project(tensor: Tensor, rank: int) -> Projection:
 
 def gaussian(tensor: Tensor, rank: int, generator: torch.Generator) -> Components:
     """Random directions, the same on every device."""
-    draws = [torch.randn(n, rank, generator=generator, dtype=tensor.dtype) for n in tensor.shape]
+    draws = [torch.randn(n, rank, generator=generator, dtype=tensor.dtype, device="cpu") for n in tensor.shape]
     units = [_normalised(draw.to(tensor.device))[0] for draw in draws]
     return Components(units, torch.zeros(rank, dtype=tensor.dtype, device=tensor.device))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tspc.decompositions import function_space
 from tspc.decompositions.function_space import Metric
 from tspc.errors import DecompositionError
+from tspc.modes import own_modes
 
 Shape = tuple[int, ...]
 Rank = tuple[int, ...]
@@ -210,12 +211,11 @@ class Decomposition(ABC):
                 if self.is_useful(shape, above):
                     yield above
 
+    @own_modes()
     def decompose(self, weight: Tensor, rank: Rank, metric: Metric | None = None) -> Factors:
         """Factors of `weight`, in its own dtype and on its device; computed in at least float32.
 
-        With `metric` they are fitted in its norm, and their error in it is never above that of the factors
-        without.
-
+        With `metric` they are fitted in its norm, where their error is never above that of the factors without it.
         Raises DecompositionError for a kernel with NaN or infinite entries, or a rank outside 1…`max_rank`.
         """
         shape = tuple(weight.shape)

@@ -23,19 +23,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tspc.decompositions.refinement import INNER, STALLED, refine
+
 if TYPE_CHECKING:
     from tspc.decompositions.base import Axes, Decomposition, Rank
 
 ROOT_FLOOR = 1e-6
 """Least eigenvalue of a mode's covariance, as a share of their mean: what lies below counts as never seen."""
-INNER = 10
-"""Most conjugate gradient steps in each Levenberg-Marquardt step."""
 FULL, SKETCH = (12, 5e11), (3, 5e10)
 """Most Levenberg-Marquardt steps, and the multiply-adds with the metric that they may take together."""
 LARGE = 2**25
 """Bytes from which on a whitened metric is not kept."""
-STALLED, SKETCHED = 1e-3, 0.3
-"""Relative falls of the squared error below which refining ends; most kernels need but one step for a sketch."""
+SKETCHED = 0.3
+"""Relative fall of the squared error below which refining a sketch ends; most kernels need but one step."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Metric:
     """The norm ‖D‖² = tr(G D Σ Dᵀ) of a difference D (T × n) of kernels.
 
     `inputs` is Σ (n × n, n = S·H·W in this order), positive definite. `outputs` is G (T × T), how much the
-    network's answer depends on the layer's outputs; None stands for the identity. Kernels are fitted in the precision
-    of these matrices: float64, but for a sketch. With `is_sketch` a fit is quick rather than good.
+    network's answer depends on the layer's outputs, or the diagonal of G (T); None stands for the identity. Kernels are
+    fitted in the precision of these matrices: float64, but for a sketch. With `is_sketch` a fit is quick rather than
+    good.
     """
 
     inputs: Tensor
@@ -70,7 +71,9 @@ class Metric:
     def apply(self, difference: Tensor) -> Tensor:
         """G D Σ: half the gradient of the squared norm."""
         product = difference @ self.inputs
-        return product if self.outputs is None else self.outputs @ product
+        if self.outputs is None:
+            return product
+        return self.outputs @ product if self.outputs.ndim == 2 else self.outputs[:, None] * product
 
     def sketch(self) -> Metric:
         """The same norm in float32, for quick fits."""
@@ -159,13 +162,19 @@ class Roots:
         return [_multiply(t, modes, self._sizes, matrices) for t, modes in zip(tensors, axes.factors, strict=True)]
 
     def _on_matrix(self, matrix: Tensor, modes: tuple[str, ...]) -> Tensor:
+        if matrix.ndim == 1:  # a diagonal: both sides at once
+            squares = {mode: self._inverse[mode].square() for mode in modes if mode in self._inverse}
+            return _multiply(matrix, (modes,), self._sizes, squares)
         return _multiply(matrix, (modes, modes), self._sizes, self._inverse)
 
 
 def _multiply(
     tensor: Tensor, modes: Sequence[Sequence[str]], sizes: Mapping[str, int], matrices: Mapping[str, Tensor]
 ) -> Tensor:
-    """Multiplies every mode by its symmetric matrix, where there is one; an axis may hold several modes or none."""
+    """Multiplies every mode by its symmetric matrix, where there is one; an axis may hold several modes or none.
+
+    A vector stands for a diagonal matrix.
+    """
     labels: list[str] = []
     split: list[int] = []
     for names, n in zip(modes, tensor.shape, strict=True):
@@ -174,19 +183,24 @@ def _multiply(
     result = tensor.reshape(split)
     for axis, label in enumerate(labels):
         if label in matrices:
-            result = (result.movedim(axis, -1) @ matrices[label]).movedim(-1, axis)
+            matrix, last = matrices[label], result.movedim(axis, -1)
+            result = (last @ matrix if matrix.ndim == 2 else last * matrix).movedim(-1, axis)
     return result.reshape(tensor.shape)
 
 
 def _marginals(matrix: Tensor, modes: Mapping[str, int]) -> dict[str, Tensor]:
-    """For every mode the covariance summed over all others, scaled to a mean eigenvalue of 1."""
+    """For every mode the covariance summed over all others, of mean eigenvalue 1; of a diagonal they are diagonals."""
     sizes = tuple(modes.values())
     result = {}
     for axis, (mode, n) in enumerate(modes.items()):
         before, after = math.prod(sizes[:axis]), math.prod(sizes[axis + 1 :])
-        marginal = torch.einsum("aibajb->ij", matrix.reshape(before, n, after, before, n, after))
-        trace = marginal.trace()
-        result[mode] = marginal * (n / trace) if trace > 0 else torch.eye(n).to(marginal)
+        if matrix.ndim == 1:
+            marginal = matrix.reshape(before, n, after).sum((0, 2))
+            trace, unit = marginal.sum(), torch.ones_like(marginal)
+        else:
+            marginal = torch.einsum("aibajb->ij", matrix.reshape(before, n, after, before, n, after))
+            trace, unit = marginal.trace(), torch.eye(n, dtype=marginal.dtype, device=marginal.device)
+        result[mode] = marginal * (n / trace) if trace > 0 else unit
     return result
 
 
@@ -195,106 +209,9 @@ def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Found in float64: float32 knows nothing of eigenvalues as small as the floor.
     """
+    if matrix.ndim == 1:
+        root = matrix.double().clamp(min=ROOT_FLOOR).sqrt()
+        return root.to(matrix), (1 / root).to(matrix)
     values, vectors = torch.linalg.eigh((matrix + matrix.T).double() / 2)
     roots = values.clamp(min=ROOT_FLOOR).sqrt()
     return ((vectors * roots) @ vectors.T).to(matrix), ((vectors / roots) @ vectors.T).to(matrix)
-
-
-def refine(
-    contract: Callable[[Sequence[Tensor]], Tensor],
-    start: Sequence[Tensor],
-    target: Tensor,
-    metric: Metric,
-    steps: int,
-    stalled: float = STALLED,
-) -> list[Tensor]:
-    """Lowers ‖target − contract(tensors)‖ in `metric`; `contract` is linear in each tensor.
-
-    Levenberg-Marquardt: every step solves (JᵀMJ + μI)p = JᵀM(target − contract) by conjugate gradients; the damping μ,
-    which also holds the scales of the factors in place, falls after a success and rises after a failure.
-    The result is never worse than the start. Steps are found in float32, which is enough for a direction, and judged
-    in the tensors' own precision. One damping for all factors asks for equal norms, and for a target of norm 1.
-    """
-    norms = [float(torch.linalg.vector_norm(t)) for t in start]
-    size = math.sqrt(metric.squared(target))
-    if not size * math.prod(norms) > 0:
-        return [t.detach().clone() for t in start]
-    share = size ** (1 / len(norms))
-    mean = math.prod(norm / share for norm in norms) ** (1 / len(norms))
-    tensors = [t.detach() * (mean / norm) for t, norm in zip(start, norms, strict=True)]
-    target = target / size
-    rest = target - contract(tensors)
-    pulled = metric.apply(rest)
-    loss = max(float((pulled * rest).sum()), 0.0)
-    damping, scale = 1e-3, None
-    narrow = metric.single()
-    for _ in range(steps):
-        normal = _Normal(contract, [t.float() for t in tensors], narrow)
-        gradient = normal.transposed(pulled.float())
-        scale = normal.mean_diagonal() if scale is None else scale
-        step = _conjugate_gradients(normal, gradient, damping * scale)
-        if step is None:
-            break
-        tried = [t + p for t, p in zip(tensors, step, strict=True)]
-        rest = target - contract(tried)
-        pulled_now = metric.apply(rest)
-        loss_now = max(float((pulled_now * rest).sum()), 0.0)
-        if not loss_now < loss:
-            damping *= 8
-            continue
-        fall, tensors, pulled, loss = (loss - loss_now) / loss, tried, pulled_now, loss_now
-        damping = max(damping / 4, 1e-8)
-        if fall < stalled:
-            break
-    return [t * share for t in tensors]
-
-
-class _Normal:
-    """The Gauss-Newton matrix JᵀMJ of the contraction at some tensors, as an operator."""
-
-    def __init__(self, contract: Callable[[Sequence[Tensor]], Tensor], tensors: list[Tensor], metric: Metric) -> None:
-        with torch.enable_grad():
-            self._leaves = [t.detach().requires_grad_() for t in tensors]
-            self._value = contract(self._leaves)
-        self._contract, self._tensors, self._metric = contract, tensors, metric
-
-    def transposed(self, cotangent: Tensor) -> list[Tensor]:
-        """Jᵀ times a difference of kernels."""
-        return list(torch.autograd.grad(self._value, self._leaves, cotangent, retain_graph=True))
-
-    def __call__(self, tangent: list[Tensor]) -> list[Tensor]:
-        # Multilinear: the derivative along a tangent is a sum of contractions with one tensor replaced.
-        parts = [self._contract([*self._tensors[:i], p, *self._tensors[i + 1 :]]) for i, p in enumerate(tangent)]
-        return self.transposed(self._metric.apply(torch.stack(parts).sum(0)))
-
-    def mean_diagonal(self) -> float:
-        """Hutchinson's estimate of the mean diagonal entry, from one seeded random sign vector."""
-        generator = torch.Generator().manual_seed(0)
-        signs = [(torch.randint(0, 2, t.shape, generator=generator) * 2 - 1).to(t) for t in self._tensors]
-        return max(_dot(signs, self(signs)) / sum(t.numel() for t in signs), torch.finfo(torch.float64).tiny)
-
-
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
-
-
-def _conjugate_gradients(normal: _Normal, right: list[Tensor], shift: float) -> list[Tensor] | None:
-    """About (normal + shift)⁻¹ right; None where there is nothing left to solve."""
-    solution = [torch.zeros_like(t) for t in right]
-    residual, direction = right, right
-    size = first = _dot(residual, residual)
-    if first == 0:
-        return None
-    for _ in range(INNER):
-        image = [a + shift * p for a, p in zip(normal(direction), direction, strict=True)]
-        curvature = _dot(direction, image)
-        if not curvature > 0:
-            break
-        step = size / curvature
-        solution = [x + step * p for x, p in zip(solution, direction, strict=True)]
-        residual = [r - step * a for r, a in zip(residual, image, strict=True)]
-        size, before = _dot(residual, residual), size
-        if size < 1e-2 * first:
-            break
-        direction = [r + size / before * p for r, p in zip(residual, direction, strict=True)]
-    return solution

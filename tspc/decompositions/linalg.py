@@ -103,7 +103,7 @@ def _eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, float]:
     pivot = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     total = float(gram.diagonal().sum())
     missed = 1 - float(values[-rank:].sum()) / total if total > 0 else 0.0
-    return vectors * torch.where(pivot < 0, -1.0, 1.0), missed
+    return torch.where(pivot < 0, -vectors, vectors), missed
 
 
 def _iterated(gram: Tensor, size: int) -> Tensor | None:
@@ -112,7 +112,7 @@ def _iterated(gram: Tensor, size: int) -> Tensor | None:
     Answers an orthonormal n × size block, or None if the spectrum is too flat for it to converge soon.
     """
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(gram), size, generator=generator, dtype=gram.dtype).to(gram.device)
+    noise = torch.randn(len(gram), size, generator=generator, dtype=gram.dtype, device="cpu").to(gram.device)
     block = torch.linalg.qr(gram @ noise).Q
     total, captured = float(gram.diagonal().sum()), 0.0
     for _ in range(MAX_STEPS):

@@ -32,6 +32,7 @@ from tspc.errors import ExportError, TspcWarning
 from tspc.files import write_atomically
 from tspc.launch import is_first
 from tspc.models.weights import load_state
+from tspc.modes import own_modes
 from tspc.state import packed, tensor_state
 
 FORMATS = ("onnx", "pt2", "safetensors")
@@ -89,6 +90,7 @@ def export(
 class Exporter:
     """One network in several formats: it is traced once. Raises ExportError if it cannot take the inputs."""
 
+    @own_modes()
     def __init__(self, model: nn.Module, inputs: Tensor | Inputs, tolerance: float) -> None:
         self.model, self.tolerance = on_cpu(model), tolerance
         self.inputs = tuple(x.cpu() for x in as_inputs(inputs))
@@ -101,6 +103,7 @@ class Exporter:
             self._program = traced(self.model, self.inputs)
         return self._program
 
+    @own_modes()
     def write(self, path: Path, format: str) -> Exported:
         """As `export`."""
         found: list[Exported] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -124,10 +124,11 @@ def calibration_samples(calibration: Calibration, context: Context) -> Iterator[
 
 
 def measure_curves(
-    reference: nn.Module, layers: list[LayerPlan], method: Method, samples: Samples | None, context: Context
+    reference: nn.Module, layers: Sequence[LayerPlan], method: Method, samples: Samples | None, context: Context
 ) -> Curves:
     """What every layer would lose at any size."""
-    with context.display.bar(f"{'plan':<9} {len(layers)} layers", len(layers)) as bar:
+    total = sum(layer.reason is None for layer in layers)
+    with context.display.bar(f"{'plan':<9} {total} layers", total) as bar:
         done = 0
 
         def on_layer(name: str) -> None:

@@ -23,6 +23,7 @@ from tspc.data import generator_of
 from tspc.errors import ConfigError, out_of_range
 from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
+from tspc.modes import own_modes
 from tspc.phases.agreement import keep_better_
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
@@ -74,6 +75,7 @@ class Distillation(Recipe):
         return super().problems(where) + out_of_range(self, where, rules)
 
 
+@own_modes(exact=False)
 def distill(
     model: nn.Module, reference: nn.Module, settings: Distillation, context: Context, progress: Progress
 ) -> None:
@@ -258,13 +260,7 @@ def _loss(block: nn.Module, call: Any, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _solve(
-    model: nn.Module,
-    reference: nn.Module,
-    name: str,
-    label: str,
-    kept: _Kept,
-    settings: Distillation,
-    context: Context,
+    model: nn.Module, reference: nn.Module, name: str, label: str, kept: _Kept, settings: Distillation, context: Context
 ) -> None:
     """In closed form, what `_train_block` does by steps: for a layer that is dense."""
     layer, original = model.get_submodule(name), reference.get_submodule(name)

@@ -16,6 +16,7 @@ from tspc.blocks import find_blocks
 from tspc.errors import out_of_range
 from tspc.hooks import outputs_of
 from tspc.layers import tensorized_layers
+from tspc.modes import own_modes
 from tspc.phases.agreement import class_counts, distance
 from tspc.phases.context import Context
 from tspc.training import Labelled, LossOf, Progress, Recipe, Watchers, accuracy, fit
@@ -59,6 +60,7 @@ class Finetuning(Recipe):
         return super().problems(where) + out_of_range(self, where, rules)
 
 
+@own_modes(exact=False)
 def train_classifier(model: nn.Module, recipe: Recipe, context: Context, progress: Progress, phase: str) -> None:
     """Trains all parameters of `model` with cross-entropy, in place.
 
@@ -71,6 +73,7 @@ def train_classifier(model: nn.Module, recipe: Recipe, context: Context, progres
     _train(model, recipe, context, progress, phase, loss_of)
 
 
+@own_modes(exact=False)
 def finetune(
     model: nn.Module, reference: nn.Module, settings: Finetuning, context: Context, progress: Progress, phase: str
 ) -> None:
@@ -128,7 +131,7 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _variance(tensor: Tensor) -> Tensor:
-    count = torch.tensor(float(tensor.numel()), device=tensor.device)
+    count = torch.tensor(float(tensor.numel()), dtype=tensor.dtype, device=tensor.device)
     number, total = processes.summed(torch.stack((count, tensor.sum())))
     return processes.summed((tensor - total / number).square().sum()) / number
 

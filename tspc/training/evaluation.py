@@ -13,6 +13,7 @@ from tspc import processes
 from tspc.data import Batch, Data
 from tspc.errors import ConfigError
 from tspc.hooks import evaluating
+from tspc.modes import own_modes
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ def evaluate(
     return accuracy(model, batches, data.num_classes, device)
 
 
+@own_modes(exact=False)
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[Batch], num_classes: int, device: torch.device) -> Accuracy:
     """Over this process's batches and those of all others."""
-    counts = torch.zeros(3, device=device)  # right, right among five, all: whole numbers, exact up to 16 million
+    # Right, right among five, all: whole numbers, exact up to 16 million.
+    counts = torch.zeros(3, dtype=torch.float32, device=device)
     with evaluating(model):
         for images, labels in batches:
             logits = model(images)

@@ -137,7 +137,7 @@ class _Loop:
         self.best: dict[str, Any] | None = None
         self.step, self.is_over = 0, False
         self.losses: list[float] = []
-        self.recent = torch.zeros((), device=hardware.device)
+        self.recent = torch.zeros((), dtype=torch.float32, device=hardware.device)
 
     def follow(self, progress: Progress, watchers: Watchers, kept: nn.Module) -> None:
         """Goes on from what was saved, if anything was."""
@@ -196,7 +196,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=targets.device)
+        loss = torch.zeros((), dtype=torch.float32, device=targets.device)
         for some, wanted in self._parts(inputs, targets):
             with torch.autocast(targets.device.type, self.hardware.precision, self.hardware.precision is not None):
                 part = self.loss_of(trained, some, wanted) * (len(wanted) / len(targets))
