@@ -9,11 +9,9 @@ from torch import nn
 
 from tspc.calibration import Calibration, Samples, moments_of
 from tspc.dense import kernel_of
-from tspc.errors import RunError
 from tspc.models import NetworkSpec
 from tspc.moments import Moments
 from tspc.patches import Positions, input_patches, output_rows
-from tspc.stash import Room, Stash
 
 CONVS = [
     {},
@@ -90,26 +88,6 @@ def test_directions_never_seen_keep_the_layers_own_weights():
     moments.add(x[None], torch.zeros(50, 4, dtype=torch.float64))
     own = torch.randn(4, 6, dtype=torch.float64)
     torch.testing.assert_close(moments.statistics(own, True, 1e-3).target[:, 2], own[:, 2])
-
-
-def test_a_stash_keeps_what_does_not_fit_in_files():
-    room = Room(1 / 1024)
-    stash = Stash(room)
-    values = [((torch.full((100,), float(i)),), {"scale": torch.ones(3)}) for i in range(6)]
-    for value in values:
-        stash.append(value)
-    extra = room.write(values[0])
-    folder = extra.parent
-    extra.unlink()
-    assert len(list(folder.iterdir())) == 4, "a kilobyte holds two of six"
-    assert [v[0][0][0].item() for v in stash] == [0, 1, 2, 3, 4, 5]
-    stash.clear()
-    assert not list(folder.iterdir())
-    assert room.take(1000), "room is given back"
-    room.close()
-    assert not folder.exists()
-    with pytest.raises(RunError, match=r"cannot keep activations in .*; free some space there, name another folder"):
-        room.write(values[0])
 
 
 class Twice(nn.Module):

@@ -15,12 +15,12 @@ PACKAGE = ROOT / "tspc"
 
 LAYERS = [
     ["errors", "launch", "modes", "schemas"],
-    ["batches", "checklist", "copying", "extras", "files", "hooks", "interrupts", "parallel", "processes", "trackers"],
-    ["state"],
-    ["sweep", "display", "decompositions", "models", "data", "blocks"],
-    ["links"],
+    ["batches", "checklist", "copying", "extras", "files", "hooks", "interrupts", "nested", "parallel", "processes"],
+    ["state", "trackers"],
+    ["sweep", "display", "decompositions", "models", "data", "stash"],
+    ["arguments", "links"],
     ["dense"],
-    ["layers", "header", "training", "plans", "stash"],
+    ["blocks", "layers", "header", "training", "plans"],
     ["replacing"],
     ["norms"],
     ["deploy", "moments", "patches", "paths", "selection", "spectra", "walk"],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tspc import processes
 from tspc.calibration import Samples
 from tspc.decompositions import double
-from tspc.hooks import evaluating, hooked
+from tspc.hooks import evaluating, first_argument, hooked
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 JUDGES = 128
@@ -104,8 +104,10 @@ def refit_norms_(network: nn.Module, reference: nn.Module, run: Callable[[], obj
         waiting: list[Tensor] = []
         found: list[Tensor] = []
 
-        def see(module: nn.Module, args: Any, waiting: list[Tensor] = waiting) -> None:
-            waiting.append(args[0].to(torch.float32, copy=True))  # the block may change it in place
+        def see(module: nn.Module, args: Any, kwargs: Any, waiting: list[Tensor] = waiting) -> None:
+            waiting.append(
+                first_argument(args, kwargs).to(torch.float32, copy=True)
+            )  # the block may change it in place
 
         def compare(
             module: nn.Module, args: Any, y: Tensor, waiting: list[Tensor] = waiting, found: list[Tensor] = found
@@ -115,7 +117,7 @@ def refit_norms_(network: nn.Module, reference: nn.Module, run: Callable[[], obj
         other = reference.get_submodule(name)
         with (
             evaluating(network),
-            hooked([norm.register_forward_pre_hook(see), other.register_forward_hook(compare)]),
+            hooked([norm.register_forward_pre_hook(see, with_kwargs=True), other.register_forward_hook(compare)]),
         ):
             run()
         if not found:
@@ -158,15 +160,15 @@ def rebase_(network: nn.Module, run: Callable[[], object]) -> None:
     norms = list(_fitted_norms(network).values())
     sums: dict[nn.Module, Tensor] = {}
 
-    def see(norm: nn.Module, args: Any) -> None:
-        values = args[0].float()  # widened after the sums, for activations are large
+    def see(norm: nn.Module, *given: Any) -> None:
+        values = first_argument(*given).float()  # widened after the sums, for activations are large
         others = [axis for axis in range(values.ndim) if axis != 1]
         variance, mean = map(double, torch.var_mean(values, others, correction=0))
         count = values.numel() // values.shape[1]
         found = count * torch.stack((torch.ones_like(mean), mean, variance + mean.square()))
         sums[norm] = sums[norm] + found if norm in sums else found
 
-    with evaluating(network), hooked([norm.register_forward_pre_hook(see) for norm in norms]):
+    with evaluating(network), hooked([norm.register_forward_pre_hook(see, with_kwargs=True) for norm in norms]):
         run()
     for norm in norms:
         if norm not in sums:  # never called

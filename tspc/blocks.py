@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from tspc.dense import kind_of
 from tspc.errors import ConfigError
 
 
@@ -65,4 +66,9 @@ def _has_repeated_blocks(module: nn.Module) -> bool:
 
 def _is_block(module: nn.Module) -> bool:
     # A convolution with its normalisation is not a block yet: two layers with weights at least.
-    return not _is_container(module) and sum(isinstance(m, nn.Conv2d | nn.Linear) for m in module.modules()) > 1
+    return not _is_container(module) and sum(map(_has_kernel, module.modules())) > 1
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    # Subclasses stay dense, but make up blocks as well.
+    return kind_of(module) is not None or isinstance(module, nn.Conv2d | nn.Linear)

@@ -14,6 +14,11 @@ class Reached(Exception):
     """Raised by a hook to end the forward pass of `run_until_reached`."""
 
 
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a hook's module was given, by position or by name: of a layer, its input."""
+    return next(iter((*args, *kwargs.values())))
+
+
 @contextmanager
 def hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     """Hooks that are registered already, until the end of the block."""

@@ -17,9 +17,9 @@ from tspc.errors import DataError, TspcWarning
 from tspc.layers import Chain, TensorizedLayer, tensorized_layers
 from tspc.links import REBUILT
 from tspc.modes import own_modes
+from tspc.nested import tensors_in
 from tspc.norms import BatchNorm, is_exact, is_untouched
 from tspc.replacing import forbid_save_pretrained_, replace_layer, saves_pretrained
-from tspc.stash import tensors_in
 from tspc.walk import trace
 
 TOLERANCE = 1e-4

@@ -111,7 +111,8 @@ class TensorizedLayer(nn.Module):
             self._keep()
         return self._contract() if self._kept is None else self._kept
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # the name by which a dense layer takes it
         last = len(self._stages) - 1
         bias = cast("Tensor | None", self.bias)
         for i, (stage, kernel) in enumerate(zip(self._stages, self.kernels(), strict=True)):

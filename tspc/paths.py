@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tspc.decompositions import Decomposition, Rank
 from tspc.dense import DenseLayer, Form, kernel_shape
-from tspc.hooks import evaluating, hooked
+from tspc.hooks import evaluating, first_argument, hooked
 from tspc.layers import untrained
 from tspc.links import REBUILT, Stage, paths_of, stages_of
 from tspc.plans import LayerPlan
@@ -53,9 +53,9 @@ def calls(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str,
     """
     sizes: dict[str, list[Size]] = {}
 
-    def on_call(name: str) -> object:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            shape = tuple(args[0].shape)
+    def on_call(name: str) -> Callable:
+        def hook(module: nn.Module, *given: Any) -> None:
+            shape = tuple(first_argument(*given).shape)
             if not Form.of(module).is_convolution:
                 size = math.prod(shape[:-1]) // max(1, len(images)), 1
             else:
@@ -64,7 +64,8 @@ def calls(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str,
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(on_call(n)) for n in names]  # type: ignore[arg-type]
+    called = [(model.get_submodule(name), on_call(name)) for name in names]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in called]
     with hooked(handles), evaluating(model), torch.no_grad():
         try:
             model(images)

@@ -17,8 +17,8 @@ from tspc.errors import TspcWarning
 from tspc.hooks import Reached, hooked, run_until_reached
 from tspc.modes import is_of_inference, own_modes
 from tspc.moments import WIDEST_OUTPUT
+from tspc.nested import tensors_in
 from tspc.patches import rows_of
-from tspc.stash import tensors_in
 
 IMAGES = 128
 """Images of which the gradients are taken."""

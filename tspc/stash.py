@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tspc.errors import RunError
+from tspc.nested import mapped
+
+LEAST = 2**-13
+"""Where the largest number of a tensor is smaller, float16 keeps it with fewer digits than it has."""
 
 
 class Room:
@@ -32,12 +37,12 @@ class Room:
         self._left -= size
         return True
 
-    def write(self, value: Any) -> Path:
-        """Raises RunError if there is no space."""
+    def write(self, tensors: Sequence[Tensor | None]) -> Path:
+        """Plain tensors alone, so that reading them runs nobody's code. Raises RunError if there is no space."""
         self._files += 1
         path = Path(self._folder.name) / f"{self._files}.pt"
         try:
-            torch.save(value, path)
+            torch.save(list(tensors), path)
         except (OSError, RuntimeError) as error:
             raise RunError(
                 f"cannot keep activations in {path.parent}: {error}; free some space there, name another folder by "
@@ -46,28 +51,67 @@ class Room:
         return path
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """The place of a tensor in a value."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A value without its tensors, and these: in memory, or None where they are in the file.
+
+    `narrow` says which are kept with half the digits.
+    """
+
+    value: Any
+    tensors: list[Tensor | None]
+    narrow: list[bool]
+    file: Path | None
+
+    def read(self) -> Any:
+        written: list[Any] = [None] * len(self.tensors)
+        if self.file is not None:
+            written = torch.load(self.file, weights_only=True)
+        kept = [there if here is None else here for here, there in zip(self.tensors, written, strict=True)]
+        wide = [t.float() if narrow else t for t, narrow in zip(kept, self.narrow, strict=True)]
+        return mapped(self.value, lambda slot: wide[slot.number], _Slot)
+
+
 class Stash:
-    """One value (tensors in tuples, lists and dicts) for each batch; with `half`, float32 is kept as float16."""
+    """One value (tensors in whatever `tspc.nested` copies) for each batch.
+
+    With `half`, float32 is kept as float16: tensors that fit into its range, the others as they are. Tensors alone are
+    written to files; what they were in stays in memory, and so do tensors of other classes.
+    """
 
     def __init__(self, room: Room, half: bool = False) -> None:
         self._room, self._half = room, half
-        self._items: list[Any] = []
+        self._items: list[_Item] = []
         self._held = 0
 
     def append(self, value: Any) -> None:
-        if self._half:
-            value = mapped(value, lambda t: t.half() if t.dtype == torch.float32 else t)
-        size = sum(t.numel() * t.element_size() for t in tensors_in(value))
+        """Raises UnknownValueError, of `tspc.nested`, for a value that cannot be kept."""
+        found: list[Tensor] = []
+
+        def take(tensor: Tensor) -> _Slot:
+            found.append(tensor.detach())
+            return _Slot(len(found) - 1)
+
+        shell = mapped(value, take)
+        kept = [_kept(tensor, self._half) for tensor in found]
+        narrow = [own.dtype != tensor.dtype for own, tensor in zip(kept, found, strict=True)]
+        size = sum(t.numel() * t.element_size() for t in kept if _is_plain(t))
         if self._room.take(size):
             self._held += size
-        else:
-            value = self._room.write(value)
-        self._items.append(value)
+            self._items.append(_Item(shell, list(kept), narrow, None))
+            return
+        file = self._room.write([t if _is_plain(t) else None for t in kept])
+        self._items.append(_Item(shell, [None if _is_plain(t) else t for t in kept], narrow, file))
 
     def __getitem__(self, number: int) -> Any:
-        item = self._items[number]
-        value = torch.load(item, weights_only=True) if isinstance(item, Path) else item
-        return mapped(value, lambda t: t.float() if t.dtype == torch.float16 else t) if self._half else value
+        return self._items[number].read()
 
     def __iter__(self) -> Iterator[Any]:
         return (self[number] for number in range(len(self)))
@@ -77,26 +121,29 @@ class Stash:
 
     def clear(self) -> None:
         for item in self._items:
-            if isinstance(item, Path):
-                item.unlink()
+            if item.file is not None:
+                item.file.unlink()
         self._room.take(-self._held)
         self._items, self._held = [], 0
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+def _is_plain(tensor: Tensor) -> bool:
+    is_dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return type(tensor) in (Tensor, nn.Parameter) and is_dense
 
 
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tuples, lists and dicts with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        return type(value)(mapped(item, change) for item in value)
-    return {key: mapped(item, change) for key, item in value.items()} if isinstance(value, dict) else value
+def _kept(tensor: Tensor, half: bool) -> Tensor:
+    """The tensor as it is kept: not as a view, which would hold (or write) all that it is a view of."""
+    if not _is_plain(tensor):
+        return tensor
+    if half and tensor.dtype == torch.float32 and _fits_half(tensor):
+        return tensor.half()
+    is_view = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+    return tensor.clone() if is_view else tensor
+
+
+def _fits_half(tensor: Tensor) -> bool:
+    """Whether float16 can hold the tensor: no overflow, and no number that counts becomes zero."""
+    sizes = tensor.abs()
+    largest = float(sizes.where(sizes.isfinite(), 0).amax()) if tensor.numel() else 0.0
+    return largest == 0 or LEAST <= largest <= torch.finfo(torch.float16).max

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from tspc.arguments import Arguments, Call
 from tspc.blocks import block_of, find_blocks
-from tspc.hooks import Reached, hooked, run_until_reached, version_of
+from tspc.hooks import Reached, first_argument, hooked, run_until_reached, version_of
+from tspc.nested import tensors_in
 from tspc.norms import along_channels, has_statistics, is_untouched, takes_shift
-from tspc.stash import Room, Stash, mapped, tensors_in
+from tspc.stash import Room
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class _Record:
     order: list[str] = field(default_factory=list)
     entered: dict[str, list[_Entry]] = field(default_factory=dict)
     left: dict[str, tuple[Any, int | None]] = field(default_factory=dict)
-    normalised: list[tuple[str, Tensor | None]] = field(default_factory=list)
+    normalised: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -113,14 +115,16 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: lis
         return hook
 
     def on_batch_norm(name: str) -> Callable:
-        return lambda module, args: record.normalised.append((name, args[0] if args else None))
+        return lambda module, *given: record.normalised.append((name, first_argument(*given)))
 
     modules = dict(model.named_modules())
     statistics = {name: m for name, m in modules.items() if has_statistics(m) and is_untouched(m)}
     handles = [modules[name].register_forward_hook(on_layer(name)) for name in layers]
     handles += _on_entering(model, blocks, record)
     handles += [modules[name].register_forward_hook(on_block_end(name)) for name in blocks]
-    handles += [norm.register_forward_pre_hook(on_batch_norm(name)) for name, norm in statistics.items()]
+    handles += [
+        norm.register_forward_pre_hook(on_batch_norm(name), with_kwargs=True) for name, norm in statistics.items()
+    ]
     with hooked(handles), consumers:
         answer = model(images)
     consumers.count(answer)
@@ -183,81 +187,69 @@ class Walker:
     """A network on its way through the segments: `inputs_of` looks into the present one, `advance` leaves it.
 
     `images` gives a tensor for each batch (a Stash, where `arguments` is asked for). The network is in eval mode; its
-    layers may be replaced on the way. With `half` what is kept of float32 is float16.
+    layers may be replaced on the way. With `half` what is kept of float32 is float16, where that holds it.
     """
 
     def __init__(
         self, model: nn.Module, trace: Trace, images: Iterable[Tensor], room: Room, half: bool = False
     ) -> None:
-        self.model, self._trace, self._images = model, trace, images
-        self._arguments, self._next = Stash(room, half), Stash(room, half)
+        self.model, self._trace = model, trace
+        self._of = lambda name: Arguments(model, name, images, room, half)
         self._position = -1
+        self._arguments, self._next = self._of(""), self._of("")
 
     def close(self) -> None:
         """Gives the room back."""
         self._arguments.clear()
         self._next.clear()
 
-    @torch.no_grad()
-    def answer(self) -> None:
-        """Runs the segment over all batches and keeps what it answers: for `output`, and for the way on."""
-        module = self.model.get_submodule(self.segment.module)
-        for args, kwargs in self._copies():
-            self._keep(module(*args, **kwargs))
-
-    def _keep(self, output: Any) -> None:
-        """What the segment answered to a batch, as the arguments of the next one."""
-        following = self._trace.segments[self._position + 1 : self._position + 2]
-        named = next((dict(segment.named) for segment in following if segment.follows), {})
-        self._next.append(((output,), named))
-
-    def output(self, number: int) -> Any:
-        """What the segment answered to a batch; after `answer`."""
-        return self._next[number][0][0]
-
-    def arguments(self, number: int) -> tuple[Any, Any]:
-        """With what the segment's module is called for a batch; copies, for it may change its input in place."""
-        if self.segment.module == "":
-            return (cast(Stash, self._images)[number].clone(),), {}
-        return mapped(self._arguments[number], Tensor.clone)
-
     @property
     def segment(self) -> Segment:
         return self._trace.segments[self._position]
 
+    @property
+    def _following(self) -> Segment | None:
+        """The next segment, if it takes just what this one answers, to every batch."""
+        following = self._trace.segments[self._position + 1 : self._position + 2]
+        return next((s for s in following if s.follows and self._arguments.is_complete), None)
+
+    @property
+    def is_called_always(self) -> bool:
+        """Whether every batch calls the segment's module."""
+        return self._arguments.is_complete
+
+    @torch.no_grad()
+    def answer(self) -> None:
+        """Runs the segment over all batches and keeps what it answers: for `output`, and for the way on."""
+        module = self.model.get_submodule(self.segment.module)
+        for args, kwargs in filter(None, self._arguments):
+            self._keep(module(*args, **kwargs))
+
+    def _keep(self, output: Any) -> None:
+        """What the segment answered to a batch, as the arguments of the next one."""
+        self._next.append(((output,), dict(self._following.named) if self._following else {}))
+
+    def output(self, number: int) -> Any:
+        """What the segment answered to a batch; after `answer`."""
+        return self._next.kept(number)[0][0]
+
+    def arguments(self, number: int) -> Call:
+        """With what the segment's module is called for a batch; copies, for it may change its input in place."""
+        return cast(Call, self._arguments[number])
+
     @torch.no_grad()
     def advance(self) -> None:
         """Goes to the next segment (at first to the first)."""
-        following = self._trace.segments[self._position + 1]
-        if following.follows:
-            if len(self._next) == 0:
-                self.answer()
-        else:
+        if self._following is None:
             self._next.clear()
-            for images in self._images if following.module else ():
-                self._next.append(self._entering(following.module, images))
+            self._next = self._of(self._trace.segments[self._position + 1].module)
+            self._next.find()
+        elif len(self._next) == 0:
+            self.answer()
         self._arguments.clear()
-        self._arguments, self._next = self._next, self._arguments
         self._position += 1
-
-    def _copies(self) -> Iterator[Any]:
-        """The arguments of every batch, as `arguments`."""
-        if self.segment.module == "":
-            yield from (((images.clone(),), {}) for images in self._images)
-        else:
-            yield from (mapped(value, Tensor.clone) for value in self._arguments)
-
-    def _entering(self, name: str, images: Tensor) -> tuple[Any, Any]:
-        """The arguments with which a module is called when the network is given the images."""
-        found: list[tuple[Any, Any]] = []
-
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found.append((args, kwargs))
-            raise Reached
-
-        module = self.model.get_submodule(name)
-        run_until_reached(self.model, [module.register_forward_pre_hook(hook, with_kwargs=True)], images)
-        return found[0]
+        after = self._trace.segments[self._position + 1 : self._position + 2]
+        self._arguments, self._next = self._next, self._of(after[0].module if after else "")
 
     @torch.no_grad()
     def inputs_of(
@@ -270,30 +262,30 @@ class Walker:
         """
         module = self.model.get_submodule(self.segment.module)
         expected = sum(self._trace.calls[name] for name in layers)
-        keeps = for_the_last_time and self._is_followed
-        for number, (given, named) in enumerate(self._copies()):
+        keeps = for_the_last_time and self._following is not None
+        for number, call in enumerate(self._arguments):
+            if call is None:
+                continue
+            given, named = call
             seen = 0
 
             def hook(name: str, batch: int) -> Callable:
-                def on_call(module: nn.Module, args: Any, output: Any) -> None:
+                def on_call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                     nonlocal seen
-                    see(name, batch, args[0], output)
+                    see(name, batch, first_argument(args, kwargs), output)
                     seen += 1
                     if seen == expected and not keeps:
                         raise Reached
 
                 return on_call
 
-            handles = [self.model.get_submodule(n).register_forward_hook(hook(n, number)) for n in layers]
+            handles = [
+                self.model.get_submodule(name).register_forward_hook(hook(name, number), with_kwargs=True)
+                for name in layers
+            ]
             if keeps:
                 with hooked(handles):
                     self._keep(module(*given, **named))
             else:
                 run_until_reached(module, handles, *given, **named)
             yield
-
-    @property
-    def _is_followed(self) -> bool:
-        """Whether the next segment takes just what this one answers."""
-        following = self._trace.segments[self._position + 1 : self._position + 2]
-        return any(segment.follows for segment in following)

@@ -231,7 +231,16 @@ class _Loop:
 
     @property
     def _remedy(self) -> str:
-        return f"lower the learning rate (learning_rate={self.recipe.learning_rate:g} in this training)"
+        if self.step == 0:  # no step was taken yet
+            return "the network answers so before any training: look at its weights and at the data" + self._precision
+        return (
+            f"lower the learning rate (learning_rate={self.recipe.learning_rate:g} in this training)" + self._precision
+        )
+
+    @property
+    def _precision(self) -> str:
+        is_narrow = self.hardware.precision == torch.float16
+        return ", or train with precision=bfloat16 or float32, whose range is wider" if is_narrow else ""
 
     def _check_weights(self) -> None:
         if not all(bool(torch.isfinite(t).all()) for t in tensor_state(self.network).values()):
@@ -239,8 +248,9 @@ class _Loop:
 
     def _judge_if_due(self) -> None:
         """Before the first step, and then at even distances; the last time is after the last step."""
-        distance = max(1, self.total // self.recipe.evaluations)
-        if self.watchers.judge is not None and self.step % distance == 0 and self.step < self.total:
+        passed = self.step * self.recipe.evaluations
+        is_due = passed // self.total > (passed - self.recipe.evaluations) // self.total
+        if self.watchers.judge is not None and is_due and self.step < self.total:
             self._judge()
 
     def _judge(self) -> None:

@@ -1,0 +1,111 @@
+"""Values with tensors inside, as modules exchange them: tuples, dicts, dataclasses, caches, one in the other."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+CONSTANTS = (
+    *(bool, int, float, complex, str, bytes, range, slice, type, Enum, types.NoneType, types.EllipsisType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
+    nn.Module,
+)
+"""Kinds of values that are handed on as they are: no call changes them, and a module is meant as it is."""
+
+
+class UnknownValueError(TypeError):
+    """A value of which nobody knows how to copy it: an iterator, a lock, an object with a state of its own in C."""
+
+    def __init__(self, value: object) -> None:
+        self.kind = type(value).__name__
+        super().__init__(f"a {self.kind} cannot be copied")
+
+
+def mapped(value: Any, change: Callable[[Any], Any], leaf: type = Tensor) -> Any:
+    """A copy with every tensor (or other `leaf`) changed; what was one object in `value` is one in the copy.
+
+    Containers, their subclasses (namedtuples, transformers' ModelOutput) and plain objects (dataclasses, caches) are
+    copied with what they hold, without a call of their constructors. Raises UnknownValueError.
+    """
+    return _Copier(change, leaf).copy(value)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Each tensor once; those in values of unknown kinds are left out."""
+    found: list[Tensor] = []
+    _Copier(found.append, Tensor, is_strict=False).copy(value)
+    return iter(found)
+
+
+class _Copier:
+    def __init__(self, change: Callable[[Any], Any], leaf: type, is_strict: bool = True) -> None:
+        self._change, self._leaf, self._is_strict = change, leaf, is_strict
+        self._done: dict[int, Any] = {}
+
+    def copy(self, value: Any) -> Any:
+        if isinstance(value, CONSTANTS) and not isinstance(value, self._leaf):
+            return value
+        if id(value) not in self._done:
+            self._done[id(value)] = self._change(value) if isinstance(value, self._leaf) else self._container(value)
+        return self._done[id(value)]
+
+    def _container(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, tuple):
+            made = self._tuple(value)
+        elif isinstance(value, list | deque | dict):
+            # Noted before it is filled, for it may hold itself.
+            made = self._done[id(value)] = copy.copy(value)
+            self._fill(made, value)
+        elif isinstance(value, set | frozenset):
+            made = kind(self.copy(item) for item in value)
+        elif _is_plain(kind):
+            made = self._done[id(value)] = object.__new__(kind)
+        elif self._is_strict:
+            raise UnknownValueError(value)
+        else:
+            return value
+        for name, attribute in _attributes(value):
+            object.__setattr__(made, name, self.copy(attribute))
+        return made
+
+    def _tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        items = [self.copy(item) for item in value]
+        try:
+            return tuple.__new__(type(value), items)
+        except TypeError:  # what torch.max and others answer is built by the type itself
+            return cast("Callable[..., tuple[Any, ...]]", type(value))(items)
+
+    def _fill(self, made: Any, value: Any) -> None:
+        """By the methods of the built-in types: a subclass may do more than store."""
+        if isinstance(value, dict):
+            # An OrderedDict keeps its order beside the dict.
+            store = OrderedDict.__setitem__ if isinstance(value, OrderedDict) else dict.__setitem__
+            for key, item in list(value.items()):
+                store(made, key, self.copy(item))
+        else:
+            for number, item in enumerate(list(value)):
+                made[number] = self.copy(item)
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether all that an object holds are its attributes."""
+    own = ("__new__", "__reduce__", "__reduce_ex__")
+    is_ours = all(getattr(kind, name) is getattr(object, name) for name in own) and not hasattr(kind, "__del__")
+    return is_ours and kind.__module__ != "builtins" and bool(kind.__dictoffset__ or hasattr(kind, "__slots__"))
+
+
+def _attributes(value: object) -> list[tuple[str, Any]]:
+    slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+    found = dict(getattr(value, "__dict__", {}))
+    return [*found.items(), *((name, getattr(value, name)) for name in slots if hasattr(value, name))]
