@@ -27,11 +27,10 @@ from tspc.data.base import (
     subset,
     training_order,
 )
-from tspc.errors import DataError
+from tspc.data.images import Samples, Skipped, middle, opened, scan
+from tspc.errors import DataError, shortened
 from tspc.processes import ALONE, Share
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-Samples = list[tuple[Path, int]]
 PREFETCH = 4
 """Batches that each worker keeps ready."""
 
@@ -39,8 +38,8 @@ PREFETCH = 4
 def image_folder(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory | Streaming:
     """Decodes everything once for small images, streams large ones.
 
-    Raises DataError for missing splits, classes that differ between them or from `num_classes`, and for an
-    image that cannot be read (small images: at once; streamed ones: when it is their turn).
+    What is left out is told in one warning. Raises DataError for missing splits, classes that differ between them or
+    from `num_classes`, and for an image that cannot be read (small images: at once; streamed ones: in their turn).
     """
     if data_dir is None:
         raise DataError(f"dataset={spec.name} needs data_dir=FOLDER with train/ and val/ (or test/) inside")
@@ -50,44 +49,31 @@ def image_folder(spec: DataSpec, data_dir: Path | None, download: bool) -> InMem
     test_dir = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if not train_dir.is_dir() or test_dir is None:
         raise DataError(f"data_dir={root}: expected folders train/ and val/ (or test/) of class folders")
-    classes, train = _scan(train_dir)
-    test_classes, test = _scan(test_dir)
+    skipped = Skipped()
+    classes, train = scan(train_dir, skipped)
+    test_classes, test = scan(test_dir, skipped)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
-        raise DataError(f"data_dir={root}: {train_dir.name}/ and {test_dir.name}/ differ in the classes {odd[:5]}")
+        raise DataError(
+            f"data_dir={root}: {train_dir.name}/ and {test_dir.name}/ differ in the classes {shortened(odd[:5])}"
+        )
     if spec.num_classes not in (None, len(classes)):
         raise DataError(f"dataset.num_classes={spec.num_classes}, but {train_dir} has {len(classes)} class folders")
+    skipped.tell(root)
     if spec.in_memory:
         return InMemory(spec, len(classes), _decode(spec, train), _decode(spec, test))
-    return Streaming(spec, len(classes), train, test)
-
-
-def _scan(folder: Path) -> tuple[list[str], Samples]:
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    if not classes:
-        raise DataError(f"{folder} has no class folders")
-    samples = []
-    for label, name in enumerate(classes):
-        paths = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in EXTENSIONS)
-        if not paths:
-            raise DataError(f"{folder / name} has no images ({', '.join(sorted(EXTENSIONS))})")
-        samples += [(path, label) for path in paths]
-    return classes, samples
-
-
-def _open(path: Path, channels: int) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
-        raise DataError(f"{path} is not a readable image ({error}); remove or replace it") from error
+    listing = [
+        [(classes[label], path.relative_to(folder / classes[label]).as_posix()) for path, label in samples]
+        for folder, samples in ((train_dir, train), (test_dir, test))
+    ]
+    return Streaming(spec, len(classes), train, test, listing)
 
 
 def _decode(spec: DataSpec, samples: Samples) -> Batch:
     size = (spec.image_size, spec.image_size)
 
     def pixels(sample: tuple[Path, int]) -> np.ndarray:
-        image = _open(sample[0], spec.channels)
+        image = opened(sample[0], spec.channels)
         image = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
         return np.asarray(image).reshape(*size, -1)
 
@@ -107,9 +93,9 @@ class _Files(Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         path, label = self.samples[index]
-        image = _open(path, self.channels)
+        image = opened(path, self.channels)
         if self.seed is None:
-            return self._pixels(image), label
+            return self._pixels(middle(image)), label
         state = torch.get_rng_state()
         try:
             # torch.manual_seed would also seed every accelerator, which takes longer than a crop.
@@ -126,11 +112,13 @@ class _Files(Dataset):
 class Streaming:
     """Images decoded by worker processes as they are needed: random crop and flip, or resize and centre crop."""
 
-    def __init__(self, spec: DataSpec, num_classes: int, train: Samples, test: Samples) -> None:
+    def __init__(
+        self, spec: DataSpec, num_classes: int, train: Samples, test: Samples, listing: list[list[tuple[str, str]]]
+    ) -> None:
+        """`listing` has, for each split, the class of each image and its path within the class."""
         self.spec, self.num_classes = spec, num_classes
         self.train_size, self.test_size = len(train), len(test)
         # Of the names alone: asking a million files for their sizes takes minutes on a network drive.
-        listing = [[(path.parent.name, path.name) for path, _ in split] for split in (train, test)]
         self.fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
         resize = spec.resize or spec.image_size
         flip = [v2.RandomHorizontalFlip()] if spec.flip else []
