@@ -191,3 +191,16 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_a_directory_cannot_be_opened_files_are_written_all_the_same(tmp_path, monkeypatch):
+    opened = os.open
+
+    def as_on_windows(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", as_on_windows)
+    write_atomically(tmp_path / "a.txt", lambda temporary: temporary.write_text("new"))
+    assert (tmp_path / "a.txt").read_text() == "new"

@@ -20,6 +20,7 @@ LAYERS = [
     ["sweep", "display", "decompositions", "models", "data", "stash"],
     ["arguments", "links"],
     ["dense"],
+    ["tensorized"],
     ["blocks", "layers", "header", "training", "plans"],
     ["replacing"],
     ["norms"],

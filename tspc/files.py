@@ -58,7 +58,10 @@ def _remedy(error: BaseException) -> str:
 
 
 def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except PermissionError:  # Windows opens no directories, and needs none to be synced
+        return
     try:
         os.fsync(descriptor)
     finally:
