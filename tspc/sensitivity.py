@@ -87,13 +87,15 @@ class _Sums:
                 self._called[name] = None
             if not isinstance(output, Tensor) or not output.is_floating_point() or not torch.is_grad_enabled():
                 return None
-            begins = not output.requires_grad
-            if begins:
-                # A copy, for a later operation may change the output in place.
+            given = output
+            # Copies, for a later operation may change the output in place; of a view its gradient would then be lost.
+            if not output.requires_grad:
                 output = output.detach().clone().requires_grad_().clone()
+            elif name is not None and output._is_view():
+                output = output.clone()
             if name is not None:
                 output.register_hook(partial(self._add, name, cast(DenseLayer, module)))
-            return output if begins else None
+            return None if output is given else output
 
         return hook
 
