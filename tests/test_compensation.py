@@ -212,3 +212,45 @@ def test_grouped_convolutions_are_fitted_to_their_outputs(method):
             return float((small(fresh) - model(fresh)).square().mean())
 
     assert lost(x) < 0.7 * lost(None)
+
+
+class Autoencoder(nn.Module):
+    """Ends with a layer that cannot be tensorized."""
+
+    def __init__(self, last: nn.Module):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 16, 3), last
+
+    def forward(self, x):
+        return self.last(torch.relu(self.inner(torch.relu(self.first(x)))))
+
+
+def weight_normed() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 3, 3))
+
+
+LASTS = [
+    lambda: nn.ConvTranspose2d(16, 3, 5),
+    lambda: nn.ConvTranspose2d(16, 16, 5, groups=4),
+    lambda: nn.Conv2d(16, 16, 3, groups=16),
+    weight_normed,
+]
+
+
+@pytest.mark.parametrize("last", LASTS)
+def test_a_last_layer_without_support_stays_as_it_is(last):
+    torch.manual_seed(0)
+    model, x = Autoencoder(last()).eval(), images(32)
+    made = plan(model, "svd", 0.5)
+    reason = next(row.reason for row in made.layers if row.name == "last")
+    assert reason in (
+        "ConvTranspose2d is not supported",
+        "depthwise convolution",
+        "ParametrizedConv2d is not supported",
+    )
+    small = compress(model, "svd", 0.5, calibration=x, settings=Calibration(batch_size=16))
+    ours, theirs = small.last.state_dict(), model.last.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert output_distance(model, small, images(8, seed=1)) < output_distance(
+        model, compress(model, "svd", 0.5), images(8, seed=1)
+    )

@@ -12,6 +12,7 @@ from tspc import processes
 from tspc.calibration import Samples
 from tspc.decompositions import double
 from tspc.hooks import evaluating, first_argument, hooked
+from tspc.modes import own_modes
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 JUDGES = 128
@@ -20,6 +21,7 @@ SHOWN = 512
 """Training images by which batch norms are set before training."""
 
 
+@own_modes()
 def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> None:
     """Replaces running means and variances by those that the calibration images give, as the settings say.
 
@@ -75,7 +77,7 @@ def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:
     if not all(isinstance(answer, Tensor) for answer in wanted):
         return 0.0
     pairs = zip(_answers(model, samples), wanted, strict=True)
-    return sum(float((answer - target).square().sum()) for answer, target in pairs)
+    return sum(float((double(answer) - double(target)).square().sum()) for answer, target in pairs)
 
 
 def _fitted_norms(network: nn.Module) -> dict[str, BatchNorm]:
@@ -88,6 +90,7 @@ def count_norms(network: nn.Module) -> int:
     return len(_fitted_norms(network))
 
 
+@own_modes()
 @torch.no_grad()
 def refit_norms_(network: nn.Module, reference: nn.Module, run: Callable[[], object]) -> None:
     """Sets the batch norms' scale and shift anew, one after the other: each then answers most like the reference's.
@@ -131,6 +134,8 @@ def refit_norms_(network: nn.Module, reference: nn.Module, run: Callable[[], obj
         cast(Tensor, norm.running_var).copy_(variance)
 
 
+@own_modes()
+@torch.no_grad()
 def _sums(x: Tensor, y: Tensor) -> Tensor:
     """For every channel the number of values, Σx, Σy, Σx² and Σxy."""
     others = [axis for axis in range(x.ndim) if axis != 1]
@@ -143,6 +148,7 @@ def _sums(x: Tensor, y: Tensor) -> Tensor:
     return x.numel() // x.shape[1] * torch.stack(parts)
 
 
+@own_modes()
 @torch.no_grad()
 def rebase_(network: nn.Module, run: Callable[[], object]) -> None:
     """Lets batch norms normalise by what they see now, without changing what the network answers in eval mode.
@@ -160,6 +166,8 @@ def rebase_(network: nn.Module, run: Callable[[], object]) -> None:
     norms = list(_fitted_norms(network).values())
     sums: dict[nn.Module, Tensor] = {}
 
+    @own_modes()
+    @torch.no_grad()
     def see(norm: nn.Module, *given: Any) -> None:
         values = first_argument(*given).float()  # widened after the sums, for activations are large
         others = [axis for axis in range(values.ndim) if axis != 1]
