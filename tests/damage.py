@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 DEEP: Any = None
 for _ in range(200):
@@ -57,29 +58,34 @@ def _make_folder(path: Path, chance: random.Random) -> str:
 
 
 def _change(path: Path, chance: random.Random) -> str:
-    """One value of what the file says, or a key less."""
-    if path.suffix == ".json":
-        data = json.loads(path.read_bytes() or b"{}")
-        done = change(data, chance)
-        path.write_text(json.dumps(data))
-        return done
-    if path.suffix == ".jsonl":
-        records = [json.loads(line) for line in path.read_bytes().splitlines()]
-        done = change(records, chance)
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return done
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["tspc"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        done = change(header["info"], chance)
-        safetensors.torch.save_file(state, path, {"tspc": json.dumps(header)})
-        return done
+    """One value of what the file says, or a key less; of a file that says nothing, one bit."""
+    with suppress(ValueError, TypeError, SafetensorError):
+        if path.suffix == ".json":
+            data = json.loads(path.read_bytes())
+            done = change(data, chance)
+            path.write_text(json.dumps(data))
+            return done
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in path.read_bytes().splitlines()]
+            done = change(records, chance)
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+            return done
+        if path.suffix == ".safetensors":
+            return _change_header(path, chance)
     content = bytearray(path.read_bytes() or b"\0")
     place = chance.randrange(len(content))
     content[place] ^= 1 << chance.randrange(8)
     path.write_bytes(content)
     return f"bit of byte {place}"
+
+
+def _change_header(path: Path, chance: random.Random) -> str:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["tspc"])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    done = change(header["info"], chance)
+    safetensors.torch.save_file(state, path, {"tspc": json.dumps(header)})
+    return done
 
 
 def change(data: Any, chance: random.Random) -> str:

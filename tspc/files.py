@@ -17,6 +17,12 @@ from tspc.errors import RunError
 from tspc.launch import is_first
 from tspc.schemas import DEEPEST, problem
 
+DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+}
+"""What the system says of a disk that is full or broken, or of a folder that may not be used."""
+
 PARTIAL = ".partial"
 """Ending of the temporary files; one that a killed process left behind can be removed."""
 
@@ -109,14 +115,14 @@ def intact(path: Path, schema: Any) -> Any:
     return None
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder, and those above it. Raises RunError if it cannot be made."""
+def make_folder(path: Path, remedy: str = "choose another output_dir") -> None:
+    """Makes a folder, and those above it. Raises RunError, with the remedy, if it cannot be made."""
     if not is_first():
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot create {path}: {error.strerror}; choose another output_dir") from error
+        raise RunError(f"cannot create {path}: {error.strerror}; {remedy}") from error
 
 
 def remove(path: Path) -> None:

@@ -18,6 +18,7 @@ from tspc.decompositions import resolve
 from tspc.delivery import RECORDS
 from tspc.display import Display
 from tspc.errors import ConfigError, DataError, RunError
+from tspc.files import DISK_FAULTS
 from tspc.models import NetworkSpec
 from tspc.pages import write_comparison
 from tspc.phases.context import Context
@@ -45,6 +46,16 @@ def run(config: Config, display: Display) -> dict[str, Any]:
 
     Everything that can be wrong is checked before anything is written. Raises TspcError.
     """
+    try:
+        return _done(config, display)
+    except OSError as error:  # of a package that writes by itself, as trackers do
+        if error.errno not in DISK_FAULTS:
+            raise
+        where = error.filename or config.output_dir
+        raise RunError(f"cannot use {where}: {error.strerror}; mend that and run the same command again") from error
+
+
+def _done(config: Config, display: Display) -> dict[str, Any]:
     if "compare" in config.phases:
         page = write_comparison(config.runs or str(config.output_dir))
         display.line(f"compared   {page}")

@@ -48,7 +48,7 @@ def write_sweep(folder: Path) -> Path:
 
 def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
     figures = folder / FIGURES
-    make_folder(figures)
+    make_folder(figures, "the page stands beside the runs: copy them to a place that can be written")
     remove_left_over(folder, figures)
     rows = _rows(found, folder)
     groups = _groups(rows)

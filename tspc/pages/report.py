@@ -123,7 +123,12 @@ def readable_bytes(count: float) -> str:
 
 
 def _phases(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"name": name} | entry for name, entry in ({REFERENCE: result["reference"]} | result["phases"]).items()]
+    """Rows of the table of phases; a measurement without `top5` or `seconds` has none."""
+    rows = []
+    for name, entry in ({REFERENCE: result["reference"]} | result["phases"]).items():
+        accuracy = entry["accuracy"] and {"top5": None} | entry["accuracy"]
+        rows.append({"name": name, "accuracy": accuracy, "seconds": entry.get("seconds")})
+    return rows
 
 
 def _layers(run: Run) -> list[dict[str, Any]]:
