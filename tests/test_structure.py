@@ -15,6 +15,7 @@ PACKAGE = ROOT / "tspc"
 
 LAYERS = [
     ["errors", "launch", "modes", "schemas"],
+    ["bounds"],
     ["batches", "checklist", "copying", "extras", "files", "hooks", "interrupts", "nested", "parallel", "processes"],
     ["state", "trackers"],
     ["sweep", "display", "decompositions", "models", "data", "stash"],

@@ -7,7 +7,6 @@ that wait for their layer are kept in files beyond a limit.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tspc.batches import Batches, check_nothing_is_missing
+from tspc.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
 from tspc.dense import DenseLayer, kernel_of
-from tspc.errors import ConfigError, DataError, out_of_range
+from tspc.errors import ConfigError, DataError
 from tspc.hooks import evaluating
 from tspc.modes import own_modes
 from tspc.moments import Moments, Statistics
@@ -57,15 +57,15 @@ class Calibration:
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
-        rules = [
-            ("samples", self.samples >= 0, "at least 0"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("patches", self.patches >= 1, "at least 1"),
-            ("damping", 0 < self.damping < math.inf, "above 0"),
-            ("memory", self.memory >= 0, "at least 0"),
-            ("batch_norm", self.batch_norm in BATCH_NORMS, f"one of {', '.join(BATCH_NORMS)}"),
-        ]
-        return out_of_range(self, where, rules)
+        allowed = {
+            "batch_norm": BATCH_NORMS,
+            "samples": NONE_OR_MORE,
+            "batch_size": COUNT,
+            "patches": COUNT,
+            "damping": Bounds(1e-15, 1e6),
+            "memory": NONE_OR_MORE,
+        }
+        return out_of_range(self, where, allowed)
 
 
 BATCH_NORMS = ("keep", "recalibrate", "auto")

@@ -11,23 +11,28 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tspc import __version__
+from tspc.bounds import shown
 from tspc.errors import ConfigError, DataError, Interrupted, TrainingError, TspcError
 from tspc.launch import count, is_first
 from tspc.sweep import forget_empty_sweep, sweep_folder, write_record
 
 FAILED, INTERRUPTED = 1, 130
+GROUPS = ("method", "dataset", "model")
+"""Those of which one option is chosen; phases are several."""
+LONGEST_LINE = 600
+"""Characters of a complaint of Hydra's."""
 
 
 def main() -> None:
@@ -40,14 +45,15 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     # Hydra would print its errors in a form of its own; with this set it raises them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[0] = "tspc"  # what argparse's own messages begin with, also for `python -m tspc`
     failures: list[str] = []
     try:
-        _refuse_two_goals(sys.argv[1:])
+        _check_arguments(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=_config_path(), config_name="config")(_job(failures))()
     except KeyboardInterrupt as stop:
         _complain(str(stop) or "interrupted; the same command goes on where it stopped")
         sys.exit(128 + stop.signal if isinstance(stop, Interrupted) else INTERRUPTED)
-    except (HydraException, OmegaConfBaseException, YAMLError, OSError, TspcError) as error:
+    except Exception as error:  # of the arguments or the files of settings: a job keeps its errors to itself
         GlobalHydra.instance().clear()
         forget_empty_sweep()
         failures.append(_plain_error(error))
@@ -76,7 +82,7 @@ def _job(failures: list[str]) -> Any:
     def job(config: DictConfig) -> None:
         settings = HydraConfig.get()
         is_sweep = settings.mode == RunMode.MULTIRUN
-        overrides = list(settings.overrides.task)
+        overrides = _overrides()
         result, error = None, None
         try:
             result = _run(config, f"job {settings.job.num}: {' '.join(overrides)}" if is_sweep else None)
@@ -96,7 +102,8 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
     from tspc.display import Display, shown_warnings
     from tspc.pipeline import run
 
-    settings = dataclasses.replace(read_config(config), command=_command())
+    _refuse_lists_of_options(config)
+    settings = dataclasses.replace(read_config(config, _given()), command=_command())
     display = Display(is_silent=not is_first(), verbosity=settings.verbosity)
     if heading is not None:
         display.heading(heading)
@@ -104,19 +111,42 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
         return run(settings, display)
 
 
-def _refuse_two_goals(arguments: list[str]) -> None:
-    """A configuration always holds a rate: only the command line tells whether somebody asked for it."""
+def _check_arguments(arguments: list[str]) -> None:
+    """Raises ConfigError for what only the command line tells: a configuration always holds a rate, for example."""
     given = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
+    if "" in given:
+        raise ConfigError([f"={shown(given[''])} names no setting; write KEY=VALUE, as in rate=0.1"])
     goals = [f"{key}={given[key]}" for key in ("rate", "target_error") if given.get(key, "null") != "null"]
     if len(goals) > 1:
         raise ConfigError([f"{' and '.join(goals)} are two goals; leave one of them out"])
+
+
+def _overrides() -> list[str]:
+    """What the command line sets in this job, as it was typed."""
+    return cast("list[str]", OmegaConf.to_container(HydraConfig.get().overrides.task))
+
+
+def _given() -> list[str]:
+    """The keys that the command line sets."""
+    return [override.lstrip("+").split("=", 1)[0] for override in _overrides() if "=" in override]
+
+
+def _refuse_lists_of_options(config: DictConfig) -> None:
+    """Raises ConfigError for a group of which several options were merged: the last one would win, or none."""
+    settings = HydraConfig.get()
+    lists = [override for override in _overrides() if re.match(rf"\+*({'|'.join(GROUPS)})(@\w*)?=\[", override)]
+    # Hydra notes the option chosen of each group in the list of defaults, if it is one.
+    merged = [f"{g}=[…]" for g in GROUPS if g in config and g not in settings.runtime.choices]
+    if lists or (merged and settings.job.config_name == "config"):
+        what = ", ".join(map(shown, lists or merged))
+        raise ConfigError([f"{what}: choose one option; to run several, one after the other: tspc -m KEY=A,B"])
 
 
 def _command() -> str:
     """What makes this run again; of a sweep's job, alone."""
     settings = HydraConfig.get()
     folders = [s.path for s in settings.runtime.config_sources if s.provider == "command-line"]
-    parts = [*(part for folder in folders for part in ("--config-dir", folder)), *settings.overrides.task]
+    parts = [*(part for folder in folders for part in ("--config-dir", folder)), *_overrides()]
     return shlex.join(["tspc", *parts])
 
 
@@ -137,16 +167,38 @@ def _plain_error(error: Exception) -> str:
         # Hydra makes a sweep's directory itself.
         return f"cannot write {error.filename}: {error.strerror}; choose another output_dir"
     message = str(error)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    if "Config group override must be" in message:
+        wrong = [a for a in sys.argv[1:] if re.match(rf"\+*({'|'.join((*GROUPS, 'phase'))}|hydra/\w+)(@\w*)?=", a)]
+        return f"{shown(', '.join(wrong))}: each names one of the files in conf/, as method=cp does; see tspc --help"
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message)
     if unknown:
         return _unknown_key(unknown.group(1) or unknown.group(2))
-    option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", message)
+    option = re.search(r"Could not (?:find|load) '((?:hydra/)?\w+)/([^']+)'", message)
     if option:
         group, name = option.groups()
         known = sorted(path.stem for path in Path(_config_path(), group).glob("*.yaml"))
         return f"{group}={name} does not exist; choose one of {', '.join(known)} (or your own: --config-dir)"
     lines = [line.strip() for line in message.split("Config search path:")[0].splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith("Set the environment variable"))
+    text = " ".join(line for line in lines if line and not line.startswith("Set the environment variable"))
+    key = getattr(error, "full_key", None)
+    text = f"{key}: {text}" if key and str(key) not in text else text
+    if not isinstance(error, HydraException | OmegaConfBaseException | YAMLError | TspcError):
+        text = f"the settings cannot be read ({type(error).__name__}: {text})"
+    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}…"
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    """An argument that Hydra's grammar does not take, and how it is quoted: = , ( ) [ ] { } : mean something to it."""
+    key, equals, value = error.override.partition("=")
+    if not equals:
+        return f"{shown(error.override)}: expected KEY=VALUE, as in rate=0.1"
+    inside = value.strip("'\"").replace("\\", "\\\\").replace("'", "\\'")
+    quoted = f"{key}='{inside}'"
+    # In double quotes where the shell leaves what is in them alone: easier to read.
+    remedy = shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
+    return f"{shown(error.override)} cannot be read; a value with such signs in it needs quotes of its own: {remedy}"
 
 
 def _unknown_key(key: str) -> str:
@@ -157,7 +209,7 @@ def _unknown_key(key: str) -> str:
     with hydra.initialize_config_dir(_config_path(), version_base="1.3"):
         try:
             node: Any = hydra.compose("config", chosen)
-        except HydraException:
+        except Exception:  # what is wrong with these too is told when this is mended
             node = hydra.compose("config")
     if parent.startswith("phase.") and parent.split(".")[1] not in node.phase:
         return f"{key} has no effect: the phases asked for are {', '.join(node.phase)}; leave it out"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from signal import Signals
 from typing import Any
 
@@ -29,19 +28,6 @@ class InfeasibleRateError(TspcError):
     def __init__(self, message: str, smallest: float) -> None:
         self.smallest = smallest
         super().__init__(message)
-
-
-def out_of_range(settings: Any, where: str, rules: Iterable[tuple[str, bool, str]]) -> list[str]:
-    """One line for each rule (field, whether it is kept, what is expected) that `settings` break."""
-    return [
-        f"{where}.{field}={_as_given(getattr(settings, field))}: expected {expected}"
-        for field, ok, expected in rules
-        if not ok
-    ]
-
-
-def _as_given(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def shortened(value: Any, longest: int = 80) -> str:

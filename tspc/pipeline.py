@@ -13,7 +13,7 @@ from torch import nn
 from tspc import processes
 from tspc.blocks import find_blocks
 from tspc.config import Config
-from tspc.data import Data, load_data
+from tspc.data import NO_DATA, Data, load_data
 from tspc.decompositions import resolve
 from tspc.delivery import RECORDS
 from tspc.display import Display
@@ -209,7 +209,7 @@ def pick_device(name: str) -> torch.device:
         )
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()  # a device that holds no values, such as meta, gives none back
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError([f"device={name} cannot be used here ({reason}); use device=auto or cpu"]) from error
@@ -240,9 +240,11 @@ def _brief(value: Any) -> str:
 
 def _data(config: Config, display: Display) -> Data | None:
     """The data set; None where only the weights matter and there is none."""
-    if not config.trains and (config.pretrained == "random" or config.dataset.kind == "none"):
+    # Random weights ask for no data; a folder that is named is read.
+    unasked = config.pretrained == "random" and config.data_dir is None
+    if not config.trains and (unasked or config.dataset.kind == NO_DATA):
         return None
-    if config.dataset.kind == "none":
+    if config.dataset.kind == NO_DATA:
         raise DataError(f"phase={','.join(config.phases)} needs data: name a data set, for example dataset=imagefolder")
     try:
         if config.trains and processes.count() > 1:  # one downloads, all read

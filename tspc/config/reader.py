@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from typing import Any, TypeVar
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 from tspc import decompositions
-from tspc.calibration import Calibration
-from tspc.data import OPTIONS, DataSpec
+from tspc.bounds import Bounds, shown
+from tspc.config.fields import Unfit, converted
+from tspc.data import DataSpec
 from tspc.decompositions import Method
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
@@ -22,14 +20,25 @@ from tspc.phases.distill import Distillation
 from tspc.phases.export import Export
 from tspc.phases.finetune import Finetuning
 from tspc.phases.plan import PlanOverview
-from tspc.training import Recipe
 
 PHASES = ("pretrain", "plan", "decompose", "distill", "finetune", "export", "benchmark", "compare")
 """In the order in which they run."""
 
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "learning_rate", "pretrain")
 
-T = TypeVar("T")
+LONGEST_NAME = 100
+"""Characters of a name that becomes a folder's."""
+
+
+class Section(Protocol):
+    """A dataclass of settings, which knows the bounds of its fields."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def problems(self, where: str) -> list[str]: ...
+
+
+T = TypeVar("T", bound=Section)
 
 
 class Reader:
@@ -44,46 +53,92 @@ class Reader:
             if key not in names:
                 near = difflib.get_close_matches(str(key), names, n=1)
                 hint = f"did you mean {where}{near[0]}?" if near else f"known are: {', '.join(names) or 'none'}"
-                self.problems.append(f"{where}{key} is not a setting; {hint}")
+                self.problems.append(f"{where}{shown(key)} is not a setting; {hint}")
 
-    def section(self, cls: type[T], data: dict[str, Any] | None, where: str) -> T | None:
-        """A dataclass from a mapping: unknown keys, missing keys and wrong types are problems."""
-        if data is None:
+    def section(self, cls: type[T], data: Any, where: str) -> T | None:
+        """A dataclass from a mapping: unknown keys, missing keys, wrong types and values out of bounds are problems."""
+        if not isinstance(data, dict):
+            self.problems.append(f"{where}={shown(data)}: expected a group of settings")
             return None
-        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        self.known(data, names, f"{where}.")
-        known = {key: value for key, value in data.items() if key in names}
-        lists = [f.name for f in dataclasses.fields(cls) if str(f.type).startswith("tuple")]  # type: ignore[arg-type]
-        wrong = [key for key in lists if key in known and not isinstance(known[key], list | tuple)]
-        if wrong:
-            self.problems += [f"{where}.{key}={known[key]}: expected a list, as in {key}=[…]" for key in wrong]
+        fields = [field for field in dataclasses.fields(cls) if field.init]
+        self.known(data, [field.name for field in fields], f"{where}.")
+        kinds, values, before = get_type_hints(cls), {}, len(self.problems)
+        for field in fields:
+            if field.name in data:
+                try:
+                    values[field.name] = converted(data[field.name], kinds[field.name])
+                except Unfit as error:
+                    self.problems.append(f"{where}.{field.name}={shown(data[field.name])}: expected {error}")
+            elif field.default is field.default_factory is dataclasses.MISSING:
+                self.problems.append(f"{where}.{field.name} is missing")
+        required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+        if not required <= set(values):
             return None
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(_mutable(cls)), known)
-            values = OmegaConf.to_container(merged, throw_on_missing=True)
-            result = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[union-attr]
-        except OmegaConfBaseException as error:
-            self.problems.append(f"{where}: {' '.join(str(error).splitlines()[:2]).replace('    full_key: ', 'in ')}")
-            return None
-        if isinstance(result, Recipe | Calibration | PlanOverview | Selection | Export | Benchmark):
-            self.problems += result.problems(where)
-        return result
+        result = cls(**values)
+        self.problems += result.problems(where)
+        return result if len(self.problems) == before else None
 
-    def mapping(self, data: dict[str, Any], key: str) -> dict[str, Any]:
+    def mapping(self, data: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
         """A group of settings; anything else in its place is a problem."""
         if isinstance(data.get(key), dict):
             return data[key]
-        self.problems.append(f"{key}={data.get(key)}: expected a group of settings, from conf/{key}/")
+        self.problems.append(f"{where}{key}={shown(data.get(key))}: expected a group of settings")
         return {}
 
-    def variant(self, value: Any) -> str | None:
-        if value is not None and not re.fullmatch(r"[\w.,=+-]+", str(value)):
-            self.problems.append(f"variant={value}: expected letters, digits and . , = + - _ only")
-        return None if value is None else str(value)
-
-    def method(self, data: Any) -> Method | None:
+    def value(self, data: dict[str, Any], key: str, kind: Any, where: str = "") -> Any:
+        """One value of a type; None, and a problem, if it is of another."""
         try:
-            return decompositions.from_dict(data or {})
+            return converted(data.get(key), kind)
+        except Unfit as error:
+            self.problems.append(f"{where}{key}={shown(data.get(key))}: expected {error}")
+            return None
+
+    def text(self, data: dict[str, Any], key: str, kind: Any = str | None) -> str | None:
+        """A name or a path, or None; an empty one is a problem."""
+        found = self.value(data, key, kind)
+        if found is not None and not found.strip():
+            self.problems.append(f"{key}={found!r} is empty; leave it out")
+        return found
+
+    def number(self, data: dict[str, Any], key: str, kind: Any, bounds: Bounds) -> Any:
+        before = data.get(key)
+        try:
+            value = converted(before, kind)
+        except Unfit as error:
+            what = bounds.of(str(error).removesuffix(", or null"))
+            self.problems.append(f"{key}={shown(before)}: expected {what}")
+            return None
+        if value is not None and value not in bounds:
+            what = "a whole number" if isinstance(value, int) else "a number"
+            self.problems.append(f"{key}={shown(before)}: expected {bounds.of(what)}")
+        return value
+
+    def choice(self, data: dict[str, Any], key: str, options: tuple[str, ...], where: str = "") -> str:
+        value = data.get(key)
+        if not isinstance(value, str) or value not in options:
+            self.problems.append(f"{where}{key}={shown(value)}: choose one of {', '.join(options)}")
+        return str(value)
+
+    def folder_name(self, value: str | None, setting: str) -> None:
+        """A problem if a name cannot be a part of the run's path."""
+        if value is None:
+            return
+        if not re.fullmatch(r"[^/\\\0]+", value) or value in (".", "..") or len(value) > LONGEST_NAME:
+            self.problems.append(
+                f"{setting}={shown(value)}: expected a name without slashes, of at most {LONGEST_NAME} characters"
+            )
+
+    def variant(self, data: dict[str, Any]) -> str | None:
+        value = self.text(data, "variant")
+        if value is not None and (not re.fullmatch(r"[\w.,=+-]+", value) or len(value) > LONGEST_NAME):
+            self.problems.append(
+                f"variant={shown(value)}: expected letters, digits and . , = + - _ only, at most {LONGEST_NAME}"
+            )
+        return value
+
+    def method(self, data: dict[str, Any]) -> Method | None:
+        try:
+            return decompositions.from_dict(data)
         except ConfigError as error:
             self.problems += error.problems
         except DecompositionError as error:
@@ -91,107 +146,52 @@ class Reader:
         return None
 
     def dataset(self, data: dict[str, Any]) -> DataSpec | None:
-        own = {key: value for key, value in data.items() if key not in DATASET_EXTRAS}
-        spec = self.section(DataSpec, own, "dataset")
-        if spec is None:
-            return None
-        for key in ("channels", "image_size"):
-            if getattr(spec, key) < 1:
-                self.problems.append(f"dataset.{key}={getattr(spec, key)}: expected at least 1")
-        for key in ("pad", "workers"):
-            if getattr(spec, key) < 0:
-                self.problems.append(f"dataset.{key}={getattr(spec, key)}: expected at least 0")
-        for key in ("mean", "std"):
-            values = getattr(spec, key)
-            if len(values) not in (1, spec.channels) or (key == "std" and min(values, default=0) <= 0):
-                self.problems.append(f"dataset.{key}={list(values)}: expected {spec.channels} positive numbers")
-        expected = OPTIONS.get(spec.kind, ())
-        self.known(spec.options, expected, "dataset.options.")
-        missing = [name for name in expected if name not in spec.options]
-        if missing:
-            self.problems.append(f"dataset.options lacks {', '.join(missing)}")
+        self.mapping(data, "model", "dataset.")  # the network where model=default
+        spec = self.section(DataSpec, {k: v for k, v in data.items() if k not in DATASET_EXTRAS}, "dataset")
+        if spec is not None:
+            self.folder_name(spec.name, "dataset.name")
         return spec
 
-    def network(self, model: dict[str, Any], dataset: dict[str, Any]) -> NetworkSpec:
+    def network(self, model: dict[str, Any], dataset: DataSpec | None) -> NetworkSpec | None:
         self.known(model, ("family", "name", "factory", "kwargs"), "model.")
-        family, name = model.get("family"), model.get("name")
-        if family not in FAMILIES:
-            self.problems.append(f"model.family={family!r}: choose one of {', '.join(FAMILIES)}")
-        factory = model.get("factory")
-        if family == "custom":
-            if not factory:
-                self.problems.append("model=custom needs model.factory=package.module:function")
-            name = name or str(factory).rpartition(":")[2]
-        return NetworkSpec(
-            family=str(family),
-            name=str(name),
-            num_classes=dataset.get("num_classes"),
-            in_channels=dataset.get("channels", 3),
-            image_size=dataset.get("image_size"),
-            factory=factory,
-            kwargs=dict(model.get("kwargs") or {}),
-        )
+        family = self.choice(model, "family", FAMILIES, "model.")
+        name, factory = (self.value(model, key, str | None, "model.") for key in ("name", "factory"))
+        kwargs = self.mapping(model, "kwargs", "model.") if "kwargs" in model else {}
+        if family == "custom" and not factory:
+            self.problems.append("model=custom needs model.factory=package.module:function")
+        if family != "custom" and factory:
+            self.problems.append(f"model.factory={shown(factory)} has an effect with model=custom only")
+        if family != "custom" and not name:
+            self.problems.append(f"model.name={shown(name)}: expected the name of a network")
+        if not all(isinstance(key, str) for key in kwargs):
+            self.problems.append(f"model.kwargs={shown(kwargs)}: expected names of arguments")
+        if family == "builtin" and kwargs:
+            self.problems.append(f"model.kwargs={shown(kwargs)}: the networks that are built in take none")
+        name = name or str(factory).rpartition(":")[2]
+        if family != "transformers":  # whose networks may be folders
+            self.folder_name(name, "model.name")
+        if dataset is None:
+            return None
+        sizes = dataset.num_classes, dataset.channels, dataset.image_size
+        return NetworkSpec(family, name, *sizes, factory, kwargs)
 
     def phases(self, data: dict[str, Any]) -> dict[str, Any]:
         self.known(data, PHASES, "phase.")
         if not any(name in PHASES for name in data):
-            self.problems.append(f"phase={list(data)}: choose one or more of {', '.join(PHASES)}")
+            self.problems.append(f"phase={shown(list(data))}: choose one or more of {', '.join(PHASES)}")
         for name in ("pretrain", "compare"):
-            self.known(data.get(name) or {}, (), f"phase.{name}.")
+            if data.get(name) is not None:
+                self.known(self.mapping(data, name, "phase."), (), f"phase.{name}.")
         self.problems += [f"phase.{p} is empty; see conf/phase/{p}.yaml" for p in PHASES[1:] if data.get(p, 0) is None]
-        return {
-            "phases": tuple(name for name in PHASES if name in data),
-            "plan": self.section(PlanOverview, data.get("plan"), "phase.plan"),
-            "decompose": self.section(Selection, data.get("decompose"), "phase.decompose"),
-            "distill": self.section(Distillation, data.get("distill"), "phase.distill"),
-            "finetune": self.section(Finetuning, data.get("finetune"), "phase.finetune"),
-            "export": self.section(Export, data.get("export"), "phase.export"),
-            "benchmark": self.section(Benchmark, data.get("benchmark"), "phase.benchmark"),
+        sections: dict[str, type[Any]] = {
+            "plan": PlanOverview,
+            "decompose": Selection,
+            "distill": Distillation,
+            "finetune": Finetuning,
+            "export": Export,
+            "benchmark": Benchmark,
         }
-
-    def number(
-        self, data: dict[str, Any], key: str, low: float, high: float, open_low: bool = False, whole: bool = False
-    ) -> float:
-        value = data.get(key)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if ok and ((open_low and value == low) or (whole and value != int(value))):  # type: ignore[arg-type]
-            ok = False
-        if not ok:
-            kind = "a whole number" if whole else "a number"
-            limit = "" if high == float("inf") else f" and at most {high}"
-            self.problems.append(
-                f"{key}={value}: expected {kind} {'above' if open_low else 'of at least'} {low}{limit}"
-            )
-            return low
-        return value  # type: ignore[return-value]
-
-    def optional_count(self, data: dict[str, Any], key: str) -> int | None:
-        return None if data.get(key) is None else int(self.number(data, key, 1, 2**31 - 1, whole=True))
-
-    def optional_share(self, data: dict[str, Any], key: str) -> float | None:
-        return None if data.get(key) is None else self.number(data, key, 0, 1, open_low=True)
-
-    def choice(self, data: dict[str, Any], key: str, options: tuple[str, ...]) -> str:
-        if data.get(key) not in options:
-            self.problems.append(f"{key}={data.get(key)}: choose one of {', '.join(options)}")
-        return str(data.get(key))
-
-    def flag(self, data: dict[str, Any], key: str) -> bool:
-        if not isinstance(data.get(key), bool):
-            self.problems.append(f"{key}={data.get(key)}: expected true or false")
-        return bool(data.get(key))
-
-
-def _mutable(cls: type) -> type:
-    """A schema with the fields of a frozen dataclass, in the types that OmegaConf knows."""
-    fields = []
-    for field in dataclasses.fields(cls):
-        kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list[\1]", str(field.type))
-        default: Any = field.default
-        if default is dataclasses.MISSING:
-            default = "???" if field.default_factory is dataclasses.MISSING else field.default_factory()
-        value = list(default) if isinstance(default, tuple) else default
-        is_box = isinstance(value, list | dict)
-        made = dataclasses.field(default_factory=lambda v=value: v) if is_box else dataclasses.field(default=value)
-        fields.append((field.name, eval(kind, {"Any": Any}), made))
-    return dataclasses.make_dataclass(cls.__name__, fields)
+        return {"phases": tuple(name for name in PHASES if name in data)} | {
+            name: None if data.get(name) is None else self.section(cls, data[name], f"phase.{name}")
+            for name, cls in sections.items()
+        }

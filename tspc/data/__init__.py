@@ -7,11 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from tspc.data import small
-from tspc.data.base import Batch, Data, DataSpec, Feed, generator_of
+from tspc.data.base import Batch, Data, Feed, generator_of
 from tspc.data.folder import image_folder
+from tspc.data.spec import KINDS_IN_FOLDERS, NO_DATA, DataSpec
 from tspc.errors import ConfigError
 
-__all__ = ["KINDS", "OPTIONS", "Batch", "Data", "DataSpec", "Feed", "generator_of", "load_data"]
+__all__ = ["KINDS", "KINDS_IN_FOLDERS", "NO_DATA", "Batch", "Data", "DataSpec", "Feed", "generator_of", "load_data"]
 
 KINDS: dict[str, Callable[[DataSpec, Path | None, bool], Data]] = {
     "digits": small.digits,
@@ -20,9 +21,6 @@ KINDS: dict[str, Callable[[DataSpec, Path | None, bool], Data]] = {
     "folder": image_folder,
     "synthetic": small.synthetic,
 }
-
-OPTIONS = {"idx": ("torchvision",), "synthetic": ("train", "test", "seed")}
-"""The `options` that a kind needs."""
 
 
 class _Key:

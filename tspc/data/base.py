@@ -5,41 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tspc.data.spec import DataSpec
 from tspc.errors import DataError
 from tspc.processes import ALONE, Share
 
 Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Which data set, and how its images reach the network.
-
-    `kind` names the loader. `num_classes` may be None where the class folders tell it. `mean` and `std` are
-    per channel, for pixel values in [0, 1]. `pad` (pixels of random shift) and `flip` are the training
-    augmentation of small images; `in_memory` keeps all of them decoded, as uint8.
-    """
-
-    kind: str
-    name: str
-    num_classes: int | None
-    channels: int
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    pad: int = 0
-    flip: bool = False
-    in_memory: bool = True
-    resize: int | None = None
-    workers: int = 2
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

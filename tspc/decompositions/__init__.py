@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tspc.bounds import shown
 from tspc.decompositions.auto import Auto
 from tspc.decompositions.base import Decomposition, Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
 from tspc.decompositions.cp import CP
@@ -90,10 +91,9 @@ def from_dict(data: Mapping[str, Any]) -> Method:
     """
     if data.get("name") != Auto.name:
         return decomposition_from_dict(data)
-    unknown = [key for key in data if key not in ("name", "candidates")]
     candidates = data.get("candidates", list(METHODS))
-    if unknown or not isinstance(candidates, list | tuple):
-        raise ConfigError([f"method={dict(data)}: auto takes one setting, candidates=[NAME,…]"])
+    if set(data) - {"name", "candidates"} or not isinstance(candidates, list | tuple):
+        raise ConfigError([f"method={shown(dict(data))}: auto takes one setting, candidates=[NAME,…]"])
     members = [decomposition_from_dict(c if isinstance(c, Mapping) else {"name": c}) for c in candidates]
     return Auto(tuple(members))
 
@@ -105,20 +105,31 @@ def decomposition_from_dict(data: Mapping[str, Any]) -> Decomposition:
     """
     settings = dict(data)
     name = settings.pop("name", None)
-    if name not in METHODS:
-        raise ConfigError([f"method {name!r} is unknown; choose one of {', '.join(NAMES)}"])
+    if not isinstance(name, str) or name not in METHODS:
+        raise ConfigError([f"method {shown(repr(name))} is unknown; choose one of {', '.join(NAMES)}"])
     known = settings_of(name)
     problems = [
-        f"method.{key} is unknown for {name}; its settings are: {', '.join(known) or 'none'}"
+        f"method.{shown(key)} is unknown for {name}; its settings are: {', '.join(known) or 'none'}"
         for key in settings
         if key not in known
     ]
     for key, value in settings.items():
-        if key in known and (isinstance(value, bool) or not isinstance(value, type(known[key]) | int)):
-            problems.append(f"method.{key}={value!r}: expected {type(known[key]).__name__}")
+        if key in known:
+            kind = type(known[key])
+            settings[key] = value = int(value) if _is_whole(value, kind) else value
+            if isinstance(value, bool) or not isinstance(value, kind | int if kind is float else kind):
+                problems.append(f"method.{key}={shown(value)}: expected {_KINDS[kind]}")
     if problems:
         raise ConfigError(problems)
     return METHODS[name](**settings)
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text"}
+
+
+def _is_whole(value: Any, kind: type) -> bool:
+    """Whether a setting that counts is written as 20.0."""
+    return kind is int and isinstance(value, float) and value.is_integer()
 
 
 def resolve(method: str | Method) -> Method:

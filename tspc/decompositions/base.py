@@ -252,11 +252,6 @@ class Decomposition(ABC):
             )
         check_finite(weight)
 
-    def _require(self, ok: bool, setting: str, expected: str) -> None:
-        """Raises DecompositionError for a setting out of range."""
-        if not ok:
-            raise DecompositionError(f"method.{setting}={getattr(self, setting)}: expected {expected}")
-
     def to_dict(self) -> dict[str, Any]:
         """The method as plain data; `decompositions.from_dict` reads it back."""
         return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}

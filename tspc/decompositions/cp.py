@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tspc.bounds import SEEDS, SHARE, Bounds
 from tspc.decompositions import oracle
 from tspc.decompositions.als import Components, alternate, gaussian, khatri_rao, project, slice_svd
 from tspc.decompositions.base import (
@@ -24,6 +25,7 @@ from tspc.decompositions.base import (
     kernel_dims,
 )
 from tspc.decompositions.linalg import truncated_svd
+from tspc.decompositions.settings import SWEEPS, require
 from tspc.decompositions.svd import SVD
 
 SKETCH_SWEEPS = 4
@@ -144,11 +146,12 @@ class CP(Decomposition):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._require(self.max_iterations >= 1, "max_iterations", "at least 1")
-        self._require(0 <= self.tolerance < math.inf, "tolerance", "at least 0")
-        self._require(self.restarts >= 1, "restarts", "at least 1")
-        self._require(self.max_component_norm >= 1, "max_component_norm", "at least 1, in multiples of ‖K‖")
-        self._require(self.solver in oracle.SOLVERS, "solver", f"one of {', '.join(oracle.SOLVERS)}")
+        require(self, "max_iterations", SWEEPS)
+        require(self, "tolerance", SHARE)
+        require(self, "restarts", SWEEPS)
+        require(self, "max_component_norm", Bounds(1, 1e12), "in multiples of ‖K‖")
+        require(self, "seed", SEEDS)
+        require(self, "solver", oracle.SOLVERS)
 
     @property
     def format(self) -> CPFormat:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tspc.bounds import Bounds
 from tspc.decompositions.base import Axes, Decomposition, Factors, Rank, Shape, kernel_dims
 from tspc.decompositions.cp import CP
+from tspc.decompositions.settings import require
 from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
 
@@ -52,7 +54,7 @@ class Reshaped(Decomposition):
     order: int
 
     def __post_init__(self) -> None:
-        self._require(2 <= self.order <= MOST_MODES, "order", f"2 to {MOST_MODES} modes")
+        require(self, "order", Bounds(2, MOST_MODES), "modes")
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -12,6 +12,7 @@ from torch import Tensor
 from tspc.decompositions import oracle
 from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, kernel_dims
 from tspc.decompositions.linalg import truncated_svd
+from tspc.decompositions.settings import require
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SVD(Decomposition):
     solver: str = "native"
 
     def __post_init__(self) -> None:
-        self._require(self.solver in oracle.SOLVERS, "solver", f"one of {', '.join(oracle.SOLVERS)}")
+        require(self, "solver", oracle.SOLVERS)
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)

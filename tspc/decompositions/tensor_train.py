@@ -13,6 +13,7 @@ from torch import Tensor
 from tspc.decompositions import oracle
 from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
 from tspc.decompositions.linalg import dominant_basis
+from tspc.decompositions.settings import require
 from tspc.decompositions.svd import SVD
 
 
@@ -73,7 +74,7 @@ class TensorTrain(Decomposition):
     solver: str = "native"
 
     def __post_init__(self) -> None:
-        self._require(self.solver in oracle.SOLVERS, "solver", f"one of {', '.join(oracle.SOLVERS)}")
+        require(self, "solver", oracle.SOLVERS)
 
     @property
     def format(self) -> TensorTrainFormat:

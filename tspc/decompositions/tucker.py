@@ -10,9 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tspc.bounds import SHARE
 from tspc.decompositions import oracle
 from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
 from tspc.decompositions.linalg import dominant_basis, mode_product, projected, unfold
+from tspc.decompositions.settings import SWEEPS, require
 from tspc.decompositions.svd import SVD
 
 
@@ -115,9 +117,9 @@ class Tucker(Decomposition):
     solver: str = "native"
 
     def __post_init__(self) -> None:
-        self._require(self.max_iterations >= 1, "max_iterations", "at least 1")
-        self._require(0 <= self.tolerance < math.inf, "tolerance", "at least 0")
-        self._require(self.solver in oracle.SOLVERS, "solver", f"one of {', '.join(oracle.SOLVERS)}")
+        require(self, "max_iterations", SWEEPS)
+        require(self, "tolerance", SHARE)
+        require(self, "solver", oracle.SOLVERS)
 
     @property
     def format(self) -> TuckerFormat:

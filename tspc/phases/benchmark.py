@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from tspc.bounds import Bounds, out_of_range, shown
 from tspc.deploy import RUNTIMES, Comparison, cost
 from tspc.deploy.programs import take
 from tspc.display import Display
-from tspc.errors import out_of_range
 from tspc.phases.inputs import Example
 
 
@@ -28,17 +27,13 @@ class Benchmark:
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
-        found = [(name, name in RUNTIMES) for name in self.runtimes]
-        rules = [
-            (
-                "batch_sizes",
-                bool(self.batch_sizes) and all(n >= 1 for n in self.batch_sizes),
-                "whole numbers of at least 1",
-            ),
-            ("runtimes", bool(found) and all(ok for _, ok in found), f"a list of {', '.join(RUNTIMES)}"),
-            ("seconds", 0 <= self.seconds < math.inf, "at least 0"),
-        ]
-        return out_of_range(self, where, rules)
+        sizes = Bounds(1, 1e5)
+        found = out_of_range(self, where, {"seconds": Bounds(0, 1e5)})
+        if not self.batch_sizes or any(size not in sizes for size in self.batch_sizes):
+            found.append(f"{where}.batch_sizes={shown(self.batch_sizes)}: expected {sizes.of('whole numbers')}")
+        if not self.runtimes or not set(self.runtimes) <= set(RUNTIMES):
+            found.append(f"{where}.runtimes={shown(self.runtimes)}: expected a list of {', '.join(RUNTIMES)}")
+        return found
 
 
 def measure(

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tspc.bounds import NONE_OR_MORE, out_of_range
 from tspc.calibration import Calibration, Samples
 from tspc.compression import tensorized
 from tspc.curves import Curves, error_curves
 from tspc.decompositions import Method, Metric
-from tspc.errors import out_of_range
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
 from tspc.planning import Outline, needs_curves, outline, plan
@@ -39,7 +39,7 @@ class Selection:
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
-        return out_of_range(self, where, [("min_params", self.min_params >= 0, "at least 0")])
+        return out_of_range(self, where, {"min_params": NONE_OR_MORE})
 
 
 @dataclass(frozen=True)

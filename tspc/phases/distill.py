@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tspc import processes
 from tspc.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
 from tspc.blocks import block_of, find_blocks
+from tspc.bounds import COUNT, NONE_OR_MORE, SHARE_BELOW_ONE, out_of_range
 from tspc.data import generator_of
-from tspc.errors import ConfigError, out_of_range
+from tspc.errors import ConfigError
 from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
 from tspc.modes import own_modes
@@ -62,17 +63,14 @@ class Distillation(Recipe):
     images: int = 4096
     memory: int = 1024
     least_gain: float = 0.02
+    # No settings here: no loss of a block has labels, and its batch is never too large.
+    label_smoothing: float = field(default=0.0, init=False)
+    accumulate: int = field(default=1, init=False)
 
     def problems(self, where: str) -> list[str]:
-        rules = [
-            ("batch_norm", self.batch_norm in BATCH_NORMS, f"one of {', '.join(BATCH_NORMS)}"),
-            ("inputs", self.inputs in WAYS, f"one of {', '.join(WAYS)}"),
-            ("images", self.images >= 1, "at least 1"),
-            ("memory", self.memory >= 0, "at least 0"),
-            ("least_gain", 0 <= self.least_gain < 1, "from 0 up to 1"),
-            ("accumulate", self.accumulate == 1, "1: a block's batch is never too large"),
-        ]
-        return super().problems(where) + out_of_range(self, where, rules)
+        words = {"batch_norm": BATCH_NORMS, "inputs": WAYS}
+        numbers = {"images": COUNT, "memory": NONE_OR_MORE, "least_gain": SHARE_BELOW_ONE}
+        return super().problems(where) + out_of_range(self, where, words | numbers)
 
 
 @own_modes(exact=False)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tspc.bounds import SHARE, Bounds, out_of_range, shown
 from tspc.deploy import FORMATS, Exporter, check_formats
 from tspc.display import Display
-from tspc.errors import out_of_range
 from tspc.files import make_folder
 from tspc.phases.inputs import Example
 
@@ -29,14 +28,11 @@ class Export:
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
-        rules = [
-            ("tolerance", 0 <= self.tolerance < math.inf, "at least 0"),
-            ("samples", self.samples >= 1, "at least 1"),
-        ]
+        bounds = {"tolerance": SHARE, "samples": Bounds(1, 1e5)}
         unknown = [name for name in self.formats if name not in FORMATS]
         wrong = unknown or not self.formats
-        chosen = [f"{where}.formats={list(self.formats)}: choose from {', '.join(FORMATS)}"] if wrong else []
-        return chosen + out_of_range(self, where, rules)
+        chosen = [f"{where}.formats={shown(self.formats)}: choose from {', '.join(FORMATS)}"] if wrong else []
+        return chosen + out_of_range(self, where, bounds)
 
     def check(self) -> None:
         """Raises ConfigError if packages are missing."""

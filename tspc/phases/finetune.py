@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tspc import processes
 from tspc.batch_norm import SHOWN, rebase_
 from tspc.blocks import find_blocks
-from tspc.errors import out_of_range
+from tspc.bounds import SHARE, Bounds, out_of_range
 from tspc.hooks import outputs_of
 from tspc.layers import tensorized_layers
 from tspc.modes import own_modes
@@ -51,13 +51,13 @@ class Finetuning(Recipe):
         return self.careful_below > 0 and (self.distillation > 0 or self.features > 0)
 
     def problems(self, where: str) -> list[str]:
-        rules = [
-            ("distillation", 0 <= self.distillation <= 1, "from 0 to 1"),
-            ("temperature", 0 < self.temperature < math.inf, "above 0"),
-            ("features", 0 <= self.features < math.inf, "at least 0"),
-            ("careful_below", 0 <= self.careful_below <= 1, "from 0 to 1"),
-        ]
-        return super().problems(where) + out_of_range(self, where, rules)
+        bounds = {
+            "distillation": SHARE,
+            "temperature": Bounds(0.01, 1e4),
+            "features": Bounds(0, 1e6),
+            "careful_below": SHARE,
+        }
+        return super().problems(where) + out_of_range(self, where, bounds)
 
 
 @own_modes(exact=False)

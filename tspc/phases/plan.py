@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tspc.bounds import POSITIVE_SHARE, shown
 from tspc.curves import Curves
 from tspc.deploy import cost
 from tspc.errors import InfeasibleRateError
@@ -23,8 +24,8 @@ class PlanOverview:
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
-        wrong = [rate for rate in self.rates if not 0 < rate <= 1]
-        return [f"{where}.rates={wrong}: expected numbers above 0 and at most 1"] if wrong else []
+        wrong = [rate for rate in self.rates if rate not in POSITIVE_SHARE]
+        return [f"{where}.rates={shown(wrong)}: expected {POSITIVE_SHARE.of('numbers')}"] if wrong else []
 
 
 def plans_at(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tspc.errors import out_of_range
+from tspc.bounds import COUNT, NONE_OR_MORE, SHARE_BELOW_ONE, Bounds, out_of_range
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine", "step")
@@ -46,24 +46,24 @@ class Recipe:
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
-        rules = [
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("steps", self.steps is None or self.steps >= 1, "at least 1, or null"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
-            ("momentum", 0 <= self.momentum < 1, "from 0 up to 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
-            ("warmup", 0 <= self.warmup < 1, "from 0 up to 1"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 up to 1"),
-            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("clip", 0 <= self.clip < math.inf, "at least 0"),
-            ("accumulate", self.accumulate >= 1, "at least 1"),
-            ("average", 0 <= self.average < 1, "from 0 up to 1"),
-            ("held_out", self.held_out >= 0, "at least 0"),
-            ("evaluations", self.evaluations >= 1, "at least 1"),
-        ]
-        return out_of_range(self, where, rules)
+        allowed = {
+            "optimizer": OPTIMIZERS,
+            "schedule": SCHEDULES,
+            "epochs": COUNT,
+            "batch_size": COUNT,
+            "steps": COUNT,
+            "learning_rate": Bounds(0, 1e6, above=True),
+            "momentum": SHARE_BELOW_ONE,
+            "weight_decay": Bounds(0, 1e3),
+            "warmup": SHARE_BELOW_ONE,
+            "label_smoothing": SHARE_BELOW_ONE,
+            "clip": Bounds(0, 1e12),
+            "accumulate": COUNT,
+            "average": SHARE_BELOW_ONE,
+            "held_out": NONE_OR_MORE,
+            "evaluations": COUNT,
+        }
+        return out_of_range(self, where, allowed)
 
     def total_steps(self, per_epoch: int) -> int:
         return self.steps or self.epochs * per_epoch

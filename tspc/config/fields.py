@@ -1,0 +1,97 @@
+"""Plain values → the types that the fields of a dataclass ask for."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Union, get_args, get_origin
+
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class Unfit(Exception):
+    """A value of another type; the message says what is expected."""
+
+
+def converted(value: Any, kind: Any) -> Any:
+    """`value` as the type `kind`: a whole number may be written 1.0, a number or a truth value may be text.
+
+    Raises Unfit for anything else.
+    """
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _optional(value, kind)
+    if origin is tuple:
+        return _several(value, get_args(kind)[0])
+    if origin is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise Unfit("a group of settings, as in {name: value}")
+    return _PLAIN[kind](value)
+
+
+def _optional(value: Any, kind: Any) -> Any:
+    (inner,) = (member for member in get_args(kind) if member is not type(None))
+    if value is None:
+        return None
+    try:
+        return converted(value, inner)
+    except Unfit as error:
+        raise Unfit(f"{error}, or null") from None
+
+
+def _several(value: Any, inner: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise Unfit("a list, as in […]")
+    try:
+        return tuple(converted(item, inner) for item in value)
+    except Unfit as error:
+        raise Unfit(f"a list, and for each of its items {error}") from None
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, str):
+        value = WORDS.get(value.lower(), value)
+    if isinstance(value, bool):
+        return value
+    raise Unfit("true or false")
+
+
+def _whole(value: Any) -> int:
+    number = _from_text(value, int)
+    if isinstance(number, int) and not isinstance(number, bool):
+        return number
+    if isinstance(number, float) and number.is_integer():
+        return int(number)
+    raise Unfit("a whole number")
+
+
+def _number(value: Any) -> float:
+    number = _from_text(value, float)
+    if isinstance(number, int | float) and not isinstance(number, bool):
+        with suppress(OverflowError):
+            return float(number)
+    raise Unfit("a number")
+
+
+def _from_text(value: Any, kind: type[int] | type[float]) -> Any:
+    """Text comes from environment variables, for example."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return kind(value)
+    except ValueError:
+        return value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(ValueError):  # a number of thousands of digits
+            value = str(value)
+    if isinstance(value, str) and "\0" not in value:
+        return value
+    raise Unfit("a text")
+
+
+_PLAIN = {bool: _flag, int: _whole, float: _number, str: _text, Any: lambda value: value}

@@ -1,0 +1,84 @@
+"""Which data set, and how its images reach the network."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from tspc.bounds import SEEDS, Allowed, Bounds, described, out_of_range, shown
+
+NO_DATA = "none"
+"""The kind of a data set that is not there."""
+KINDS_IN_FOLDERS = ("idx", "cifar10", "folder")
+"""Those that read a data_dir."""
+LOADED_KINDS = ("digits", "synthetic", *KINDS_IN_FOLDERS)
+OPTIONS: dict[str, dict[str, Allowed]] = {
+    "idx": {"torchvision": ("MNIST", "FashionMNIST", "KMNIST", "QMNIST")},
+    "synthetic": {"train": Bounds(1, 1e8), "test": Bounds(1, 1e8), "seed": SEEDS},
+}
+"""The `options` that a kind needs, and what they may be."""
+PIXELS = Bounds(1, 16384)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which data set, and how its images reach the network.
+
+    `kind` names the loader. `num_classes` may be None where the class folders tell it. `mean` and `std` are
+    per channel, for pixel values in [0, 1]. `pad` (pixels of random shift) and `flip` are the training
+    augmentation of small images; `in_memory` keeps all of them decoded, as uint8.
+    """
+
+    kind: str
+    name: str
+    num_classes: int | None
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: int = 0
+    flip: bool = False
+    in_memory: bool = True
+    resize: int | None = None
+    workers: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def problems(self, where: str) -> list[str]:
+        """One line for each value out of range."""
+        kinds = (*LOADED_KINDS, NO_DATA)
+        found = [] if self.kind in kinds else [f"{where}.kind={shown(self.kind)}: choose one of {', '.join(kinds)}"]
+        bounds = {
+            "num_classes": Bounds(1, 1e7),
+            "channels": Bounds(1, 1000),
+            "image_size": PIXELS,
+            "pad": Bounds(0, max(0, self.image_size)),
+            "resize": PIXELS,
+            "workers": Bounds(0, 1000),
+        }
+        found += out_of_range(self, where, bounds)
+        for name, allowed in (("mean", Bounds(-1e6, 1e6)), ("std", Bounds(1e-6, 1e6))):
+            values = getattr(self, name)
+            if len(values) not in (1, self.channels) or any(value not in allowed for value in values):
+                count = "1 number" if self.channels == 1 else f"1 or {self.channels} numbers"
+                found.append(f"{where}.{name}={shown(values)}: expected {allowed.of(count)}")
+        return found + self._wrong_options(f"{where}.options")
+
+    def _wrong_options(self, where: str) -> list[str]:
+        needed = OPTIONS.get(self.kind, {})
+        found = []
+        for key, value in self.options.items():
+            if key not in needed:
+                near = difflib.get_close_matches(str(key), needed, n=1)
+                hint = f"did you mean {where}.{near[0]}?" if near else f"known are: {', '.join(needed) or 'none'}"
+                found.append(f"{where}.{shown(key)} is not a setting; {hint}")
+            elif not _fits(value, needed[key]):
+                found.append(f"{where}.{key}={shown(value)}: expected {described(needed[key])}")
+        missing = [key for key in needed if key not in self.options]
+        return [*found, *([f"{where} lacks {', '.join(missing)}"] if missing else [])]
+
+
+def _fits(value: Any, allowed: Allowed) -> bool:
+    if isinstance(allowed, Bounds):
+        return value in allowed and value == int(value)
+    return isinstance(value, str) and value in allowed
