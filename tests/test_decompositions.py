@@ -279,7 +279,7 @@ def test_variants_compose():
     [
         ({"name": "tucker"}, "method 'tucker' is unknown; choose one of svd, cp"),
         ({"name": "cp", "iterations": 3}, "method.iterations is unknown for cp"),
-        ({"name": "cp", "max_iterations": "many"}, "expected int"),
+        ({"name": "cp", "max_iterations": "many"}, "expected a whole number"),
     ],
 )
 def test_registry_errors_list_the_options(data, message):
