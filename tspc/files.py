@@ -50,17 +50,30 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep_as: Path 
         temporary.replace(path)
         _sync_directory(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
-        # safetensors and torch.save wrap a full disk in exceptions of their own.
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"cannot write {path}: {reason}{_remedy(error)}") from error
+        reason, full = why_unwritten(error, temporary)
+        remedy = "; free some space and run the same command again, it goes on from what was saved before"
+        raise RunError(f"cannot write {path}: {reason}{remedy if full else ''}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _remedy(error: BaseException) -> str:
-    """What to do about a full disk; nothing was lost."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    return "; free some space and run the same command again, it goes on from what was saved before" if full else ""
+def why_unwritten(error: BaseException, path: Path) -> tuple[str, bool]:
+    """Why writing `path` failed with `error`, and whether for lack of space.
+
+    safetensors and torch.save wrap what the system says in exceptions of their own, torch.save without the reason: it
+    is found by writing on at the end of the file, which is to be removed after.
+    """
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    code = int(told.group(1)) if told else getattr(error, "errno", None)
+    if code is None:
+        try:
+            with path.open("ab") as file:
+                file.write(bytes(2**16))
+                os.fsync(file.fileno())
+        except OSError as probed:
+            code = probed.errno
+    lines = str(error).splitlines() or [type(error).__name__]
+    return (lines[0] if code is None else os.strerror(code)), code in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _sync_directory(directory: Path) -> None:

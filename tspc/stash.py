@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.errors import RunError
+from tspc.files import why_unwritten
 from tspc.nested import mapped
 
 LEAST = 2**-13
@@ -19,11 +20,19 @@ LEAST = 2**-13
 
 
 class Room:
-    """Memory that several stashes share; a folder of temporary files takes what does not fit."""
+    """Memory that several stashes share; a folder of temporary files takes what does not fit.
+
+    Raises RunError if that folder cannot be made.
+    """
 
     def __init__(self, megabytes: float) -> None:
         self._left = megabytes * 2**20
-        self._folder = tempfile.TemporaryDirectory(prefix="tspc-")
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="tspc-")
+        except OSError as error:
+            raise RunError(
+                f"cannot make a folder for temporary files: {error.strerror}; free some space, or name one by TMPDIR"
+            ) from error
         self._files = 0
 
     def close(self) -> None:
@@ -44,8 +53,10 @@ class Room:
         try:
             torch.save(list(tensors), path)
         except (OSError, RuntimeError) as error:
+            reason, _ = why_unwritten(error, path)
+            path.unlink(missing_ok=True)
             raise RunError(
-                f"cannot keep activations in {path.parent}: {error}; free some space there, name another folder by "
+                f"cannot keep activations in {path.parent}: {reason}; free some space there, name another folder by "
                 "TMPDIR, or raise calibration.memory or phase.distill.memory"
             ) from error
         return path
