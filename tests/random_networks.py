@@ -21,10 +21,9 @@ from tests import random_parts as parts
 from tests.random_layers import WEIGHTS, layer_of, norm_of, shape_after, spread_
 from tests.random_parts import EXCHANGES, EXTRAS, Block, Cache, Unit
 
-OFF = {"experts",
-    "hook", "pre-hook", "keyword", "frozen weight", "old weight norm",
-    "spectral norm", "old spectral norm", "namedtuple", "dataclass", "cache", "complex buffer", "float64 table",
-    "extra state", "pruned", "lock", "generator", "kept activation", "inference mode", "autocast", "float64 by default",
+OFF = {
+    "keyword", "experts", "hook", "detached", "namedtuple", "dataclass", "cache", "inference mode", "autocast",
+    "float64 by default",
 }  # fmt: skip
 """Kinds with a known fault, which are not drawn; the aim is none."""
 
@@ -55,9 +54,11 @@ NORMS = {
 }
 ACTIVATIONS = ("no activation", "relu", "relu in place", "added in place", "gelu", "tanh", "detached")
 USES = (
-    "once", "twice", "two names", "keyword", "checkpoint", "own weight", "attributes", "never called", "frozen",
-    "frozen weight", "tied weight", "viewed", "hook", "pre-hook",
+    "once", "twice", "keyword", "checkpoint", "own weight", "attributes", "viewed", "never called", "frozen",
+    "frozen weight", "hook", "pre-hook",
 )  # fmt: skip
+SHARED = ("two names", "tied weight")
+"""Uses that keep a layer dense."""
 CONTAINERS = ("sequential", "list", "dict", "nested")
 HEADS = ("linear", "no head", "tied")
 ANSWERS = ("tensor", "tuple", "dict", "dataclass")
@@ -190,7 +191,7 @@ def units(form: str, usual: bool = False) -> st.SearchStrategy[UnitOf]:
         kernel=st.sampled_from((3, 2, 1, 5)),
         bias=st.booleans(),
         weight=st.just("as it is") if usual else mostly(tuple(WEIGHTS)),
-        use=mostly(USES),
+        use=mostly(USES if usual else (*USES, *SHARED)),
         norm=kinds(NORMS[form]),
         activation=kinds(ACTIVATIONS),
     )
