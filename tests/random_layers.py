@@ -64,7 +64,8 @@ class Experts(nn.Module):
         y = x.new_empty(*x.shape[:-1], self.experts[0].out_features)  # type: ignore[arg-type]
         for number, expert in enumerate(self.experts):
             chosen = (x[..., 0] > 0.1) == bool(number)
-            y[chosen] = expert(x[chosen])
+            if chosen.any():
+                y[chosen] = expert(x[chosen])
         return y
 
 

@@ -28,7 +28,7 @@ LAYERS = [
     ["deploy", "moments", "patches", "paths", "selection", "spectra", "walk"],
     ["inference", "sensitivity"],
     ["calibration"],
-    ["batch_norm", "curves", "refit"],
+    ["batch_norm", "curves", "refit", "targets"],
     ["allocation"],
     ["planning"],
     ["compression"],

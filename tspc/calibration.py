@@ -22,7 +22,7 @@ from tspc.errors import ConfigError, DataError
 from tspc.hooks import evaluating
 from tspc.modes import own_modes
 from tspc.moments import Moments, Statistics
-from tspc.patches import Positions, input_patches, output_rows
+from tspc.patches import Positions, input_patches
 from tspc.sensitivity import output_sensitivity
 from tspc.stash import Room, Stash
 from tspc.walk import Trace, Walker, trace
@@ -198,9 +198,10 @@ def moments_of(
             inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
             parts = list(_fitting_together(model, inside, samples.settings.memory))
             for part in parts:
-                found = _gather(walker, part, samples, for_the_last_time=part is parts[-1])
+                found = gather(walker, part, samples, for_the_last_time=part is parts[-1])
                 for name in part:
-                    yield name, found.pop(name)  # given away, so that its memory can be freed
+                    if name in found:
+                        yield name, found.pop(name)  # given away, so that its memory can be freed
     finally:
         walker.close()
 
@@ -220,12 +221,15 @@ def _fitting_together(model: nn.Module, layers: list[str], megabytes: int) -> It
         yield part
 
 
-def _gather(walker: Walker, layers: Collection[str], samples: Samples, for_the_last_time: bool) -> dict[str, Moments]:
+def gather(
+    walker: Walker, layers: Collection[str], samples: Samples, for_the_last_time: bool = False
+) -> dict[str, Moments]:
+    """The moments of the inputs that the layers have in the present segment; without layers that are not called."""
     moments: dict[str, Moments] = {}
 
     def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
         layer = cast(DenseLayer, walker.model.get_submodule(name))
-        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))
+        x = input_patches(layer, inputs, positions_of(layer, name, batch, outputs, samples))
         moments.setdefault(name, Moments(x.shape[-1], None, x.device, len(x))).add(x)
 
     for _ in walker.inputs_of(layers, see, for_the_last_time):
@@ -233,39 +237,6 @@ def _gather(walker: Walker, layers: Collection[str], samples: Samples, for_the_l
     return moments
 
 
-def targets_of(reference: Walker, layers: Collection[str], samples: Samples) -> dict[str, Stash]:
-    """The rows that each layer answers in the reference, a value for every call."""
-    targets = {name: Stash(samples.room) for name in layers}
-
-    def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        layer = cast(DenseLayer, reference.model.get_submodule(name))
-        rows = output_rows(layer, outputs, _positions(layer, name, batch, outputs, samples))
-        targets[name].append(rows.clone())  # a later operation may change the output in place
-
-    for _ in reference.inputs_of(layers, see, for_the_last_time=True):
-        pass
-    return targets
-
-
-def moments_towards(targets: Stash, small: Walker, name: str, samples: Samples) -> Moments:
-    """Moments of a layer's inputs in the compressed network, with the reference's rows as targets.
-
-    The layer in `small` is still the reference's own.
-    """
-    layer = cast(DenseLayer, small.model.get_submodule(name))
-    moments: list[Moments] = []
-    wanted = iter(targets)
-
-    def see(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        x = input_patches(layer, inputs, _positions(layer, name, batch, outputs, samples))
-        if not moments:
-            moments.append(Moments(x.shape[-1], len(kernel_of(layer)), x.device, len(x)))
-        moments[0].add(x, next(wanted))
-
-    for _ in small.inputs_of([name], see):
-        pass
-    return moments[0]
-
-
-def _positions(layer: DenseLayer, name: str, batch: int, outputs: Tensor, samples: Samples) -> Positions:
+def positions_of(layer: DenseLayer, name: str, batch: int, outputs: Tensor, samples: Samples) -> Positions:
+    """Which of a layer's outputs count; the same ones in the reference and in the compressed network."""
     return Positions.at_most(samples.patches_of_a_batch, layer, outputs, zlib.crc32(name.encode()) + batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tspc.batch_norm import recalibrate_
-from tspc.calibration import Calibration, Samples, Survey, is_narrow, moments_of, moments_towards, targets_of
+from tspc.calibration import Calibration, Samples, Survey, gather, is_narrow, moments_of
 from tspc.copying import copied
 from tspc.curves import naming
 from tspc.decompositions import Method, Metric, check_finite, double
 from tspc.dense import DenseLayer, kernel_of, kernel_shape
+from tspc.errors import TspcWarning
 from tspc.hooks import evaluating
 from tspc.layers import TensorizedLayer, tensorize
 from tspc.modes import is_of_inference, own_modes
@@ -23,7 +25,8 @@ from tspc.parallel import side_by_side
 from tspc.planning import plan
 from tspc.plans import LayerPlan, Plan
 from tspc.replacing import refuse_save_pretrained_, replace_layer, warn_of_state_hooks
-from tspc.selection import why_dense
+from tspc.selection import some, why_dense
+from tspc.targets import moments_towards, targets_of
 from tspc.walk import Trace
 
 OnLayer = Callable[[LayerPlan, Tensor, Metric | None], None]
@@ -171,6 +174,7 @@ def _moments(
         yield from moments_of(model, layers, samples, trace)
         return
     reference, small = samples.walk(model, trace), samples.walk(work, trace)
+    routed: list[str] = []
     try:
         for segment in trace.segments:
             reference.advance()
@@ -178,11 +182,22 @@ def _moments(
             inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
             targets = targets_of(reference, inside, samples) if inside else {}
             for name in inside:
-                yield name, moments_towards(targets[name], small, name, samples)
-                targets.pop(name).clear()
+                found = moments_towards(targets[name], small, name, samples)
+                if found is None:
+                    routed.append(name)
+                    found = gather(small, [name], samples).get(name)
+                if found is not None:
+                    yield name, found
+                targets.pop(name).rows.clear()
     finally:
         reference.close()
         small.close()
+    if routed:
+        message = (
+            f"which images come to {some(routed)} depends on what other layers answer, as in a mixture of experts: "
+            "these layers keep to their own kernels, instead of making up for the layers before them"
+        )
+        warnings.warn(message, TspcWarning, stacklevel=2)
 
 
 def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | None) -> _Done:

@@ -110,6 +110,8 @@ class Moments:
         with own_modes(), torch.no_grad():  # also where a network has switched on others for itself
             x = x if x.dtype in (torch.float32, torch.float64) else x.float()
             groups, rows, _ = x.shape
+            if rows == 0:  # an expert that none of these images came to
+                return
             self.count += rows
             x = self._x.add(x)
             self._xx += (x.mT @ x).to(self._xx)

@@ -42,7 +42,7 @@ def select(
         idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in modules)]
         if idle:
             raise ConfigError(
-                [f"{key}={idle}: no convolution or dense layer has such a name; there are {_some(modules)}"]
+                [f"{key}={idle}: no convolution or dense layer has such a name; there are {some(modules)}"]
             )
     layers = []
     for name, module in modules.items():
@@ -64,7 +64,8 @@ def select(
     return layers
 
 
-def _some(names: Iterable[str], limit: int = 8) -> str:
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """The first of the names, and how many more there are."""
     shown = list(names)
     return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
 

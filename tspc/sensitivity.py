@@ -79,7 +79,7 @@ class _Sums:
     def handles(self) -> list[Any]:
         """Hooks on every module: gradients begin where there are none yet, and those of the layers are summed."""
         names = {self._model.get_submodule(name): name for name in self._layers}
-        return [m.register_forward_hook(self._hook(names.get(m))) for m in _with_hooks(self._model)]
+        return [m.register_forward_hook(self._hook(names.get(m)), prepend=True) for m in _with_hooks(self._model)]
 
     def _hook(self, name: str | None) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:

@@ -119,7 +119,7 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: lis
 
     modules = dict(model.named_modules())
     statistics = {name: m for name, m in modules.items() if has_statistics(m) and is_untouched(m)}
-    handles = [modules[name].register_forward_hook(on_layer(name)) for name in layers]
+    handles = [modules[name].register_forward_hook(on_layer(name), prepend=True) for name in layers]
     handles += _on_entering(model, blocks, record)
     handles += [modules[name].register_forward_hook(on_block_end(name)) for name in blocks]
     handles += [
@@ -280,7 +280,7 @@ class Walker:
                 return on_call
 
             handles = [
-                self.model.get_submodule(name).register_forward_hook(hook(name, number), with_kwargs=True)
+                self.model.get_submodule(name).register_forward_hook(hook(name, number), with_kwargs=True, prepend=True)
                 for name in layers
             ]
             if keeps:
