@@ -17,7 +17,6 @@ from tspc.phases.export import describe, export_files
 from tspc.phases.inputs import example
 from tspc.runs import RunDirectory, plain
 from tspc.schemas import DELIVERED, RESULT
-from tspc.training import place
 
 RECORDS = {"export": "export.json", "benchmark": "benchmark.json"}
 """Where each delivery says what it found, and of which state of the network."""
@@ -52,9 +51,8 @@ class Delivery:
 
     def deliver(self, reference: nn.Module, model: nn.Module) -> None:
         """Exports and measures `model`, as far as asked for and not done before. Raises ExportError, RunError."""
-        device = self.context.device
         if self.config.export is not None and not self._done("export"):
-            tried = example(place(model, device), self.spec, self.config.export.samples, self.context)
+            tried = example(self.context.place(model), self.spec, self.config.export.samples, self.context)
             folder = self.directory.file("export")
             found = export_files(model, self.config.export, tried, folder, self.context.display)
             if self._record("export") is None:
@@ -63,7 +61,7 @@ class Delivery:
                     remove(outdated)  # of another state of the network
             self._keep("export", found)
         if self.config.benchmark is not None and not self._done("benchmark"):
-            dense, small = (place(copied(network), device) for network in (reference, model))
+            dense, small = (self.context.place(copied(network)) for network in (reference, model))
             tried = example(small, self.spec, max(self.config.benchmark.batch_sizes), self.context)
             self._keep("benchmark", measure(dense, small, self.config.benchmark, tried, self.context.display))
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tspc import processes
 from tspc.blocks import find_blocks
 from tspc.config import Config
-from tspc.data import NO_DATA, Data, load_data
+from tspc.data import NO_DATA, Contiguous, Data, load_data
 from tspc.decompositions import resolve
 from tspc.delivery import RECORDS
 from tspc.display import Display
@@ -38,7 +38,7 @@ from tspc.report import percent, plan_table, rates_table, state_bytes
 from tspc.runs import RunDirectory
 from tspc.stages import STAGES, Stages
 from tspc.trackers import tracked
-from tspc.training import Hardware
+from tspc.training import Hardware, Trial, tried
 
 
 def run(config: Config, display: Display) -> dict[str, Any]:
@@ -73,8 +73,10 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     data = _data(config, display)
     spec = network_spec(config, data)
     reference = untrained_reference(config, spec, data)
-    if data is not None:
-        _check_images(reference.model, data, spec)
+    trial = _fitted(reference.model, data, spec, config, display)
+    if trial is not None:
+        machine = dataclasses.replace(machine, layout=trial.layout)
+        data = Contiguous(data) if data is not None and trial.layout == torch.contiguous_format else data
     if config.plan is not None or config.decompose is not None:
         _outline(config, reference.model, display)
         if data is None and config.calibration.samples > 0:
@@ -158,21 +160,46 @@ def _require_decomposed(directory: RunDirectory, config: Config) -> None:
         )
 
 
-def _check_images(model: nn.Module, data: Data, spec: NetworkSpec) -> None:
-    """Runs two test images through the network. Raises ConfigError if it cannot take them, or answers otherwise."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    images, _ = next(iter(data.test_batches(2, device, limit=2)))
-    model.eval()
-    try:
-        with torch.no_grad():
-            shape = tuple(model(images).shape)
-    except Exception as error:  # the network may be the user's own
+def _fitted(model: nn.Module, data: Data | None, spec: NetworkSpec, config: Config, display: Display) -> Trial | None:
+    """Runs two images through the network, in both layouts; says where it takes one of them only.
+
+    Without data they are random ones of the size that the network takes; None if that is not known. Raises ConfigError
+    if the network cannot take the images of the data set, or answers otherwise.
+    """
+    if data is not None:
+        images, _ = next(iter(data.test_batches(2, torch.device("cpu"), limit=2)))
+        _check_size(images, config)
+    else:
+        example = example_input(model, spec)
+        if example is None or spec.family in ("builtin", "torchvision"):  # which take any layout
+            return None
+        images = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
+    trial = tried(model, images, trains=data is not None and config.trains)
+    if trial.reason:
+        display.warn(f"{spec.name} does not take images with their channels last, which is faster ({trial.reason})")
+    if data is not None:
+        _check_answer(trial, images, data, spec)
+    return trial
+
+
+def _check_size(images: Tensor, config: Config) -> None:
+    """Raises ConfigError if the data's images are not as large as the settings say."""
+    size = config.dataset.image_size
+    if tuple(images.shape[-2:]) != (size, size):
+        found = "×".join(map(str, images.shape[-2:]))
+        raise ConfigError([f"dataset.image_size={size}, but {config.dataset.name} has images of {found} pixels"])
+
+
+def _check_answer(trial: Trial, images: Tensor, data: Data, spec: NetworkSpec) -> None:
+    shape = getattr(trial.answer, "shape", None)
+    if trial.error is not None or shape is None:
+        reason = trial.error or f"it answers with {type(trial.answer).__name__}, not one tensor"
         raise ConfigError(
-            [f"{spec.name} cannot take the data set's images of shape {tuple(images.shape[1:])}: {error}"]
-        ) from error
-    if shape != (len(images), data.num_classes):
+            [f"{spec.name} cannot take the data set's images of shape {tuple(images.shape[1:])}: {reason}"]
+        ) from trial.error
+    if tuple(shape) != (len(images), data.num_classes):
         raise ConfigError(
-            [f"{spec.name} answers with {shape[1:]} values an image; the data has {data.num_classes} classes"]
+            [f"{spec.name} answers with {tuple(shape)[1:]} values an image; the data has {data.num_classes} classes"]
         )
 
 

@@ -28,7 +28,7 @@ from tspc.phases.finetune import train_classifier
 from tspc.runs import RunDirectory, file_digest, fingerprint, plain
 from tspc.schemas import ACCURACY, CURVES, SECONDS, problem
 from tspc.state import tensor_state
-from tspc.training import Progress, evaluate, place
+from tspc.training import Progress, evaluate
 
 
 @dataclass
@@ -111,7 +111,7 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
             Progress.discard(run.file("progress.pt"))  # of a process that was killed before it did
             display.line(f"reference  read from {result}")
             return
-        place(reference.model, context.device)
+        context.place(reference.model)
         progress = Progress(
             run.file("progress.pt"), fingerprint([identity, str(context.hardware.precision)]), config.checkpoint_seconds
         )
@@ -148,7 +148,7 @@ def reference_curves(
     if (known := _known_curves(path, [layer.name for layer in sketch.chosen])) is not None:
         return known
     _prepare(path, context)
-    place(reference.model, context.device).eval()
+    context.place(reference.model).eval()
     curves = measure_curves(reference.model, sketch.layers, config.request.method, samples, context)
     write_json(path, {name: [curve.to_dict() for curve in of_layer] for name, of_layer in curves.items()})
     return curves
@@ -171,7 +171,7 @@ def reference_accuracy(reference: Reference, config: Config, context: Context, f
     if known is not None:
         return known
     _prepare(path, context)
-    place(reference.model, context.device).eval()
+    context.place(reference.model).eval()
     accuracy = evaluate(reference.model, context.data, context.device).to_dict()
     write_json(path, accuracy)
     return accuracy

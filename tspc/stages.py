@@ -26,7 +26,7 @@ from tspc.plans import Plan
 from tspc.reference import Reference, reference_curves
 from tspc.report import percent, plan_table, result_lines, result_table, state_bytes, versions
 from tspc.runs import SHARED, STAGES, RunDirectory, differences, fingerprint, plain, read_stage, unfinished
-from tspc.training import Progress, evaluate, place
+from tspc.training import Progress, evaluate
 
 
 class Stages:
@@ -43,7 +43,7 @@ class Stages:
     ) -> None:
         self.config, self.spec, self.context, self.directory = config, spec, context, directory
         self._source, self._shared = reference, shared
-        self.reference = place(reference.model, context.device).eval()
+        self.reference = context.place(reference.model).eval()
         self.bytes_before = state_bytes(self.reference)
         self.model: nn.Module | None = None
         self.finished: dict[str, dict[str, Any]] = {}
@@ -125,7 +125,7 @@ class Stages:
         data = self.context.data
         if data is None or info["data"] == data.fingerprint or stage != "decompose":
             return info
-        self.model = place(checkpoint.load(self._file(stage), copied(self.reference)), self.context.device)
+        self.model = self.context.place(checkpoint.load(self._file(stage), copied(self.reference)))
         info = info | {"data": data.fingerprint, "accuracy": self._accuracy(whole=False)}
         checkpoint.save(self.model, self._file(stage), network=self.spec, info=info)
         return info
@@ -189,7 +189,7 @@ class Stages:
         """What the first process decomposed, in all of them: the others read it from a file."""
         if processes.count() == 1:
             model, plan_data = self._decompose()
-            return place(model, self.context.device), plan_data
+            return self.context.place(model), plan_data
         path = self.directory.file(SHARED)
 
         def decompose() -> dict[str, Any]:
@@ -202,7 +202,7 @@ class Stages:
         processes.wait()
         if is_first():
             remove(path)
-        return place(model, self.context.device), plan_data
+        return self.context.place(model), plan_data
 
     def _decompose(self) -> tuple[nn.Module, dict[str, Any]]:
         """The decomposed network, and its plan as plain data."""
@@ -236,7 +236,7 @@ class Stages:
         """The network that the stage starts from."""
         if self.model is None:
             path = self._file(next(reversed(self.finished)))
-            self.model = place(checkpoint.load(path, copied(self.reference)), self.context.device)
+            self.model = self.context.place(checkpoint.load(path, copied(self.reference)))
         return self.model
 
     def _accuracy(self, whole: bool) -> dict[str, Any] | None:

@@ -9,10 +9,22 @@ from pathlib import Path
 from tspc.data import small
 from tspc.data.base import Batch, Data, Feed, generator_of
 from tspc.data.folder import image_folder
+from tspc.data.layout import Contiguous
 from tspc.data.spec import KINDS_IN_FOLDERS, NO_DATA, DataSpec
 from tspc.errors import ConfigError
 
-__all__ = ["KINDS", "KINDS_IN_FOLDERS", "NO_DATA", "Batch", "Data", "DataSpec", "Feed", "generator_of", "load_data"]
+__all__ = [
+    "KINDS",
+    "KINDS_IN_FOLDERS",
+    "NO_DATA",
+    "Batch",
+    "Contiguous",
+    "Data",
+    "DataSpec",
+    "Feed",
+    "generator_of",
+    "load_data",
+]
 
 KINDS: dict[str, Callable[[DataSpec, Path | None, bool], Data]] = {
     "digits": small.digits,

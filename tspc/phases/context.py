@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from tspc import processes
 from tspc.data import Data, Feed
 from tspc.display import Display
-from tspc.training import Hardware, Recipe, Step
+from tspc.training import Hardware, Recipe, Step, place
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Context:
     @property
     def device(self) -> torch.device:
         return self.hardware.device
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Moves a network to the device, in the layout that it takes."""
+        return place(model, self.device, self.hardware.layout)
 
     @property
     def required_data(self) -> Data:

@@ -2,7 +2,7 @@
 
 from tspc.training.evaluation import Accuracy, accuracy, evaluate
 from tspc.training.loop import Batches, Hardware, Labelled, LossOf, Step, Watchers, fit
-from tspc.training.placement import place
+from tspc.training.placement import Trial, place, tried
 from tspc.training.progress import Progress
 from tspc.training.recipe import OPTIMIZERS, SCHEDULES, Recipe
 
@@ -17,9 +17,11 @@ __all__ = [
     "Progress",
     "Recipe",
     "Step",
+    "Trial",
     "Watchers",
     "accuracy",
     "evaluate",
     "fit",
     "place",
+    "tried",
 ]

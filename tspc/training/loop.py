@@ -63,11 +63,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Hardware:
-    """`precision` is the dtype of autocast (None: float32 throughout); `compile` runs through torch.compile."""
+    """`precision` is the dtype of autocast (None: float32 throughout); `compile` runs through torch.compile.
+
+    `layout` is the one in memory of images and of the kernels of convolutions.
+    """
 
     device: torch.device
     precision: torch.dtype | None = None
     compile: bool = False
+    layout: torch.memory_format = torch.channels_last
 
     @property
     def is_cpu(self) -> bool:

@@ -2,14 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from tspc.hooks import evaluating
+
+LIKE = 1e-2
+"""Answers that differ by less, as a share of the largest, differ by rounding."""
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def place(model: nn.Module, device: torch.device, layout: torch.memory_format = torch.channels_last) -> nn.Module:
     """Moves the network, its convolutions' kernels channels last: on CPU and GPU alike their faster layout."""
     model.to(device)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.to(memory_format=layout)  # type: ignore[call-overload]
     return model
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of a network on some images: its answer or an error, in which layout, and why not in the other."""
+
+    layout: torch.memory_format
+    answer: Any
+    error: Exception | None
+    reason: str = ""
+
+
+def tried(model: nn.Module, images: Tensor, trains: bool) -> Trial:
+    """Runs `model` on `images` (N, C, H, W) with the channels last, and contiguous where only that works.
+
+    A network may take a view of what a convolution answers, which channels last has no room for. What counts is
+    eval mode, and where it `trains` a step forward and backward in training mode too. The network is left as it was.
+    """
+    plain, fast = (_answer(model, images, layout) for layout in (torch.contiguous_format, torch.channels_last))
+    reason = _why_not(fast, plain)
+    if trains and not reason and plain.error is None:
+        failure = _failure(model, images, torch.channels_last)
+        if failure is not None and _failure(model, images, torch.contiguous_format) is None:
+            reason = _text(failure)
+    if not reason:
+        return fast
+    return Trial(plain.layout, plain.answer, None, reason)
+
+
+def _why_not(fast: Trial, plain: Trial) -> str:
+    """What is wrong with the channels last; empty if nothing is, or as much with contiguous images."""
+    if plain.error is not None:
+        return ""
+    if fast.error is not None:
+        return _text(fast.error)
+    return "" if _alike(fast.answer, plain.answer) else "its answers differ"
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _answer(model: nn.Module, images: Tensor, layout: torch.memory_format) -> Trial:
+    place(model, images.device, layout)
+    # Both layouts draw the same random numbers, and what comes later draws as if nothing had been tried.
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
+        torch.manual_seed(0)
+        try:
+            return Trial(layout, model(images.contiguous(memory_format=layout)), None)
+        except Exception as error:  # the network may be the user's own
+            return Trial(layout, None, error)
+
+
+def _failure(model: nn.Module, images: Tensor, layout: torch.memory_format) -> Exception | None:
+    """What a step forward and backward in training mode raises."""
+    place(model, images.device, layout)
+    with torch.random.fork_rng(devices=[]), evaluating(model), _buffers_kept(model), torch.enable_grad():
+        model.train()
+        try:
+            answer = model(images.contiguous(memory_format=layout))
+            if isinstance(answer, Tensor) and answer.requires_grad:
+                answer.sum().backward()
+        except Exception as error:  # as above
+            return error
+        finally:
+            model.zero_grad(set_to_none=True)
+    return None
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Statistics that a training step changes are set back."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def _alike(first: Any, second: Any) -> bool:
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor) or not first.is_floating_point():
+        return True
+    if first.shape != second.shape:
+        return False
+    largest = float(first.abs().max()) if first.numel() else 0.0
+    return bool(torch.isclose(first, second, rtol=0.0, atol=LIKE * largest, equal_nan=True).all())

@@ -1,0 +1,43 @@
+"""Images for networks that cannot take the channels last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tspc.data.base import Batch, Data, Feed
+from tspc.processes import ALONE, Share
+
+
+class Contiguous:
+    """Another data set's batches, contiguous in memory."""
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+        self.num_classes, self.fingerprint = data.num_classes, data.fingerprint
+        self.train_size, self.test_size = data.train_size, data.test_size
+
+    def steps(self, feed: Feed) -> int:
+        return self._data.steps(feed)
+
+    def train_batches(self, feed: Feed, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return _contiguous(self._data.train_batches(feed, epoch, start))
+
+    def test_batches(
+        self, batch_size: int, device: torch.device, limit: int | None = None, share: Share = ALONE
+    ) -> Iterator[Batch]:
+        return _contiguous(self._data.test_batches(batch_size, device, limit, share))
+
+    def held_out_batches(
+        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE
+    ) -> Iterator[Batch]:
+        return _contiguous(self._data.held_out_batches(count, batch_size, device, share))
+
+    def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        return (images.contiguous() for images in self._data.calibration_batches(count, batch_size, device))
+
+
+def _contiguous(batches: Iterator[Batch]) -> Iterator[Batch]:
+    return ((images.contiguous(), labels) for images, labels in batches)
