@@ -126,6 +126,32 @@ def test_the_best_by_the_held_out_images_is_the_result(context):
     assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("total", "evaluations"), [(9, 5), (10, 5), (3, 7), (7, 1)])
+def test_a_network_is_judged_as_often_as_asked_and_once_before(context, total, evaluations):
+    judged = []
+    fit(
+        network().train(),
+        Labelled(context.data, Feed(50, 0, CPU)),
+        lambda net, x, y: net.linear.weight.square().mean(),
+        recipe(steps=total, evaluations=evaluations),
+        Hardware(CPU),
+        0,
+        watchers=Watchers(lambda step: judged.append("step"), lambda net: float(judged.append("judge") is None)),
+    )
+    assert judged.count("judge") == min(evaluations, total) + 1
+    assert (judged[0], judged[-1]) == ("judge", "judge")
+    between = "".join("." if event == "step" else "|" for event in judged).strip("|").split("|")
+    assert max(map(len, between)) - min(map(len, between)) <= 1, "at even distances"
+
+
+def test_a_network_that_answers_nan_is_not_helped_by_a_smaller_learning_rate(context):
+    model = network()
+    with torch.no_grad():
+        model.linear.bias[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"nan at step 1 of 8; the network answers so before any training: look at"):
+        train_classifier(model, recipe(), context, Progress(), "finetune")
+
+
 def test_accumulated_parts_make_one_step(context):
     parts, whole = (nn.Sequential(nn.Flatten(), nn.Linear(768, 10)) for _ in range(2))
     parts.load_state_dict(whole.state_dict())

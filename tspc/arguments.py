@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tspc.errors import TspcWarning
 from tspc.hooks import Reached, run_until_reached
-from tspc.nested import UnknownValueError, mapped
+from tspc.nested import UnknownValueError, mapped, tensors_in
 from tspc.stash import Room, Stash
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -75,6 +75,12 @@ class Arguments:
     def kept(self, number: int) -> Call:
         """Of a batch, without a copy: not to be changed."""
         return self._kept[number]
+
+    def shapes(self, number: int) -> tuple[torch.Size, ...]:
+        """Of the tensors among the arguments for a batch; of images none."""
+        if self._name == "":
+            return ()
+        return self._kept.shapes(number) if self._is_kept else tuple(t.shape for t in tensors_in(self[number]))
 
     def __getitem__(self, number: int) -> Call | None:
         """Of a batch; `images` can then tell a batch by its number."""

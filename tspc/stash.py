@@ -80,6 +80,7 @@ class _Item:
     tensors: list[Tensor | None]
     narrow: list[bool]
     file: Path | None
+    shapes: tuple[torch.Size, ...]
 
     def read(self) -> Any:
         written: list[Any] = [None] * len(self.tensors)
@@ -113,13 +114,18 @@ class Stash:
         shell = mapped(value, take)
         kept = [_kept(tensor, self._half) for tensor in found]
         narrow = [own.dtype != tensor.dtype for own, tensor in zip(kept, found, strict=True)]
+        shapes = tuple(t.shape for t in kept)
         size = sum(t.numel() * t.element_size() for t in kept if _is_plain(t))
         if self._room.take(size):
             self._held += size
-            self._items.append(_Item(shell, list(kept), narrow, None))
+            self._items.append(_Item(shell, list(kept), narrow, None, shapes))
             return
         file = self._room.write([t if _is_plain(t) else None for t in kept])
-        self._items.append(_Item(shell, [None if _is_plain(t) else t for t in kept], narrow, file))
+        self._items.append(_Item(shell, [None if _is_plain(t) else t for t in kept], narrow, file, shapes))
+
+    def shapes(self, number: int) -> tuple[torch.Size, ...]:
+        """Of the tensors of a value, without reading it."""
+        return self._items[number].shapes
 
     def __getitem__(self, number: int) -> Any:
         return self._items[number].read()

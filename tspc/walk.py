@@ -237,6 +237,10 @@ class Walker:
         """With what the segment's module is called for a batch; copies, for it may change its input in place."""
         return cast(Call, self._arguments[number])
 
+    def shapes(self, number: int) -> tuple[torch.Size, ...]:
+        """Of the tensors among the `arguments`."""
+        return self._arguments.shapes(number)
+
     @torch.no_grad()
     def advance(self) -> None:
         """Goes to the next segment (at first to the first)."""

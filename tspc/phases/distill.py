@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -20,23 +21,21 @@ from tspc import processes
 from tspc.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
 from tspc.blocks import block_of, find_blocks
 from tspc.bounds import COUNT, NONE_OR_MORE, SHARE_BELOW_ONE, out_of_range
-from tspc.data import generator_of
-from tspc.errors import ConfigError
+from tspc.errors import TspcWarning
 from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
 from tspc.modes import own_modes
+from tspc.phases.activations import Kept
 from tspc.phases.agreement import keep_better_
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
 from tspc.refit import adapted_layers, can_be_refitted, refit_
 from tspc.stash import Room, Stash
 from tspc.training import Progress, Recipe, Step, Watchers, fit
-from tspc.walk import Trace, Walker, trace
+from tspc.walk import Trace, trace
 
 BATCH_NORMS = ("frozen", "updated")
 WAYS = ("sequential", "parallel", "mixed")
-JUDGES = 8
-"""One in so many of the kept batches judges, and is not trained on."""
 FEW_NORMS = 8
 """Batch norms of a block that are all set by as many images."""
 VIEWS = 4
@@ -48,10 +47,11 @@ class Distillation(Recipe):
     """A recipe for every block. `blocks` is a wildcard over module names; None finds them in the module tree.
 
     `images` augmented training images (at most four views of each) are sent through both networks, and what they are
-    at the block's place is kept (float16; beyond `memory` MB in temporary files). `inputs` says what a block learns
-    from: what the compressed blocks before it make of the images (`sequential`, as in the paper), what the reference's
-    do (`parallel`), or both by turns (`mixed`). A block is done when its loss falls by less than `least_gain`, as a
-    share, over ten steps; 0 never ends it early. `held_out` images are left out: they judge the network.
+    at the block's place is kept (float16 where that holds it; beyond `memory` MB in temporary files). `inputs` says
+    what a block learns from: what the compressed blocks before it make of the images (`sequential`, as in the paper),
+    what the reference's do (`parallel`), or both by turns (`mixed`). A block is done when its loss falls by less than
+    `least_gain`, as a share, over ten steps; 0 never ends it early. `held_out` images are left out: they judge the
+    network.
 
     `batch_norm` says whether the block under training normalises by its running statistics, as the reference does
     (`frozen`), or by the batch's, updating them (`updated`).
@@ -80,7 +80,8 @@ def distill(
     """Trains the blocks of `model` in order, in place.
 
     A dense layer outside every block with a tensorized layer stays as it is where it equals the reference's. Where
-    phase 0 changed it, to make up for the layers before it, it is solved anew for what these have become. A block is
+    phase 0 changed it, to make up for the layers before it, it is solved anew for what these have become. A block to
+    which the two networks do not give the same rows (experts behind a router) is left alone, with a warning. A block is
     never left worse than it was, by the images kept for judging. Nor is a network that classifies: where it gives the
     reference's class on fewer held-out images than before, by more than chance explains, it is set back, unless the
     blocks were named.
@@ -95,12 +96,19 @@ def distill(
     try:
         images = _augmented(settings, context, room)
         found = _trace(model, reference, adapted, images[0][:2], settings)
-        kept = _Kept(reference, model, found, images, room, settings.inputs, context.seed)
+        kept = Kept(reference, model, found, images, room, settings.inputs, context.seed)
         for number, segment in enumerate(found.segments):
             kept.advance()
             if number >= progress.stage:
                 label = f"block {number + 1}/{len(found.segments)} {segment.module or 'whole network'}"
-                if segment.module in adapted:
+                if not kept.is_paired:
+                    warnings.warn(
+                        f"{segment.module} is not given the same rows in both networks, as where a router chooses "
+                        "them: it is not distilled",
+                        TspcWarning,
+                        stacklevel=2,
+                    )
+                elif segment.module in adapted:
                     _solve(model, reference, segment.module, label, kept, settings, context)
                 else:
                     _train_block(model, reference, segment.module, number, label, kept, settings, context, progress)
@@ -127,7 +135,7 @@ def _trace(model: nn.Module, reference: nn.Module, adapted: list[str], images: T
     return trace(reference, layers + adapted, images, blocks + alone) if alone else found
 
 
-def _unseen(kept: _Kept, settings: Distillation, context: Context) -> Callable[[], Iterator[Tensor]]:
+def _unseen(kept: Kept, settings: Distillation, context: Context) -> Callable[[], Iterator[Tensor]]:
     """The training images by which finetuning judges too, as they are; without such the augmented ones that judge."""
     data, feed = context.required_data, context.feed(settings)
     if feed.held_out == 0:
@@ -148,65 +156,13 @@ def _augmented(settings: Distillation, context: Context, room: Room) -> Stash:
     raise AssertionError
 
 
-class _Kept:
-    """What a block is trained on: its inputs and the reference's answers, batch by batch; the next one by `advance`."""
-
-    def __init__(
-        self, reference: nn.Module, model: nn.Module, trace: Trace, images: Stash, room: Room, inputs: str, seed: int
-    ) -> None:
-        self._reference = Walker(reference, trace, images, room, half=True)
-        self._small = None if inputs == "parallel" else Walker(model, trace, images, room, half=True)
-        self._inputs, self._seed, self._images = inputs, seed, images
-        self._judging = max(1, len(images) // JUDGES)
-        self.per_epoch = len(images) - self._judging
-
-    def advance(self) -> None:
-        """To the next block, past one whose training is over."""
-        self._reference.advance()
-        if self._small is not None:
-            self._small.advance()
-        self._reference.answer()
-        output = self._reference.output(0)
-        if not isinstance(output, Tensor):
-            name, kind = self._reference.segment.module or "(the whole network)", type(output).__name__
-            raise ConfigError(
-                [f"block {name} gives {kind}, not one tensor; name others by phase.distill.blocks='PATTERN'"]
-            )
-
-    def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor]]:
-        for number in torch.randperm(self.per_epoch, generator=generator_of(self._seed, epoch))[start:].tolist():
-            yield self._pair(number, from_reference=self._inputs == "mixed" and (number + epoch) % 2 == 1)
-
-    def show(self, blocks: Sequence[nn.Module], batches: int) -> None:
-        """Sends the first of the kept batches through the block, and through the reference's where it is named too."""
-        for number in range(min(batches, self.per_epoch)):
-            for block, walker in zip(blocks, (self._small or self._reference, self._reference), strict=False):
-                args, named = walker.arguments(number)
-                block(*args, **named)
-
-    def training(self) -> Iterator[tuple[Any, Tensor]]:
-        """All batches that are trained on."""
-        return (self._pair(number) for number in range(self.per_epoch))
-
-    def judging_images(self) -> Iterator[Tensor]:
-        return (self._images[self.per_epoch + number] for number in range(self._judging))
-
-    def judging(self) -> Iterator[tuple[Any, Tensor]]:
-        """Batches that are not trained on."""
-        return (self._pair(self.per_epoch + number) for number in range(self._judging))
-
-    def _pair(self, number: int, from_reference: bool = False) -> tuple[Any, Tensor]:
-        walker = self._reference if from_reference else self._small or self._reference
-        return walker.arguments(number), self._reference.output(number)
-
-
 def _train_block(
     model: nn.Module,
     reference: nn.Module,
     name: str,
     number: int,
     label: str,
-    kept: _Kept,
+    kept: Kept,
     settings: Distillation,
     context: Context,
     progress: Progress,
@@ -214,7 +170,7 @@ def _train_block(
     block = model.get_submodule(name)
     model.eval().requires_grad_(False)
     block.requires_grad_(True)
-    if settings.batch_norm == "updated":
+    if settings.batch_norm == "updated" and not progress.is_under_way(number):
         _start_norms_(block, reference.get_submodule(name), kept, settings)
     for module in block.modules():
         # Nothing but batch norm: dropout would only be noise against a reference that has none.
@@ -240,7 +196,7 @@ def _train_block(
     model.eval()
 
 
-def _start_norms_(block: nn.Module, original: nn.Module, kept: _Kept, settings: Distillation) -> None:
+def _start_norms_(block: nn.Module, original: nn.Module, kept: Kept, settings: Distillation) -> None:
     """Batch norms in closed form for the inputs that the block has by now, where that brings its answer closer."""
     norms, batches = count_norms(block), math.ceil(SHOWN / settings.batch_size)
     if norms == 0:
@@ -258,7 +214,7 @@ def _loss(block: nn.Module, call: Any, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _solve(
-    model: nn.Module, reference: nn.Module, name: str, label: str, kept: _Kept, settings: Distillation, context: Context
+    model: nn.Module, reference: nn.Module, name: str, label: str, kept: Kept, settings: Distillation, context: Context
 ) -> None:
     """In closed form, what `_train_block` does by steps: for a layer that is dense."""
     layer, original = model.get_submodule(name), reference.get_submodule(name)
@@ -268,7 +224,7 @@ def _solve(
         on_step(Step(0, 1, loss, 0.0))
 
 
-def _if_closer_(block: nn.Module, kept: _Kept, change: Callable[[], None]) -> float:
+def _if_closer_(block: nn.Module, kept: Kept, change: Callable[[], None]) -> float:
     """Changes the block where that brings its answer closer; returns the loss that it is left with."""
     before, state = _judged(block, kept), copy.deepcopy(block.state_dict())
     change()
@@ -280,7 +236,7 @@ def _if_closer_(block: nn.Module, kept: _Kept, change: Callable[[], None]) -> fl
 
 
 @torch.no_grad()
-def _judged(block: nn.Module, kept: _Kept) -> float:
+def _judged(block: nn.Module, kept: Kept) -> float:
     """The mean loss of the batches that are not trained on, over all processes."""
     with evaluating(block):
         errors = torch.stack([_loss(block, call, target) for call, target in kept.judging()])

@@ -107,8 +107,10 @@ def finetune(
                 if settings.is_careful:
                     found.append(class_counts(answer, reference(images)))
 
-        rebase_(model, show)
-        recipe = _careful(settings, distance(found), context, phase) if settings.is_careful else settings
+        recipe = settings
+        if not progress.is_under_way():  # or the saved state replaces what is prepared here
+            rebase_(model, show)
+            recipe = _careful(settings, distance(found), context, phase) if settings.is_careful else settings
         _train(model, recipe, context, progress, phase, loss_of)
 
 

@@ -65,6 +65,10 @@ class Progress:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(f"{self.path} holds no state of this training ({why}); remove it, and begin anew") from error
 
+    def is_under_way(self, stage: int = 0) -> bool:
+        """Whether training goes on from a saved step of this stage, with the weights of that step."""
+        return "step" in (self.state_of(stage) or {})
+
     @property
     def is_due(self) -> bool:
         """Whether the time between two saves has passed."""

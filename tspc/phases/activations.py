@@ -1,0 +1,90 @@
+"""What a block is trained on: kept activations of the compressed network and of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tspc import processes
+from tspc.data import generator_of
+from tspc.errors import ConfigError
+from tspc.nested import UnknownValueError
+from tspc.stash import Room, Stash
+from tspc.walk import Trace, Walker
+
+JUDGES = 8
+"""One in so many of the kept batches judges, and is not trained on."""
+
+
+class Kept:
+    """What a block is trained on: its inputs and the reference's answers, batch by batch; the next one by `advance`."""
+
+    def __init__(
+        self, reference: nn.Module, model: nn.Module, trace: Trace, images: Stash, room: Room, inputs: str, seed: int
+    ) -> None:
+        self._reference = Walker(reference, trace, images, room, half=True)
+        self._small = None if inputs == "parallel" else Walker(model, trace, images, room, half=True)
+        self._walkers = [walker for walker in (self._reference, self._small) if walker is not None]
+        self._inputs, self._seed, self._images = inputs, seed, images
+        self.is_paired = True
+        """Whether what the one network gives the block belongs to what the other's block answers."""
+        self._judging = max(1, len(images) // JUDGES)
+        self.per_epoch = len(images) - self._judging
+
+    def advance(self) -> None:
+        """To the next block, past one whose training is over.
+
+        Raises ConfigError for a block that does not answer with one tensor.
+        """
+        for walker in self._walkers:
+            walker.advance()
+        self.is_paired = self._looks_paired()
+        try:
+            self._reference.answer()
+            output = self._reference.output(0) if self.is_paired else torch.empty(0)
+            kind = "" if isinstance(output, Tensor) else type(output).__name__
+        except UnknownValueError as error:
+            kind = error.kind
+        if kind:
+            name = self._reference.segment.module or "(the whole network)"
+            raise ConfigError(
+                [f"block {name} gives {kind}, not one tensor; name others by phase.distill.blocks='PATTERN'"]
+            )
+
+    def _looks_paired(self) -> bool:
+        """Whether both networks, in all processes, give the block inputs of one shape for every batch."""
+        is_paired = all(walker.is_called_always for walker in self._walkers)
+        if is_paired and len(self._walkers) > 1:
+            shapes = {walker.shapes(number) for walker in self._walkers for number in range(len(self._images))}
+            is_paired = len(shapes) == 1
+        unpaired = torch.tensor(float(not is_paired), device=self._images[0].device)
+        return float(processes.summed(unpaired)) == 0
+
+    def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor]]:
+        for number in torch.randperm(self.per_epoch, generator=generator_of(self._seed, epoch))[start:].tolist():
+            yield self._pair(number, from_reference=self._inputs == "mixed" and (number + epoch) % 2 == 1)
+
+    def show(self, blocks: Sequence[nn.Module], batches: int) -> None:
+        """Sends the first of the kept batches through the block, and through the reference's where it is named too."""
+        for number in range(min(batches, self.per_epoch)):
+            for block, walker in zip(blocks, (self._small or self._reference, self._reference), strict=False):
+                args, named = walker.arguments(number)
+                block(*args, **named)
+
+    def training(self) -> Iterator[tuple[Any, Tensor]]:
+        """All batches that are trained on."""
+        return (self._pair(number) for number in range(self.per_epoch))
+
+    def judging_images(self) -> Iterator[Tensor]:
+        return (self._images[self.per_epoch + number] for number in range(self._judging))
+
+    def judging(self) -> Iterator[tuple[Any, Tensor]]:
+        """Batches that are not trained on."""
+        return (self._pair(self.per_epoch + number) for number in range(self._judging))
+
+    def _pair(self, number: int, from_reference: bool = False) -> tuple[Any, Tensor]:
+        walker = self._reference if from_reference else self._small or self._reference
+        return walker.arguments(number), self._reference.output(number)
