@@ -14,8 +14,8 @@ from tspc.batch_norm import recalibrate_
 from tspc.calibration import Calibration, Samples, Survey, gather, is_narrow, moments_of
 from tspc.copying import copied
 from tspc.curves import naming
-from tspc.decompositions import Method, Metric, check_finite, double
-from tspc.dense import DenseLayer, kernel_of, kernel_shape
+from tspc.decompositions import Method, Metric, double
+from tspc.dense import DenseLayer, check_values, kernel_of, kernel_shape
 from tspc.errors import TspcWarning
 from tspc.hooks import evaluating
 from tspc.layers import TensorizedLayer, tensorize
@@ -77,8 +77,8 @@ def apply_(
     compressed network gives the layer and y the reference's output, and the mean of y goes into the bias or the
     batch norm.
 
-    Raises DecompositionError, naming the layer, if a kernel cannot be decomposed (NaN, infinity); the
-    network is then unchanged.
+    Raises DecompositionError, naming the layer, if a kernel cannot be decomposed or any parameter holds NaN or
+    infinite values; the network is then unchanged.
     """
     small, done = tensorized(model, plan, samples, on_layer)
     for layer in done.tensorized:
@@ -103,9 +103,7 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
     work = copied(model)
     done: dict[str, _Done] = {}
     warn_of_state_hooks({layer.name: model.get_submodule(layer.name) for layer in plan.tensorized})
-    for name in (layer.name for layer in plan.tensorized):
-        with naming(name):
-            check_finite(kernel_of(model.get_submodule(name)))
+    check_values(model)
 
     def keep(fitted: _Done, kernel: Tensor, metric: Metric | None) -> None:
         replace_layer(work, fitted.layer.name, fitted.module)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tspc import decompositions
 from tspc.calibration import Samples, moments_of
-from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, check_finite
-from tspc.dense import DenseLayer, kernel_of
+from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape
+from tspc.dense import DenseLayer, check_values, kernel_of
 from tspc.errors import DecompositionError
 from tspc.hooks import evaluating
 from tspc.modes import own_modes
@@ -92,14 +92,12 @@ def error_curves(
 ) -> dict[str, list[ErrorCurve]]:
     """Curves of the layers that nothing keeps dense, in function space with `samples`, of the kernels alone without.
 
-    Raises DecompositionError, naming the layer, for a kernel with NaN or infinite entries.
+    Raises DecompositionError, naming it, for a parameter with NaN or infinite values, of any layer.
     """
     curves: dict[str, list[ErrorCurve]] = {}
     waiting = {layer.name: layer for layer in layers if layer.reason is None}
 
-    for name in waiting:
-        with naming(name):
-            check_finite(kernel_of(model.get_submodule(name)))
+    check_values(model)
 
     def measure(name: str, metric: Metric | None) -> None:
         weight = kernel_of(model.get_submodule(name)).detach()

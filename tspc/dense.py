@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tspc.decompositions import Shape
+from tspc.errors import DecompositionError
 from tspc.links import Stage
 
 DenseLayer = nn.Conv1d | nn.Conv2d | nn.Linear
@@ -59,6 +62,27 @@ def shown_by(layer: nn.Module) -> dict[str, Any]:
         for key, value in vars(layer).items()
         if (not key.startswith("_") and key not in ("training", "forward")) or key.startswith("_reversed_padding")
     }
+
+
+def check_values(model: nn.Module) -> None:
+    """Raises DecompositionError, naming it, for a parameter with NaN or infinite values, or a buffer with NaN.
+
+    Negative variances, whose roots are NaN, count too.
+    Of every layer, also of one that stays dense: later ones would be blamed for it. Masks may hold infinities.
+    """
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        plain = value.layout == torch.strided and not value.is_meta and not is_lazy(value) and value.element_size() > 1
+        if not plain or not (value.is_floating_point() or value.is_complex()):
+            continue
+        values = value.detach()
+        if name.endswith("running_var") and values.numel() and values.min() < 0:
+            raise DecompositionError(f"{name} holds negative variances; mend the weights first")
+        # A finite sum is quick proof; an infinite one may be an overflow.
+        if values.sum().isfinite():
+            continue
+        wrong = ~values.isfinite() if isinstance(value, nn.Parameter) else values.isnan()
+        if wrong.any():
+            raise DecompositionError(f"{name} holds NaN or infinite values; mend the weights first")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -18,6 +19,8 @@ from tspc.models.safe_files import read_tensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
 _WRAPPERS = ("state_dict", "model")
+_LATER_OPERANDS = range(0x8C, 0x99)
+"""Those that pickle has from protocol 4 on, which PyTorch's restricted reader does not know."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -37,8 +40,23 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             data = data[wrapper]
     if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):
         raise WeightsError(f"pretrained={path} holds no state dict (a dict of tensors, plain or under {_WRAPPERS})")
+    _check_plain(path, data)
     prefix = "module." if all(str(key).startswith("module.") for key in data) else ""
     return {str(key).removeprefix(prefix): value for key, value in data.items()}
+
+
+def _check_plain(path: Path, data: dict[Any, Tensor]) -> None:
+    """Raises WeightsError for the first tensor that is no plain table of numbers."""
+    for name, value in data.items():
+        kinds = {
+            "nested": value.is_nested,
+            "on the meta device, without values": value.is_meta,
+            "quantised": value.is_quantized,
+            "sparse": value.layout != torch.strided,
+        }
+        kind = next((kind for kind, found in kinds.items() if found), None)
+        if kind is not None:
+            raise WeightsError(f"pretrained={path}: {shortened(name)} is {kind}; save plain tensors with all values")
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -66,7 +84,13 @@ def _read_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
+        protocol = re.search(r"Unsupported operand (\d+)", str(error))
+        if protocol and int(protocol.group(1)) in _LATER_OPERANDS:
+            raise WeightsError(
+                f"pretrained={path} is a pickle of protocol 4 or later, which is not read without running code: save "
+                "it again by torch.save(state_dict, FILE) without pickle_protocol, or as safetensors"
+            ) from error
+        if "Weights only load failed" in str(error) and ("GLOBAL" in str(error) or "numpy" in str(error)):
             raise WeightsError(
                 f"pretrained={path} is a pickle that holds more than tensors and could run code; it was not loaded: "
                 "save its state_dict() alone"
@@ -77,8 +101,19 @@ def _read_pickle(path: Path) -> Any:
 
 
 def load_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
-    """Copies `state` into `model`, all of it or nothing. Raises WeightsError as `check_state`."""
+    """Copies `state` into `model`, all of it or nothing.
+
+    Raises WeightsError as `check_state`, and for numbers of a kind that the network does not have there: a network that
+    is to have complex numbers, or whole ones, is built with them.
+    """
     check_state(model, state, source)
+    differing = [
+        f"{name} {_kind(state[name])} instead of {_kind(own)}"
+        for name, own in model.state_dict().items()
+        if isinstance(own, Tensor) and name in state and _kind(state[name]) != _kind(own) and not _is_counter(name)
+    ]
+    if differing:
+        raise WeightsError(f"{source} does not fit the network: of another kind of numbers: {_some(differing)}")
     whole = OrderedDict(state)
     # Some networks (MNASNet) refuse a state that does not tell the version of its layout, as files do not.
     whole._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
@@ -91,7 +126,7 @@ def check_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
     Counters that older files lack (`num_batches_tracked`) may be missing.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    missing = [k for k in own if k not in state and not _is_counter(k)]
     unexpected = [k for k in state if k not in own]
     differing = [
         f"{k} {_shape(state[k])} instead of {_shape(own[k])}"
@@ -102,6 +137,16 @@ def check_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
     problems = [f"{label}: {_some(names)}" for label, names in parts if names]
     if problems:
         raise WeightsError(f"{source} does not fit the network: {'; '.join(problems)}")
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_complex() or value.is_floating_point():
+        return "complex" if value.is_complex() else "real"
+    return "true or false" if value.dtype == torch.bool else "whole"
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
