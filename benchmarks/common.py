@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from tspc.config import Config, read_config
 from tspc.data import Data, load_data
-from tspc.display import Display
-from tspc.hooks import outputs_of
-from tspc.pipeline import run
-from tspc.reference import untrained_reference
-from tspc.report import versions
+from tspc.run.config import Config, read_config
+from tspc.run.pipeline import run
+from tspc.run.reference import untrained_reference
+from tspc.terminal.display import Display
+from tspc.terminal.tables import versions
+from tspc.traversal.hooks import outputs_of
 
 CONF = Path(__file__).parent.parent / "conf"
 

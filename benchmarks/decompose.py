@@ -25,7 +25,7 @@ from benchmarks.common import machine, table
 from tspc.decompositions import METHODS, Decomposition, Rank, Shape
 from tspc.models.torchvision_zoo import torchvision_network
 from tspc.models.weights import read_state
-from tspc.parallel import side_by_side
+from tspc.system.parallel import side_by_side
 
 SLACK = 1.001
 """Our error counts as equal to theirs up to this factor."""

@@ -28,22 +28,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import cifar_reference, machine, parser, table, tuned_block
-from tspc.blocks import find_blocks
-from tspc.calibration import Calibration, Samples
-from tspc.compression import tensorized
-from tspc.config import Config
-from tspc.copying import copied
-from tspc.curves import error_curves
+from tspc.calibration.samples import Calibration, Samples
+from tspc.compression.apply import tensorized
+from tspc.compression.curves import error_curves
+from tspc.compression.planning import outline, plan
 from tspc.data import Data, Feed
 from tspc.decompositions import METHODS, resolve
-from tspc.display import Display
-from tspc.files import write_json
-from tspc.layers import tensorized_layers
+from tspc.layers.forms import tensorized_layers
 from tspc.phases.context import Context
 from tspc.phases.distill import distill
 from tspc.phases.finetune import finetune
-from tspc.planning import outline, plan
+from tspc.run.config import Config
+from tspc.store.files import write_json
+from tspc.terminal.display import Display
 from tspc.training import Hardware, Progress, evaluate, place
+from tspc.traversal.blocks import find_blocks
+from tspc.traversal.copying import copied
 
 BATCH = 128
 DISTILL_IMAGES = 2048

@@ -20,10 +20,10 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from rich.console import Console, RenderableType
 
-from tspc.config import read_config
-from tspc.display import Bar, Display
 from tspc.pages import write_comparison
-from tspc.pipeline import run
+from tspc.run.config import read_config
+from tspc.run.pipeline import run
+from tspc.terminal.display import Bar, Display
 
 CONF = Path(__file__).parent.parent / "conf"
 METHODS, RATES = ("svd", "cp", "tk", "tt", "rcp", "rtk", "rtt"), ("0.4", "0.2", "0.1", "0.05")

@@ -36,14 +36,14 @@ from torch import Tensor, nn
 
 import tspc
 from benchmarks.common import machine, table
-from tspc.copying import copied
+from tspc.compression.plan import Plan
 from tspc.decompositions import METHODS
-from tspc.dense import kernel_of
-from tspc.inference import fold_batch_norms
-from tspc.layers import untrained
+from tspc.deploy.folding import fold_batch_norms
+from tspc.layers.dense import kernel_of
+from tspc.layers.forms import untrained
+from tspc.layers.replacing import set_module
 from tspc.models import NetworkSpec
-from tspc.plans import Plan
-from tspc.replacing import set_module
+from tspc.traversal.copying import copied
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet50": (torchvision.models.resnet50, 8, 224),

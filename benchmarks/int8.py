@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from benchmarks.common import cifar_reference, machine, parser, table
-from tspc.calibration import Calibration
-from tspc.compression import compress
-from tspc.copying import copied
+from tspc.calibration.samples import Calibration
+from tspc.compression.apply import compress
 from tspc.data import Data
 from tspc.training import evaluate
+from tspc.traversal.copying import copied
 
 
 def quantised(model: nn.Module) -> nn.Module:

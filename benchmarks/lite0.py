@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from benchmarks.common import machine, table
 from benchmarks.no_training import lite0_network
-from tspc.calibration import Calibration
-from tspc.compression import compress
+from tspc.calibration.samples import Calibration
+from tspc.compression.apply import compress
 from tspc.data import Data, DataSpec
 from tspc.data.base import InMemory
-from tspc.display import Display
-from tspc.files import write_json
 from tspc.phases.context import Context
 from tspc.phases.finetune import Finetuning, finetune
+from tspc.store.files import write_json
+from tspc.terminal.display import Display
 from tspc.training import Hardware, Progress, accuracy, evaluate, place
 
 CPU = torch.device("cpu")

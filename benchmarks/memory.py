@@ -16,9 +16,9 @@ import torch
 from torchvision.models import resnet50
 
 from benchmarks.common import machine
-from tspc.calibration import Calibration, Samples
-from tspc.compression import tensorized
-from tspc.planning import plan
+from tspc.calibration.samples import Calibration, Samples
+from tspc.compression.apply import tensorized
+from tspc.compression.planning import plan
 
 
 def peak() -> float:

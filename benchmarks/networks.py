@@ -31,17 +31,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import tspc
 from benchmarks.common import machine, table
-from tspc.compression import apply_
-from tspc.copying import copied
+from tspc.compression.apply import apply_
+from tspc.compression.planning import plan
 from tspc.decompositions import METHODS, Decomposition, decomposition_from_dict, settings_of
 from tspc.deploy import export
 from tspc.deploy.programs import take
 from tspc.errors import TspcError
-from tspc.files import write_json
-from tspc.layers import tensorized_layers
+from tspc.layers.forms import tensorized_layers
+from tspc.layers.replacing import set_module
 from tspc.models import NetworkSpec
-from tspc.planning import plan
-from tspc.replacing import set_module
+from tspc.store.files import write_json
+from tspc.traversal.copying import copied
 
 RATE = 0.3
 LIMIT = 1e-4

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from benchmarks.common import cifar_reference, machine, table
 from tspc import decompositions
-from tspc.calibration import Calibration, Samples
-from tspc.compression import tensorized
-from tspc.curves import Curves, error_curves
+from tspc.calibration.samples import Calibration, Samples
+from tspc.compression.apply import tensorized
+from tspc.compression.curves import Curves, error_curves
+from tspc.compression.planning import outline, plan
 from tspc.decompositions import NAMES
-from tspc.files import write_json
-from tspc.planning import outline, plan
-from tspc.replacing import set_module
+from tspc.layers.replacing import set_module
+from tspc.store.files import write_json
 from tspc.training import place
 
 WAYS = ("original", "+global", "+function space", "+compensation")

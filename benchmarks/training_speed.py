@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import cifar_reference, machine, parser, table, tuned_block
-from tspc.blocks import find_blocks
-from tspc.compression import compress
-from tspc.copying import copied
+from tspc.compression.apply import compress
 from tspc.data import Data, Feed
 from tspc.decompositions import METHODS
-from tspc.display import Display
-from tspc.layers import tensorized_layers
+from tspc.layers.forms import tensorized_layers
 from tspc.phases.context import Context
 from tspc.phases.distill import Distillation, distill
+from tspc.terminal.display import Display
 from tspc.training import Hardware, Labelled, Progress, Recipe, fit, place
+from tspc.traversal.blocks import find_blocks
+from tspc.traversal.copying import copied
 
 CPU = torch.device("cpu")
 BATCH = 128

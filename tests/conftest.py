@@ -69,8 +69,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
 def context() -> Any:
     """What a phase is given; `records` has what it notes."""
     from tspc.data import load_data
-    from tspc.display import Display
     from tspc.phases.context import Context
+    from tspc.terminal.display import Display
     from tspc.training import Hardware
 
     records: list[dict[str, Any]] = []

@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 import tspc
 from tests.random_networks import Answer, Network
 from tests.random_uses import CALLERS, Use
-from tspc.calibration import Samples
-from tspc.compression import apply_
-from tspc.copying import copied
+from tspc.calibration.samples import Samples
+from tspc.compression.apply import apply_
+from tspc.compression.plan import Plan
 from tspc.errors import ConfigError, ExportError, InfeasibleRateError, TspcWarning
-from tspc.layers import tensorized_layers
-from tspc.plans import Plan
+from tspc.layers.forms import tensorized_layers
+from tspc.traversal.copying import copied
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.1}
 """Largest difference of answers that should be equal, relative to the largest answer."""

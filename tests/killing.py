@@ -74,7 +74,7 @@ def run(folder: Path, point: int, command: list[str]) -> int:
 def serve(top: Path, command: list[str]) -> None:
     import torch
 
-    import tspc.pipeline  # noqa: F401  before the forks, so that each need not
+    import tspc.run.pipeline  # noqa: F401  before the forks, so that each need not
 
     torch.set_num_threads(1)
     for line in sys.stdin:

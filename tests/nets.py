@@ -8,8 +8,8 @@ from torch import nn
 
 import tspc
 from tspc.decompositions import METHODS
-from tspc.dense import kernel_shape
-from tspc.layers import TensorizedLayer, tensorize
+from tspc.layers.dense import kernel_shape
+from tspc.layers.forms import TensorizedLayer, tensorize
 
 
 class Net(nn.Module):

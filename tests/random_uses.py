@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from tests.random_networks import Network, kinds, mostly
-from tspc.calibration import Calibration
+from tspc.calibration.samples import Calibration
 from tspc.decompositions import NAMES
 
 CALLERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

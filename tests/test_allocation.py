@@ -6,13 +6,13 @@ import pytest
 from torch import nn
 
 from tests.test_calibration import images, resnet
-from tspc.calibration import Calibration, Samples
-from tspc.compression import apply_, tensorized
-from tspc.curves import Curves, ErrorCurve, error_curves
+from tspc.calibration.samples import Calibration, Samples
+from tspc.compression.apply import apply_, tensorized
+from tspc.compression.curves import Curves, ErrorCurve, error_curves
+from tspc.compression.plan import Plan
+from tspc.compression.planning import outline, plan
 from tspc.decompositions import METHODS, SVD, Auto, TensorTrain, resolve
 from tspc.errors import ConfigError, InfeasibleRateError
-from tspc.planning import outline, plan
-from tspc.plans import Plan
 
 KEPT: dict[str, Curves] = {}
 

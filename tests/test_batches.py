@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tspc
-from tspc.batches import check_nothing_is_missing
-from tspc.calibration import Calibration
+from tspc.calibration.batches import check_nothing_is_missing
+from tspc.calibration.samples import Calibration
 from tspc.errors import DataError
 
 IDS, MASK, LABELS = torch.randint(9, (4, 6)), torch.ones(4, 6).long(), torch.tensor([0, 1, 2, 5])

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tspc.calibration import Calibration, Samples, moments_of
-from tspc.dense import kernel_of
+from tspc.calibration.moments import Moments
+from tspc.calibration.patches import Positions, input_patches, output_rows
+from tspc.calibration.samples import Calibration, Samples, moments_of
+from tspc.layers.dense import kernel_of
 from tspc.models import NetworkSpec
-from tspc.moments import Moments
-from tspc.patches import Positions, input_patches, output_rows
 
 CONVS = [
     {},

@@ -12,9 +12,9 @@ from torch import nn
 import tspc
 from tspc.decompositions import METHODS
 from tspc.errors import RunError, WeightsError
-from tspc.files import write_atomically
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state, read_state
+from tspc.store.files import write_atomically
 
 SPEC = NetworkSpec("builtin", "resnet8", 10)
 

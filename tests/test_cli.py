@@ -12,7 +12,7 @@ import torch
 
 import tspc
 from tests.conftest import TINY
-from tspc.runs import RunDirectory
+from tspc.store.directory import RunDirectory
 
 
 def tree(folder: Path) -> list[str]:
@@ -207,7 +207,7 @@ def test_a_full_disk(cli, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tspc.files.os.fsync", full)
+    monkeypatch.setattr("tspc.store.files.os.fsync", full)
     code, _, err = cli(*TINY)
     assert code == 1
     assert "No space left on device" in err

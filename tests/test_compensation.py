@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from tests.test_calibration import Twice, convs, images, resnet
-from tspc.calibration import Calibration, Samples, moments_of
-from tspc.compression import compress, tensorized
+from tspc.calibration.moments import Moments
+from tspc.calibration.patches import input_patches
+from tspc.calibration.samples import Calibration, Samples, moments_of
+from tspc.compression.apply import compress, tensorized
+from tspc.compression.planning import plan
 from tspc.decompositions import METHODS, SVD, Auto, TensorTrain
-from tspc.dense import kernel_of
 from tspc.errors import ConfigError, DataError, DecompositionError
-from tspc.layers import tensorized_layers
-from tspc.moments import Moments
-from tspc.patches import input_patches
-from tspc.planning import plan
+from tspc.layers.dense import kernel_of
+from tspc.layers.forms import tensorized_layers
 
 
 def output_distance(model: nn.Module, small: nn.Module, x: torch.Tensor) -> float:

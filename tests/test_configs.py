@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from tspc.config import PHASES, TOP_LEVEL, Config, read_config
 from tspc.decompositions import NAMES, resolve
 from tspc.errors import ConfigError
+from tspc.run.config import PHASES, TOP_LEVEL, Config, read_config
 
 CONF = Path(__file__).parent.parent / "conf"
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tspc.decompositions import METHODS
-from tspc.dense import Form, kernel_shape
-from tspc.layers import untrained
-from tspc.links import paths_of
+from tspc.layers.chains import paths_of
+from tspc.layers.dense import Form, kernel_shape
+from tspc.layers.forms import untrained
 
 KERNELS = ((1, 1), (3, 3), (1, 3), (4, 2))
 MODES = ("zeros", "reflect", "replicate", "circular")

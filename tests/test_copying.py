@@ -11,9 +11,9 @@ from torch.nn.utils import parametrizations, prune
 
 import tspc
 from tests.nets import Net, images
-from tspc.copying import copied
 from tspc.errors import TspcError
-from tspc.layers import tensorized_layers
+from tspc.layers.forms import tensorized_layers
+from tspc.traversal.copying import copied
 
 
 class Keeps(Net):

@@ -15,9 +15,9 @@ import torch
 from tests.conftest import TINY, Cli
 from tests.damage import BYTES, VALUES, change, damage
 from tspc.errors import RunError
-from tspc.files import read_json
-from tspc.runs import failure, read_metrics
-from tspc.schemas import IDENTITY, JOB, METRICS, PLAN, RESULT, STAGE, problem
+from tspc.store.directory import failure, read_metrics
+from tspc.store.files import read_json
+from tspc.store.schemas import IDENTITY, JOB, METRICS, PLAN, RESULT, STAGE, problem
 from tspc.training import Progress
 
 COMMAND = (*(argument for argument in TINY if argument != "report=false"), "phase=[pretrain,decompose]")
@@ -145,7 +145,7 @@ def test_a_failure_without_a_reason_is_one():
 def test_a_stage_without_what_it_should_tell_is_refused_and_can_be_made_anew(run, key):
     from safetensors.torch import save_file
 
-    from tspc import checkpoint
+    from tspc.compression import checkpoint
 
     path = RUN / "decompose.safetensors"
     header, state = checkpoint.read(path)
@@ -160,7 +160,7 @@ def test_a_stage_without_what_it_should_tell_is_refused_and_can_be_made_anew(run
 def test_a_reference_without_its_seconds_is_still_one(run):
     from safetensors.torch import save_file
 
-    from tspc import checkpoint
+    from tspc.compression import checkpoint
 
     path = REFERENCE / "model.safetensors"
     header, state = checkpoint.read(path)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tspc.data import DataSpec, Feed, load_data
 from tspc.errors import DataError
-from tspc.processes import Share
+from tspc.system.processes import Share
 
 CPU = torch.device("cpu")
 

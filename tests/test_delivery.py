@@ -10,9 +10,9 @@ import pytest
 
 from tests.conftest import TINY
 from tests.test_configs import read
-from tspc import extras
 from tspc.errors import ConfigError
 from tspc.pages.records import DONE, FAILED, read_run
+from tspc.system import extras
 
 RUN = (*TINY, "method=svd", "rate=0.3")
 QUICK = ("phase.benchmark.seconds=0", "phase.benchmark.runtimes=[eager]", "phase.benchmark.batch_sizes=[1,4]")

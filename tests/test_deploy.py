@@ -15,10 +15,10 @@ from torch import nn
 
 import tspc
 from tests.small import network
-from tspc import extras
-from tspc.compression import compress
+from tspc.compression.apply import compress
 from tspc.deploy import FORMATS, Comparison, Exporter, compare, cost, export, exporting, timing
 from tspc.errors import ConfigError, ExportError
+from tspc.system import extras
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import TINY
-from tspc.checklist import sparkline
-from tspc.display import PLAIN_WIDTH, Display
+from tspc.terminal.checklist import sparkline
+from tspc.terminal.display import PLAIN_WIDTH, Display
 
 ROOT = Path(__file__).parent.parent
 SECONDS = re.compile(r"\d+\.\d s|\d+ s left")

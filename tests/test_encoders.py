@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import tspc
-from tspc.compression import compress
+from tspc.compression.apply import compress
 from tspc.deploy import export
 from tspc.errors import ConfigError, TspcError, WeightsError
-from tspc.layers import tensorized_layers
+from tspc.layers.forms import tensorized_layers
+from tspc.layers.replacing import set_module
 from tspc.models import NetworkSpec
-from tspc.replacing import set_module
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TIMM_SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}

@@ -12,12 +12,12 @@ from torch.nn.utils import parametrize
 
 import tspc
 from tests.nets import Net, a_layer, images, small_net
-from tspc import inference
+from tspc.deploy import folding as inference
+from tspc.deploy.folding import plain
 from tspc.errors import DataError, TspcWarning
-from tspc.inference import plain
-from tspc.layers import tensorized_layers
-from tspc.norms import takes_shift
-from tspc.walk import trace
+from tspc.layers.forms import tensorized_layers
+from tspc.layers.norms import takes_shift
+from tspc.traversal.walk import trace
 
 
 class Activated(nn.BatchNorm2d):

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from tspc.errors import RunError
-from tspc.files import write_atomically
-from tspc.stash import Room
+from tspc.store.files import write_atomically
+from tspc.traversal.stash import Room
 
 BIG = torch.zeros(2**19)
 WRITERS = {

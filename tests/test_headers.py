@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tspc
-from tspc.checkpoint import read_header
+from tspc.compression.checkpoint import read_header
 from tspc.errors import TspcError, WeightsError
 from tspc.models import NetworkSpec
 from tspc.models.weights import read_state

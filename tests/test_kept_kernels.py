@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.nets import a_layer, dense_answer, images, small_net
 from tspc.decompositions import METHODS
-from tspc.links import REBUILT
+from tspc.layers.chains import REBUILT
 
 each_method = pytest.mark.parametrize("name", METHODS)
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import TINY, Cli
-from tspc.files import remove_left_over
+from tspc.store.files import remove_left_over
 
 COMMAND = (
     *(argument for argument in TINY if argument != "report=false"),
@@ -154,7 +154,7 @@ def test_a_full_disk_where_a_package_writes_is_one_line(cli: Cli, monkeypatch):
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tspc.pipeline.load_data", full)
+    monkeypatch.setattr("tspc.run.pipeline.load_data", full)
     code, _, err = cli(*TINY)
     assert (code, err) == (
         1,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tspc.decompositions import METHODS
-from tspc.layers import Chain, Contracted, tensorize
+from tspc.layers.forms import Chain, Contracted, tensorize
 
 CONVOLUTIONS = {
     "plain": {"kernel_size": 3},

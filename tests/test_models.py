@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from tspc.blocks import block_of, find_blocks
-from tspc.compression import compress
+from tspc.compression.apply import compress
+from tspc.compression.planning import plan
 from tspc.decompositions import METHODS
 from tspc.errors import ConfigError
 from tspc.models import BUILTIN, NetworkSpec
 from tspc.models.weights import load_state, read_state
-from tspc.planning import plan
+from tspc.traversal.blocks import block_of, find_blocks
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -123,7 +123,7 @@ def test_blocks_of_torchvision_networks(name, count, first):
 @pytest.mark.parametrize("name", ["vit_b_16", "googlenet", "regnet_y_400mf"])
 def test_distillation_blocks_do_not_depend_on_the_method(name):
     """Blocks are those of the dense network: a chain is several convolutions, a rebuilt layer none."""
-    from tspc.layers import tensorized_layers
+    from tspc.layers.forms import tensorized_layers
 
     model = NetworkSpec("torchvision", name, 10).build()
     found = set()
@@ -147,8 +147,8 @@ def test_blocks_by_pattern():
 @pytest.mark.parametrize("name", METHODS)
 def test_resnet50_runs_as_its_rebuilt_kernels(name):
     """Every method on ResNet-50 at 0.05: the network equals the one with dense kernels rebuilt from the factors."""
-    from tspc.layers import tensorized_layers
-    from tspc.replacing import set_module
+    from tspc.layers.forms import tensorized_layers
+    from tspc.layers.replacing import set_module
 
     torch.manual_seed(0)
     model = NetworkSpec("torchvision", "resnet50", 1000).build().eval()

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import tspc
-from tspc.calibration import Calibration, Samples
+from tspc.calibration.moments import Moments
+from tspc.calibration.samples import Calibration, Samples
 from tspc.decompositions import METHODS
 from tspc.errors import TspcWarning
-from tspc.modes import own_modes
-from tspc.moments import Moments
+from tspc.system.modes import own_modes
 
 SETTINGS = Calibration(samples=32, batch_size=16)
 

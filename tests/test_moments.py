@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tspc import moments, processes
-from tspc.batch_norm import rebase_, refit_norms_
-from tspc.moments import Moments, Statistics
+from tspc.calibration import moments
+from tspc.calibration.batch_norm import rebase_, refit_norms_
+from tspc.calibration.moments import Moments, Statistics
+from tspc.system import processes
 
 CPU = torch.device("cpu")
 

@@ -13,12 +13,12 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.conftest import TINY
+from tspc.compression.plan import LayerPlan, Plan
 from tspc.pages.drawing import legible, style
 from tspc.pages.records import read_run, split_pattern
 from tspc.pages.rows import Row, csv_of, grid_of, latex_of, markdown_of
 from tspc.pages.run_figures import run_drawings
 from tspc.pages.sweep_figures import sweep_drawings
-from tspc.plans import LayerPlan, Plan
 
 NAMES = (
     *("$", r"\frac{", r"$\frac{$", "$x_{$", "a_b^c", "50 %", "{}", "{0}", "%s", "#1", "~", "&amp;"),

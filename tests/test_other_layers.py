@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import tspc
-from tspc.calibration import Calibration
+from tspc.calibration.patches import Positions, input_patches, output_rows
+from tspc.calibration.samples import Calibration
 from tspc.decompositions import METHODS
-from tspc.dense import kernel_of
 from tspc.errors import ConfigError
-from tspc.layers import tensorized_layers
-from tspc.patches import Positions, input_patches, output_rows
+from tspc.layers.dense import kernel_of
+from tspc.layers.forms import tensorized_layers
 
 each_method = pytest.mark.parametrize("name", METHODS)
 

@@ -210,7 +210,7 @@ def test_a_page_that_cannot_be_made_costs_no_result(cli, tmp_path):
 
 
 def test_500_layers_open_fast_and_stay_small(outputs, tmp_path, browser: Browser):  # noqa: F811
-    from tspc import checkpoint
+    from tspc.compression import checkpoint
 
     run = tmp_path / "large/seed0"
     shutil.copytree(outputs / RUN, run)

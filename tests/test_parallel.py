@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from tspc.parallel import side_by_side
+from tspc.system.parallel import side_by_side
 
 
 @pytest.fixture(autouse=True, params=[1, 2])

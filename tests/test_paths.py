@@ -13,15 +13,15 @@ from torch import nn
 import tspc
 from tests.conftest import TINY
 from tests.nets import Net, a_layer, images, small_net
-from tspc.compression import tensorized
+from tspc.compression.apply import tensorized
+from tspc.compression.path_costs import GAIN, Costs, input_sizes
+from tspc.compression.plan import SLOWER, Plan
 from tspc.decompositions import METHODS
 from tspc.deploy import cost
 from tspc.errors import ConfigError, DataError
-from tspc.layers import tensorized_layers, untrained
-from tspc.links import CHAIN, REBUILT, groupings, members
-from tspc.paths import GAIN, Costs, input_sizes
+from tspc.layers.chains import CHAIN, REBUILT, groupings, members
+from tspc.layers.forms import tensorized_layers, untrained
 from tspc.phases.plan import macs_at
-from tspc.plans import SLOWER, Plan
 
 each_method = pytest.mark.parametrize("name", METHODS)
 

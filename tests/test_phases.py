@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.small import CPU, network
-from tspc.calibration import Calibration
-from tspc.compression import compress
-from tspc.hooks import outputs_of
+from tspc.calibration.samples import Calibration
+from tspc.compression.apply import compress
 from tspc.phases.agreement import keep_better_
 from tspc.phases.distill import Distillation, distill
 from tspc.phases.finetune import Finetuning, finetune, relative_error
-from tspc.refit import adapted_layers, refit_
+from tspc.phases.refit import adapted_layers, refit_
 from tspc.training import Progress, evaluate
+from tspc.traversal.hooks import outputs_of
 
 DISTILLATION = Distillation(20, 25, 2e-3, optimizer="adam", schedule="constant", images=200)
 

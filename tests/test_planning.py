@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from tspc.compression import apply_, compress
+from tspc.compression.apply import apply_, compress
+from tspc.compression.plan import Plan
+from tspc.compression.planning import plan
 from tspc.decompositions import METHODS
 from tspc.errors import ConfigError, DecompositionError, InfeasibleRateError
 from tspc.models import NetworkSpec
-from tspc.planning import plan
-from tspc.plans import Plan
 
 
 def resnet(name: str = "resnet20") -> nn.Module:

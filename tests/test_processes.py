@@ -21,10 +21,10 @@ import sys
 import torch
 from pathlib import Path
 from tests.small import CPU, SPEC, cross_entropy, network, recipe
-from tspc import processes
-from tspc.compression import compress
+from tspc.system import processes
+from tspc.compression.apply import compress
 from tspc.data import load_data
-from tspc.display import Display
+from tspc.terminal.display import Display
 from tspc.phases.context import Context
 from tspc.phases.distill import Distillation, distill
 from tspc.phases.finetune import Finetuning, finetune, train_classifier

@@ -13,9 +13,9 @@ from torch import nn
 import tspc
 from tests.nets import Net, images
 from tspc.decompositions import METHODS
-from tspc.dense import kernel_shape
 from tspc.errors import TspcError, TspcWarning
-from tspc.layers import tensorize, tensorized_layers
+from tspc.layers.dense import kernel_shape
+from tspc.layers.forms import tensorize, tensorized_layers
 
 LAYERS = {
     "linear": nn.Linear(12, 10),

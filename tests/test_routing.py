@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.test_phases import DISTILLATION
-from tspc.calibration import Calibration
-from tspc.compression import compress
+from tspc.calibration.samples import Calibration
+from tspc.compression.apply import compress
 from tspc.errors import TspcWarning
 from tspc.phases.distill import distill
 from tspc.training import Progress

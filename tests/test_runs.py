@@ -17,7 +17,7 @@ import tspc
 from tests.conftest import TINY
 from tspc.errors import RunError
 from tspc.models import NetworkSpec
-from tspc.runs import RunDirectory, differences
+from tspc.store.directory import RunDirectory, differences
 
 RUN = "outputs/synthetic/resnet8/tt-0.2/seed0"
 
@@ -71,7 +71,7 @@ def test_other_weights_are_never_taken_for_these(cli, tmp_path):
 def test_a_killed_overwrite_leaves_no_false_claim(cli, tmp_path, monkeypatch):
     assert cli(*TINY)[0] == 0
     with monkeypatch.context() as patched:
-        patched.setattr("tspc.reference.train_classifier", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("tspc.run.reference.train_classifier", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cli(*TINY, "dataset.pretrain.steps=5", "overwrite=true")[0] == 130
     code, out, _ = cli(*TINY, "dataset.pretrain.steps=5", "overwrite=true")
     assert code == 0

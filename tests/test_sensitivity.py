@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 import tspc
 from tests.test_calibration import images, resnet
-from tspc import sensitivity
-from tspc.calibration import Calibration, Samples
+from tspc.calibration import sensitivity
+from tspc.calibration.samples import Calibration, Samples
+from tspc.calibration.sensitivity import output_sensitivity
+from tspc.compression.planning import outline
 from tspc.errors import TspcWarning
-from tspc.planning import outline
-from tspc.sensitivity import output_sensitivity
 
 
 class Body(nn.Module):
@@ -182,7 +182,7 @@ def test_only_layers_that_are_treated_are_measured_and_each_once(monkeypatch):
         asked.append(sorted(layers))
         return output_sensitivity(model, layers, batches)
 
-    monkeypatch.setattr("tspc.calibration.output_sensitivity", counted)
+    monkeypatch.setattr("tspc.calibration.samples.output_sensitivity", counted)
     model = resnet()
     tspc.compress(model, "svd", 0.4, calibration=images(8), include=["layer3*"])
     assert outline(model, "svd", include=["layer3*"]).chosen

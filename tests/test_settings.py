@@ -12,8 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.test_configs import composed
-from tspc.config import Config, read_config
 from tspc.errors import ConfigError
+from tspc.run.config import Config, read_config
 
 FUZZED = int(os.environ.get("TSPC_FUZZ_SETTINGS", "300"))
 """How many random configurations are tried."""

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.conftest import TINY
+from tspc.compression.planning import _whole_share, outline, plan
 from tspc.decompositions import METHODS
 from tspc.errors import ConfigError, InfeasibleRateError
-from tspc.planning import _whole_share, outline, plan
 
 
 def test_a_rate_allows_what_stays_within_it_when_divided():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tspc.errors import RunError
-from tspc.nested import UnknownValueError, mapped, tensors_in
-from tspc.stash import Room, Stash
+from tspc.traversal.nested import UnknownValueError, mapped, tensors_in
+from tspc.traversal.stash import Room, Stash
 
 
 class Pair(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 import tspc
 from tests.nets import Net, images
 from tspc.errors import WeightsError
-from tspc.layers import tensorized_layers
+from tspc.layers.forms import tensorized_layers
 
 
 class Tables(nn.Module):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tspc.calibration import Calibration, Samples
-from tspc.compression import apply_, compress
+from tspc.calibration.samples import Calibration, Samples
+from tspc.compression.apply import apply_, compress
+from tspc.compression.planning import plan
 from tspc.errors import TspcWarning
-from tspc.planning import plan
 
 WIDTH = 12
 

@@ -9,7 +9,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from tests.nets import images, small_net
 from tspc.decompositions import METHODS
-from tspc.layers import tensorized_layers
+from tspc.layers.forms import tensorized_layers
 
 each_method = pytest.mark.parametrize("name", METHODS)
 

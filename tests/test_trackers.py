@@ -8,7 +8,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import TINY
-from tspc.trackers import measurements
+from tspc.run.trackers import measurements
 
 
 def test_names_of_measurements():

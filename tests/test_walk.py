@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from tests.test_stash import Cache, Frozen, Pair, Slots
-from tspc.blocks import find_blocks
-from tspc.calibration import Calibration, Samples, moments_of
-from tspc.dense import kernel_of, kind_of
+from tspc.calibration.samples import Calibration, Samples, moments_of
+from tspc.compression.path_costs import input_sizes
 from tspc.errors import TspcWarning
-from tspc.paths import input_sizes
+from tspc.layers.dense import kernel_of, kind_of
+from tspc.traversal.blocks import find_blocks
 
 
 class Step(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tspc
-from tspc.calibration import Calibration
+from tspc.calibration.samples import Calibration
 from tspc.errors import DecompositionError, WeightsError
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state, read_state

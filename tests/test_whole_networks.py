@@ -11,9 +11,9 @@ from torch import nn
 
 from tests.small import network
 from tests.test_processes import launch
-from tspc.compression import compress
+from tspc.compression.apply import compress
 from tspc.decompositions import METHODS
-from tspc.layers import tensorized_layers
+from tspc.layers.forms import tensorized_layers
 from tspc.models import NetworkSpec
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -93,8 +93,8 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tests.small import network
-from tspc import processes
-from tspc.compression import compress
+from tspc.system import processes
+from tspc.compression.apply import compress
 
 torch.set_num_threads(1)
 processes.join(cpu=True)

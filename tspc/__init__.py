@@ -13,28 +13,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tspc.checkpoint import load as load
-    from tspc.checkpoint import save as save
-    from tspc.compression import apply_ as apply_
-    from tspc.compression import compress as compress
+    from tspc.compression.apply import apply_ as apply_
+    from tspc.compression.apply import compress as compress
+    from tspc.compression.checkpoint import load as load
+    from tspc.compression.checkpoint import save as save
+    from tspc.compression.plan import Plan as Plan
+    from tspc.compression.planning import plan as plan
     from tspc.decompositions import CP as CP
     from tspc.decompositions import SVD as SVD
     from tspc.decompositions import Reshaped as Reshaped
     from tspc.decompositions import TensorTrain as TensorTrain
     from tspc.decompositions import Tucker as Tucker
     from tspc.deploy import export as export
+    from tspc.deploy.folding import fold_batch_norms as fold_batch_norms
     from tspc.errors import TspcError as TspcError
-    from tspc.inference import fold_batch_norms as fold_batch_norms
-    from tspc.planning import plan as plan
-    from tspc.plans import Plan as Plan
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "checkpoint",
-    "save": "checkpoint",
-    "apply_": "compression",
-    "compress": "compression",
+    "load": "compression.checkpoint",
+    "save": "compression.checkpoint",
+    "apply_": "compression.apply",
+    "compress": "compression.apply",
     "CP": "decompositions",
     "SVD": "decompositions",
     "Reshaped": "decompositions",
@@ -42,9 +42,9 @@ _HOMES = {
     "Tucker": "decompositions",
     "export": "deploy",
     "TspcError": "errors",
-    "fold_batch_norms": "inference",
-    "Plan": "plans",
-    "plan": "planning",
+    "fold_batch_norms": "deploy.folding",
+    "Plan": "compression.plan",
+    "plan": "compression.planning",
 }
 
 __all__ = [

@@ -23,10 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tspc import __version__
-from tspc.bounds import shown
 from tspc.errors import ConfigError, DataError, Interrupted, TrainingError, TspcError
-from tspc.launch import count, is_first
-from tspc.sweep import forget_empty_sweep, sweep_folder, write_record
+from tspc.run.sweep import forget_empty_sweep, sweep_folder, write_record
+from tspc.system.bounds import shown
+from tspc.system.launch import count, is_first
 
 FAILED, INTERRUPTED = 1, 130
 GROUPS = ("method", "dataset", "model")
@@ -97,10 +97,10 @@ def _job(failures: list[str]) -> Any:
 
 
 def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
-    from tspc import interrupts
-    from tspc.config import read_config
-    from tspc.display import Display, shown_warnings
-    from tspc.pipeline import run
+    from tspc.run.config import read_config
+    from tspc.run.pipeline import run
+    from tspc.system import interrupts
+    from tspc.terminal.display import Display, shown_warnings
 
     _refuse_lists_of_options(config)
     settings = dataclasses.replace(read_config(config, _given()), command=_command())

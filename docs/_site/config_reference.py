@@ -201,10 +201,10 @@ def _meaning(key: Key, beside: dict[tuple[str, str], str]) -> str:
 
 def _kind(name: str, value: Any) -> str:
     """The type: of the class's field where there is one, else of the default."""
-    from tspc.calibration import Calibration
-    from tspc.config import Config
+    from tspc.calibration.samples import Calibration
     from tspc.data import DataSpec
     from tspc.phases.decompose import PlanRequest
+    from tspc.run.config import Config
     from tspc.training import Recipe
 
     hints = {f.name: f.type for cls in (Config, PlanRequest) for f in dataclasses.fields(cls)}

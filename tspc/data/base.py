@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tspc.data.spec import DataSpec
 from tspc.errors import DataError
-from tspc.processes import ALONE, Share
+from tspc.system.processes import ALONE, Share
 
 Batch = tuple[Tensor, Tensor]
 

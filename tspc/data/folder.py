@@ -29,7 +29,7 @@ from tspc.data.base import (
 )
 from tspc.data.images import Samples, Skipped, middle, opened, scan
 from tspc.errors import DataError, shortened
-from tspc.processes import ALONE, Share
+from tspc.system.processes import ALONE, Share
 
 PREFETCH = 4
 """Batches that each worker keeps ready."""

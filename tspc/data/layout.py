@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tspc.data.base import Batch, Data, Feed
-from tspc.processes import ALONE, Share
+from tspc.system.processes import ALONE, Share
 
 
 class Contiguous:

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from tspc.bounds import SEEDS, Allowed, Bounds, described, out_of_range, shown
+from tspc.system.bounds import SEEDS, Allowed, Bounds, described, out_of_range, shown
 
 NO_DATA = "none"
 """The kind of a data set that is not there."""

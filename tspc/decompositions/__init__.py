@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tspc.bounds import shown
 from tspc.decompositions.auto import Auto
 from tspc.decompositions.base import Decomposition, Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
 from tspc.decompositions.cp import CP
@@ -16,6 +15,7 @@ from tspc.decompositions.svd import SVD
 from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
 from tspc.errors import ConfigError
+from tspc.system.bounds import shown
 
 __all__ = [
     "CP",

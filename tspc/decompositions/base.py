@@ -14,7 +14,7 @@ from torch import Tensor
 from tspc.decompositions import function_space
 from tspc.decompositions.function_space import Metric
 from tspc.errors import DecompositionError
-from tspc.modes import own_modes
+from tspc.system.modes import own_modes
 
 Shape = tuple[int, ...]
 Rank = tuple[int, ...]

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tspc.bounds import SEEDS, SHARE, Bounds
 from tspc.decompositions import oracle
 from tspc.decompositions.als import Components, alternate, gaussian, khatri_rao, project, slice_svd
 from tspc.decompositions.base import (
@@ -27,6 +26,7 @@ from tspc.decompositions.base import (
 from tspc.decompositions.linalg import truncated_svd
 from tspc.decompositions.settings import SWEEPS, require
 from tspc.decompositions.svd import SVD
+from tspc.system.bounds import SEEDS, SHARE, Bounds
 
 SKETCH_SWEEPS = 4
 """Sweeps that show about how large the error will be."""

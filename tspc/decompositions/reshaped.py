@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tspc.bounds import Bounds
 from tspc.decompositions.base import Axes, Decomposition, Factors, Rank, Shape, kernel_dims
 from tspc.decompositions.cp import CP
 from tspc.decompositions.settings import require
 from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
+from tspc.system.bounds import Bounds
 
 MOST_MODES = 8
 """Most modes that a channel count is split into: ways to split grow quickly, and 2 ** 8 has no more factors."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tspc.bounds import Allowed, Bounds, described, shown
 from tspc.errors import DecompositionError
+from tspc.system.bounds import Allowed, Bounds, described, shown
 
 SWEEPS = Bounds(1, 1e6)
 """How many times a fit may be gone over or begun anew."""

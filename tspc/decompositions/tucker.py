@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tspc.bounds import SHARE
 from tspc.decompositions import oracle
 from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
 from tspc.decompositions.linalg import dominant_basis, mode_product, projected, unfold
 from tspc.decompositions.settings import SWEEPS, require
 from tspc.decompositions.svd import SVD
+from tspc.system.bounds import SHARE
 
 
 def _energy(tensor: Tensor) -> float:

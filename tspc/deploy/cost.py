@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tspc.deploy.programs import Inputs
-from tspc.hooks import evaluating
-from tspc.layers import tensorized_layers
-from tspc.state import tensor_state
+from tspc.layers.forms import tensorized_layers
+from tspc.store.state import tensor_state
+from tspc.traversal.hooks import evaluating
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from tspc import extras
 from tspc.deploy.programs import (
     Inputs,
     as_inputs,
@@ -29,11 +28,12 @@ from tspc.deploy.programs import (
     traced,
 )
 from tspc.errors import ExportError, TspcWarning
-from tspc.files import write_atomically
-from tspc.launch import is_first
 from tspc.models.weights import load_state
-from tspc.modes import own_modes
-from tspc.state import packed, tensor_state
+from tspc.store.files import write_atomically
+from tspc.store.state import packed, tensor_state
+from tspc.system import extras
+from tspc.system.launch import is_first
+from tspc.system.modes import own_modes
 
 FORMATS = ("onnx", "pt2", "safetensors")
 """Also the endings of the files."""

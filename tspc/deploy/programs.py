@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from tspc.copying import copied
 from tspc.errors import ExportError
-from tspc.layers import tensorized_layers
+from tspc.layers.forms import tensorized_layers
+from tspc.traversal.copying import copied
 
 Inputs = tuple[Tensor, ...]
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tspc import extras
-from tspc.copying import copied
 from tspc.deploy.programs import Inputs, first_line, onnx_program, onnx_session, quiet, run_session, take, traced
 from tspc.errors import ExportError
+from tspc.system import extras
+from tspc.traversal.copying import copied
 
 RUNTIMES = ("eager", "compile", "onnx")
 LEAST_REPEATS = 5

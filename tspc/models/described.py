@@ -146,7 +146,7 @@ def _check(spec: NetworkSpec) -> None:
 
 
 def _check_transformers(spec: NetworkSpec) -> None:
-    from tspc import extras
+    from tspc.system import extras
 
     extras.require("transformers", "the network in the file")
     from transformers import CONFIG_MAPPING

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from tspc import extras
 from tspc.errors import ConfigError, WeightsError
+from tspc.system import extras
 
 
 def timm_network(

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tspc import extras
 from tspc.errors import ConfigError, WeightsError
+from tspc.system import extras
 
 
 class Classifier(nn.Module):

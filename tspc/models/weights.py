@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tspc.errors import WeightsError, shortened
-from tspc.files import parsed_json
 from tspc.models.safe_files import read_tensors
+from tspc.store.files import parsed_json
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
 _WRAPPERS = ("state_dict", "model")

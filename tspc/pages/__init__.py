@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tspc.display import Display
 from tspc.errors import TspcError
 from tspc.pages.compare import write_comparison, write_sweep
 from tspc.pages.report import write_report
+from tspc.terminal.display import Display
 
 __all__ = ["made", "write_comparison", "write_report", "write_sweep"]
 

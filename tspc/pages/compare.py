@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tspc.decompositions import NAMES
-from tspc.files import make_folder, remove_left_over, write_text
 from tspc.pages.drawing import style
 from tspc.pages.records import DAMAGED, DAMAGES, DONE, Broken, Run, damaged, find_runs, read_sweep, split_pattern
 from tspc.pages.render import render
@@ -25,7 +24,8 @@ from tspc.pages.rows import (
     row_of_broken,
 )
 from tspc.pages.sweep_figures import sweep_drawings
-from tspc.runs import FIGURES, STAGES
+from tspc.store.directory import FIGURES, STAGES
+from tspc.store.files import make_folder, remove_left_over, write_text
 
 
 def write_comparison(pattern: str) -> Path:

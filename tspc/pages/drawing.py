@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from tspc.files import write_atomically, write_text
+from tspc.store.files import write_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

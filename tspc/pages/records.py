@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tspc.compression.plan import Plan
 from tspc.errors import RunError, TspcError
-from tspc.files import read_json
-from tspc.plans import Plan
-from tspc.runs import FAILED, STAGES, failure, read_metrics, read_stage, unfinished
-from tspc.schemas import IDENTITY, JOB, RESULT, SPECTRA
+from tspc.store.directory import FAILED, STAGES, failure, read_metrics, read_stage, unfinished
+from tspc.store.files import read_json
+from tspc.store.schemas import IDENTITY, JOB, RESULT, SPECTRA
 
 REFERENCE = "reference"
 DONE, RUNNING, STOPPED, DAMAGED = "done", "running", "stopped", "damaged"

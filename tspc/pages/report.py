@@ -9,13 +9,13 @@ from typing import Any
 from markupsafe import Markup
 
 from tspc.errors import RunError
-from tspc.files import make_folder, write_text
 from tspc.pages.benchmark import LATENCY, MACS, figures_of, readable_count
 from tspc.pages.drawing import style
 from tspc.pages.records import REFERENCE, Run, read_run
 from tspc.pages.render import render
 from tspc.pages.run_figures import run_drawings, thinned
-from tspc.runs import FIGURES
+from tspc.store.directory import FIGURES
+from tspc.store.files import make_folder, write_text
 
 _SPARK = (120, 26)
 """Width and height of a spectrum's curve in the table of layers."""

@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from tspc.pages.benchmark import LATENCY, MACS, figures_of
 from tspc.pages.records import Broken, Run
-from tspc.runs import STAGES
-from tspc.trackers import flattened
+from tspc.run.trackers import flattened
+from tspc.store.directory import STAGES
 
 DECISIVE = ("phase.decompose.", "phase.distill.", "phase.finetune.", "calibration.", "allocation", "eval_samples")
 """What the keys of settings begin with that an accuracy depends on, besides method, rate and seed."""

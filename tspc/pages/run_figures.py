@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tspc.compression.plan import Plan
 from tspc.pages.drawing import GRID, MUTED, SERIES, SOFT, Drawing, Mark, accuracy_axis, canvas, legible, plain_log_axis
 from tspc.pages.records import REFERENCE, Run
-from tspc.plans import Plan
-from tspc.runs import STAGES
+from tspc.store.directory import STAGES
 
 NAMED = 40
 """Most layers whose names fit below an axis."""

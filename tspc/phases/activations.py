@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc import processes
 from tspc.data import generator_of
 from tspc.errors import ConfigError
-from tspc.nested import UnknownValueError
-from tspc.stash import Room, Stash
-from tspc.walk import Trace, Walker
+from tspc.system import processes
+from tspc.traversal.nested import UnknownValueError
+from tspc.traversal.stash import Room, Stash
+from tspc.traversal.walk import Trace, Walker
 
 JUDGES = 8
 """One in so many of the kept batches judges, and is not trained on."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tspc import processes
-from tspc.hooks import evaluating
 from tspc.phases.context import Context
+from tspc.system import processes
+from tspc.traversal.hooks import evaluating
 
 Images = Callable[[], Iterable[Tensor]]
 

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from tspc.bounds import Bounds, out_of_range, shown
 from tspc.deploy import RUNTIMES, Comparison, cost
 from tspc.deploy.programs import take
-from tspc.display import Display
 from tspc.phases.inputs import Example
+from tspc.system.bounds import Bounds, out_of_range, shown
+from tspc.terminal.display import Display
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tspc import processes
 from tspc.data import Data, Feed
-from tspc.display import Display
+from tspc.system import processes
+from tspc.terminal.display import Display
 from tspc.training import Hardware, Recipe, Step, place
 
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.bounds import NONE_OR_MORE, out_of_range
-from tspc.calibration import Calibration, Samples
-from tspc.compression import tensorized
-from tspc.curves import Curves, error_curves
+from tspc.calibration.samples import Calibration, Samples
+from tspc.compression.apply import tensorized
+from tspc.compression.curves import Curves, error_curves
+from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.planning import Outline, needs_curves, outline, plan
 from tspc.decompositions import Method, Metric
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
-from tspc.planning import Outline, needs_curves, outline, plan
-from tspc.plans import LayerPlan, Plan
-from tspc.spectra import Spectrum, spectra_of
+from tspc.phases.spectra import Spectrum, spectra_of
+from tspc.system.bounds import NONE_OR_MORE, out_of_range
 
 
 @dataclass(frozen=True)

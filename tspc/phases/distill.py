@@ -17,22 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc import processes
-from tspc.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
-from tspc.blocks import block_of, find_blocks
-from tspc.bounds import COUNT, NONE_OR_MORE, SHARE_BELOW_ONE, out_of_range
+from tspc.calibration.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
 from tspc.errors import TspcWarning
-from tspc.hooks import evaluating
-from tspc.layers import tensorized_layers
-from tspc.modes import own_modes
+from tspc.layers.forms import tensorized_layers
 from tspc.phases.activations import Kept
 from tspc.phases.agreement import keep_better_
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
-from tspc.refit import adapted_layers, can_be_refitted, refit_
-from tspc.stash import Room, Stash
+from tspc.phases.refit import adapted_layers, can_be_refitted, refit_
+from tspc.system import processes
+from tspc.system.bounds import COUNT, NONE_OR_MORE, SHARE_BELOW_ONE, out_of_range
+from tspc.system.modes import own_modes
 from tspc.training import Progress, Recipe, Step, Watchers, fit
-from tspc.walk import Trace, trace
+from tspc.traversal.blocks import block_of, find_blocks
+from tspc.traversal.hooks import evaluating
+from tspc.traversal.stash import Room, Stash
+from tspc.traversal.walk import Trace, trace
 
 BATCH_NORMS = ("frozen", "updated")
 WAYS = ("sequential", "parallel", "mixed")

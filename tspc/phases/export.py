@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from tspc.bounds import SHARE, Bounds, out_of_range, shown
 from tspc.deploy import FORMATS, Exporter, check_formats
-from tspc.display import Display
-from tspc.files import make_folder
 from tspc.phases.inputs import Example
+from tspc.store.files import make_folder
+from tspc.system.bounds import SHARE, Bounds, out_of_range, shown
+from tspc.terminal.display import Display
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspc import processes
-from tspc.batch_norm import SHOWN, rebase_
-from tspc.blocks import find_blocks
-from tspc.bounds import SHARE, Bounds, out_of_range
-from tspc.hooks import outputs_of
-from tspc.layers import tensorized_layers
-from tspc.modes import own_modes
+from tspc.calibration.batch_norm import SHOWN, rebase_
+from tspc.layers.forms import tensorized_layers
 from tspc.phases.agreement import class_counts, distance
 from tspc.phases.context import Context
+from tspc.system import processes
+from tspc.system.bounds import SHARE, Bounds, out_of_range
+from tspc.system.modes import own_modes
 from tspc.training import Labelled, LossOf, Progress, Recipe, Watchers, accuracy, fit
+from tspc.traversal.blocks import find_blocks
+from tspc.traversal.hooks import outputs_of
 
 LEAST_APART = 0.01
 """Distances from the reference below it count as this: 512 images tell no smaller ones apart."""

@@ -9,9 +9,9 @@ from torch import nn
 
 from tspc.deploy import Inputs
 from tspc.errors import ConfigError
-from tspc.hooks import evaluating
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
+from tspc.traversal.hooks import evaluating
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tspc.bounds import POSITIVE_SHARE, shown
-from tspc.curves import Curves
+from tspc.compression.curves import Curves
+from tspc.compression.path_costs import calls, macs_saved
+from tspc.compression.plan import Plan
 from tspc.deploy import cost
 from tspc.errors import InfeasibleRateError
-from tspc.paths import calls, macs_saved
 from tspc.phases.decompose import PlanRequest
-from tspc.plans import Plan
+from tspc.system.bounds import POSITIVE_SHARE, shown
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tspc import processes
 from tspc.data import Batch, Data
 from tspc.errors import ConfigError
-from tspc.hooks import evaluating
-from tspc.modes import own_modes
+from tspc.system import processes
+from tspc.system.modes import own_modes
+from tspc.traversal.hooks import evaluating
 
 
 @dataclass(frozen=True)

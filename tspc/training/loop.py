@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tspc import interrupts, processes
 from tspc.data import Batch, Data, Feed, generator_of
 from tspc.errors import TrainingError
-from tspc.state import tensor_state
+from tspc.store.state import tensor_state
+from tspc.system import interrupts, processes
 from tspc.training.progress import Progress
 from tspc.training.recipe import Recipe
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.hooks import evaluating
+from tspc.traversal.hooks import evaluating
 
 LIKE = 1e-2
 """Answers that differ by less, as a share of the largest, differ by rounding."""

@@ -12,11 +12,11 @@ from zipfile import ZipFile
 import torch
 from torch import nn
 
-from tspc import processes
 from tspc.errors import RunError
-from tspc.files import remove, write_atomically
-from tspc.launch import is_first
-from tspc.schemas import COUNT, SECONDS, problem
+from tspc.store.files import remove, write_atomically
+from tspc.store.schemas import COUNT, SECONDS, problem
+from tspc.system import processes
+from tspc.system.launch import is_first
 
 _SAVED = {"settings": str, "stage": COUNT, "seconds": SECONDS}
 """What a saved state has beside the tensors."""

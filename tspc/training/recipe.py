@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tspc.bounds import COUNT, NONE_OR_MORE, SHARE_BELOW_ONE, Bounds, out_of_range
+from tspc.system.bounds import COUNT, NONE_OR_MORE, SHARE_BELOW_ONE, Bounds, out_of_range
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine", "step")

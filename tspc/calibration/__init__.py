@@ -1,0 +1,1 @@
+"""What the layers see: calibration inputs and their statistics."""

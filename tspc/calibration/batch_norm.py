@@ -1,0 +1,192 @@
+"""Batch norm statistics taken anew: on the calibration images, and before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.calibration.samples import Samples
+from tspc.decompositions import double
+from tspc.system import processes
+from tspc.system.modes import own_modes
+from tspc.traversal.hooks import evaluating, first_argument, hooked
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+JUDGES = 128
+"""Images by whose answers the better statistics are chosen."""
+SHOWN = 512
+"""Training images by which batch norms are set before training."""
+
+
+@own_modes()
+def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> None:
+    """Replaces running means and variances by those that the calibration images give, as the settings say.
+
+    `auto` keeps the better: the statistics at which the network's answers are closer to the reference's.
+    """
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+    choice = samples.settings.batch_norm
+    if choice == "keep" or not norms or len(next(iter(samples))) < 2:
+        return
+    before = {id(norm): {k: v.clone() for k, v in norm.state_dict().items()} for norm in norms}
+    if choice == "recalibrate":
+        _measure_(model, norms, samples)
+        return
+    wanted = _answers(reference, samples)
+    distance = _distance(model, wanted, samples)
+    _measure_(model, norms, samples)
+    if not _distance(model, wanted, samples) < distance:
+        for norm in norms:
+            norm.load_state_dict(before[id(norm)])
+
+
+@torch.no_grad()
+def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> None:
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over all batches
+        norm.train()
+    size = 0
+    for images in samples:
+        size = size or len(images)
+        if len(images) == size:  # a smaller last batch would count as much as a whole one
+            model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, samples: Samples) -> list[Any]:
+    """The network's answers to at least JUDGES images, where there are as many; batch by batch."""
+    answers, count = [], 0
+    for images in samples:
+        if count >= JUDGES:
+            break
+        answers.append(model(images))
+        count += len(images)
+    return answers
+
+
+def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:
+    """Squared distance of the network's answers from those wanted, summed over the images; 0 if it is not known."""
+    if not all(isinstance(answer, Tensor) for answer in wanted):
+        return 0.0
+    pairs = zip(_answers(model, samples), wanted, strict=True)
+    return sum(float((double(answer) - double(target)).square().sum()) for answer, target in pairs)
+
+
+def _fitted_norms(network: nn.Module) -> dict[str, BatchNorm]:
+    """Batch norms that have a scale, a shift and running statistics."""
+    norms = {name: m for name, m in network.named_modules() if isinstance(m, BatchNorm)}
+    return {name: norm for name, norm in norms.items() if norm.affine and norm.running_mean is not None}
+
+
+def count_norms(network: nn.Module) -> int:
+    return len(_fitted_norms(network))
+
+
+@own_modes()
+@torch.no_grad()
+def refit_norms_(network: nn.Module, reference: nn.Module, run: Callable[[], object]) -> None:
+    """Sets the batch norms' scale and shift anew, one after the other: each then answers most like the reference's.
+
+    `run` sends the same images first through the network, then through the reference, batch by batch. The least
+    squares are solved channel by channel: with x what the network's batch norm is given and y what the reference's
+    answers,
+
+        w = cov(x, y) / √(var(x) + ε),   b = E[y],   running statistics E[x] and var(x).
+
+    It costs forward passes alone, and brings back to their size activations whose inputs have become others.
+    """
+    for name, norm in _fitted_norms(network).items():
+        waiting: list[Tensor] = []
+        found: list[Tensor] = []
+
+        def see(module: nn.Module, args: Any, kwargs: Any, waiting: list[Tensor] = waiting) -> None:
+            waiting.append(
+                first_argument(args, kwargs).to(torch.float32, copy=True)
+            )  # the block may change it in place
+
+        def compare(
+            module: nn.Module, args: Any, y: Tensor, waiting: list[Tensor] = waiting, found: list[Tensor] = found
+        ) -> None:
+            found.append(_sums(waiting.pop(0), y.float()))
+
+        other = reference.get_submodule(name)
+        with (
+            evaluating(network),
+            hooked([norm.register_forward_pre_hook(see, with_kwargs=True), other.register_forward_hook(compare)]),
+        ):
+            run()
+        if not found:
+            continue
+        count, x, y, xx, xy = processes.summed(torch.stack(found).sum(0))
+        mean, target = x / count, y / count
+        variance = (xx / count - mean.square()).clamp(min=0)
+        norm.weight.copy_((xy / count - mean * target) / (variance + norm.eps).sqrt())
+        norm.bias.copy_(target)
+        cast(Tensor, norm.running_mean).copy_(mean)
+        cast(Tensor, norm.running_var).copy_(variance)
+
+
+@own_modes()
+@torch.no_grad()
+def _sums(x: Tensor, y: Tensor) -> Tensor:
+    """For every channel the number of values, Σx, Σy, Σx² and Σxy."""
+    others = [axis for axis in range(x.ndim) if axis != 1]
+    spread, mean = torch.var_mean(x, others, correction=0, keepdim=True)
+    target = y.mean(others, keepdim=True)
+    together = ((x - mean) * (y - target)).mean(others)
+    # Widened after the means, for activations are large.
+    mean, target, spread, together = (double(value.flatten()) for value in (mean, target, spread, together))
+    parts = (torch.ones_like(mean), mean, target, spread + mean.square(), together + mean * target)
+    return x.numel() // x.shape[1] * torch.stack(parts)
+
+
+@own_modes()
+@torch.no_grad()
+def rebase_(network: nn.Module, run: Callable[[], object]) -> None:
+    """Lets batch norms normalise by what they see now, without changing what the network answers in eval mode.
+
+    While `run` sends images through the network, means and variances of what its batch norms are given are taken. They
+    become the running statistics, and weight and bias make up for the change:
+
+        w (x − m) / s + b = w' (x − m') / s' + b'   with   w' = w s' / s,   b' = b + w (m' − m) / s
+
+    In training a batch norm goes by the batch. Compressed layers answer with less variance than the reference's, so
+    that without this the first step would meet another network than the one that was fitted: one whose activations,
+    and all that is wrong about them, are blown up to the reference's size. What has no weight or no statistics is left
+    alone.
+    """
+    norms = list(_fitted_norms(network).values())
+    sums: dict[nn.Module, Tensor] = {}
+
+    @own_modes()
+    @torch.no_grad()
+    def see(norm: nn.Module, *given: Any) -> None:
+        values = first_argument(*given).float()  # widened after the sums, for activations are large
+        others = [axis for axis in range(values.ndim) if axis != 1]
+        variance, mean = map(double, torch.var_mean(values, others, correction=0))
+        count = values.numel() // values.shape[1]
+        found = count * torch.stack((torch.ones_like(mean), mean, variance + mean.square()))
+        sums[norm] = sums[norm] + found if norm in sums else found
+
+    with evaluating(network), hooked([norm.register_forward_pre_hook(see, with_kwargs=True) for norm in norms]):
+        run()
+    for norm in norms:
+        if norm not in sums:  # never called
+            continue
+        count, total, squares = processes.summed(sums[norm])
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        old_mean, old_variance = double(cast(Tensor, norm.running_mean)), double(cast(Tensor, norm.running_var))
+        old, new = (old_variance + norm.eps).sqrt(), (variance + norm.eps).sqrt()
+        norm.bias.add_((double(norm.weight) * (mean - old_mean) / old).to(norm.bias))
+        norm.weight.mul_((new / old).to(norm.weight))
+        cast(Tensor, norm.running_mean).copy_(mean)
+        cast(Tensor, norm.running_var).copy_(variance)

@@ -1,0 +1,242 @@
+"""Calibration: a few hundred unlabelled images tell what the inputs of every layer look like.
+
+Memory does not grow with the number of images: a layer's second moments are S·H·W squared numbers (S·H·W the
+length of an input patch), of large feature maps a seeded random choice of patches stands for all, and activations
+that wait for their layer are kept in files beyond a limit.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.calibration.batches import Batches, check_nothing_is_missing
+from tspc.calibration.moments import Moments, Statistics
+from tspc.calibration.patches import Positions, input_patches
+from tspc.calibration.sensitivity import output_sensitivity
+from tspc.errors import ConfigError, DataError
+from tspc.layers.dense import DenseLayer, kernel_of
+from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
+from tspc.system.modes import own_modes
+from tspc.traversal.hooks import evaluating
+from tspc.traversal.stash import Room, Stash
+from tspc.traversal.walk import Trace, Walker, trace
+
+WIDEST = 8192
+"""Longest input patch whose second moments are kept (half a gigabyte in float64)."""
+MATRICES = 1024
+"""Megabytes of the layers' sensitivities in memory; more of them are kept in files."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the inputs of the layers are measured and used.
+
+    `samples` unlabelled training images are sent through the networks in batches of `batch_size`; 0 goes by the
+    weights alone. Of each layer's input at most about `patches` patches count. `damping`, as a share of the mean
+    second moment, is added to all directions, also to those that the images never showed. With `sensitivity` a
+    layer's outputs count by how much the network's answer depends on them. With `compensate` every layer is fitted
+    to the reference's outputs given the inputs that the layers compressed before it leave it. `batch_norm`
+    says whether the statistics of batch norms are then taken anew (`recalibrate`), kept (`keep`), or the better
+    of the two (`auto`). Activations beyond `memory` MB wait in temporary files.
+    """
+
+    samples: int = 512
+    batch_size: int = 32
+    patches: int = 16384
+    damping: float = 1e-3
+    sensitivity: bool = True
+    compensate: bool = True
+    batch_norm: str = "auto"
+    memory: int = 256
+
+    def problems(self, where: str) -> list[str]:
+        """One line for each value out of range."""
+        allowed = {
+            "batch_norm": BATCH_NORMS,
+            "samples": NONE_OR_MORE,
+            "batch_size": COUNT,
+            "patches": COUNT,
+            "damping": Bounds(1e-15, 1e6),
+            "memory": NONE_OR_MORE,
+        }
+        return out_of_range(self, where, allowed)
+
+
+BATCH_NORMS = ("keep", "recalibrate", "auto")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the images showed of an uncompressed network: its trace, and for layers the weights of their outputs."""
+
+    trace: Trace
+    sensitivity: Mapping[str, Stash]
+
+    def is_centred(self, name: str, layer: DenseLayer) -> bool:
+        """Whether a constant can be added to the layer's output: by its bias, or by its batch norm."""
+        return layer.bias is not None or name in self.trace.batch_norms
+
+    def statistics(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples) -> Statistics:
+        weights = self.sensitivity[name][0] if name in self.sensitivity else None
+        return moments.statistics(
+            kernel_of(layer), self.is_centred(name, layer), samples.settings.damping, weights, len(samples)
+        )
+
+
+class Samples:
+    """Calibration images, kept for several walks through networks. Use as a context manager.
+
+    `images` is a tensor (N, …), or gives batches: tensors, or tuples whose first item is one. The first
+    `settings.samples` are taken, the rest of a tuple is not: a survey of a network that would take it raises DataError.
+    Raises DataError if there is no image.
+    """
+
+    @own_modes()
+    def __init__(
+        self, images: Tensor | Iterable[Any], settings: Calibration | None = None, device: torch.device | None = None
+    ) -> None:
+        self.settings, self.device = settings or Calibration(), device
+        problems = self.settings.problems("calibration")
+        if problems:
+            raise ConfigError(problems)
+        self.room, self._matrices = Room(self.settings.memory), Room(MATRICES)
+        self._sensitivity: tuple[nn.Module, dict[str, Stash]] | None = None
+        self._asked = set[str]()
+        self._images, self._count = Stash(self.room), 0
+        try:
+            batches = Batches(images, self.settings.samples, self.settings.batch_size)
+            for batch in batches:
+                self._images.append(batch)
+                self._count += len(batch)
+            self._first = batches.first
+            if len(self._images) == 0:
+                raise DataError("calibration needs at least one image, but the data gave none")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Samples:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.room.close()
+        self._matrices.close()
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The images, batch by batch, on the device."""
+        for batch in self._images:
+            yield batch if self.device is None else batch.to(self.device)
+
+    def survey(self, model: nn.Module, layers: Collection[str], later: Collection[str] = ()) -> Survey:
+        """How a network calls some layers, and how its answer depends on them.
+
+        Of layers that another survey will ask for `later` the latter is measured along: the gradients come in one go.
+        """
+        check_nothing_is_missing(model, self._first)
+        images = next(iter(self))[:2]
+        with evaluating(model):
+            try:
+                found = trace(model, layers, images)
+            except (RuntimeError, ValueError, TypeError) as error:
+                given = f"{tuple(images.shape[1:])}, {images.dtype}"
+                raise DataError(f"the network cannot take the calibration images ({given} each): {error}") from error
+            return Survey(found, self._sensitivity_of(model, [*layers, *later]))
+
+    def _sensitivity_of(self, model: nn.Module, layers: Collection[str]) -> dict[str, Stash]:
+        """Measured once for each layer of a network."""
+        if self._sensitivity is None or self._sensitivity[0] is not model:
+            for matrix in self._sensitivity[1].values() if self._sensitivity else ():
+                matrix.clear()
+            self._sensitivity, self._asked = (model, {}), set()
+        found = self._sensitivity[1]
+        missing = [name for name in dict.fromkeys(layers) if name not in self._asked]
+        self._asked.update(missing)
+        for name, matrix in output_sensitivity(model, missing, self) if self.settings.sensitivity else ():
+            found[name] = Stash(self._matrices)
+            found[name].append(matrix)
+        return found
+
+    @property
+    def patches_of_a_batch(self) -> int:
+        return max(1, self.settings.patches // len(self._images))
+
+    def walk(self, model: nn.Module, trace: Trace) -> Walker:
+        return Walker(model, trace, self, self.room)
+
+
+def is_narrow(layer: nn.Module) -> bool:
+    """Whether the second moments of the layer's inputs can be kept."""
+    return _entries(layer) <= WIDEST**2
+
+
+def _entries(layer: nn.Module) -> int:
+    """Numbers in the second moments of the layer's inputs, those of each group of its channels."""
+    return getattr(layer, "groups", 1) * kernel_of(layer)[0].numel() ** 2
+
+
+def moments_of(
+    model: nn.Module, layers: Collection[str], samples: Samples, trace: Trace
+) -> Iterator[tuple[str, Moments]]:
+    """The moments of each layer's inputs in an uncompressed network, a segment at a time.
+
+    Layers that are never called, or whose inputs are too wide, are left out.
+    """
+    walker = samples.walk(model, trace)
+    try:
+        for segment in trace.segments:
+            walker.advance()
+            inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
+            parts = list(_fitting_together(model, inside, samples.settings.memory))
+            for part in parts:
+                found = gather(walker, part, samples, for_the_last_time=part is parts[-1])
+                for name in part:
+                    if name in found:
+                        yield name, found.pop(name)  # given away, so that its memory can be freed
+    finally:
+        walker.close()
+
+
+def _fitting_together(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[list[str]]:
+    """Layers whose moments fit into memory together; at least one at a time."""
+    part: list[str] = []
+    used = 0.0
+    for name in layers:
+        size = 8 * _entries(model.get_submodule(name)) / 2**20
+        if part and used + size > megabytes:
+            yield part
+            part, used = [], 0.0
+        part.append(name)
+        used += size
+    if part:
+        yield part
+
+
+def gather(
+    walker: Walker, layers: Collection[str], samples: Samples, for_the_last_time: bool = False
+) -> dict[str, Moments]:
+    """The moments of the inputs that the layers have in the present segment; without layers that are not called."""
+    moments: dict[str, Moments] = {}
+
+    def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
+        layer = cast(DenseLayer, walker.model.get_submodule(name))
+        x = input_patches(layer, inputs, positions_of(layer, name, batch, outputs, samples))
+        moments.setdefault(name, Moments(x.shape[-1], None, x.device, len(x))).add(x)
+
+    for _ in walker.inputs_of(layers, see, for_the_last_time):
+        pass
+    return moments
+
+
+def positions_of(layer: DenseLayer, name: str, batch: int, outputs: Tensor, samples: Samples) -> Positions:
+    """Which of a layer's outputs count; the same ones in the reference and in the compressed network."""
+    return Positions.at_most(samples.patches_of_a_batch, layer, outputs, zlib.crc32(name.encode()) + batch)

@@ -1,0 +1,205 @@
+"""How much the network's answer depends on the outputs of its layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.calibration.moments import WIDEST_OUTPUT
+from tspc.calibration.patches import rows_of
+from tspc.errors import TspcWarning
+from tspc.layers.dense import DenseLayer, kernel_shape
+from tspc.system.modes import is_of_inference, own_modes
+from tspc.traversal.copying import copied
+from tspc.traversal.hooks import Reached, hooked, run_until_reached
+from tspc.traversal.nested import tensors_in
+
+IMAGES = 128
+"""Images of which the gradients are taken."""
+AT_ONCE = 640_000
+"""Numbers in the images whose gradients are taken at once, at least one image: they need the memory of training."""
+TOGETHER = 2**28
+"""Numbers that the matrices of layers measured in one go may have (a gigabyte); other layers take another go."""
+PROBES = 2
+SHRINKAGE = 1e-2
+"""Least share of the mean added to all outputs alike."""
+
+
+def output_sensitivity(
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """For each layer Σ E[ggᵀ] over its output positions (T × T), g the gradient of a random projection of the answer.
+
+    An error e of the layer's outputs then changes the answer by about eᵀGe, squared (the output factor of K-FAC,
+    Martens & Grosse, ICML 2015, with Gaussian projections of the logits in place of sampled labels). Where few
+    gradients stand against many outputs the matrix is shrunk towards a multiple of the identity. Of a layer with more
+    than `WIDEST_OUTPUT` outputs it is the diagonal alone (T).
+
+    Of an answer of several tensors the first one with a gradient counts. Inputs without one, such as token numbers, are
+    passed over: gradients go back to the first floating activations behind them. A layer on which the answer does not
+    depend is left out. What cannot be measured is left out too, and a TspcWarning says so.
+    """
+    model = copied(model) if is_of_inference(model) else model
+    lost: list[str] = []
+    for part in _fitting_together(model, layers):
+        sums = _Sums(model, part)
+        try:
+            with _without_parameters(model), hooked(sums.handles()):
+                images = _backward(model, batches)
+        except Exception as error:  # the network may be the user's own
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            _warn(f"{type(model).__name__} gives no gradients ({why}): the outputs of all layers count alike")
+            return
+        lost += sums.lost
+        yield from sums.found(images)
+    if lost:
+        shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        _warn(f"no finite gradient of the answer comes to {shown}: their outputs count alike")
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"calibration.sensitivity: {reason}", TspcWarning, stacklevel=3)
+
+
+class _Sums:
+    """What is summed over the gradients of some layers' outputs."""
+
+    def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
+        self._model, self._layers = model, layers
+        self._sums: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+        self._called: dict[str, None] = {}
+
+    def handles(self) -> list[Any]:
+        """Hooks on every module: gradients begin where there are none yet, and those of the layers are summed."""
+        names = {self._model.get_submodule(name): name for name in self._layers}
+        return [m.register_forward_hook(self._hook(names.get(m)), prepend=True) for m in _with_hooks(self._model)]
+
+    def _hook(self, name: str | None) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+            if name is not None:
+                self._called[name] = None
+            if not isinstance(output, Tensor) or not output.is_floating_point() or not torch.is_grad_enabled():
+                return None
+            given = output
+            # Copies, for a later operation may change the output in place; of a view its gradient would then be lost.
+            if not output.requires_grad:
+                output = output.detach().clone().requires_grad_().clone()
+            elif name is not None and output._is_view():
+                output = output.clone()
+            if name is not None:
+                output.register_hook(partial(self._add, name, cast(DenseLayer, module)))
+            return None if output is given else output
+
+        return hook
+
+    def _add(self, name: str, layer: DenseLayer, gradient: Tensor) -> None:
+        with own_modes(), torch.no_grad():
+            g = rows_of(layer, gradient).float()
+            found = g.T @ g if g.shape[1] <= WIDEST_OUTPUT else g.square().sum(0)
+            self._sums[name] = self._sums[name] + found if name in self._sums else found
+            self._rows[name] = self._rows.get(name, 0) + len(g)
+
+    @property
+    def lost(self) -> list[str]:
+        """The layers that are called, but to which no finite gradient comes."""
+        return [name for name in self._called if name not in self._sums or not self._sums[name].isfinite().all()]
+
+    def found(self, images: int) -> Iterator[tuple[str, Tensor]]:
+        for name in list(self._sums):
+            # In float32; widened when the layer's turn comes.
+            total = self._sums.pop(name) / (images * PROBES)
+            size = float(total.sum() if total.ndim == 1 else total.trace())
+            if size > 0 and bool(total.isfinite().all()):
+                yield name, _shrunk(total, self._rows[name])
+
+
+@contextmanager
+def _without_parameters(model: nn.Module) -> Iterator[None]:
+    """Gradients with respect to activations alone."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+def _fitting_together(model: nn.Module, layers: Sequence[str]) -> Iterator[list[str]]:
+    """Layers whose matrices fit into memory together; at least one at a time."""
+    part: list[str] = []
+    used = 0
+    for name in layers:
+        outputs = kernel_shape(model.get_submodule(name))[0]
+        size = outputs**2 if outputs <= WIDEST_OUTPUT else outputs
+        if part and used + size > TOGETHER:
+            yield part
+            part, used = [], 0
+        part.append(name)
+        used += size
+    if part:
+        yield part
+
+
+def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Sends random projections of the answers back; returns the number of images."""
+    generator = torch.Generator().manual_seed(0)
+    images = 0
+    for batch in batches:
+        for part in batch.split(max(1, AT_ONCE // _size(model, batch))):
+            inputs = part.detach().clone()
+            answer = _with_gradient(model(inputs.requires_grad_() if inputs.is_floating_point() else inputs))
+            for probe in range(PROBES):
+                direction = torch.randn(answer.shape, generator=generator, dtype=torch.float32, device="cpu").to(answer)
+                if answer.ndim == 2 and answer.shape[1] > 1:
+                    # A constant added to all logits changes no probability.
+                    direction -= direction.mean(1, keepdim=True)
+                # Not by `grad`, which reentrant checkpoints refuse.
+                torch.autograd.backward((answer * direction).sum(), retain_graph=probe + 1 < PROBES)
+            images += len(part)
+        if images >= IMAGES:
+            break
+    return images
+
+
+def _with_gradient(answer: Any) -> Tensor:
+    for tensor in tensors_in(answer):
+        if tensor.requires_grad:
+            return tensor
+    raise ValueError("its answer has no tensor with a gradient")
+
+
+@torch.no_grad()
+def _size(model: nn.Module, batch: Tensor) -> int:
+    """Numbers in one input, for the memory of a gradient; of whole numbers those in the first floating activation."""
+    if batch.is_floating_point():
+        return batch[0].numel()
+    sizes = [batch[0].numel()]
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            sizes.append(output.numel())
+            raise Reached
+
+    run_until_reached(model, [module.register_forward_hook(hook) for module in _with_hooks(model)], batch[:1])
+    return sizes[-1]
+
+
+def _with_hooks(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
+def _shrunk(sums: Tensor, rows: int) -> Tensor:
+    share = max(SHRINKAGE, min(1.0, len(sums) / rows))
+    if sums.ndim == 1:
+        return (1 - share) * sums + share * sums.mean()
+    mean = sums.diagonal().mean()
+    return (1 - share) * sums + share * mean * torch.eye(len(sums), dtype=sums.dtype, device=sums.device)

@@ -1,0 +1,76 @@
+"""What the layers of a compressed network should answer: the rows that the reference's answer to the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tspc.calibration.moments import Moments
+from tspc.calibration.patches import input_patches, output_rows
+from tspc.calibration.samples import Samples, positions_of
+from tspc.layers.dense import DenseLayer, kernel_of
+from tspc.traversal.stash import Stash
+from tspc.traversal.walk import Walker
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The rows that one layer answers in the reference: a value for every call.
+
+    `calls` has the number of the batch and the shape of the whole answer for each of them.
+    """
+
+    rows: Stash
+    calls: list[tuple[int, torch.Size]] = field(default_factory=list)
+
+    def is_routed(self, samples: Samples) -> bool:
+        """Whether it depends on the images which of them come to the layer, as in a mixture of experts."""
+        whole = range(len(samples) // samples.settings.batch_size)  # the last batch may be smaller
+        shapes = [[shape for batch, shape in self.calls if batch == number] for number in whole]
+        return any(found != shapes[0] for found in shapes)
+
+
+def targets_of(reference: Walker, layers: Collection[str], samples: Samples) -> dict[str, Targets]:
+    """What each layer of the reference's present segment answers; the segment is then done with."""
+    targets = {name: Targets(Stash(samples.room)) for name in layers}
+
+    def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
+        layer = cast(DenseLayer, reference.model.get_submodule(name))
+        rows = output_rows(layer, outputs, positions_of(layer, name, batch, outputs, samples))
+        targets[name].rows.append(rows.clone())  # a later operation may change the output in place
+        targets[name].calls.append((batch, outputs.shape))
+
+    for _ in reference.inputs_of(layers, see, for_the_last_time=True):
+        pass
+    return targets
+
+
+def moments_towards(targets: Targets, small: Walker, name: str, samples: Samples) -> Moments | None:
+    """Moments of a layer's inputs in the compressed network, with the reference's rows as targets.
+
+    The layer in `small` is still the reference's own. None if its inputs there are not those of the same images, so
+    that there is no saying which row should be answered by which.
+    """
+    if targets.is_routed(samples):
+        return None
+    layer = cast(DenseLayer, small.model.get_submodule(name))
+    moments: list[Moments] = []
+    calls: list[tuple[int, torch.Size]] = []
+
+    def see(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
+        number = len(calls)
+        calls.append((batch, outputs.shape))
+        if calls[number:] != targets.calls[number : number + 1]:
+            return
+        x = input_patches(layer, inputs, positions_of(layer, name, batch, outputs, samples))
+        if not moments:
+            moments.append(Moments(x.shape[-1], len(kernel_of(layer)), x.device, len(x)))
+        moments[0].add(x, targets.rows[number])
+
+    for _ in small.inputs_of([name], see):
+        pass
+    return moments[0] if calls == targets.calls and moments else None

@@ -1,0 +1,1 @@
+"""From settings to a plan, from a plan to a small network, from a network to a file."""

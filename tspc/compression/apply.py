@@ -1,0 +1,247 @@
+"""Applies a plan to a network: dense layers out, tensorized layers in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.calibration.batch_norm import recalibrate_
+from tspc.calibration.moments import Moments, Statistics
+from tspc.calibration.samples import Calibration, Samples, Survey, gather, is_narrow, moments_of
+from tspc.calibration.targets import moments_towards, targets_of
+from tspc.compression.curves import naming
+from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.planning import plan
+from tspc.compression.selection import some, why_dense
+from tspc.decompositions import Method, Metric, double
+from tspc.errors import TspcWarning
+from tspc.layers.dense import DenseLayer, check_values, kernel_of, kernel_shape
+from tspc.layers.forms import TensorizedLayer, tensorize
+from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_of_state_hooks
+from tspc.system.modes import is_of_inference, own_modes
+from tspc.system.parallel import side_by_side
+from tspc.traversal.copying import copied
+from tspc.traversal.hooks import evaluating
+from tspc.traversal.walk import Trace
+
+OnLayer = Callable[[LayerPlan, Tensor, Metric | None], None]
+"""Called after each layer with its row, the kernel that was fitted (not always its own), and the norm, if any."""
+
+
+@own_modes()
+def compress(
+    model: nn.Module,
+    method: str | Method = "tt",
+    rate: float | None = None,
+    *,
+    calibration: Tensor | Iterable[Any] | None = None,
+    settings: Calibration | None = None,
+    on_layer: Callable[[str], None] = lambda name: None,
+    **options: Any,
+) -> nn.Module:
+    """A compressed copy of `model`; `rate` and `options` are those of `tspc.plan`, but for `samples`.
+
+    `calibration` is a tensor of images (N, …) or gives batches of them, with or without labels, like a DataLoader;
+    without it the weights alone decide. `on_layer` is told the name of each layer whose errors were measured for the
+    plan, then of each that was decomposed or, kept dense, made up for those before it: layers with thousands of inputs
+    take seconds each. Raises what `plan` and `apply_` raise.
+    """
+    small = copied(model)
+
+    def run(samples: Samples | None) -> nn.Module:
+        ranks = plan(small, method, rate, samples=samples, on_layer=on_layer, **options)
+        apply_(small, ranks, samples, lambda layer, *fitted: on_layer(layer.name))
+        return small
+
+    if calibration is None or (settings is not None and settings.samples == 0):
+        return run(None)
+    device = next((p.device for p in model.parameters()), None)
+    with Samples(calibration, settings, device) as samples:
+        return run(samples)
+
+
+@own_modes()
+def apply_(
+    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
+) -> Plan:
+    """Tensorizes `model` in place; returns the plan with the errors of each layer filled in.
+
+    With `samples` the layers are fitted in function space, in the order in which the network calls them. Unless
+    the settings say otherwise each one makes up for the errors of those before it, and layers kept dense by the
+    plan do so too: W̃ = Cov(y, x)(Cov(x) + λI)⁻¹ is decomposed in the norm of Cov(x), where x is the input that the
+    compressed network gives the layer and y the reference's output, and the mean of y goes into the bias or the
+    batch norm.
+
+    Raises DecompositionError, naming the layer, if a kernel cannot be decomposed or any parameter holds NaN or
+    infinite values; the network is then unchanged.
+    """
+    small, done = tensorized(model, plan, samples, on_layer)
+    for layer in done.tensorized:
+        mode = model.get_submodule(layer.name).training
+        replace_layer(model, layer.name, small.get_submodule(layer.name).train(mode))
+    with torch.inference_mode(is_of_inference(model)):
+        model.load_state_dict(small.state_dict())
+    refuse_save_pretrained_(model)
+    return done
+
+
+@own_modes()
+def tensorized(
+    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
+) -> tuple[nn.Module, Plan]:
+    """A tensorized copy of `model`, in eval mode, and the plan with the errors filled in; as `apply_`."""
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        return _tensorized(model, plan, samples, on_layer)
+
+
+def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer) -> tuple[nn.Module, Plan]:
+    work = copied(model)
+    done: dict[str, _Done] = {}
+    warn_of_state_hooks({layer.name: model.get_submodule(layer.name) for layer in plan.tensorized})
+    check_values(model)
+
+    def keep(fitted: _Done, kernel: Tensor, metric: Metric | None) -> None:
+        replace_layer(work, fitted.layer.name, fitted.module)
+        done[fitted.layer.name] = fitted
+        on_layer(fitted.layer, kernel, metric)
+
+    if samples is not None:
+        for layer, statistics, batch_norm in _in_turn(model, work, plan, samples):
+            dense = cast(DenseLayer, work.get_submodule(layer.name))
+            kernel = statistics.target.reshape(kernel_shape(dense))
+            fitted = _fitted(dense, layer, kernel, statistics)
+            _shift_(fitted, statistics, work, batch_norm)
+            keep(fitted, kernel, statistics.metric)
+    # Without samples, never called, or too wide: by the kernel alone.
+    rest = [layer for layer in plan.tensorized if layer.name not in done]
+    layers = {layer.name: cast(DenseLayer, work.get_submodule(layer.name)) for layer in rest}
+
+    def alone(layer: LayerPlan) -> _Done:
+        return _fitted(layers[layer.name], layer, kernel_of(layers[layer.name]), None)
+
+    for layer, fitted in side_by_side(alone, rest, size=lambda layer: layer.dense_params):
+        keep(fitted, kernel_of(layers[layer.name]), None)
+    if samples is not None:
+        recalibrate_(work, model, samples)
+    refuse_save_pretrained_(work)
+    rows = tuple(done[layer.name].layer if layer.name in done else layer for layer in plan.layers)
+    return work, replace(plan, layers=rows)
+
+
+@dataclass(frozen=True)
+class _Done:
+    module: nn.Module
+    layer: LayerPlan
+
+
+def _in_turn(
+    model: nn.Module, work: nn.Module, plan: Plan, samples: Samples
+) -> Iterator[tuple[LayerPlan, Statistics, str | None]]:
+    """Every layer that is called, with its statistics, taken when the layers before it in `work` have been treated."""
+    compensates = [x for x in plan.layers if _compensates(x, model) and samples.settings.compensate]
+    waiting = {layer.name: layer for layer in (*plan.tensorized, *compensates)}
+    survey = samples.survey(model, list(waiting))
+    for name, statistics in _statistics(model, work, list(waiting), samples, survey):
+        yield waiting[name], statistics, survey.trace.batch_norms.get(name)
+
+
+def _compensates(layer: LayerPlan, model: nn.Module) -> bool:
+    """Whether a layer that stays dense makes up for those before it; it must have a kernel of its own to be changed."""
+    return layer.method is None and layer.compensates and why_dense(model.get_submodule(layer.name)) is None
+
+
+def _statistics(
+    model: nn.Module, work: nn.Module, layers: list[str], samples: Samples, survey: Survey
+) -> Iterator[tuple[str, Statistics]]:
+    for name, moments in _moments(model, work, layers, samples, survey.trace):
+        statistics = survey.statistics(name, cast(DenseLayer, model.get_submodule(name)), moments, samples)
+        del moments  # room for the fit
+        yield name, statistics
+
+
+def _moments(
+    model: nn.Module, work: nn.Module, layers: list[str], samples: Samples, trace: Trace
+) -> Iterator[tuple[str, Moments]]:
+    """Of the inputs that the layers have in `work` by then; without compensation of those in the reference."""
+    if not samples.settings.compensate:
+        yield from moments_of(model, layers, samples, trace)
+        return
+    reference, small = samples.walk(model, trace), samples.walk(work, trace)
+    routed: list[str] = []
+    try:
+        for segment in trace.segments:
+            reference.advance()
+            small.advance()
+            inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
+            targets = targets_of(reference, inside, samples) if inside else {}
+            for name in inside:
+                found = moments_towards(targets[name], small, name, samples)
+                if found is None:
+                    routed.append(name)
+                    found = gather(small, [name], samples).get(name)
+                if found is not None:
+                    yield name, found
+                targets.pop(name).rows.clear()
+    finally:
+        reference.close()
+        small.close()
+    if routed:
+        message = (
+            f"which images come to {some(routed)} depends on what other layers answer, as in a mixture of experts: "
+            "these layers keep to their own kernels, instead of making up for the layers before them"
+        )
+        warnings.warn(message, TspcWarning, stacklevel=2)
+
+
+def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | None) -> _Done:
+    """The layer's replacement: tensorized, or dense with a kernel that makes up for the layers before it."""
+    with naming(layer.name):
+        if layer.method is None or layer.rank is None:
+            module: nn.Module = copied(dense)
+            with torch.no_grad():
+                kernel_of(module).copy_(kernel)
+        else:
+            metric = None if statistics is None else statistics.metric
+            module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric, path=layer.path)
+    rebuilt = kernel_of(module).detach()
+    note = None
+    if isinstance(module, TensorizedLayer):
+        with torch.no_grad():
+            note = module.decomposition.diagnose(module.factors())
+    return _Done(
+        module,
+        replace(
+            layer,
+            error=relative_error(kernel_of(dense), rebuilt),
+            output_error=None if statistics is None else statistics.error(rebuilt),
+            note=note,
+        ),
+    )
+
+
+@torch.no_grad()
+def relative_error(kernel: Tensor, rebuilt: Tensor) -> float:
+    """‖K − K̂‖ ÷ ‖K‖ in the Frobenius norm; 0 for a zero kernel that is met exactly."""
+    kernel = double(kernel)
+    difference = torch.linalg.vector_norm(kernel - double(rebuilt))
+    norm = torch.linalg.vector_norm(kernel)
+    return float(difference / norm) if norm > 0 else float(difference)
+
+
+@torch.no_grad()
+def _shift_(done: _Done, statistics: Statistics, model: nn.Module, batch_norm: str | None) -> None:
+    """Gives the layer's output the reference's mean, by its bias or by the batch norm after it."""
+    shift = statistics.shift(kernel_of(done.module).detach())
+    if shift is None:
+        return
+    bias = cast("nn.Parameter | None", done.module.bias)
+    if bias is not None:
+        bias += shift.to(bias)
+    elif batch_norm is not None:
+        mean = cast(Tensor, model.get_submodule(batch_norm).running_mean)
+        mean -= shift.to(mean)

@@ -1,0 +1,141 @@
+"""Compressed networks on disk: one safetensors file with the weights and, in its header, how to rebuild the layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tspc.compression.header import FORMAT, checked_header, method_of
+from tspc.errors import WeightsError, shortened
+from tspc.layers.chains import paths_of
+from tspc.layers.dense import DenseLayer, Form, kernel_shape, kind_of
+from tspc.layers.forms import tensorized_layers, untrained
+from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, set_module, warn_of_state_hooks
+from tspc.models import NetworkSpec
+from tspc.models.described import described_network
+from tspc.models.safe_files import TensorFile, read_tensors, write_tensors
+from tspc.models.weights import check_state, load_state
+from tspc.store.files import write_atomically
+from tspc.store.state import packed, take_kinds_, unpacked_extra
+from tspc.system.modes import own_modes
+
+
+def save(
+    model: nn.Module, path: str | Path, *, network: NetworkSpec | None = None, info: dict[str, Any] | None = None
+) -> None:
+    """Writes `model` to a safetensors file, atomically.
+
+    The header tells the method, shape and rank of every tensorized layer. With `network`, `tspc.load` can
+    build the architecture by itself. `info` is any JSON data to keep along. Raises WeightsError, naming it, for a part
+    of the network's state that such a file cannot hold.
+    """
+    layers = {
+        name: {
+            "method": layer.decomposition.to_dict(),
+            "shape": list(layer.shape),
+            "rank": list(layer.rank),
+            "path": layer.path,
+        }
+        for name, layer in tensorized_layers(model).items()
+    }
+    tensors, beside = packed(model)
+    header = {
+        "format": FORMAT,
+        "layers": layers,
+        "network": None if network is None else network.to_dict(),
+        "info": info or {},
+    } | beside
+    write_atomically(Path(path), lambda temporary: write_tensors(temporary, tensors, json.dumps(header)))
+
+
+@own_modes()
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Reads a network that `save` wrote; runs no code from the file.
+
+    `model` is the dense architecture, with any weights; it is tensorized in place and returned. Without it
+    the architecture is built from the file's own description, where it has one. Parameters and buffers take the types
+    of numbers that the file has, and `requires_grad` from the dense layers; on the meta device they get values.
+
+    Raises WeightsError if the file is damaged, is not tspc's, or does not fit the architecture.
+    """
+    header, file = _read(path, tensors=True)
+    state = file.tensors
+    if model is None:
+        model = _described(path, header, file)
+    modules = dict(model.named_modules())
+    small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
+    for name, module in small.items():
+        replace_layer(model, name, module)
+    try:
+        _fill_(model, header, state, path)
+    except WeightsError:
+        for name in small:
+            set_module(model, name, modules[name])
+        raise
+    warn_of_state_hooks({name: modules[name] for name in small})
+    refuse_save_pretrained_(model)
+    return model
+
+
+def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: str | Path) -> None:
+    """The state of the file into the network that has its layers; all of it or nothing."""
+    try:
+        extra = unpacked_extra(header, state)
+        check_state(model, state | extra, str(path))
+        take_kinds_(model, state, header)
+    except WeightsError as error:
+        raise WeightsError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+    try:
+        load_state(model, state | extra, str(path))
+    except RuntimeError as error:  # of the network's own set_extra_state, or its hooks
+        raise WeightsError(f"{path}: the network does not take its state: {error}") from error
+
+
+def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str, Any]) -> nn.Module:
+    """The tensorized form, without its values, of `dense`, the architecture's layer `name`."""
+    if dense is None or kind_of(dense) is None or list(kernel_shape(dense)) != layer["shape"]:
+        found = "no such layer" if dense is None else f"{type(dense).__name__}"
+        raise WeightsError(
+            f"{path}: layer {shortened(name)} was a kernel of shape {layer['shape']}, but the network given has "
+            f"{found} there; pass the dense architecture that was compressed"
+        )
+    method, rank, way = method_of(layer), tuple(layer["rank"]), layer.get("path")
+    paths = paths_of(method, kernel_shape(dense), rank, Form.of(dense).groups)
+    if way is not None and way not in paths:
+        raise WeightsError(f"{path}: layer {shortened(name)} has no path {way}; choose one of {', '.join(paths)}")
+    return untrained(cast(DenseLayer, dense), method, rank, way)
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What `save` wrote beside the tensors. Raises WeightsError as `load` does."""
+    return _read(path, tensors=False)[0]
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that `save` wrote. Raises WeightsError as `load` does."""
+    header, file = _read(path, tensors=True)
+    return header, file.tensors
+
+
+def _read(path: str | Path, tensors: bool) -> tuple[dict[str, Any], TensorFile]:
+    file = read_tensors(path, tensors)
+    if file.header is None:
+        raise WeightsError(f"{path} holds weights, but was not written by tspc: load it into the network itself")
+    try:
+        return checked_header(file.header, file.elements), file
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _described(path: str | Path, header: dict[str, Any], file: TensorFile) -> nn.Module:
+    """The dense network that the header describes, with arbitrary weights."""
+    description = header["network"]
+    if description is None or description["family"] == "custom":
+        raise WeightsError(f"{path} does not describe a built-in network: pass the architecture as load(path, model=…)")
+    try:
+        return described_network(NetworkSpec.from_dict(description), file.elements, len(file.names))
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}; pass the architecture as load(path, model=…)") from error

@@ -1,0 +1,166 @@
+"""Error against parameters: what every layer would lose at any size, from a few decompositions each."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tspc import decompositions
+from tspc.calibration.samples import Samples, moments_of
+from tspc.compression.plan import LayerPlan
+from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape
+from tspc.errors import DecompositionError
+from tspc.layers.dense import DenseLayer, check_values, kernel_of
+from tspc.system.modes import own_modes
+from tspc.system.parallel import side_by_side
+from tspc.traversal.hooks import evaluating
+
+SHARES = (0.03, 0.08, 0.2, 0.5)
+"""Sizes, relative to the dense kernel, at which a curve is sampled, beside the smallest rank."""
+WIDE = 1024
+"""Inputs from which on the points of a curve are measured one after the other: each takes the memory of several
+second moments, and its products are large enough for all threads."""
+LEAST = 1e-12
+"""Squared relative error that counts as none."""
+
+Curves = Mapping[str, Sequence["ErrorCurve"]]
+"""For each layer a curve for every method that may be chosen for it."""
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """The squared relative output error of one layer under one method.
+
+    `params` (entries of the factors, ascending) and `errors` are the samples; `dense` is the size of the kernel
+    itself, at which the error is zero. `weight` says how much the layer's relative error matters: the root
+    mean square of what the network's answer owes to the layer, where that is known.
+    """
+
+    method: Decomposition
+    params: tuple[int, ...]
+    errors: tuple[float, ...]
+    dense: int
+    weight: float = 1.0
+
+    def at(self, params: float) -> float:
+        """The error at a size: logarithmic between the samples, linear from the last one to the dense kernel."""
+        if params <= self.params[0]:
+            return self.errors[0]
+        if params >= self.params[-1]:
+            left = (self.dense - params) / max(self.dense - self.params[-1], 1)
+            return self.errors[-1] * max(left, 0.0)
+        i = bisect.bisect_right(self.params, params)
+        (p, q), (a, b) = self.params[i - 1 : i + 1], self.errors[i - 1 : i + 1]
+        way = (params - p) / (q - p)
+        return math.exp((1 - way) * math.log(max(a, LEAST)) + way * math.log(max(b, LEAST)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method.to_dict(),
+            "params": list(self.params),
+            "errors": list(self.errors),
+            "dense": self.dense,
+            "weight": self.weight,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ErrorCurve:
+        """The curve that `to_dict` described. Raises ValueError if its points are none, ConfigError for the method."""
+        params, errors = tuple(data["params"]), tuple(data["errors"])
+        if not params or len(params) != len(errors) or list(params) != sorted(set(params)):
+            raise ValueError("the sizes of a curve ascend, and each has an error")
+        return cls(
+            decompositions.decomposition_from_dict(data["method"]), params, errors, data["dense"], data["weight"]
+        )
+
+
+@own_modes()
+def error_curves(
+    model: nn.Module,
+    layers: Sequence[LayerPlan],
+    method: Method,
+    samples: Samples | None = None,
+    *,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[ErrorCurve]]:
+    """Curves of the layers that nothing keeps dense, in function space with `samples`, of the kernels alone without.
+
+    Raises DecompositionError, naming it, for a parameter with NaN or infinite values, of any layer.
+    """
+    curves: dict[str, list[ErrorCurve]] = {}
+    waiting = {layer.name: layer for layer in layers if layer.reason is None}
+
+    check_values(model)
+
+    def measure(name: str, metric: Metric | None) -> None:
+        weight = kernel_of(model.get_submodule(name)).detach()
+        with naming(name):
+            curves[name] = _curves(method.candidates(tuple(weight.shape)), weight, metric)
+        waiting.pop(name)
+        on_layer(name)
+
+    if samples is not None:
+        survey = samples.survey(model, list(waiting), [layer.name for layer in layers if layer.compensates])
+        with evaluating(model):
+            for name, moments in moments_of(model, list(waiting), samples, survey.trace):
+                dense = cast(DenseLayer, model.get_submodule(name))
+                metric = survey.statistics(name, dense, moments, samples).metric.sketch()
+                del moments  # room for the fits
+                measure(name, metric)
+    for name in list(waiting):  # never called, or too wide: by its kernel alone
+        measure(name, None)
+    return curves
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Says in the messages of decompositions which layer they speak of."""
+    try:
+        yield
+    except DecompositionError as error:
+        raise DecompositionError(f"layer {layer}: {error}") from error
+
+
+def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | None) -> list[ErrorCurve]:
+    """One curve for each method."""
+    shape, size = tuple(weight.shape), weight.numel()
+    # The kernels alone need no more than their own precision.
+    kernel = weight if metric is None else weight.to(metric.inputs)
+    squared = (lambda matrix: float(matrix.square().sum())) if metric is None else metric.squared
+    whole = squared(kernel.flatten(1))
+    # Between an equal say for all layers and one in proportion to the squared change of the answer, of which
+    # the latter trusts a linear model too far where errors are large: the geometric mean of the two.
+    importance = math.sqrt(whole) if metric is not None and metric.outputs is not None else 1.0
+
+    def error(point: tuple[Decomposition, Rank]) -> float:
+        method, rank = point
+        rebuilt = method.reconstruct(method.sketch().decompose(kernel, rank, metric))
+        return squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
+
+    points = [(method, rank) for method in methods for rank in _sampled_ranks(method, shape)]
+    if metric is not None and len(metric.inputs) > WIDE:
+        errors = {point: error(point) for point in points}
+    else:
+        errors = dict(side_by_side(error, points, size=lambda point: point[0].num_params(shape, point[1])))
+    curves = []
+    for method in methods:
+        own = {method.num_params(shape, rank): e for (m, rank), e in errors.items() if m == method}
+        params = sorted(own)
+        falling = accumulate((own[p] for p in params), min)
+        curves.append(ErrorCurve(method, tuple(params), tuple(falling), size, importance))
+    return curves
+
+
+def _sampled_ranks(method: Decomposition, shape: Shape) -> list[Rank]:
+    """The smallest one, and the largest within each of the SHARES; no two of them have one size."""
+    smallest, size = method.min_params(shape), math.prod(shape)
+    ranks = [tuple(1 for _ in method.max_rank(shape))]
+    ranks += [method.rank_for(shape, int(size * share)) for share in SHARES if size * share > smallest]
+    return list({method.num_params(shape, rank): rank for rank in ranks}.values())

@@ -1,0 +1,109 @@
+"""The header of a compressed network's file: what it may say, checked once before anything is built from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tspc import decompositions
+from tspc.decompositions import Decomposition
+from tspc.errors import TspcError, WeightsError, shortened
+from tspc.layers.chains import paths_of
+from tspc.models import FAMILIES, NetworkSpec
+from tspc.models.described import room_for
+from tspc.store.files import parsed_json
+from tspc.store.schemas import SIZE, problem
+
+FORMAT = 1
+"""Version of the header's layout; raised when a reader of the old one would fail."""
+
+_LAYER = {"method": {"name": str}, "shape": [SIZE], "rank": [SIZE], "path?": (str, None)}
+_NETWORK = {
+    **dict.fromkeys(("family", "name"), str),
+    **dict.fromkeys(("num_classes?", "image_size?"), (SIZE, None)),
+    **{"in_channels?": SIZE, "factory?": (str, None), "kwargs?": dict},
+}
+SCHEMA = {
+    **{"format": SIZE, "layers": {...: _LAYER}, "network?": (None, _NETWORK), "info": dict},
+    **{"extra?": dict, "buffers?": {...: str}},
+}
+"""What a header looks like, apart from what its values mean."""
+
+
+class _DamageError(Exception):
+    """What is wrong with a header, without the file's name."""
+
+
+def checked_header(text: str, elements: int) -> dict[str, Any]:
+    """The header in `text` as plain data: `format`, `layers`, `network` and `info`, all of the right kinds.
+
+    `elements` counts the numbers that the file's tensors hold; factors cannot have more. Ranks fit their kernels,
+    methods and paths are known. What the network's own arguments may be is checked where they are used.
+
+    Raises WeightsError, without the file's name, for anything else.
+    """
+    try:
+        return _checked(text, elements)
+    except _DamageError as damage:
+        raise WeightsError(f"its header is damaged ({damage}); fetch the file again, or make it again") from damage
+
+
+def _checked(text: str, elements: int) -> dict[str, Any]:
+    try:
+        header: dict[str, Any] = parsed_json(text, dict)
+    except ValueError as error:
+        raise _DamageError(shortened(str(error), 200)) from error
+    version = header.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise WeightsError(f"it has format {shortened(version)}, this tspc reads up to {FORMAT}: install a newer one")
+    wrong = problem(header, SCHEMA)
+    if wrong is not None:
+        raise _DamageError(shortened(wrong, 200))
+    left = elements
+    for name, layer in header["layers"].items():
+        left -= _layer_size(f"layers.{name}", layer, elements)
+    if left < 0:
+        raise _DamageError("the ranks stand for more numbers than the file holds")
+    if header.get("network") is not None:
+        _check_network(header["network"], elements)
+    return header | {"network": header.get("network")}
+
+
+def method_of(layer: Mapping[str, Any]) -> Decomposition:
+    """The method that a layer of a header really has."""
+    return decompositions.decomposition_from_dict(layer["method"]).for_shape(tuple(layer["shape"]))
+
+
+def _layer_size(where: str, layer: dict[str, Any], elements: int) -> int:
+    """How many numbers the layer's factors have."""
+    shape, rank, path = tuple(layer["shape"]), tuple(layer["rank"]), layer.get("path")
+    fits = len(shape) in (2, 4) and math.prod(shape) <= room_for(elements)
+    _require(where != "layers.", where, layer, "the name of a layer")
+    _require(fits, f"{where}.shape", layer["shape"], "two or four sizes of a kernel that suits the file's weights")
+    try:
+        method = method_of(layer)
+    except (TspcError, TypeError, ValueError, ArithmeticError) as error:
+        raise _DamageError(f"{shortened(where)}: {shortened(str(error))}") from error
+    top = method.max_rank(shape)
+    fits = len(rank) == len(top) and all(r <= most for r, most in zip(rank, top, strict=True))
+    _require(fits, f"{where}.rank", layer["rank"], f"{len(top)} entries, up to {list(top)}")
+    known = paths_of(method, shape, rank)
+    _require(path is None or path in known, f"{where}.path", path, f"one of {', '.join(known)}")
+    return method.num_params(shape, rank)
+
+
+def _check_network(network: dict[str, Any], elements: int) -> None:
+    more = sorted(set(network) - {field.name for field in dataclasses.fields(NetworkSpec)})
+    _require(not more, "network", more, "no such keys")
+    family = network["family"]
+    _require(family in FAMILIES, "network.family", family, f"one of {', '.join(FAMILIES)}")
+    for key in ("num_classes", "in_channels", "image_size"):
+        size = network.get(key) or 1
+        _require(size <= room_for(elements), f"network.{key}", size, "a size that suits the file's weights")
+
+
+def _require(ok: bool, where: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise _DamageError(f"{shortened(where)} is {shortened(value)}, expected {expected}")

@@ -1,0 +1,159 @@
+"""What shall become of every layer: `Plan` and its rows, printable and serialisable before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from tspc import decompositions
+from tspc.decompositions import Decomposition, Method, Rank, Shape
+
+FINAL = "final layer"
+"""The reason of the network's last layer for staying dense."""
+SLOWER = "no path is faster"
+"""The reason of a layer that shares the budget for staying dense where speed was asked for."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one convolution or dense layer.
+
+    Parameters count the kernel (or its factors) and the bias. `method` and `rank` are None where the layer stays
+    dense; `reason` says why it had to, and is None where the budget was better spent on keeping it.
+
+    `error` is ‖K − K̂‖/‖K‖, known once the layer is decomposed. `output_error` is the relative root mean square error
+    of the layer's output against the reference's: as expected from the error curves, or as measured once the
+    layer is decomposed. `note` names what is wrong with a decomposition. `path` says how a tensorized layer computes,
+    see `tspc.layers.chains`.
+    """
+
+    name: str
+    kind: str
+    shape: Shape
+    dense_params: int
+    params: int
+    method: Decomposition | None = None
+    rank: Rank | None = None
+    reason: str | None = None
+    error: float | None = None
+    output_error: float | None = None
+    note: str | None = None
+    path: str | None = None
+
+    @property
+    def kernel_params(self) -> int:
+        """Entries of the dense kernel, without the bias."""
+        return math.prod(self.shape)
+
+    @property
+    def bias_params(self) -> int:
+        return self.dense_params - self.kernel_params
+
+    @property
+    def compensates(self) -> bool:
+        """Whether a layer that stays dense may still make up for the errors of the layers before it."""
+        return self.reason in (None, FINAL, SLOWER)
+
+    @property
+    def factors(self) -> str:
+        """What the layer becomes: method and ranks, or why it stays dense."""
+        if self.method is None or self.rank is None:
+            return f"dense: {self.reason or 'kept'}"
+        return f"{self.method.name} {', '.join(map(str, self.rank))}"
+
+    @property
+    def form(self) -> str:
+        """The same with the path that it is run by, where one is chosen."""
+        return self.factors if self.method is None or self.path is None else f"{self.factors}, {self.path}"
+
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self.shape))
+        note = "" if self.note is None else f" ({self.note})"
+        return f"{self.name} {self.kind} {shape}: {self.form}, {self.dense_params:,} → {self.params:,}{note}"
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note", "path")
+        rank = None if self.rank is None else list(self.rank)
+        method = None if self.method is None else self.method.to_dict()
+        return {k: getattr(self, k) for k in plain} | {"shape": list(self.shape), "rank": rank, "method": method}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
+        method = None if data["method"] is None else decompositions.decomposition_from_dict(data["method"])
+        rank = None if data["rank"] is None else tuple(data["rank"])
+        return cls(**data | {"shape": tuple(data["shape"]), "rank": rank, "method": method})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks for a whole network at one rate. `layers` also lists the layers that stay dense.
+
+    `rate` is the ceiling asked for, or found for a target error.
+    """
+
+    method: Method
+    rate: float
+    rate_decay: str
+    rate_scope: str
+    allocation: str
+    layers: tuple[LayerPlan, ...]
+    network_dense_params: int
+    objective: str = "parameters"
+
+    @property
+    def budgeted(self) -> tuple[LayerPlan, ...]:
+        """The layers that share the budget: those that are tensorized, or could have been."""
+        return tuple(layer for layer in self.layers if layer.reason in (None, SLOWER))
+
+    @property
+    def tensorized(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.method is not None)
+
+    @property
+    def paths(self) -> dict[str, int]:
+        """How many tensorized layers take which path."""
+        return dict(Counter(layer.path for layer in self.tensorized if layer.path is not None).most_common())
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the layers that share the budget, before."""
+        return sum(layer.dense_params for layer in self.budgeted)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the layers that share the budget, after."""
+        return sum(layer.params for layer in self.budgeted)
+
+    @property
+    def network_params(self) -> int:
+        """Parameters of the whole network after."""
+        return self.network_dense_params - self.dense_params + self.params
+
+    @property
+    def rate_reached(self) -> float:
+        """Parameters after ÷ before, over what `rate_scope` counts; never above `rate`."""
+        if self.rate_scope == "network":
+            return self.network_params / self.network_dense_params
+        return self.params / self.dense_params
+
+    @property
+    def output_error(self) -> float | None:
+        """Root mean square of the output errors of the layers that share the budget; None if one is not known."""
+        errors = [layer.output_error for layer in self.budgeted]
+        known = [error for error in errors if error is not None]
+        return math.sqrt(sum(e * e for e in known) / len(known)) if len(known) == len(errors) else None
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.layers), f"total: {self.dense_params:,} → {self.params:,} parameters"])
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = ("rate", "rate_decay", "rate_scope", "allocation", "network_dense_params", "objective")
+        layers = [layer.to_dict() for layer in self.layers]
+        return {k: getattr(self, k) for k in plain} | {"method": self.method.to_dict(), "layers": layers}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        layers = tuple(LayerPlan.from_dict(layer) for layer in data["layers"])
+        return cls(**data | {"method": decompositions.from_dict(data["method"]), "layers": layers})

@@ -1,0 +1,89 @@
+"""Which layers of a network can be tensorized, and why the others stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from tspc.compression.plan import FINAL, LayerPlan
+from tspc.errors import ConfigError
+from tspc.layers.dense import kernel_shape, kind_of
+from tspc.layers.forms import tensorized_layers
+from tspc.traversal.hooks import evaluating
+
+
+def select(
+    model: nn.Module,
+    *,
+    keep_first: bool = True,
+    keep_last: bool = True,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_params: int = 0,
+) -> list[LayerPlan]:
+    """Every convolution and dense layer, still dense; `reason` is set where it must or shall stay so.
+
+    With wildcards in `include` the layers that match none stay dense, and so do those with fewer than `min_params`
+    parameters. Raises ConfigError for a network that is compressed already, and for a pattern that matches nothing.
+    """
+    done = next(iter(tensorized_layers(model)), None)
+    if done is not None:
+        raise ConfigError([f"the network is compressed already (layer {done}); give the original one"])
+    with evaluating(model):  # in training, spectral norm and its like change when a weight is only looked at
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd) or kind_of(m)}
+        shapes = {name: kernel_shape(module) for name, module in modules.items()}
+    shared = _shared_weights(model)
+    first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
+    last = next(reversed(modules), None)
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in modules)]
+        if idle:
+            raise ConfigError(
+                [f"{key}={idle}: no convolution or dense layer has such a name; there are {some(modules)}"]
+            )
+    layers = []
+    for name, module in modules.items():
+        reason = why_dense(module)
+        params = sum(p.numel() for p in module.parameters(recurse=False))
+        if name in shared:
+            reason = "its weight is shared with another layer"
+        elif keep_first and name == first:
+            reason = "first convolution"
+        elif keep_last and name == last and reason is None:
+            reason = FINAL
+        elif any(fnmatchcase(name, pattern) for pattern in exclude):
+            reason = "excluded"
+        elif include and not any(fnmatchcase(name, pattern) for pattern in include):
+            reason = "not included"
+        elif reason is None and params < min_params:
+            reason = f"fewer than {min_params:,} parameters"
+        layers.append(LayerPlan(name, type(module).__name__, shapes[name], params, params, reason=reason))
+    return layers
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """The first of the names, and how many more there are."""
+    shown = list(names)
+    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
+
+
+def why_dense(module: nn.Module) -> str | None:
+    """Why a module cannot be tensorized, apart from its place in the network; None if it can."""
+    if kind_of(module) is None:
+        return f"{type(module).__name__} is not supported"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other parameters"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1 and module.groups == module.in_channels:
+        return "depthwise convolution"
+    return None
+
+
+def _shared_weights(model: nn.Module) -> set[str]:
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(name)
+    return {name for names in owners.values() if len(names) > 1 for name in names}

@@ -1,0 +1,222 @@
+"""Networks for inference alone: plain modules, without the batch norms that a convolution can take over."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.errors import DataError, TspcWarning
+from tspc.layers.chains import REBUILT
+from tspc.layers.dense import AXES, kind_of
+from tspc.layers.forms import Chain, TensorizedLayer, tensorized_layers
+from tspc.layers.norms import BatchNorm, is_exact, is_untouched
+from tspc.layers.replacing import forbid_save_pretrained_, replace_layer, saves_pretrained
+from tspc.system.modes import own_modes
+from tspc.traversal.copying import copied
+from tspc.traversal.nested import tensors_in
+from tspc.traversal.walk import trace
+
+TOLERANCE = 1e-4
+"""How far an answer may be from the unfolded network's, relative to the largest one."""
+
+Swap = dict[str, nn.Module]
+"""Modules, by name, that take their places in a network together."""
+
+
+@own_modes()
+@torch.no_grad()
+def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy of a network, in eval mode, that answers the same up to rounding and runs faster.
+
+    Tensorized layers become the ordinary convolutions or dense layers of their paths, and every batch norm whose input
+    is just the output of one convolution or dense layer goes into that layer's kernel and bias. `images` is an input of
+    the network: one pass shows which these are. Batch norms of other classes, over other axes, or with hooks stay. The
+    copy needs tspc no more, but has no factors to train on: a layer on the path "rebuilt" is as large as the dense one.
+
+    The copy is tried on `images` before it is returned: its answers are within 1e-4 of the network's, relative to the
+    largest (in 16 bits within the network's own rounding). What would change them more is left out, with a TspcWarning.
+    Raises DataError if the network cannot take the images, or answers nothing that can be compared.
+    """
+    small = copied(model).eval()
+    answers = _Answers(small, images)
+    layers = tensorized_layers(small)
+    # A network that reads the weight of a layer must find one: then its kernel is rebuilt.
+    left = _swap_(small, [{name: plain(layer)} for name, layer in layers.items()], answers.are_the_same)
+    left = _swap_(small, [{name: plain(layers[name], REBUILT)} for swap in left for name in swap], answers.are_the_same)
+    folds = list(_folds(small, images))
+    left += _swap_(small, folds, answers.are_the_same)
+    if left:
+        names = ", ".join(name for swap in left for name in swap)
+        message = f"the network answers otherwise, or not at all, with these modules folded, so they stay: {names}"
+        warnings.warn(message, TspcWarning, stacklevel=2)
+    if layers or folds:
+        for module in saves_pretrained(small):
+            forbid_save_pretrained_(module)
+    return small
+
+
+class _Answers:
+    """What a network answers to some images, and whether it still does. Raises DataError if that cannot be told."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self._model, self._images = model, images
+        try:
+            self._wanted = _answers(model, images)
+        except Exception as error:  # the network may be the user's own
+            raise DataError(f"the network cannot take images of shape {tuple(images.shape)}: {error}") from error
+        if not any(bool(answer.isfinite().any()) for answer in self._wanted):
+            raise DataError("the network answers the images with no finite number: folding cannot be checked")
+        self._slack = [TOLERANCE * _largest(answer) for answer in self._wanted]
+        if any(_is_coarse(answer) for answer in self._wanted):
+            self._allow_for_rounding()
+
+    def _allow_for_rounding(self) -> None:
+        """In 16 bits: twice as far as the network's answers are from those in float64, and a step of the numbers."""
+        try:
+            images = self._images.double() if self._images.is_floating_point() else self._images
+            exact = _answers(copied(self._model).double(), images)
+            noise = [_distance(answer, other) for answer, other in zip(self._wanted, exact, strict=True)]
+        except Exception:  # a network that does not run in float64
+            return
+        for number, (answer, far) in enumerate(zip(self._wanted, noise, strict=True)):
+            if _is_coarse(answer) and far < 0.1 * _largest(answer):
+                self._slack[number] = 2 * (far + torch.finfo(answer.dtype).eps * _largest(answer))
+
+    def are_the_same(self) -> bool:
+        try:
+            given = _answers(self._model, self._images)
+        except Exception:  # it misses an attribute of what was replaced, say
+            return False
+        kinds = [[(answer.shape, answer.dtype) for answer in answers] for answers in (given, self._wanted)]
+        distances = map(_distance, given, self._wanted)
+        return kinds[0] == kinds[1] and all(d <= slack for d, slack in zip(distances, self._slack, strict=True))
+
+
+def _answers(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The tensors that a network answers with; from one seed, should it draw numbers."""
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        return [answer.clone() for answer in tensors_in(model(images.clone()))]
+
+
+def _is_coarse(answer: Tensor) -> bool:
+    return answer.is_floating_point() and torch.finfo(answer.dtype).eps > TOLERANCE
+
+
+def _largest(answer: Tensor) -> float:
+    """The largest finite magnitude; 0 where there is none."""
+    if not (answer.is_floating_point() or answer.is_complex()):
+        return 0.0
+    finite = answer[answer.isfinite()]
+    return float(finite.abs().double().max()) if finite.numel() else 0.0
+
+
+def _distance(given: Tensor, wanted: Tensor) -> float:
+    """The largest difference of two entries; infinite where they are not finite in the same places."""
+    if given.shape != wanted.shape:
+        return float("inf")
+    wide = torch.complex128 if given.is_complex() else torch.float64
+    given, wanted = given.to(wide), wanted.to(wide)
+    finite = wanted.isfinite()
+    if not torch.equal(finite, given.isfinite()):
+        return float("inf")
+    difference = (given[finite] - wanted[finite]).abs()
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+def _swap_(model: nn.Module, swaps: Sequence[Swap], holds: Callable[[], bool]) -> list[Swap]:
+    """Makes all the swaps after which `holds` is true; returns the others, undone. Halves those that fail together."""
+    before = [{name: model.get_submodule(name) for name in swap} for swap in swaps]
+    _put_(model, swaps)
+    if not swaps or holds():
+        return []
+    _put_(model, before)
+    if len(swaps) == 1:
+        return list(swaps)
+    half = len(swaps) // 2
+    return _swap_(model, swaps[:half], holds) + _swap_(model, swaps[half:], holds)
+
+
+def _put_(model: nn.Module, swaps: Sequence[Swap]) -> None:
+    for swap in swaps:
+        for name, module in swap.items():
+            replace_layer(model, name, module)
+
+
+def plain(layer: TensorizedLayer, path: str | None = None) -> nn.Module:
+    """The convolutions or dense layers that a tensorized layer's path runs, with weights of their own, in eval mode.
+
+    Several are in a Sequential, which shows the attributes of the dense layer (`in_features`, `stride`, …).
+    """
+    layer = copied(layer).eval()
+    layer.path = path or layer.path
+    if isinstance(layer, Chain) and layer.runs_factors:
+        return _showing(list(layer), layer)
+    with torch.no_grad():
+        kernels = layer.kernels()
+    modules: list[nn.Module] = []
+    for i, (stage, kernel) in enumerate(zip(layer.stages, kernels, strict=True)):
+        bias = cast("nn.Parameter | None", layer.bias) if i == len(kernels) - 1 else None
+        module = layer.form.module(stage, bias is not None, device=kernel.device, dtype=kernel.dtype)
+        module.weight = nn.Parameter(kernel.detach().clone(), requires_grad=layer.factor_parameters()[0].requires_grad)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        modules.append(module)
+    return _showing(modules, layer)
+
+
+def _showing(modules: list[nn.Module], layer: TensorizedLayer) -> nn.Module:
+    if len(modules) == 1:
+        return modules[0].eval()
+    sequence = nn.Sequential(*modules).eval()
+    vars(sequence).update(layer.shown)
+    return sequence
+
+
+def _folds(model: nn.Module, images: Tensor) -> Iterator[Swap]:
+    """For every batch norm that a layer can take over: the layer with it, and what is then left of the norm."""
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    linear = [name for name, module in model.named_modules() if _can_absorb(module)]
+    for name, norm_name in trace(model, linear, images.clone()).batch_norms.items():
+        layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+        rest = _without_norm(norm)
+        # Under a second name the modules would stay what they are.
+        if rest is not None and names[id(layer)] == names[id(norm)] == 1:
+            yield {name: _absorbed(cast("nn.Linear", layer), cast(BatchNorm, norm)), norm_name: rest}
+
+
+def _can_absorb(module: nn.Module) -> bool:
+    own = module._parameters
+    return kind_of(module) in ("linear", *AXES) and is_untouched(module) and own.keys() >= {"weight", "bias"}
+
+
+def _without_norm(norm: nn.Module) -> nn.Module | None:
+    """What is left of a batch norm that a layer has taken over; None if it does what is not known."""
+    if is_exact(norm):
+        return nn.Identity()
+    if type(norm).__name__ == "BatchNormAct2d" and {"drop", "act"} <= set(norm._modules):  # timm's
+        return nn.Sequential(norm.drop, norm.act).eval()  # type: ignore[arg-type]
+    return None
+
+
+def _absorbed(layer: nn.Conv1d | nn.Conv2d | nn.Linear, norm: BatchNorm) -> nn.Module:
+    """The layer with outputs scaled and a bias shifted as the batch norm would; computed in float64."""
+    mean, variance = (cast(Tensor, t).double() for t in (norm.running_mean, norm.running_var))
+    scale = (variance + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.double())
+    old = cast("nn.Parameter | None", layer.bias)
+    bias = -mean if old is None else old.double() - mean
+    shift = bias * scale + (0.0 if norm.bias is None else norm.bias.double())
+    weight = layer.weight.double() * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    trained = layer.weight.requires_grad
+    folded = copy.copy(layer)
+    folded._parameters = layer._parameters.copy()
+    folded.weight = nn.Parameter(weight.to(layer.weight), requires_grad=trained)
+    folded.bias = nn.Parameter(shift.to(layer.weight), requires_grad=trained if old is None else old.requires_grad)
+    return folded

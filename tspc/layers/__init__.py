@@ -1,0 +1,1 @@
+"""Factors as modules: layers that act like the dense ones they replace."""

@@ -1,0 +1,179 @@
+"""The layers that can be tensorized: their kernels in one shape, and how to convolve like them with other kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from tspc.decompositions import Shape
+from tspc.errors import DecompositionError
+from tspc.layers.chains import Stage
+
+DenseLayer = nn.Conv1d | nn.Conv2d | nn.Linear
+"""Also transformers' `Conv1D`, a dense layer with its matrix transposed, told by its name and its attributes."""
+
+AXES = {"conv1d": "w", "conv2d": "hw"}
+"""The kernel's axes that each kind of convolution has."""
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """ "linear", "transposed" (linear), "conv1d", "conv2d"; None for anything else, subclasses included."""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2:
+        return "transposed"
+    return {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}.get(type(module))  # type: ignore[call-overload]
+
+
+def as_kernel(weight: Tensor, kind: str | None) -> Tensor:
+    """A layer's weight as a kernel: (T, S) of a dense layer, (T, S of one group, H, W) of a convolution.
+
+    H = 1 in a 1-d convolution.
+    """
+    if kind == "transposed":
+        return weight.T
+    return weight.unsqueeze(2) if kind == "conv1d" else weight
+
+
+def as_weight(kernel: Tensor, kind: str | None) -> Tensor:
+    """The inverse of `as_kernel`."""
+    if kind == "transposed":
+        return kernel.T
+    return kernel.squeeze(2) if kind == "conv1d" else kernel
+
+
+def kernel_of(layer: nn.Module) -> Tensor:
+    """The kernel of a dense layer, or the rebuilt one of a tensorized layer; a view of its weight."""
+    return as_kernel(layer.weight, getattr(layer, "kind", None) or kind_of(layer))  # type: ignore[arg-type]
+
+
+def kernel_shape(layer: nn.Module) -> Shape:
+    return tuple(kernel_of(layer).shape)
+
+
+def shown_by(layer: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a layer that others may read: its sizes, stride, padding, what a user has put there."""
+    return {
+        key: value
+        for key, value in vars(layer).items()
+        if (not key.startswith("_") and key not in ("training", "forward")) or key.startswith("_reversed_padding")
+    }
+
+
+def check_values(model: nn.Module) -> None:
+    """Raises DecompositionError, naming it, for a parameter with NaN or infinite values, or a buffer with NaN.
+
+    Negative variances, whose roots are NaN, count too.
+    Of every layer, also of one that stays dense: later ones would be blamed for it. Masks may hold infinities.
+    """
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        plain = value.layout == torch.strided and not value.is_meta and not is_lazy(value) and value.element_size() > 1
+        if not plain or not (value.is_floating_point() or value.is_complex()):
+            continue
+        values = value.detach()
+        if name.endswith("running_var") and values.numel() and values.min() < 0:
+            raise DecompositionError(f"{name} holds negative variances; mend the weights first")
+        # A finite sum is quick proof; an infinite one may be an overflow.
+        if values.sum().isfinite():
+            continue
+        wrong = ~values.isfinite() if isinstance(value, nn.Parameter) else values.isnan()
+        if wrong.any():
+            raise DecompositionError(f"{name} holds NaN or infinite values; mend the weights first")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer treats its input, apart from its kernel: the arguments of a convolution."""
+
+    kind: str
+    stride: tuple[int, ...] = ()
+    padding: str | tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    explicit: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Form:
+        kind = kind_of(layer)
+        assert kind is not None
+        if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+            return cls(kind)
+        sides = tuple(explicit_padding(layer))
+        return cls(kind, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, sides)
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.kind in AXES
+
+    def along(self, covered: str, values: Sequence[int], neutral: int) -> tuple[int, ...]:
+        """The layer's values on the axes that are covered, the neutral one elsewhere."""
+        return tuple(v if axis in covered else neutral for axis, v in zip(AXES[self.kind], values, strict=True))
+
+    def padding_along(self, covered: str) -> str | tuple[int, ...]:
+        if isinstance(self.padding, str):
+            return self.padding if covered else (0,) * len(AXES[self.kind])
+        return self.along(covered, self.padding, 0)
+
+    def sides_along(self, covered: str) -> list[int]:
+        """Padding as F.pad wants it: left, right, top, bottom, of the covered axes; 0 elsewhere."""
+        pairs = zip(reversed(AXES[self.kind]), self.explicit[::2], self.explicit[1::2], strict=True)
+        return [side if axis in covered else 0 for axis, *both in pairs for side in both]
+
+    def ready(self, kernel: Tensor) -> Tensor:
+        """A kernel of four axes (or two) as `run` takes it."""
+        if not self.is_convolution:
+            return kernel.flatten(1)
+        kernel = kernel.squeeze(2) if self.kind == "conv1d" else kernel
+        # An axis of length one may have any stride; PyTorch takes some for channels last, and answers in that layout.
+        return kernel.flatten().view(kernel.shape)
+
+    def module(self, stage: Stage, bias: bool, **like: Any) -> nn.Conv1d | nn.Conv2d | nn.Linear:
+        """The ordinary layer that does what `run` does, with arbitrary weights; `like` is their device and dtype."""
+        if not self.is_convolution:
+            return nn.Linear(stage.channels, stage.shape[0], bias=bias, **like)
+        kind: Any = nn.Conv1d if self.kind == "conv1d" else nn.Conv2d
+        return kind(
+            stage.channels,
+            stage.shape[0],
+            stage.shape[3:] if self.kind == "conv1d" else stage.shape[2:],
+            stride=self.along(stage.covered, self.stride, 1),
+            padding=self.padding_along(stage.covered),
+            dilation=self.along(stage.covered, self.dilation, 1),
+            groups=stage.groups,
+            bias=bias,
+            padding_mode=self.padding_mode if stage.covered else "zeros",
+            **like,
+        )
+
+    def run(self, stage: Stage, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """One convolution of a path, which strides, pads and dilates along the axes that it covers and no other.
+
+        That is exact for every padding mode: padding one axis commutes with a map of the channels and with a
+        convolution along the other axis, because no stage but the last has a bias.
+        """
+        if not self.is_convolution:
+            return F.linear(x, kernel, bias)
+        padding = self.padding_along(stage.covered)
+        if self.padding_mode != "zeros" and any(sides := self.sides_along(stage.covered)):
+            x, padding = F.pad(x, sides, mode=self.padding_mode), 0
+        convolve = F.conv1d if self.kind == "conv1d" else F.conv2d
+        stride, dilation = self.along(stage.covered, self.stride, 1), self.along(stage.covered, self.dilation, 1)
+        return convolve(x, kernel, bias, stride, padding, dilation, stage.groups)  # type: ignore[arg-type]
+
+
+def explicit_padding(layer: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """Padding as F.pad wants it: left, right, top, bottom."""
+    sides: list[int] = []
+    for axis in reversed(range(len(layer.kernel_size))):
+        if layer.padding == "same":
+            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            amount = 0 if isinstance(layer.padding, str) else layer.padding[axis]
+            sides += [amount, amount]
+    return sides

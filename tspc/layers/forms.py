@@ -1,0 +1,149 @@
+"""Factors → modules: a tensorized layer acts exactly like the dense layer with the rebuilt kernel.
+
+The parameters are the factors, whatever the path (see `tspc.layers.chains`). Two forms, chosen by the method:
+
+- `Chain`: its children are ordinary convolutions (or dense layers) whose weights are the factors. On the path "chain"
+  it is but a sequence of them;
+- `Contracted`: the factors are a list of matrices, from which the kernels of the path are contracted.
+
+Kernels that are contracted from factors follow them in training. In eval mode they are contracted once and kept, until
+the factors change. Both forms show `weight` (rebuilt, differentiable), `bias` and the plain attributes (`in_features`,
+`stride`, …) of the layer they replace, so that code which reads them keeps working.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.decompositions import Decomposition, Metric, Rank
+from tspc.layers.chains import CHAIN, REBUILT, stages_of
+from tspc.layers.dense import DenseLayer, Form, kernel_of, kernel_shape
+from tspc.layers.tensorized import TensorizedLayer as TensorizedLayer
+
+
+def _is_ordinary(weight: Any) -> bool:
+    return type(weight) in (Tensor, nn.Parameter)
+
+
+class Chain(TensorizedLayer, nn.Sequential):
+    """Convolutions (or dense layers) in sequence, or merged ones in their stead; the last one carries the bias."""
+
+    def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> None:
+        nn.Sequential.__init__(self, *_chain_links(layer, decomposition, rank))
+        self._prepare(layer, decomposition, rank, path or default_path(layer, decomposition))
+
+    @property
+    def runs_factors(self) -> bool:
+        # Tensors of other kinds, such as quantised ones, may know no more than to be a layer's weight.
+        return self._path == CHAIN or any(not _is_ordinary(link.weight) for link in self)
+
+    def _run(self, x: Tensor) -> Tensor:
+        return nn.Sequential.forward(self, x) if self.runs_factors else super()._run(x)
+
+    def factor_parameters(self) -> list[nn.Parameter]:
+        return [cast(nn.Parameter, link.weight) for link in self]
+
+    def factor_tensors(self) -> list[Tensor]:
+        weights: list[Tensor] = [*self.factor_parameters()]
+        return [weight.unsqueeze(2) for weight in weights] if self.kind == "conv1d" else weights
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return cast("nn.Parameter | None", self[-1].bias)
+
+
+def _chain_links(layer: DenseLayer, decomposition: Decomposition, rank: Rank) -> list[nn.Module]:
+    """Modules whose weights are the factors; see `Form.run` for why they give the layer's output."""
+    form, shape = Form.of(layer), kernel_shape(layer)
+    stages = stages_of(decomposition, shape, rank, CHAIN)
+    last = len(stages) - 1
+    has_bias = layer.bias is not None
+    return [form.module(stage, has_bias and i == last, **_like(layer)) for i, stage in enumerate(stages)]
+
+
+class Contracted(TensorizedLayer):
+    """A layer whose kernels are contracted from its factors, by default to the dense kernel."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> None:
+        super().__init__()
+        shape = kernel_shape(layer)
+        self._factor_shapes = decomposition.factor_shapes(shape, rank)
+        # Stored as matrices: `model.to(memory_format=torch.channels_last)` takes any 4- or 5-way parameter for images.
+        matrices = [(math.prod(s[:-1]), s[-1]) for s in self._factor_shapes]
+        self.factor_list = nn.ParameterList(torch.empty(m, **_like(layer)) for m in matrices)
+        bias = layer.bias is not None
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **_like(layer))) if bias else None)
+        self._prepare(layer, decomposition, rank, path or default_path(layer, decomposition))
+
+    def factor_parameters(self) -> list[nn.Parameter]:
+        return list(self.factor_list)
+
+    def factor_tensors(self) -> list[Tensor]:
+        return [matrix.view(s) for matrix, s in zip(self.factor_list, self._factor_shapes, strict=True)]
+
+
+def _like(layer: DenseLayer) -> dict[str, Any]:
+    return {"device": layer.weight.device, "dtype": layer.weight.dtype}
+
+
+def is_chain(layer: nn.Module, decomposition: Decomposition) -> bool:
+    """Whether the factors themselves are the kernels of a chain."""
+    return Form.of(layer).groups == 1 and decomposition.chain_axes(kernel_shape(layer)) is not None
+
+
+def default_path(layer: nn.Module, decomposition: Decomposition) -> str:
+    """The path where nothing is known of the costs."""
+    return CHAIN if is_chain(layer, decomposition) else REBUILT
+
+
+def untrained(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> TensorizedLayer:
+    """The tensorized form of `layer` with factors of the right shapes and arbitrary values.
+
+    Factors are trained if the layer's weight is, the bias if its bias is. Raises ConfigError for a path that it does
+    not have.
+    """
+    decomposition = decomposition.for_shape(kernel_shape(layer))
+    form = Chain if is_chain(layer, decomposition) else Contracted
+    result = form(layer, decomposition, rank, path)
+    for factor in result.factor_parameters():
+        factor.requires_grad_(layer.weight.requires_grad)
+    if layer.bias is not None:
+        cast(nn.Parameter, result.bias).requires_grad_(layer.bias.requires_grad)
+    return result
+
+
+def tensorize(
+    layer: DenseLayer,
+    decomposition: Decomposition,
+    rank: Rank,
+    *,
+    kernel: Tensor | None = None,
+    metric: Metric | None = None,
+    path: str | None = None,
+) -> TensorizedLayer:
+    """Decomposes the kernel of `layer` and returns the layer that runs on the factors, in the same mode.
+
+    Stride, padding (every mode), dilation, groups and bias are kept. `kernel` (see `tspc.layers.dense.as_kernel`) is
+    decomposed in the stead of the layer's own, where given, and `metric` is the norm to fit it in. Raises
+    DecompositionError as `decompose` does, ConfigError for a path that the layer does not have.
+    """
+    decomposition = decomposition.for_shape(kernel_shape(layer))
+    factors = decomposition.decompose(kernel_of(layer) if kernel is None else kernel, rank, metric)
+    result = untrained(layer, decomposition, rank, path)
+    with torch.no_grad():
+        for own, value in zip(result.factor_tensors(), factors.tensors, strict=True):
+            own.copy_(value)
+        if layer.bias is not None:
+            cast(nn.Parameter, result.bias).copy_(layer.bias)
+    return result.train(layer.training)
+
+
+def tensorized_layers(model: nn.Module) -> dict[str, TensorizedLayer]:
+    """All tensorized layers of a network by name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TensorizedLayer)}

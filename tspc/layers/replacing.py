@@ -1,0 +1,80 @@
+"""A layer in another one's place: the hooks of the place stay, and so do the attributes that a network reads there."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tspc.errors import TspcError, TspcWarning
+from tspc.layers.forms import tensorized_layers
+
+CALL_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+STATE_HOOKS = (
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` at the dotted `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` at the dotted `name`, with the forward and backward hooks of the layer that was there.
+
+    The handles of these hooks still remove them.
+    """
+    old = model.get_submodule(name)
+    for hooks in CALL_HOOKS:
+        if hooks in vars(old):
+            setattr(module, hooks, vars(old)[hooks])
+    set_module(model, name, module)
+
+
+def warn_of_state_hooks(layers: Mapping[str, nn.Module]) -> None:
+    """Says which of the dense layers, by name, have hooks that their replacements will not have.
+
+    Such hooks deal with the entries of a state dict, which are others in a tensorized layer.
+    """
+    found = [name for name, layer in layers.items() if any(vars(layer).get(hooks) for hooks in STATE_HOOKS)]
+    if found:
+        warnings.warn(
+            f"hooks on the state dict of {', '.join(found)} do not act on the compressed layers, whose weights have "
+            "other names; register them anew where they are wanted",
+            TspcWarning,
+            stacklevel=2,
+        )
+
+
+def refuse_save_pretrained_(model: nn.Module) -> None:
+    """Lets `save_pretrained` of compressed networks raise: `from_pretrained` would fill their layers at random."""
+    for module in saves_pretrained(model):
+        if tensorized_layers(module):
+            forbid_save_pretrained_(module)
+
+
+def saves_pretrained(model: nn.Module) -> list[nn.Module]:
+    """The networks of transformers, and others that are saved like them, in a network."""
+    return [module for module in model.modules() if hasattr(type(module), "save_pretrained")]
+
+
+def forbid_save_pretrained_(module: nn.Module) -> None:
+    module.save_pretrained = functools.partial(_refuse, type(module).__name__)  # type: ignore[assignment]
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> None:
+    raise TspcError(
+        f"save_pretrained cannot save this {name}: its layers were replaced, and from_pretrained would make them dense "
+        'and random; use tspc.save(model, "small.safetensors"), and tspc.load("small.safetensors", model=dense) with '
+        f"a {name} as it was before, such as {name}(config)"
+    )

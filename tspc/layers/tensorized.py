@@ -1,0 +1,188 @@
+"""What both forms of tensorized layers have in common: the path that runs, kept kernels, the attributes they show."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.decompositions import Decomposition, Factors, Rank, Shape
+from tspc.layers.chains import Stage, contracted, paths_of, stages_of
+from tspc.layers.dense import DenseLayer, Form, as_weight, kernel_shape, shown_by
+
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
+_TracerWarning: type[Warning] = torch.jit.TracerWarning  # pyright: ignore[reportPrivateImportUsage]
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+class TensorizedLayer(nn.Module):
+    """What all tensorized layers share: the decomposition, the dense kernel's shape, the rank, the path."""
+
+    decomposition: Decomposition
+    shape: Shape
+    rank: Rank
+    kind: str
+    shown: dict[str, Any]
+    """The attributes of the dense layer, which this one has, too."""
+    _kept: tuple[Tensor, ...] | None
+    """In eval mode: the kernels of the path's stages. Neither a parameter nor a buffer, so that it is not saved."""
+
+    def _prepare(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str) -> None:
+        self.form = Form.of(layer)
+        self.kind, self.shape = self.form.kind, kernel_shape(layer)
+        self.decomposition, self.rank = decomposition, rank
+        self._kept, self._kept_of = None, None
+        self.shown = {key: value for key, value in shown_by(layer).items() if not hasattr(self, key)}
+        vars(self).update(self.shown)
+        self.register_load_state_dict_post_hook(_after_loading)
+        self.path = path
+
+    @property
+    def path(self) -> str:
+        """How the layer computes; may be set to another of `paths`."""
+        return self._path
+
+    @path.setter
+    def path(self, path: str) -> None:
+        self._path = path
+        self._stages = stages_of(self.decomposition, self.shape, self.rank, path, self.form.groups)
+        self._keep()
+
+    @property
+    def paths(self) -> list[str]:
+        return paths_of(self.decomposition, self.shape, self.rank, self.form.groups)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The convolutions that the path runs."""
+        return list(self._stages)
+
+    @property
+    def runs_factors(self) -> bool:
+        """Whether the path takes the factors as they are, so that there is nothing to contract."""
+        return False
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """Kernels that were contracted for inference and take memory beside the factors; may be none."""
+        return self._kept or ()
+
+    def forget(self) -> None:
+        """Lets go of the kept kernels, until they are wanted again."""
+        self._kept, self._kept_of = None, None
+
+    def factor_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold the factors, in the order of the decomposition."""
+        raise NotImplementedError
+
+    def factor_tensors(self) -> list[Tensor]:
+        """The factors, in the order of the decomposition: the parameters, or views of them."""
+        raise NotImplementedError
+
+    def factors(self) -> Factors:
+        return Factors(tuple(self.factor_tensors()), self.shape, self.rank)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the factors stand for, in the shape that the dense layer had; differentiable."""
+        return as_weight(self.decomposition.reconstruct(self.factors()), self.kind)
+
+    def kernels(self) -> tuple[Tensor, ...]:
+        """Those of the path's stages: kept ones where no gradient is asked for, else contracted from the factors.
+
+        A trace of `torch.jit` has the contraction, whatever it is made under: it is made twice and compared.
+        """
+        if _is_tracing():
+            with warnings.catch_warnings():  # of sizes that become constants: the factors' do not change
+                warnings.simplefilter("ignore", _TracerWarning)
+                return self._contract()
+        if self.training or (self._needs_gradient() and not _is_exporting()):
+            if self._kept is not None:
+                self._kept = None  # a step may follow, which compiled code would not notice
+            return self._contract()
+        # Compiled code goes by what the modes and the loading of weights leave it.
+        if not torch.compiler.is_compiling() and self._kept_of != self._versions():
+            self._keep()
+        return self._contract() if self._kept is None else self._kept
+
+    def forward(self, input: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+        """The dense layer's answer. Its input goes by one name in PyTorch's layers, by the other in transformers'."""
+        x = cast(Tensor, x if input is None else input)
+        return _as_one_node(self, x) if isinstance(x, torch.fx.Proxy) else self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        """Convolution after convolution of the path."""
+        last = len(self._stages) - 1
+        bias = cast("Tensor | None", self.bias)
+        for i, (stage, kernel) in enumerate(zip(self._stages, self.kernels(), strict=True)):
+            x = self.form.run(stage, x, kernel, bias if i == last else None)
+        return x
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self._keep()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._keep()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the kept kernels: a pickle is as small as the factors."""
+        return self.__dict__ | {"_kept": None, "_kept_of": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep()
+
+    def _contract(self) -> tuple[Tensor, ...]:
+        # A kernel's entries are sums of products of several factors: autocast would round each of them.
+        factors = self.factors()
+        with torch.autocast(factors.tensors[0].device.type, enabled=False):
+            found = contracted(self.decomposition, factors, self._path)
+        return tuple(self.form.ready(kernel) for kernel in found)
+
+    def _keep(self) -> None:
+        """Contracts the kernels for inference; forgets them in training mode."""
+        self.forget()
+        tensors = list(self.parameters())
+        if self.training or self.runs_factors or not tensors or tensors[0].is_meta:
+            return
+        # What is kept may later be used outside inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            versions = self._versions()
+            if versions is not None:
+                self._kept, self._kept_of = tuple(kernel.detach() for kernel in self._contract()), versions
+
+    def _versions(self) -> tuple[Any, ...] | None:
+        """Changes with every change of the factors; None where that cannot be told."""
+        try:
+            return tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        except RuntimeError:  # inference tensors, and those of function transforms
+            return None
+
+    def _needs_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def extra_repr(self) -> str:
+        return f"{self.decomposition.name}, shape={self.shape}, rank={self.rank}, path={self.path}"
+
+
+def _as_one_node(layer: TensorizedLayer, x: Any) -> Any:
+    """The layer in a graph of `torch.fx`: one call, as the dense layer is, whose kernels follow its modes."""
+    if layer._forward_hooks or layer._forward_pre_hooks:  # the graph has what they do; the module would do it again
+        module = x.tracer.create_proxy("get_attr", x.tracer.path_of_module(layer), (), {})
+        return x.tracer.create_proxy("call_function", _forward, (module, x), {})
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
+
+
+def _forward(layer: TensorizedLayer, x: Tensor) -> Tensor:
+    return layer.forward(x)
+
+
+def _after_loading(layer: TensorizedLayer, *_: Any) -> None:
+    layer._keep()

@@ -1,0 +1,66 @@
+"""A dense layer solved anew for the inputs that it has by now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.calibration.moments import Moments
+from tspc.calibration.patches import Positions, input_patches, output_rows
+from tspc.calibration.samples import Calibration, is_narrow
+from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape, kind_of
+from tspc.system import processes
+from tspc.system.modes import own_modes
+from tspc.traversal.walk import Trace
+
+
+def adapted_layers(model: nn.Module, reference: nn.Module) -> list[str]:
+    """The dense layers whose weights are no longer the reference's: they make up for the layers before them."""
+    ours = dict(model.named_modules())
+    dense = [(name, layer) for name, layer in reference.named_modules() if kind_of(layer) is not None]
+    return [name for name, layer in dense if kind_of(ours[name]) is not None and not _are_equal(ours[name], layer)]
+
+
+def _are_equal(layer: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(layer.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(one, two) for one, two in pairs)
+
+
+def can_be_refitted(model: nn.Module, name: str, found: Trace) -> bool:
+    """Whether a layer is called once, and what its output is shifted by belongs to itself.
+
+    Without a bias phase 0 puts that into the batch norm.
+    """
+    return found.calls[name] == 1 and (name not in found.batch_norms or model.get_submodule(name).bias is not None)
+
+
+@own_modes()
+@torch.no_grad()
+def refit_(layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], batches: int) -> None:
+    """Gives the layer the kernel and the bias whose answers to x are closest to y in the mean square.
+
+    `pairs` are so many `batches` of (x, y), y what the `original` answers in the reference. A small damping pulls the
+    kernel towards the original's, as in `apply_`. A layer with too many inputs for their second moments stays as it is.
+    """
+    if not is_narrow(layer):
+        return
+    dense, own = cast(DenseLayer, layer), cast(DenseLayer, original)
+    settings, moments, images = Calibration(), None, 0
+    for number, (x, y) in enumerate(pairs):
+        positions = Positions.at_most(max(1, settings.patches // (batches * processes.count())), dense, y, number)
+        rows = input_patches(dense, x.float(), positions)
+        moments = moments or Moments(rows.shape[-1], kernel_shape(dense)[0], rows.device, len(rows))
+        moments.add(rows, output_rows(own, y.float(), positions))
+        images += len(x)
+    if moments is None:
+        return
+    moments.join()
+    images = int(processes.summed(torch.tensor(images, device=moments.device)))
+    found = moments.statistics(kernel_of(own), dense.bias is not None, settings.damping, images=images)
+    kernel_of(dense).copy_(found.target.reshape(kernel_shape(dense)))
+    shift = found.shift(kernel_of(dense))
+    if dense.bias is not None and own.bias is not None and shift is not None:
+        dense.bias.copy_(own.bias + shift.to(own.bias))

@@ -1,0 +1,45 @@
+"""The singular values that a rank cuts off, layer by layer, as data; `pages` draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tspc.compression.plan import LayerPlan
+from tspc.decompositions import Metric, double
+from tspc.decompositions.function_space import whitened
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values, relative to the largest, of the unfolding that one entry of a layer's rank cuts at `rank`.
+
+    Of the kernel that was decomposed: in function space, whitened.
+    """
+
+    layer: str
+    method: str
+    entry: int
+    rank: int
+    values: tuple[float, ...]
+
+
+def spectra_of(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> tuple[Spectrum, ...]:
+    """One spectrum for every entry of the layer's rank."""
+    assert layer.method is not None
+    assert layer.rank is not None
+    # A picture of the kernels themselves needs no more than float32.
+    weight = kernel.detach().float() if metric is None else whitened(layer.method, double(kernel.detach()), metric)
+    return tuple(
+        Spectrum(layer.name, layer.method.name, entry, rank, _singular_values(matrix))
+        for entry, (rank, matrix) in enumerate(zip(layer.rank, layer.method.unfoldings(weight), strict=True))
+    )
+
+
+def _singular_values(matrix: Tensor) -> tuple[float, ...]:
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+    largest = float(values[0])
+    return tuple(round(float(v) / largest, 6) if largest > 0 else 0.0 for v in values)

@@ -1,0 +1,189 @@
+"""Hydra's untyped configuration → one frozen, checked object. Nothing else here or below knows OmegaConf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tspc.calibration.samples import Calibration
+from tspc.compression.allocation import ALLOCATIONS
+from tspc.compression.path_costs import OBJECTIVES, PATHS
+from tspc.compression.planning import RATE_DECAYS, RATE_SCOPES, conflicts
+from tspc.data import KINDS_IN_FOLDERS, DataSpec
+from tspc.decompositions import NAMES
+from tspc.errors import ConfigError
+from tspc.models import NetworkSpec
+from tspc.phases.benchmark import Benchmark
+from tspc.phases.decompose import PlanRequest, Selection
+from tspc.phases.distill import Distillation
+from tspc.phases.export import Export
+from tspc.phases.finetune import Finetuning
+from tspc.phases.plan import PlanOverview
+from tspc.run.effects import without_effect
+from tspc.run.reader import PHASES, Reader
+from tspc.run.trackers import TRACKERS
+from tspc.system.bounds import COUNT, NONE_OR_MORE, POSITIVE_SHARE, SEEDS, shown
+from tspc.terminal.display import VERBOSITIES
+from tspc.training import Recipe
+
+__all__ = ["PHASES", "PRECISIONS", "TOP_LEVEL", "Config", "read_config"]
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+TOP_LEVEL = (
+    *("method", "rate", "target_error", "allocation", "rate_decay", "rate_scope", "rank_multiple", "calibration"),
+    *("paths", "objective"),
+    *("dataset", "data_dir", "model", "pretrained", "output_dir"),
+    *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "variant"),
+    *("eval_samples", "checkpoint_seconds", "precision", "compile", "tracker"),
+    *("report", "runs", "verbosity"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. A phase that was not asked for is None."""
+
+    request: PlanRequest
+    calibration: Calibration
+    dataset: DataSpec
+    data_dir: Path | None
+    network: NetworkSpec
+    pretrained: str | None
+    pretrain_recipe: Recipe | None
+    output_dir: Path
+    seed: int
+    device: str
+    overwrite: bool
+    variant: str | None
+    eval_samples: int | None
+    checkpoint_seconds: float
+    precision: str
+    compile: bool
+    tracker: str
+    phases: tuple[str, ...]
+    plan: PlanOverview | None
+    decompose: Selection | None
+    distill: Distillation | None
+    finetune: Finetuning | None
+    export: Export | None
+    benchmark: Benchmark | None
+    report: bool
+    runs: str | None
+    verbosity: str
+    settings: dict[str, Any]
+    """All of it as it was given, for the result to tell."""
+    command: str = "tspc"
+
+    @property
+    def trains(self) -> bool:
+        """Whether data is indispensable."""
+        return not {"plan", "decompose", "export", "benchmark"} >= set(self.phases) or self.pretrained is None
+
+
+def read_config(config: DictConfig | dict[str, Any], given: Sequence[str] = ()) -> Config:
+    """Checks a composed configuration. Raises ConfigError with every problem found, not just the first.
+
+    `given` are the keys that somebody asked for, as `phase.finetune.momentum`: one that has no effect is a problem too.
+    """
+    reader, raw = Reader(), _plain(config)
+    reader.known(raw, TOP_LEVEL, "")
+    missing = [key for key in TOP_LEVEL if key not in raw]
+    if missing:
+        # Of the groups the options are known: a list that names none leaves the group out.
+        hint = {"phase": f"choose one or more of {', '.join(PHASES)}", "method": f"choose one of {', '.join(NAMES)}"}
+        told = [f"{key} is missing; {hint.get(key, 'every configuration needs it')}" for key in missing]
+        raise ConfigError(reader.problems + told)
+    request, values = _request(reader, raw), _values(reader, raw)
+    _contradictions(reader, raw, request, values)
+    reader.problems += without_effect(raw, given)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    selection = values["decompose"] or Selection()
+    return Config(request=PlanRequest(**request, selection=selection), **values)
+
+
+def _plain(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(config, dict):
+        return config
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = getattr(error, "full_key", None) or getattr(error, "key", None)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError([f"{key}: {reason}" if key else reason]) from error
+
+
+def _request(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields of PlanRequest."""
+    return {
+        "method": reader.method(reader.mapping(raw, "method")),
+        "rate": reader.number(raw, "rate", float, POSITIVE_SHARE),
+        "target_error": reader.number(raw, "target_error", float | None, POSITIVE_SHARE),
+        "allocation": reader.choice(raw, "allocation", ALLOCATIONS),
+        "rate_decay": reader.choice(raw, "rate_decay", RATE_DECAYS),
+        "rate_scope": reader.choice(raw, "rate_scope", RATE_SCOPES),
+        "rank_multiple": reader.number(raw, "rank_multiple", int, COUNT),
+        "paths": reader.choice(raw, "paths", PATHS),
+        "objective": reader.choice(raw, "objective", OBJECTIVES),
+    }
+
+
+def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
+    """The other fields of Config."""
+    group = reader.mapping(raw, "dataset")
+    dataset = reader.dataset(group)
+    data_dir, output_dir = reader.text(raw, "data_dir"), reader.text(raw, "output_dir", str)
+    recipe = group.get("pretrain")
+    # Those of distillation and finetuning say more where they are wrong; the phases need not use these.
+    reader.number(raw, "batch_size", int, COUNT)
+    reader.number(raw, "epochs", int, COUNT)
+    return {
+        "calibration": reader.section(Calibration, raw["calibration"], "calibration"),
+        "dataset": dataset,
+        "data_dir": None if data_dir is None else Path(data_dir),
+        "network": reader.network(reader.mapping(raw, "model"), dataset),
+        "pretrained": reader.text(raw, "pretrained"),
+        "pretrain_recipe": None if recipe is None else reader.section(Recipe, recipe, "dataset.pretrain"),
+        "output_dir": Path(output_dir or ""),
+        "seed": reader.number(raw, "seed", int, SEEDS),
+        "device": reader.text(raw, "device", str),
+        "overwrite": reader.value(raw, "overwrite", bool),
+        "variant": reader.variant(raw),
+        "eval_samples": reader.number(raw, "eval_samples", int | None, COUNT),
+        "checkpoint_seconds": reader.number(raw, "checkpoint_seconds", float, NONE_OR_MORE),
+        "precision": reader.choice(raw, "precision", PRECISIONS),
+        "compile": reader.value(raw, "compile", bool),
+        "tracker": reader.choice(raw, "tracker", TRACKERS),
+        "report": reader.value(raw, "report", bool),
+        "runs": reader.text(raw, "runs"),
+        "verbosity": reader.choice(raw, "verbosity", VERBOSITIES),
+        "settings": raw,
+        **reader.phases(reader.mapping(raw, "phase")),
+    }
+
+
+def _contradictions(reader: Reader, raw: dict[str, Any], request: dict[str, Any], values: dict[str, Any]) -> None:
+    """Settings that are each in order, but not together."""
+    dataset, pretrained, phases = raw["dataset"], values["pretrained"], values["phases"]
+    if pretrained is None and isinstance(dataset, dict) and dataset.get("pretrain") is None:
+        reader.problems.append(
+            f"pretrained=null, but dataset {shown(dataset.get('name'))} has no recipe to train a reference; "
+            "pass pretrained=FILE, default or random"
+        )
+    reader.problems += conflicts(request["allocation"], request["rate_decay"])
+    if "compare" in phases and len(phases) > 1:
+        reader.problems.append("phase=compare looks at runs that are there already: ask for it alone")
+    if values["runs"] is not None and "compare" not in phases:
+        reader.problems.append(f"runs={shown(values['runs'])} has an effect with phase=compare only")
+    if phases == ("pretrain",) and pretrained is not None:
+        reader.problems.append(f"phase=pretrain, but pretrained={shown(pretrained)} is given: nothing to train")
+    spec = values["dataset"]
+    if values["data_dir"] is not None and spec is not None and spec.kind not in KINDS_IN_FOLDERS:
+        reader.problems.append(
+            f"data_dir={shown(raw['data_dir'])} has no effect: dataset {shown(spec.name)} reads no files"
+        )

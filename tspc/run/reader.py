@@ -1,0 +1,197 @@
+"""Reads sections of a configuration and remembers what is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+
+from tspc import decompositions
+from tspc.data import DataSpec
+from tspc.decompositions import Method
+from tspc.errors import ConfigError, DecompositionError
+from tspc.models import FAMILIES, NetworkSpec
+from tspc.phases.benchmark import Benchmark
+from tspc.phases.decompose import Selection
+from tspc.phases.distill import Distillation
+from tspc.phases.export import Export
+from tspc.phases.finetune import Finetuning
+from tspc.phases.plan import PlanOverview
+from tspc.run.fields import Unfit, converted
+from tspc.system.bounds import Bounds, shown
+
+PHASES = ("pretrain", "plan", "decompose", "distill", "finetune", "export", "benchmark", "compare")
+"""In the order in which they run."""
+
+DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "learning_rate", "pretrain")
+
+LONGEST_NAME = 100
+"""Characters of a name that becomes a folder's."""
+
+
+class Section(Protocol):
+    """A dataclass of settings, which knows the bounds of its fields."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def problems(self, where: str) -> list[str]: ...
+
+
+T = TypeVar("T", bound=Section)
+
+
+class Reader:
+    """What was read, and `problems`: one line for each."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def known(self, data: dict[str, Any], names: Any, where: str) -> None:
+        names = list(names)
+        for key in data:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1)
+                hint = f"did you mean {where}{near[0]}?" if near else f"known are: {', '.join(names) or 'none'}"
+                self.problems.append(f"{where}{shown(key)} is not a setting; {hint}")
+
+    def section(self, cls: type[T], data: Any, where: str) -> T | None:
+        """A dataclass from a mapping: unknown keys, missing keys, wrong types and values out of bounds are problems."""
+        if not isinstance(data, dict):
+            self.problems.append(f"{where}={shown(data)}: expected a group of settings")
+            return None
+        fields = [field for field in dataclasses.fields(cls) if field.init]
+        self.known(data, [field.name for field in fields], f"{where}.")
+        kinds, values, before = get_type_hints(cls), {}, len(self.problems)
+        for field in fields:
+            if field.name in data:
+                try:
+                    values[field.name] = converted(data[field.name], kinds[field.name])
+                except Unfit as error:
+                    self.problems.append(f"{where}.{field.name}={shown(data[field.name])}: expected {error}")
+            elif field.default is field.default_factory is dataclasses.MISSING:
+                self.problems.append(f"{where}.{field.name} is missing")
+        required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+        if not required <= set(values):
+            return None
+        result = cls(**values)
+        self.problems += result.problems(where)
+        return result if len(self.problems) == before else None
+
+    def mapping(self, data: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
+        """A group of settings; anything else in its place is a problem."""
+        if isinstance(data.get(key), dict):
+            return data[key]
+        self.problems.append(f"{where}{key}={shown(data.get(key))}: expected a group of settings")
+        return {}
+
+    def value(self, data: dict[str, Any], key: str, kind: Any, where: str = "") -> Any:
+        """One value of a type; None, and a problem, if it is of another."""
+        try:
+            return converted(data.get(key), kind)
+        except Unfit as error:
+            self.problems.append(f"{where}{key}={shown(data.get(key))}: expected {error}")
+            return None
+
+    def text(self, data: dict[str, Any], key: str, kind: Any = str | None) -> str | None:
+        """A name or a path, or None; an empty one is a problem."""
+        found = self.value(data, key, kind)
+        if found is not None and not found.strip():
+            self.problems.append(f"{key}={found!r} is empty; leave it out")
+        return found
+
+    def number(self, data: dict[str, Any], key: str, kind: Any, bounds: Bounds) -> Any:
+        before = data.get(key)
+        try:
+            value = converted(before, kind)
+        except Unfit as error:
+            what = bounds.of(str(error).removesuffix(", or null"))
+            self.problems.append(f"{key}={shown(before)}: expected {what}")
+            return None
+        if value is not None and value not in bounds:
+            what = "a whole number" if isinstance(value, int) else "a number"
+            self.problems.append(f"{key}={shown(before)}: expected {bounds.of(what)}")
+        return value
+
+    def choice(self, data: dict[str, Any], key: str, options: tuple[str, ...], where: str = "") -> str:
+        value = data.get(key)
+        if not isinstance(value, str) or value not in options:
+            self.problems.append(f"{where}{key}={shown(value)}: choose one of {', '.join(options)}")
+        return str(value)
+
+    def folder_name(self, value: str | None, setting: str) -> None:
+        """A problem if a name cannot be a part of the run's path."""
+        if value is None:
+            return
+        if not re.fullmatch(r"[^/\\\0]+", value) or value in (".", "..") or len(value) > LONGEST_NAME:
+            self.problems.append(
+                f"{setting}={shown(value)}: expected a name without slashes, of at most {LONGEST_NAME} characters"
+            )
+
+    def variant(self, data: dict[str, Any]) -> str | None:
+        value = self.text(data, "variant")
+        if value is not None and (not re.fullmatch(r"[\w.,=+-]+", value) or len(value) > LONGEST_NAME):
+            self.problems.append(
+                f"variant={shown(value)}: expected letters, digits and . , = + - _ only, at most {LONGEST_NAME}"
+            )
+        return value
+
+    def method(self, data: dict[str, Any]) -> Method | None:
+        try:
+            return decompositions.from_dict(data)
+        except ConfigError as error:
+            self.problems += error.problems
+        except DecompositionError as error:
+            self.problems.append(str(error))
+        return None
+
+    def dataset(self, data: dict[str, Any]) -> DataSpec | None:
+        self.mapping(data, "model", "dataset.")  # the network where model=default
+        spec = self.section(DataSpec, {k: v for k, v in data.items() if k not in DATASET_EXTRAS}, "dataset")
+        if spec is not None:
+            self.folder_name(spec.name, "dataset.name")
+        return spec
+
+    def network(self, model: dict[str, Any], dataset: DataSpec | None) -> NetworkSpec | None:
+        self.known(model, ("family", "name", "factory", "kwargs"), "model.")
+        family = self.choice(model, "family", FAMILIES, "model.")
+        name, factory = (self.value(model, key, str | None, "model.") for key in ("name", "factory"))
+        kwargs = self.mapping(model, "kwargs", "model.") if "kwargs" in model else {}
+        if family == "custom" and not factory:
+            self.problems.append("model=custom needs model.factory=package.module:function")
+        if family != "custom" and factory:
+            self.problems.append(f"model.factory={shown(factory)} has an effect with model=custom only")
+        if family != "custom" and not name:
+            self.problems.append(f"model.name={shown(name)}: expected the name of a network")
+        if not all(isinstance(key, str) for key in kwargs):
+            self.problems.append(f"model.kwargs={shown(kwargs)}: expected names of arguments")
+        if family == "builtin" and kwargs:
+            self.problems.append(f"model.kwargs={shown(kwargs)}: the networks that are built in take none")
+        name = name or str(factory).rpartition(":")[2]
+        if family != "transformers":  # whose networks may be folders
+            self.folder_name(name, "model.name")
+        if dataset is None:
+            return None
+        sizes = dataset.num_classes, dataset.channels, dataset.image_size
+        return NetworkSpec(family, name, *sizes, factory, kwargs)
+
+    def phases(self, data: dict[str, Any]) -> dict[str, Any]:
+        self.known(data, PHASES, "phase.")
+        if not any(name in PHASES for name in data):
+            self.problems.append(f"phase={shown(list(data))}: choose one or more of {', '.join(PHASES)}")
+        for name in ("pretrain", "compare"):
+            if data.get(name) is not None:
+                self.known(self.mapping(data, name, "phase."), (), f"phase.{name}.")
+        self.problems += [f"phase.{p} is empty; see conf/phase/{p}.yaml" for p in PHASES[1:] if data.get(p, 0) is None]
+        sections: dict[str, type[Any]] = {
+            "plan": PlanOverview,
+            "decompose": Selection,
+            "distill": Distillation,
+            "finetune": Finetuning,
+            "export": Export,
+            "benchmark": Benchmark,
+        }
+        return {"phases": tuple(name for name in PHASES if name in data)} | {
+            name: None if data.get(name) is None else self.section(cls, data[name], f"phase.{name}")
+            for name, cls in sections.items()
+        }

@@ -1,0 +1,198 @@
+"""The reference network of a run: read from a file, published, random, or trained once and shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tspc import __version__
+from tspc.calibration.samples import Samples
+from tspc.compression import checkpoint
+from tspc.compression.curves import Curves, ErrorCurve
+from tspc.data import Data
+from tspc.errors import TrainingError, TspcError
+from tspc.models import NetworkSpec
+from tspc.models.weights import load_state, read_state
+from tspc.phases.context import Context
+from tspc.phases.decompose import measure_curves
+from tspc.phases.finetune import train_classifier
+from tspc.run.config import Config
+from tspc.store.directory import RunDirectory, file_digest, fingerprint, plain
+from tspc.store.files import intact, make_folder, remove, remove_left_over, write_json
+from tspc.store.schemas import ACCURACY, CURVES, SECONDS, problem
+from tspc.store.state import tensor_state
+from tspc.system import processes
+from tspc.system.launch import is_first
+from tspc.training import Progress, evaluate
+
+
+@dataclass
+class Reference:
+    """`identity` says where the weights come from, so that runs from other weights are told apart."""
+
+    model: nn.Module
+    identity: dict[str, Any]
+    seconds: float | None = None
+
+
+def network_spec(config: Config, data: Data | None) -> NetworkSpec:
+    """The network to build; the number of classes comes from the data where the configuration leaves it open."""
+    if config.network.num_classes is None and data is not None:
+        return dataclasses.replace(config.network, num_classes=data.num_classes)
+    return config.network
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensor_state(model).items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def untrained_reference(config: Config, spec: NetworkSpec, data: Data | None) -> Reference:
+    """The network with the weights that `pretrained` names; with seeded initial ones where it is null.
+
+    Nothing is written. Raises WeightsError or ConfigError if the weights cannot be had or do not fit.
+    """
+    torch.manual_seed(config.seed if config.pretrained == "random" else 0)
+    model = spec.build(pretrained=config.pretrained == "default")
+    source = config.pretrained
+    if source is None:
+        assert data is not None
+        return Reference(model, {"trained": _recipe_identity(config, spec, data)})
+    if source == "random":
+        return Reference(model, {"random": config.seed})
+    if source == "default":
+        return Reference(model, {"published": spec.name} if spec.family == "torchvision" else {"given": _digest(model)})
+    load_state(model, read_state(source), f"pretrained={source}")
+    return Reference(model, {"file": file_digest(Path(source))})
+
+
+def _recipe_identity(config: Config, spec: NetworkSpec, data: Data) -> dict[str, Any]:
+    assert config.pretrain_recipe is not None
+    return {
+        "recipe": plain(config.pretrain_recipe),
+        "dataset": data_identity(config),
+        "data": data.fingerprint,
+        "network": spec.to_dict(),
+    }
+
+
+def data_identity(config: Config) -> dict[str, Any]:
+    """What of the data set's settings changes a result."""
+    return {key: value for key, value in plain(config.dataset).items() if key != "workers"}
+
+
+def train_reference(reference: Reference, config: Config, spec: NetworkSpec, context: Context, folder: Path) -> None:
+    """Trains the reference in `folder`, or reads the one that an earlier run of the sweep left there.
+
+    Another process training it is waited for. Raises RunError if the folder holds a reference made
+    otherwise and `overwrite` is not set.
+    """
+    assert config.pretrain_recipe is not None
+    result = folder / "model.safetensors"
+    identity = reference.identity["trained"]
+    display = context.display
+    waiting = lambda: display.line(f"waiting for another run to finish the reference network in {folder}")  # noqa: E731
+    directory = RunDirectory(folder, identity, config.overwrite, waiting, "another output_dir")
+    if config.overwrite and directory.held_by_another():
+        display.line(f"reference  made anew in {folder}; the runs that shared the old one can no longer be continued")
+    with directory as run:
+        if processes.by_first(result.exists) and not (config.overwrite and config.phases == ("pretrain",)):
+            header, state = checkpoint.read(result)
+            load_state(reference.model, state, str(result))
+            info: Any = header.get("info")
+            reference.seconds = info["seconds"] if problem(info, {"seconds": SECONDS}) is None else None
+            Progress.discard(run.file("progress.pt"))  # of a process that was killed before it did
+            display.line(f"reference  read from {result}")
+            return
+        context.place(reference.model)
+        progress = Progress(
+            run.file("progress.pt"), fingerprint([identity, str(context.hardware.precision)]), config.checkpoint_seconds
+        )
+        # The reference does not depend on the run's seed: a sweep over seeds shares it.
+        shared = dataclasses.replace(context, seed=0, note=run.note)
+        try:
+            train_classifier(reference.model, config.pretrain_recipe, shared, progress, "pretrain")
+        except TrainingError as error:
+            raise TrainingError(f"pretrain: {error}, as dataset.pretrain.learning_rate") from error
+        reference.seconds = progress.seconds
+        stale = [path for pattern in ("accuracy-*.json", "curves-*.json") for path in folder.glob(pattern)]
+        for path in stale if is_first() else ():
+            remove(path)
+        checkpoint.save(reference.model, result, network=spec, info={"seconds": reference.seconds})
+        Progress.discard(run.file("progress.pt"))
+
+
+def reference_curves(
+    reference: Reference, config: Config, samples: Samples | None, context: Context, folder: Path
+) -> Curves:
+    """Error curves of the layers that can be tensorized, measured once for all runs that share them."""
+    sketch = config.request.outline(reference.model)
+    identity = {
+        "reference": reference.identity,
+        "method": config.request.method.to_dict(),
+        "network": network_spec(config, context.data).to_dict(),
+        "layers": [[layer.name, *layer.shape] for layer in sketch.chosen],
+        "version": __version__,
+        "calibration": calibration_identity(config, samples is not None),
+        "data": None if samples is None or context.data is None else context.data.fingerprint,
+        "dataset": None if samples is None else data_identity(config),
+    }
+    path = folder / f"curves-{fingerprint(identity)}.json"
+    if (known := _known_curves(path, [layer.name for layer in sketch.chosen])) is not None:
+        return known
+    _prepare(path, context)
+    context.place(reference.model).eval()
+    curves = measure_curves(reference.model, sketch.layers, config.request.method, samples, context)
+    write_json(path, {name: [curve.to_dict() for curve in of_layer] for name, of_layer in curves.items()})
+    return curves
+
+
+def calibration_identity(config: Config, is_used: bool) -> dict[str, Any] | None:
+    """What of the calibration's settings changes a result; None where there is no calibration."""
+    if not is_used or config.calibration.samples == 0:
+        return None
+    return {key: value for key, value in plain(config.calibration).items() if key != "memory"}
+
+
+def reference_accuracy(reference: Reference, config: Config, context: Context, folder: Path) -> dict[str, Any] | None:
+    """Accuracy on the whole test split, measured once for all runs that share the reference; None without data."""
+    if context.data is None or config.pretrained == "random":
+        return None
+    identity = {"reference": reference.identity, "dataset": data_identity(config), "data": context.data.fingerprint}
+    path = folder / f"accuracy-{fingerprint(identity)}.json"
+    known = processes.by_first(lambda: intact(path, ACCURACY))
+    if known is not None:
+        return known
+    _prepare(path, context)
+    context.place(reference.model).eval()
+    accuracy = evaluate(reference.model, context.data, context.device).to_dict()
+    write_json(path, accuracy)
+    return accuracy
+
+
+def _prepare(path: Path, context: Context) -> None:
+    """For what is measured now and kept in a file."""
+    make_folder(path.parent)
+    if is_first():
+        remove_left_over(path.parent)
+        if path.exists():
+            context.display.warn(f"{path} is damaged; it is made anew")
+
+
+def _known_curves(path: Path, layers: list[str]) -> Curves | None:
+    """What an earlier run measured of these layers; None if that is not there, or damaged."""
+    found = intact(path, CURVES)
+    if found is None or sorted(found) != sorted(layers):
+        return None
+    with suppress(TspcError, ValueError, TypeError):
+        return {name: [ErrorCurve.from_dict(curve) for curve in curves] for name, curves in found.items()}
+    return None

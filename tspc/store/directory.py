@@ -1,0 +1,281 @@
+"""A run's directory: named by what it computes, locked while in use, refused if it holds something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tspc.compression import checkpoint
+from tspc.compression.plan import Plan
+from tspc.errors import RunError, TspcError
+from tspc.store.files import read_json, remove, remove_left_over, write_json
+from tspc.store.schemas import METRICS, STAGE, problem
+from tspc.system import processes
+from tspc.system.launch import is_first
+
+STAGES = ("decompose", "distill", "finetune")
+"""The phases that leave a network in the directory, in their order."""
+
+SHARED = "decompose.shared.safetensors"
+"""How the first of several processes gives what it decomposed to the others."""
+
+FIGURES = "figures"
+"""The folder beside a page with its figures as PNG and SVG."""
+
+FAILED = "failed"
+"""The event in `metrics.jsonl` that ends a command which raised."""
+
+RESULTS = (
+    *("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json"),
+    *("export.json", "benchmark.json", "export/model.*"),
+)
+"""What a directory holds of a run, apart from its history."""
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A dataclass as JSON would give it back."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def fingerprint(data: Any) -> str:
+    """A digest of plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """One `key: old → new` for every leaf in which two plain structures differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    return [] if old == new else [f"{where}: {old} → {new}"]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`; none where there is no such file, and without the lines that are damaged."""
+    path = folder / "metrics.jsonl"
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):  # a run that is being written, or was killed, ends in half a line
+            record = json.loads(line)
+            if problem(record, METRICS) is None:
+                records.append(record)
+    return records
+
+
+def failure(metrics: list[dict[str, Any]]) -> str | None:
+    """Why the last command failed; None if it did not, or another one succeeded since."""
+    last = next((record for record in reversed(metrics) if "event" in record), {})
+    if last.get("event") != FAILED:
+        return None
+    return str(last.get("error") or "for a reason that is not noted")
+
+
+def read_stage(path: Path) -> dict[str, Any]:
+    """What a finished stage tells in the header of its checkpoint. Raises RunError or WeightsError if it is damaged."""
+    info: Any = checkpoint.read_header(path).get("info")
+    wrong = problem(info, STAGE)
+    if wrong is None:
+        try:
+            wrong = _problem_of_plan(info["plan"], needed=path.stem == STAGES[0])
+        except (TspcError, TypeError, ValueError, ArithmeticError) as error:
+            wrong = f"plan: {error}"
+    if wrong is not None:
+        raise RunError(f"the header of {path} is damaged ({wrong}); remove the file, or pass overwrite=true")
+    return info
+
+
+def _problem_of_plan(plan: dict[str, Any] | None, needed: bool) -> str | None:
+    if plan is None:
+        return "plan is missing" if needed else None
+    return None if Plan.from_dict(plan).rate_reached >= 0 else "plan: the rate is below 0"
+
+
+def unfinished(folder: Path) -> str | None:
+    """The stage after the last finished one that has begun and saved how far it came; None if there is none."""
+    for stage in reversed(STAGES):
+        if (folder / f"{stage}.safetensors").exists():
+            return None
+        if any((folder / f"{before}{stage}.progress.pt").exists() for before in ("", "previous.")):
+            return stage
+    return None
+
+
+class RunDirectory:
+    """Use as a context manager: creates and locks the directory, checks its identity, opens the log.
+
+    `identity` is plain data that everything in the directory depends on. A directory whose results belong to
+    another identity is refused, or with `overwrite` emptied of them. Raises RunError for that, if the
+    directory is in use, and if it cannot be written. `on_wait`, where given, is called once and the lock
+    awaited instead of refused; `elsewhere` tells how to keep both runs.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        overwrite: bool = False,
+        on_wait: Callable[[], None] | None = None,
+        elsewhere: str = "variant=NAME or another output_dir",
+    ) -> None:
+        self.path, self.identity, self.overwrite = path, identity, overwrite
+        self._on_wait, self._elsewhere = on_wait, elsewhere
+        self._created: list[Path] = []
+        self._lock_descriptor: int | None = None
+        self._handler: logging.FileHandler | None = None
+
+    def __enter__(self) -> RunDirectory:
+        processes.by_first(self._open)
+        return self
+
+    def _open(self) -> None:
+        try:
+            self._created = self._create()
+            try:
+                self._lock()
+                self._claim()
+                self._open_log()
+            except BaseException:
+                self._undo()
+                raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"cannot write into {self.path}: {reason}; choose another output_dir") from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not is_first():
+            return
+        if kind is not None and not self._results() and not self.file("metrics.jsonl").exists():
+            self._undo()
+        else:
+            with suppress(RunError):  # a full disk; the error on its way says so
+                self._note_end(value)
+        self._close()
+
+    def _note_end(self, error: BaseException | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, RunError):  # a refusal, or the disk's fault
+            self.note({"event": FAILED, "error": " ".join(str(error).split())})
+        elif error is None and failure(read_metrics(self.path)) is not None:
+            self.note({"event": "end"})  # of a command without an event of its own: the failure is over
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Appends one line to `metrics.jsonl`."""
+        if not is_first():
+            return
+        try:
+            with self.file("metrics.jsonl").open("ab+") as file:
+                # A full disk, or a kill, may have left half a line.
+                is_cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+                file.write(b"\n" * is_cut + json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.file('metrics.jsonl')}: {error.strerror}") from error
+
+    @property
+    def lines(self) -> int:
+        """How many `metrics.jsonl` has."""
+        path = self.file("metrics.jsonl")
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+    def held_by_another(self) -> list[str]:
+        """How the identity of the results in the directory differs from this one's; empty if there are none.
+
+        Raises RunError if it cannot be read, unless all is to be overwritten.
+        """
+        path = self.file("run.json")
+        if not os.path.exists(path) or not self._results():
+            return []
+        try:
+            return differences(read_json(path, dict), self.identity)
+        except RunError as error:
+            if self.overwrite:
+                return [str(error)]
+            raise
+
+    def _results(self) -> list[Path]:
+        return [path for pattern in RESULTS for path in self.path.glob(pattern)]
+
+    def _create(self) -> list[Path]:
+        """Makes the directory; returns the ones that did not exist, innermost first."""
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        return missing
+
+    def _lock(self) -> None:
+        descriptor = os.open(self.file(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if self._on_wait is None:
+                owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+                os.close(descriptor)
+                raise RunError(f"{self.path} is in use by another run (process {owner}); wait for it to end") from None
+            self._on_wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._lock_descriptor = descriptor
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+    def _claim(self) -> None:
+        changed = self.held_by_another()
+        if changed and not self.overwrite:
+            raise RunError(
+                f"{self.path} holds another run ({'; '.join(changed)}); pass {self._elsewhere} "
+                "to keep both, or overwrite=true to redo it"
+            )
+        # The results of another identity go before the new one is written: a kill in between leaves no false claim.
+        for outdated in self._results() if changed else []:
+            remove(outdated)
+        write_json(self.file("run.json"), self.identity)
+        remove(self.file(SHARED))
+        remove_left_over(*(self.file(name) for name in ("", FIGURES, "export")))
+
+    def _open_log(self) -> None:
+        self._handler = logging.FileHandler(self.file("tspc.log"))
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        # A full disk shows when a result is written; the log need not add a traceback for each line.
+        self._handler.handleError = lambda record: None
+        logger = logging.getLogger("tspc")
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(self._handler)
+        logging.getLogger("py.warnings").addHandler(self._handler)
+
+    def _close(self) -> None:
+        if self._handler is not None:
+            for name in ("tspc", "py.warnings"):
+                logging.getLogger(name).removeHandler(self._handler)
+            try:
+                self._handler.close()
+            except OSError:
+                self._handler = None  # nothing more to lose: the disk is full, and an error is on its way
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
+
+    def _undo(self) -> None:
+        """Leaves the disk as it was found; what a run that holds the lock has made is not touched."""
+        if self._lock_descriptor is not None and self.path in self._created:
+            for name in (".lock", "tspc.log", "run.json"):
+                self.file(name).unlink(missing_ok=True)
+        self._close()
+        for path in self._created:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()

@@ -1,0 +1,176 @@
+"""Several processes that train one network together: who this one is, and what they do as one.
+
+`torchrun --nproc_per_node=N -m tspc …` or `accelerate launch -m tspc …` start them; alone, everything here does
+nothing. They share the run's directory: the first process writes, the others read what it wrote.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from tspc.errors import TspcError
+from tspc.system import launch
+from tspc.system.launch import is_first
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for each other: the first one may train a reference or decompose meanwhile."""
+
+Result = TypeVar("Result")
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of every batch that this process takes: each `processes`-th image, from `process` on."""
+
+    process: int = 0
+    processes: int = 1
+
+    def of(self, indices: Tensor) -> Tensor:
+        return indices[self.process :: self.processes]
+
+
+ALONE = Share()
+"""One process takes everything."""
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of several GPUs the one of this process."""
+    if count() > 1 and device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def share() -> Share:
+    """This process's part of every batch."""
+    return Share(rank(), count())
+
+
+def join(cpu: bool) -> None:
+    """Joins the processes that the launcher started together, if it started several; `cpu` keeps off its GPUs.
+
+    Once for all jobs of a sweep: a second meeting at the same place fails.
+    """
+    if launch.count() == 1 or dist.is_initialized():
+        return
+    # accelerate knows the launchers, and the backend that suits the device.
+    from accelerate import PartialState
+
+    PartialState(cpu=cpu, timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)
+
+
+def wait() -> None:
+    """For all to come here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def by_first(work: Callable[[], Result]) -> Result:
+    """What `work` gives in the first process, in all of them. If it raises there, TspcError is raised in the others."""
+    if count() == 1:
+        return work()
+    outcome: list[Any] = [None, True]
+    try:
+        if is_first():
+            outcome = [work(), False]
+    finally:
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise TspcError("the first process failed")
+    return outcome[0]
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def together(network: nn.Module) -> nn.Module:
+    """The network as all processes train it: its gradients are their mean."""
+    if count() == 1:
+        return network
+    # The batch norms agree by themselves, so that no buffer needs to be sent.
+    buffers = [name for name, _ in network.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)
+    return DistributedDataParallel(network)
+
+
+@contextmanager
+def synchronised(network: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in training mode take the statistics of all processes' images."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)] if count() > 1 else []
+    classes = [type(norm) for norm in norms]
+    # PyTorch's own SyncBatchNorm is for GPUs only. The class alone changes: weights, buffers and hooks stay.
+    for norm in norms:
+        norm.__class__ = _SharedBatchNorm
+    try:
+        yield
+    finally:
+        for norm, cls in zip(norms, classes, strict=True):
+            norm.__class__ = cls
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, through which gradients flow: each process's part is in all losses."""
+
+    @staticmethod
+    def forward(context: Any, part: Tensor) -> Tensor:
+        return summed(part.clone())
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return summed(gradient.clone())
+
+
+class _SharedBatchNorm(_BatchNorm):
+    """Mean and variance over the batch's parts in all processes."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        axes = [axis for axis in range(input.ndim) if axis != 1]
+        view = [1, -1] + [1] * (input.ndim - 2)
+        values = input.float()
+        number = summed(torch.tensor(float(input.numel() // input.shape[1]), device=input.device))
+        mean = _Sum.apply(values.sum(axes)) / number
+        centred = values - mean.view(view)
+        variance = _Sum.apply(centred.square().sum(axes)) / number
+        self._follow(mean.detach(), variance.detach() * (number / (number - 1)))
+        result = centred * (variance + self.eps).rsqrt().view(view)
+        if self.affine:
+            result = result * self.weight.view(view) + self.bias.view(view)
+        return result.to(input.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked += 1
+        step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), step)
+        self.running_var.lerp_(variance.to(self.running_var), step)

@@ -1,0 +1,99 @@
+"""With what a module of a network is called, batch by batch: kept, so that the network need not run from its start."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tspc.errors import TspcWarning
+from tspc.traversal.hooks import Reached, run_until_reached
+from tspc.traversal.nested import UnknownValueError, mapped, tensors_in
+from tspc.traversal.stash import Room, Stash
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Arguments by position and by name."""
+
+
+class Arguments:
+    """The arguments of the module `name` of `model` ("": the whole network) for each batch of `images`.
+
+    What is read is a copy, for a module may change its input in place; None where the batch does not call the module.
+    They are given by `append`, or found by `find`. With `half`, float32 is kept as float16 where that holds it.
+    """
+
+    def __init__(self, model: nn.Module, name: str, images: Iterable[Tensor], room: Room, half: bool) -> None:
+        self._model, self._name, self._images = model, name, images
+        self._kept = Stash(room, half)
+        self._is_kept = name != ""
+        self.is_complete = True
+        """Whether every batch calls the module."""
+
+    def append(self, call: Call) -> None:
+        """Raises UnknownValueError for what cannot be kept."""
+        self._kept.append(call)
+
+    def find(self) -> None:
+        """Runs the network over all images up to the module; what cannot be kept is made anew each time it is read."""
+        try:
+            for images in self._images if self._name else ():
+                call = self._made(images)
+                self.is_complete &= call is not None
+                self._kept.append(call)
+        except UnknownValueError as error:
+            self._kept.clear()
+            self._is_kept = False
+            text = f"{self._name} is called with a {error.kind}, which cannot be kept"
+            warnings.warn(
+                f"{text}: the network runs from its start instead, which takes longer and changes no result",
+                TspcWarning,
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def _made(self, images: Tensor) -> Call | None:
+        """Of a batch of images, by running the network up to the module."""
+        if self._name == "":
+            return (images.clone(),), {}
+        found: list[Call] = []
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found.append((args, kwargs))
+            raise Reached
+
+        module = self._model.get_submodule(self._name)
+        run_until_reached(self._model, [module.register_forward_pre_hook(hook, with_kwargs=True)], images)
+        return found[0] if found else None
+
+    def __len__(self) -> int:
+        """How many are kept."""
+        return len(self._kept)
+
+    def kept(self, number: int) -> Call:
+        """Of a batch, without a copy: not to be changed."""
+        return self._kept[number]
+
+    def shapes(self, number: int) -> tuple[torch.Size, ...]:
+        """Of the tensors among the arguments for a batch; of images none."""
+        if self._name == "":
+            return ()
+        return self._kept.shapes(number) if self._is_kept else tuple(t.shape for t in tensors_in(self[number]))
+
+    def __getitem__(self, number: int) -> Call | None:
+        """Of a batch; `images` can then tell a batch by its number."""
+        return self._copy(number) if self._is_kept else self._made(cast(Stash, self._images)[number])
+
+    def __iter__(self) -> Iterator[Call | None]:
+        if self._is_kept:
+            return (self._copy(number) for number in range(len(self)))
+        return (self._made(images) for images in self._images)
+
+    def _copy(self, number: int) -> Call | None:
+        return mapped(self._kept[number], Tensor.clone)
+
+    def clear(self) -> None:
+        """Gives the room back."""
+        self._kept.clear()
