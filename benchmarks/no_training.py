@@ -31,7 +31,7 @@ from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import tensorized
 from tspc.compression.curves import Curves, error_curves
 from tspc.compression.planning import outline, plan
-from tspc.decompositions import NAMES
+from tspc.decompositions import names
 from tspc.layers.replacing import set_module
 from tspc.store.files import write_json
 from tspc.training import place
@@ -163,7 +163,7 @@ def main() -> None:
     arguments.add_argument("--network", choices=("resnet32", "lite0"), default="resnet32")
     arguments.add_argument("--data", required=True, help="CIFAR-10 with train/ and test/, or the folder of images")
     arguments.add_argument("--weights", help="the reference ResNet-32's weights")
-    arguments.add_argument("--methods", default=",".join(NAMES))
+    arguments.add_argument("--methods", default=",".join(names()))
     arguments.add_argument("--rates", default="0.4,0.2,0.1,0.05")
     arguments.add_argument("--ways", default=",".join(WAYS))
     arguments.add_argument("--device", default="cpu")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.random_networks import Network, kinds, mostly
 from tspc.calibration.samples import Calibration
-from tspc.decompositions import NAMES
+from tspc.decompositions import names
 
 CALLERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "plain": contextlib.nullcontext,
@@ -74,7 +74,7 @@ class Use:
 
 USES = st.builds(
     Use,
-    method=kinds(NAMES),
+    method=kinds(names()),
     rate=st.sampled_from((0.5, 0.3, 0.8, 0.1, 1.0)),
     shares=mostly(SHARES),
     rate_scope=mostly(("layers", "network")),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from tspc.decompositions import NAMES, resolve
+from tspc.decompositions import names, resolve
 from tspc.errors import ConfigError
 from tspc.run.config import PHASES, TOP_LEVEL, Config, read_config
 
@@ -36,7 +36,7 @@ def test_methods(method):
 
 
 def test_every_method_has_a_file():
-    assert set(options("method")) == set(NAMES)
+    assert set(options("method")) == set(names())
     assert set(options("phase")) == set(PHASES)
 
 

@@ -3,152 +3,59 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from itertools import product
+from typing import ClassVar
 
 import pytest
 import tensorly
 import torch
 from tensorly.decomposition import parafac, partial_tucker, tensor_train
 
+import tspc
+from tests.methods import TABLE
 from tspc import decompositions
-from tspc.decompositions import CP, METHODS, SVD, Decomposition, Tucker, from_dict
+from tspc.decompositions import CP, METHODS, SVD, Decomposition, Tucker, from_dict, registry
 from tspc.decompositions.als import khatri_rao
 from tspc.decompositions.cp import CPFormat
+from tspc.decompositions.kernels import Axes
+from tspc.decompositions.laws import DecompositionLaws, kernel, relative
+from tspc.decompositions.registry import ENTRY_POINTS
 from tspc.decompositions.reshaped import Reshaped, balanced_factors
+from tspc.decompositions.tensor_ring import TensorRingFormat
 from tspc.decompositions.tensor_train import TensorTrainFormat
 from tspc.decompositions.tucker import TuckerFormat
 from tspc.errors import ConfigError, DecompositionError
 
-SHAPES = [
-    (16, 16, 3, 3),
-    (64, 3, 7, 7),
-    (96, 48, 5, 5),
-    (64, 32, 1, 1),
-    (32, 16, 3, 1),
-    (9, 6, 1, 3),
-    (13, 7, 3, 3),
-    (1000, 2048),
-    (10, 64),
-    (31, 17),
-]
+
+@pytest.fixture(params=TABLE)
+def name(request):
+    return request.param
 
 
-def kernel(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+class TestLaws(DecompositionLaws):
+    """Of every method in the table."""
+
+    @pytest.fixture(autouse=True)
+    def choose(self, name):
+        self.method = METHODS[name]()
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+def test_the_table_has_a_row_for_every_method():
+    assert set(TABLE) == set(METHODS)
 
 
-each_method = pytest.mark.parametrize("name", METHODS)
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-
-
-def method_for(name: str, shape: tuple[int, ...]) -> Decomposition:
-    return METHODS[name]().for_shape(shape)
-
-
-@each_method
-@each_shape
-def test_full_rank_is_exact(name, shape):
-    method, k = method_for(name, shape), kernel(shape)
-    factors = method.decompose(k, method.max_rank(shape))
-    assert relative(method.reconstruct(factors), k) < 1e-10
-
-
-@each_method
-@each_shape
-@pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
-def test_rank_fills_the_budget(name, shape, rate):
-    method = method_for(name, shape)
-    budget = max(method.min_params(shape), math.floor(rate * math.prod(shape)))
-    rank = method.rank_for(shape, budget)
-    assert method.num_params(shape, rank) <= budget
-    for i, (r, top) in enumerate(zip(rank, method.max_rank(shape), strict=True)):
-        larger = (*rank[:i], r + 1, *rank[i + 1 :])
-        fits = r < top and method.num_params(shape, larger) <= budget
-        assert not (fits and method.is_useful(shape, larger)), f"{larger} would fit too"
-
-
-@each_method
-@each_shape
-def test_factors_have_the_shapes_that_are_counted(name, shape):
-    method, k = method_for(name, shape), kernel(shape)
-    rank = method.rank_for(shape, math.prod(shape) // 3)
-    factors = method.decompose(k, rank)
-    assert tuple(tuple(t.shape) for t in factors.tensors) == method.factor_shapes(shape, rank)
-    assert sum(t.numel() for t in factors.tensors) == method.num_params(shape, rank)
-    error = relative(method.reconstruct(factors), k)
-    assert 0 < error < 1, "an approximation, better than nothing"
-
-
-@each_method
-@pytest.mark.parametrize("shape", [(16, 12, 3, 3), (20, 30)])
-def test_same_seed_same_factors(name, shape):
-    method, k = method_for(name, shape), kernel(shape)
-    rank = method.rank_for(shape, k.numel() // 4)
-    first, second = (method.decompose(k, rank).tensors for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@each_method
-def test_error_falls_as_the_rank_grows(name):
-    shape = (24, 16, 3, 3)
-    method, k = method_for(name, shape), kernel(shape)
-    errors = [
-        relative(method.reconstruct(method.decompose(k, method.rank_for(shape, int(k.numel() * rate)))), k)
-        for rate in (0.05, 0.2, 0.5, 1.0)
-    ]
-    assert errors == sorted(errors, reverse=True)
-
-
-@each_method
-@pytest.mark.parametrize("shape", [(12, 8, 3, 3), (12, 8)])
-def test_zero_kernel(name, shape):
-    method = method_for(name, shape)
-    factors = method.decompose(torch.zeros(shape), method.rank_for(shape, 60))
-    assert torch.equal(method.reconstruct(factors), torch.zeros(shape))
-
-
-@each_method
-def test_a_rank_one_kernel_is_met_at_rank_one(name):
-    t, s, h, w = (torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (8, 4, 3, 3))
-    k = torch.einsum("t,s,h,w->tshw", t, s, h, w)
-    # A rank-one kernel is separable in every mode; the channel vectors must be so too for the reshaped ones.
-    k = torch.einsum("a,b,c,s,h,w->abcshw", *(t[:2], t[2:4], t[4:6], s, h, w)).reshape(8, 4, 3, 3)
-    k = k[:, :1] * torch.ones(1, 4, 1, 1, dtype=k.dtype)
-    method = METHODS[name]()
-    factors = method.decompose(k, tuple(1 for _ in method.max_rank((8, 4, 3, 3))))
-    assert relative(method.reconstruct(factors), k) < 1e-6
-
-
-@each_method
-def test_dtype_and_gradient(name):
-    shape = (8, 6, 3, 3)
-    method = METHODS[name]()
-    factors = method.decompose(kernel(shape).float(), method.rank_for(shape, 200))
-    assert all(t.dtype == torch.float32 for t in factors.tensors)
-    leaves = [t.requires_grad_() for t in factors.tensors]
-    method.reconstruct(factors).sum().backward()
-    assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_kernels_are_refused(bad):
-    k = kernel((8, 6, 3, 3))
-    k[0, 0, 0, 0] = bad
-    with pytest.raises(DecompositionError, match="NaN or infinite"):
-        SVD().decompose(k, (2,))
-
-
-@pytest.mark.parametrize("rank", [(0,), (19,), (1, 1)])
-def test_impossible_ranks_are_refused(rank):
-    with pytest.raises(DecompositionError, match="rank .* does not fit svd"):
-        SVD().decompose(kernel((8, 6, 3, 3)), rank)
+def test_parameters_follow_the_formulas(name):
+    """Those of arXiv:1805.10352, and of tensor rings."""
+    method, shape = METHODS[name](), (8, 16, 3, 5)
+    rank = tuple(range(1, 1 + len(method.max_rank(shape))))
+    assert method.num_params(shape, rank) == TABLE[name].parameters(*rank)
 
 
 @pytest.mark.parametrize(
-    ("name", "rank"), [("tk", (1, 9)), ("tt", (1, 4, 1)), ("rtk", (1, 1, 1, 4)), ("rtt", (1, 5, 2))]
+    ("name", "rank"),
+    [("tk", (1, 9)), ("tt", (1, 4, 1)), ("tr", (1, 1, 4, 1)), ("rtk", (1, 1, 1, 4)), ("rtt", (1, 5, 2))],
 )
 def test_ranks_that_their_neighbours_cannot_carry_are_refused(name, rank):
     shape = (16, 6, 2, 1)
@@ -166,7 +73,7 @@ def test_kernels_of_other_dimensions_are_refused():
         SVD().max_rank((8, 6, 3))
 
 
-@pytest.mark.parametrize("name", ["cp", "tk", "tt"])
+@pytest.mark.parametrize("name", ["cp", "tk", "tt", "tr"])
 @pytest.mark.parametrize("shape", [(64, 32, 1, 1), (10, 64)])
 def test_without_spatial_extent_it_is_svd(name, shape):
     assert METHODS[name]().for_shape(shape) == SVD()
@@ -190,17 +97,9 @@ def test_balanced_factors(number, count, expected):
     assert balanced_factors(number, count) == expected
 
 
-@pytest.mark.parametrize("number", range(1, 200))
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_balanced_factors_multiply_back(number, count):
-    assert math.prod(balanced_factors(number, count)) == number
-
-
-def test_reshaped_parameter_formulas():
-    """Table of arXiv:1805.10352: rcp R(S1T1 + S2T2 + HW), rtt Σ S_l T_l R_{l-1} R_l + R_m HW."""
-    assert METHODS["rcp"]().num_params((16, 16, 3, 3), (5,)) == 5 * (16 + 16 + 9)
-    assert METHODS["rtt"]().num_params((64, 64, 3, 3), (2, 3, 4)) == 16 * 2 + 16 * 6 + 16 * 12 + 4 * 9
-    assert METHODS["rtk"]().num_params((16, 16, 3, 3), (2, 3, 2, 3)) == 4 * (2 + 3 + 2 + 3) + 36 * 9
+def test_balanced_factors_multiply_back():
+    for number, count in product(range(1, 200), (2, 3, 4)):
+        assert math.prod(balanced_factors(number, count)) == number
 
 
 def test_khatri_rao_is_columnwise_kronecker():
@@ -244,6 +143,22 @@ def test_tensor_train_against_tensorly():
     assert relative(ours.contract(ours.fit(x, (6, 9, 7))), x) <= 1.001 * relative(theirs, x)
 
 
+def test_tensor_ring_is_better_than_tensorly():
+    """Whose TR-SVD is our start."""
+    x = decaying(16, 5, 5, 14)
+    ours = TensorRingFormat(20, 1e-5)
+    theirs = TensorRingFormat(20, 1e-5, solver="tensorly")
+    errors = [relative(form.contract(form.fit(x, (3, 4, 6, 5))), x) for form in (ours, theirs)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_a_ring_with_a_bond_of_one_is_a_tensor_train():
+    x = decaying(12, 5, 5, 14)
+    rings, trains = TensorRingFormat(50, 1e-7), TensorTrainFormat()
+    found, wanted = rings.contract(rings.fit(x, (1, 6, 9, 7))), trains.contract(trains.fit(x, (6, 9, 7)))
+    assert relative(found, x) <= 1.0001 * relative(wanted, x)
+
+
 @pytest.mark.usefixtures("pytorch_backend")
 def test_cp_against_tensorly():
     x = decaying(24, 9, 20)
@@ -262,7 +177,6 @@ def test_cp_recovers_a_tensor_of_its_own_rank():
 # --- the registry -----------------------------------------------------------------------------------------------
 
 
-@each_method
 def test_plain_data_round_trip(name):
     method = METHODS[name]()
     assert from_dict(method.to_dict()) == method
@@ -277,7 +191,7 @@ def test_variants_compose():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"name": "tucker"}, "method 'tucker' is unknown; choose one of svd, cp"),
+        ({"name": "tucker"}, "method 'tucker' is unknown; choose one of cp, svd"),
         ({"name": "cp", "iterations": 3}, "method.iterations is unknown for cp"),
         ({"name": "cp", "max_iterations": "many"}, "expected a whole number"),
     ],
@@ -291,3 +205,66 @@ def test_registry_errors_list_the_options(data, message):
 def test_settings_out_of_range_are_refused(name, setting):
     with pytest.raises(DecompositionError, match=f"method.{setting}=-1: expected"):
         from_dict({"name": name, setting: -1})
+
+
+# --- a method of somebody else's --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Projected(Decomposition):
+    """The kernel on the R largest directions of its inputs: a method with the least that a method needs."""
+
+    name: ClassVar[str] = "projected"
+    scale: float = 1.0
+
+    def max_rank(self, shape):
+        return (math.prod(shape[1:]),)
+
+    def factor_shapes(self, shape, rank):
+        return ((shape[0], *rank), (*rank, math.prod(shape[1:])))
+
+    def axes(self, shape):
+        modes = dict(zip("shw", shape[1:], strict=False))
+        return Axes({"t": shape[0]}, modes, ((("t",), ()), ((), tuple(modes))))
+
+    def fit(self, weight, rank):
+        matrix = weight.flatten(1)
+        basis = torch.linalg.svd(matrix, full_matrices=False).Vh[: rank[0]]
+        basis = torch.cat((basis, basis.new_zeros(rank[0] - len(basis), basis.shape[1])))
+        return matrix @ basis.T, basis
+
+    def contract(self, tensors, shape):
+        return (tensors[0] @ tensors[1]).reshape(shape)
+
+    def unfoldings(self, weight):
+        return (weight.flatten(1),)
+
+
+class TestLawsOfAStrangersMethod(DecompositionLaws):
+    method = Projected()
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A package that offers the method by an entry point."""
+    found = EntryPoint("projected", "tests.test_decompositions:Projected", ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group, name: [found] if name == "projected" else [])
+    yield
+    METHODS._made.pop("projected", None)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_method_of_another_package_is_found_by_its_name():
+    assert from_dict({"name": "projected", "scale": 2.0}) == Projected(2.0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 30), torch.nn.Linear(30, 2))
+    assert tspc.compress(model, "projected", 0.5)[1].decomposition == Projected()
+
+
+def test_a_yaml_file_cannot_name_a_class():
+    with pytest.raises(ConfigError, match="method 'tests.test_decompositions:Projected' is unknown"):
+        from_dict({"name": "tests.test_decompositions:Projected"})
+
+
+def test_two_methods_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="'svd' is registered already"):
+        registry.METHODS.add("svd", Projected, {})

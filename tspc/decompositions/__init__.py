@@ -1,15 +1,18 @@
-"""The seven decompositions and their registry."""
+"""The decompositions of kernels: one method a file, found by its name."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import pkgutil
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-from tspc.decompositions.auto import Auto
-from tspc.decompositions.base import Decomposition, Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
+from tspc.decompositions.auto import CANDIDATES, Auto
+from tspc.decompositions.base import Decomposition
 from tspc.decompositions.cp import CP
 from tspc.decompositions.function_space import Metric
+from tspc.decompositions.kernels import Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
+from tspc.decompositions.registry import METHODS, register
 from tspc.decompositions.reshaped import Reshaped
 from tspc.decompositions.svd import SVD
 from tspc.decompositions.tensor_train import TensorTrain
@@ -17,12 +20,14 @@ from tspc.decompositions.tucker import Tucker
 from tspc.errors import ConfigError
 from tspc.system.bounds import shown
 
+for _module in pkgutil.iter_modules(__path__):  # every method registers itself
+    import_module(f"{__name__}.{_module.name}")
+
 __all__ = [
     "CP",
     "METHODS",
-    "NAMES",
-    "Auto",
     "SVD",
+    "Auto",
     "Decomposition",
     "Factors",
     "Method",
@@ -38,48 +43,24 @@ __all__ = [
     "from_dict",
     "is_matrix",
     "kernel_dims",
+    "names",
+    "register",
     "resolve",
+    "settings_of",
 ]
-
-
-_FORMS: dict[str, tuple[type[CP | Tucker | TensorTrain], dict[str, Any]]] = {
-    "rcp": (CP, {"order": 2}),
-    # Twice as many bases wait for each other: its sweeps converge more slowly.
-    "rtk": (Tucker, {"order": 2, "tolerance": 2e-4}),
-    "rtt": (TensorTrain, {"order": 3}),
-}
-"""The reshaped methods: what they apply to the reshaped kernel, and their own default settings."""
-
-_PLAIN: dict[str, type[Decomposition]] = {"svd": SVD, "cp": CP, "tk": Tucker, "tt": TensorTrain}
-
-
-def _reshaped(inner: type[CP | Tucker | TensorTrain], defaults: dict[str, Any]) -> Callable[..., Reshaped]:
-    def build(**settings: Any) -> Reshaped:
-        given = defaults | settings
-        return Reshaped(inner(**{k: v for k, v in given.items() if k != "order"}), given["order"])
-
-    return build
-
-
-METHODS: dict[str, Callable[..., Decomposition]] = {
-    **_PLAIN,
-    **{name: _reshaped(inner, defaults) for name, (inner, defaults) in _FORMS.items()},
-}
-"""Name → constructor, whose keyword arguments are the method's settings."""
-
 
 Method = Decomposition | Auto
 """What a plan is made for: one decomposition for all layers, or the best of several for each."""
 
-NAMES = (*METHODS, Auto.name)
+
+def names() -> list[str]:
+    """What `method` can be, but for methods of other packages that were not asked for yet."""
+    return [*METHODS, Auto.name]
 
 
 def settings_of(name: str) -> dict[str, Any]:
     """The settings that a method takes, with their defaults."""
-    if name == Auto.name:
-        return {"candidates": list(METHODS)}
-    cls, own = _FORMS.get(name) or (_PLAIN[name], {})
-    return {f.name: f.default for f in dataclasses.fields(cls)} | own
+    return {"candidates": list(CANDIDATES)} if name == Auto.name else METHODS.settings(name)
 
 
 def from_dict(data: Mapping[str, Any]) -> Method:
@@ -91,7 +72,7 @@ def from_dict(data: Mapping[str, Any]) -> Method:
     """
     if data.get("name") != Auto.name:
         return decomposition_from_dict(data)
-    candidates = data.get("candidates", list(METHODS))
+    candidates = data.get("candidates", CANDIDATES)
     if set(data) - {"name", "candidates"} or not isinstance(candidates, list | tuple):
         raise ConfigError([f"method={shown(dict(data))}: auto takes one setting, candidates=[NAME,…]"])
     members = [decomposition_from_dict(c if isinstance(c, Mapping) else {"name": c}) for c in candidates]
@@ -106,7 +87,7 @@ def decomposition_from_dict(data: Mapping[str, Any]) -> Decomposition:
     settings = dict(data)
     name = settings.pop("name", None)
     if not isinstance(name, str) or name not in METHODS:
-        raise ConfigError([f"method {shown(repr(name))} is unknown; choose one of {', '.join(NAMES)}"])
+        raise ConfigError([f"method {shown(repr(name))} is unknown; choose one of {', '.join(names())}"])
     known = settings_of(name)
     problems = [
         f"method.{shown(key)} is unknown for {name}; its settings are: {', '.join(known) or 'none'}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tspc.decompositions.base import double
+from tspc.decompositions.kernels import double
 from tspc.decompositions.linalg import dominant_basis, projected
 
 FIRST_STEP, LONGEST_STEP, GROWTH = 1.0, 1.5, 1.1

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tspc.decompositions.base import Decomposition, Shape
+from tspc.decompositions.base import Decomposition
+from tspc.decompositions.kernels import Shape
 from tspc.errors import DecompositionError
+
+CANDIDATES = ("svd", "cp", "tk", "tt", "rcp", "rtk", "rtt")
+"""What `auto` chooses from where nothing else is said."""
 
 
 @dataclass(frozen=True)

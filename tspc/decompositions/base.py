@@ -1,4 +1,4 @@
-"""What a decomposition is: the contract that all seven methods obey, and rank selection under a budget."""
+"""What a decomposition is: the contract that every method obeys, and rank selection under a budget."""
 
 from __future__ import annotations
 
@@ -13,71 +13,9 @@ from torch import Tensor
 
 from tspc.decompositions import function_space
 from tspc.decompositions.function_space import Metric
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, check_finite
 from tspc.errors import DecompositionError
 from tspc.system.modes import own_modes
-
-Shape = tuple[int, ...]
-Rank = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The tensors that replace one kernel.
-
-    `shape` is the kernel's own: (T, S, H, W) for a convolution, (T, S) for a dense layer, where T counts
-    output and S input channels. `rank` has one entry for each bond of the method.
-    """
-
-    tensors: tuple[Tensor, ...]
-    shape: Shape
-    rank: Rank
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Which of a kernel's modes the axes of its factors carry.
-
-    `outputs` and `inputs` name the modes that the T rows and the S·H·W columns of the kernel as a matrix are made of,
-    in order, with their sizes. `factors` has, for each factor, the modes that each of its axes carries: none for a
-    bond, several where an axis merges them.
-    """
-
-    outputs: dict[str, int]
-    inputs: dict[str, int]
-    factors: tuple[tuple[tuple[str, ...], ...], ...]
-
-    @property
-    def modes(self) -> tuple[tuple[tuple[str, int], ...], ...]:
-        """The kernel's modes, whatever the factors."""
-        return tuple(self.outputs.items()), tuple(self.inputs.items())
-
-
-def double(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU if the tensor's device has no such numbers."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
-
-
-def check_finite(weight: Tensor) -> None:
-    """Raises DecompositionError for a kernel with NaN or infinite entries."""
-    # A finite sum is quick proof; an infinite one may be an overflow.
-    if not weight.sum().isfinite() and not weight.isfinite().all():
-        shape = tuple(weight.shape)
-        raise DecompositionError(f"the kernel of shape {shape} holds NaN or infinite values; mend the weights first")
-
-
-def kernel_dims(shape: Shape) -> tuple[int, int, int, int]:
-    """(T, S, H, W) of a kernel; a dense layer counts as H = W = 1."""
-    if len(shape) == 2:
-        return (*shape, 1, 1)  # pyright: ignore[reportReturnType]
-    if len(shape) == 4:
-        return shape  # pyright: ignore[reportReturnType]
-    raise DecompositionError(f"kernel of shape {shape}: expected (T, S, H, W) of a Conv2d or (T, S) of a Linear")
-
-
-def is_matrix(shape: Shape) -> bool:
-    """Whether the kernel has no spatial extent: a dense layer or a 1×1 convolution."""
-    *_, h, w = kernel_dims(shape)
-    return h * w == 1
 
 
 @dataclass(frozen=True)
@@ -121,11 +59,11 @@ class Decomposition(ABC):
         """Shapes of the factors: the one source of parameter counts."""
 
     @abstractmethod
-    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+    def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
         """Factors of a finite float32 or float64 kernel at a valid rank."""
 
     @abstractmethod
-    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+    def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         """The kernel that the factors stand for; differentiable."""
 
     @abstractmethod
@@ -222,7 +160,7 @@ class Decomposition(ABC):
         self._check(weight, shape, rank)
         kernel = weight.detach()
         if metric is None:
-            tensors = self._fit(kernel if kernel.dtype == torch.float64 else kernel.float(), rank)
+            tensors = self.fit(kernel if kernel.dtype == torch.float64 else kernel.float(), rank)
         else:
             tensors = function_space.fit(self, kernel, rank, metric)
         return Factors(tuple(t.to(weight).contiguous() for t in tensors), shape, rank)
@@ -237,7 +175,7 @@ class Decomposition(ABC):
 
     def reconstruct(self, factors: Factors) -> Tensor:
         """The dense kernel that the factors stand for; differentiable in them."""
-        return self._contract(factors.tensors, factors.shape)
+        return self.contract(factors.tensors, factors.shape)
 
     def _check(self, weight: Tensor, shape: Shape, rank: Rank) -> None:
         top = self.max_rank(shape)
@@ -255,41 +193,3 @@ class Decomposition(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The method as plain data; `decompositions.from_dict` reads it back."""
         return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-class TensorFormat(ABC):
-    """A tensor decomposition of a plain tensor with modes `dims`, apart from any meaning as a kernel.
-
-    With `spatial`, the last mode holds the H·W kernel positions. Reshaped methods apply a format to a
-    kernel whose channels were split into several modes.
-    """
-
-    pairs_channels: ClassVar[bool]
-    """Whether input and output sub-modes are merged pairwise (S_l·T_l) or stay separate modes."""
-
-    @abstractmethod
-    def max_rank(self, dims: Shape, spatial: bool) -> Rank: ...
-
-    def is_useful(self, dims: Shape, rank: Rank) -> bool:
-        return True
-
-    @abstractmethod
-    def factor_shapes(self, dims: Shape, spatial: bool, rank: Rank) -> tuple[Shape, ...]: ...
-
-    @abstractmethod
-    def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]: ...
-
-    @abstractmethod
-    def contract(self, tensors: Sequence[Tensor]) -> Tensor: ...
-
-    @abstractmethod
-    def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
-        """As `Decomposition.unfoldings`."""
-
-    @abstractmethod
-    def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
-        """`Axes.factors`, where each mode of the tensor carries the kernel modes in `modes`."""
-
-    def diagnose(self, tensors: Sequence[Tensor]) -> str | None:
-        """What is wrong with a fit apart from its error, named; None if nothing is."""
-        return None

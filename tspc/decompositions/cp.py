@@ -12,20 +12,11 @@ from torch import Tensor
 
 from tspc.decompositions import oracle
 from tspc.decompositions.als import Components, alternate, gaussian, khatri_rao, project, slice_svd
-from tspc.decompositions.base import (
-    Axes,
-    Decomposition,
-    Factors,
-    Rank,
-    Shape,
-    TensorFormat,
-    double,
-    is_matrix,
-    kernel_dims,
-)
+from tspc.decompositions.formats import Formatted, TensorFormat
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, double, kernel_dims
 from tspc.decompositions.linalg import truncated_svd
+from tspc.decompositions.registry import register
 from tspc.decompositions.settings import SWEEPS, require
-from tspc.decompositions.svd import SVD
 from tspc.system.bounds import SEEDS, SHARE, Bounds
 
 SKETCH_SWEEPS = 4
@@ -88,6 +79,12 @@ class CPFormat(TensorFormat):
         half = min(range(1, len(dims)), key=lambda k: math.prod(dims[:k]) + math.prod(dims[k:]))
         return (khatri_rao(tensors[:half]) @ khatri_rao(tensors[half:]).T).reshape(dims)
 
+    def profiles(self, last: Tensor) -> Tensor:
+        return last.T
+
+    def from_profiles(self, profiles: Tensor, rank: Rank) -> Tensor:
+        return profiles.T
+
     def diagnose(self, tensors: Sequence[Tensor]) -> str | None:
         """Names a fit whose components cancel each other: each large, small only in sum."""
         if len(tensors) == 2:
@@ -129,8 +126,9 @@ class CPFormat(TensorFormat):
         return alternate(tensor, start, ridge, max(1, self.max_iterations // FINISHING), LAX * self.tolerance)
 
 
+@register(reshaped={"order": 2})
 @dataclass(frozen=True)
-class CP(Decomposition):
+class CP(Formatted):
     """K(s, h, w, t) = Σ_r A(s, r) B(hw, r) C(t, r); R(S + HW + T) parameters.
 
     Chain: 1×1 convolution S → R, depthwise H×W, 1×1 convolution R → T. Lebedev et al., ICLR 2015
@@ -159,9 +157,6 @@ class CP(Decomposition):
             self.max_iterations, self.tolerance, self.seed, self.restarts, self.max_component_norm, self.solver
         )
 
-    def for_shape(self, shape: Shape) -> Decomposition:
-        return SVD(self.solver) if is_matrix(shape) else self
-
     def sketch(self) -> CP:
         return replace(self, max_iterations=min(self.max_iterations, SKETCH_SWEEPS))
 
@@ -182,7 +177,7 @@ class CP(Decomposition):
     def chain_axes(self, shape: Shape) -> tuple[str, ...]:
         return "", "hw", ""
 
-    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+    def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
         shape = tuple(weight.shape)
         t, s, h, w = kernel_dims(shape)
         inputs, space, outputs = self.format.fit(weight.permute(1, 2, 3, 0).reshape(s, h * w, t), rank)
@@ -192,7 +187,7 @@ class CP(Decomposition):
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return self.format.unfoldings(weight.flatten(2).permute(1, 2, 0), True)
 
-    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+    def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         inputs, space, outputs = tensors
         return torch.einsum("rs,rhw,tr->tshw", inputs[:, :, 0, 0], space[:, 0], outputs[:, :, 0, 0])
 

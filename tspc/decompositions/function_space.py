@@ -7,7 +7,7 @@ the kernel taken as a T × (S·H·W) matrix. Three steps, the same for every met
    marginal covariance, and the ordinary method decomposes the whitened kernel;
 2. refine: all factors together by Levenberg-Marquardt in the exact norm, the linear systems solved by conjugate
    gradients (Tichavský, Phan & Cichocki, "Krylov-Levenberg-Marquardt algorithm for structured Tucker tensor
-   decompositions", IEEE JSTSP 2021). A method is multilinear in its factors, so all that this takes is `_contract`;
+   decompositions", IEEE JSTSP 2021). A method is multilinear in its factors, so all that this takes is `contract`;
 3. un-whiten: the factors' modes are multiplied by the inverse roots.
 
 For a matrix the whitened truncated SVD is already the optimum, and nothing is refined.
@@ -18,15 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tspc.decompositions.kernels import Axes, Rank, Shape
 from tspc.decompositions.refinement import INNER, STALLED, refine
-
-if TYPE_CHECKING:
-    from tspc.decompositions.base import Axes, Decomposition, Rank
 
 ROOT_FLOOR = 1e-6
 """Least eigenvalue of a mode's covariance, as a share of their mean: what lies below counts as never seen."""
@@ -36,6 +34,18 @@ LARGE = 2**25
 """Bytes from which on a whitened metric is not kept."""
 SKETCHED = 0.3
 """Relative fall of the squared error below which refining a sketch ends; most kernels need but one step."""
+
+
+class Multilinear(Protocol):
+    """What is asked of a method here: a plain fit, and a contraction that is linear in each factor."""
+
+    def axes(self, shape: Shape) -> Axes: ...
+
+    def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]: ...
+
+    def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor: ...
+
+    def is_matrix_factorisation(self, shape: Shape) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class Metric:
         return min(most, int(work / (INNER * outputs * self.inputs.numel())))
 
 
-def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> list[Tensor]:
+def fit(method: Multilinear, weight: Tensor, rank: Rank, metric: Metric) -> list[Tensor]:
     """Factors of a finite kernel, in the metric's precision, with a small error in it.
 
     It is never above the plain solution's, except that a sketch does not look at that one.
@@ -105,16 +115,16 @@ def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> li
     axes = method.axes(shape)
     roots = metric.roots(axes)
     target = roots.whiten(weight)
-    start = list(method._fit(target, rank))
+    start = list(method.fit(target, rank))
 
     def contract(tensors: Sequence[Tensor]) -> Tensor:
-        return method._contract(tensors, shape).flatten(1)
+        return method.contract(tensors, shape).flatten(1)
 
     def error(tensors: Sequence[Tensor]) -> float:
         return metric.squared(weight.flatten(1) - contract(tensors))
 
     if not metric.is_sketch:
-        plain = list(method._fit(weight, rank))
+        plain = list(method.fit(weight, rank))
         if error(plain) < error(roots.unwhiten_factors(start, axes)):
             start = roots.whiten_factors(plain, axes)
     steps = 0 if method.is_matrix_factorisation(shape) else metric.steps(len(weight))
@@ -124,7 +134,7 @@ def fit(method: Decomposition, weight: Tensor, rank: Rank, metric: Metric) -> li
     return roots.unwhiten_factors(start, axes)
 
 
-def whitened(method: Decomposition, weight: Tensor, metric: Metric) -> Tensor:
+def whitened(method: Multilinear, weight: Tensor, metric: Metric) -> Tensor:
     """The kernel with its modes multiplied by the roots of their covariances, as it is decomposed."""
     return metric.roots(method.axes(tuple(weight.shape))).whiten(weight)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from tspc.decompositions.base import Rank
+from tspc.decompositions.kernels import Rank
 from tspc.errors import DecompositionError
 
 SOLVERS = ("native", "tensorly")
@@ -27,7 +27,7 @@ def _tensorly() -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise DecompositionError(f"tensorly's solver broke down ({error}); use method.solver=native") from error
 
 
@@ -70,6 +70,15 @@ def tensor_train(tensor: Tensor, rank: Rank) -> list[Tensor]:
         cores = decomposition.tensor_train(tensor, rank=list(bonds)).factors
     shapes = [(bonds[k], n, bonds[k + 1]) for k, n in enumerate(tensor.shape)]
     return [_padded(cores[k], shape) for k, shape in enumerate(shapes)]  # pyright: ignore[reportArgumentType]
+
+
+def tensor_ring(tensor: Tensor, rank: Rank) -> list[Tensor]:
+    """Cores R_{k-1} × n_k × R_k, the last bond being the first one."""
+    from tensorly import decomposition
+
+    with _tensorly():
+        cores = decomposition.tensor_ring(tensor, rank=[*rank, rank[0]]).factors
+    return [core for core in cores if core is not None]
 
 
 def cp(tensor: Tensor, rank: int, max_iterations: int, tolerance: float, seed: int) -> list[Tensor]:

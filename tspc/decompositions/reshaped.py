@@ -1,4 +1,4 @@
-"""`rcp`, `rtk`, `rtt`: a tensor format applied to a kernel whose channels are split into several modes."""
+"""The reshaped methods: a tensor format applied to a kernel whose channels are split into several modes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tspc.decompositions.base import Axes, Decomposition, Factors, Rank, Shape, kernel_dims
-from tspc.decompositions.cp import CP
+from tspc.decompositions.base import Decomposition
+from tspc.decompositions.formats import Formatted
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, kernel_dims
 from tspc.decompositions.settings import require
-from tspc.decompositions.tensor_train import TensorTrain
-from tspc.decompositions.tucker import Tucker
 from tspc.system.bounds import Bounds
 
 MOST_MODES = 8
@@ -50,7 +49,7 @@ class Reshaped(Decomposition):
     A kernel without spatial extent has no H·W mode. `order` is m.
     """
 
-    inner: CP | Tucker | TensorTrain
+    inner: Formatted
     order: int
 
     def __post_init__(self) -> None:
@@ -127,7 +126,7 @@ class Reshaped(Decomposition):
             # A strided 1×1 kernel should stride at once.
             axes = ("hw", "", "") if h * w == 1 else ("", "hw", "")
             return tuple(zip(((first, s, 1, 1), (last, first, h, w), (t, last, 1, 1)), axes, strict=True))
-        terms = rank[-1]
+        terms = self.inner.format.terms(rank)
         return (((s * terms, 1, h, w), "hw"), ((t, s * terms, 1, 1), "")) if terms < h * w else None
 
     def link_kernels(self, factors: Factors) -> list[Tensor]:
@@ -138,10 +137,11 @@ class Reshaped(Decomposition):
             inputs, outputs = reduce(torch.kron, others[:m]), reduce(torch.kron, others[m:])
             core = last.reshape(inputs.shape[1], outputs.shape[1], h, w).transpose(0, 1)
             return [inputs.T[:, :, None, None], core, outputs[:, :, None, None]]
-        terms = factors.rank[-1]
-        profiles = (last.T if isinstance(self.inner, CP) else last[..., 0]).reshape(terms, h, w)
+        profiles = self.inner.format.profiles(last)
+        terms = len(profiles)
         unit = torch.eye(terms, dtype=last.dtype, device=last.device)
-        unit = unit if isinstance(self.inner, CP) else unit[..., None]
+        unit = self.inner.format.from_profiles(unit, factors.rank)
+        profiles = profiles.reshape(terms, h, w)
         maps = self._join(self.inner.format.contract([*others, unit]), (t, s, terms, 1))
         return [profiles.repeat(s, 1, 1)[:, None], maps.reshape(t, s * terms, 1, 1)]
 
@@ -157,13 +157,13 @@ class Reshaped(Decomposition):
     def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
         return self.inner.format.factor_shapes(*self._dims(shape), rank)
 
-    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+    def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
         return self.inner.format.fit(self._split(weight), rank)
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return self.inner.format.unfoldings(self._split(weight), self._dims(tuple(weight.shape))[1])
 
-    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+    def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         return self._join(self.inner.format.contract(tensors), shape)
 
     def diagnose(self, factors: Factors) -> str | None:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions import oracle
-from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, kernel_dims
+from tspc.decompositions.base import Decomposition
+from tspc.decompositions.kernels import Axes, Rank, Shape, kernel_dims
 from tspc.decompositions.linalg import truncated_svd
+from tspc.decompositions.registry import register
 from tspc.decompositions.settings import require
 
 
+@register()
 @dataclass(frozen=True)
 class SVD(Decomposition):
     """K(s, h, w, t) = Σ_r A(s, h, r) B(r, w, t); R(SH + WT) parameters.
@@ -50,7 +53,7 @@ class SVD(Decomposition):
         # A strided 1×1 kernel should stride before the second convolution, not in the middle of it.
         return ("hw", "") if h * w == 1 else ("h", "w")
 
-    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+    def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
         shape = tuple(weight.shape)
         t, _, _, w = kernel_dims(shape)
         (r,) = rank
@@ -65,7 +68,7 @@ class SVD(Decomposition):
         t, s, h, w = kernel_dims(tuple(weight.shape))
         return (weight.reshape(t, s, h, w).permute(1, 2, 3, 0).reshape(s * h, w * t),)
 
-    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+    def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         first, second = tensors
         if len(shape) == 2:
             return second @ first

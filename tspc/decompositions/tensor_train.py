@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions import oracle
-from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
+from tspc.decompositions.formats import Formatted, TensorFormat
+from tspc.decompositions.kernels import Axes, Rank, Shape, kernel_dims
 from tspc.decompositions.linalg import dominant_basis
+from tspc.decompositions.registry import register
 from tspc.decompositions.settings import require
-from tspc.decompositions.svd import SVD
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class TensorTrainFormat(TensorFormat):
     def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
         return tuple(tensor.flatten(0, k - 1).flatten(1) for k in range(1, tensor.ndim))
 
+    def profiles(self, last: Tensor) -> Tensor:
+        return last[..., 0]
+
+    def from_profiles(self, profiles: Tensor, rank: Rank) -> Tensor:
+        return profiles[..., None]
+
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         result = tensors[0]
         for core in tensors[1:]:
@@ -63,8 +70,9 @@ class TensorTrainFormat(TensorFormat):
         return result.squeeze(0).squeeze(-1)
 
 
+@register(reshaped={"order": 3})
 @dataclass(frozen=True)
-class TensorTrain(Decomposition):
+class TensorTrain(Formatted):
     """K(s, h, w, t) = Σ A(s, r1) B(r1, h, r2) C(r2, w, r3) D(r3, t); SR1 + R1HR2 + R2WR3 + R3T parameters.
 
     Chain: 1×1 convolution, H×1, 1×W, 1×1. arXiv:1805.10352, section 3.
@@ -79,12 +87,6 @@ class TensorTrain(Decomposition):
     @property
     def format(self) -> TensorTrainFormat:
         return TensorTrainFormat(self.solver)
-
-    def for_shape(self, shape: Shape) -> Decomposition:
-        return SVD(self.solver) if is_matrix(shape) else self
-
-    def sketch(self) -> TensorTrain:
-        return self
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)
@@ -107,7 +109,7 @@ class TensorTrain(Decomposition):
     def chain_axes(self, shape: Shape) -> tuple[str, ...]:
         return "", "h", "w", ""
 
-    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+    def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
         cores = self.format.fit(weight.permute(1, 2, 3, 0), rank)
         # A core R × n × R' is the weight R' × R × n of a convolution R → R' (the channel cores have n = 1 tap).
         tensors = [cores[0][0].T, *(c.permute(2, 0, 1) for c in cores[1:3]), cores[3][:, :, 0].T]
@@ -116,6 +118,6 @@ class TensorTrain(Decomposition):
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return self.format.unfoldings(weight.permute(1, 2, 3, 0), True)
 
-    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+    def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         a, b, c, d = tensors
         return torch.einsum("as,bah,cbw,tc->tshw", a[:, :, 0, 0], b[..., 0], c[:, :, 0], d[:, :, 0, 0])

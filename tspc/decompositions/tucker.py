@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions import oracle
-from tspc.decompositions.base import Axes, Decomposition, Rank, Shape, TensorFormat, is_matrix, kernel_dims
+from tspc.decompositions.formats import Formatted, TensorFormat
+from tspc.decompositions.kernels import Axes, Rank, Shape, kernel_dims
 from tspc.decompositions.linalg import dominant_basis, mode_product, projected, unfold
+from tspc.decompositions.registry import register
 from tspc.decompositions.settings import SWEEPS, require
-from tspc.decompositions.svd import SVD
 from tspc.system.bounds import SHARE
 
 
@@ -103,8 +104,10 @@ def _sweep(tensor: Tensor, axes: list[int], bases: dict[int, Tensor]) -> Tensor:
     return rest
 
 
+# Reshaped, twice as many bases wait for each other: its sweeps converge more slowly.
+@register(reshaped={"order": 2, "tolerance": 2e-4})
 @dataclass(frozen=True)
-class Tucker(Decomposition):
+class Tucker(Formatted):
     """K(s, h, w, t) = Σ A(s, r1) G(r1, r2, h, w) B(r2, t); S·R1 + R1·R2·HW + R2·T parameters.
 
     Chain: 1×1 convolution S → R1, H×W convolution R1 → R2, 1×1 convolution R2 → T. Kim et al., ICLR
@@ -124,9 +127,6 @@ class Tucker(Decomposition):
     @property
     def format(self) -> TuckerFormat:
         return TuckerFormat(self.max_iterations, self.tolerance, self.solver)
-
-    def for_shape(self, shape: Shape) -> Decomposition:
-        return SVD(self.solver) if is_matrix(shape) else self
 
     def sketch(self) -> Tucker:
         return replace(self, max_iterations=1)
@@ -152,7 +152,7 @@ class Tucker(Decomposition):
     def chain_axes(self, shape: Shape) -> tuple[str, ...]:
         return "", "hw", ""
 
-    def _fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+    def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
         shape = tuple(weight.shape)
         t, s, h, w = kernel_dims(shape)
         inputs, outputs, core = self.format.fit(weight.permute(1, 0, 2, 3).reshape(s, t, h * w), rank)
@@ -162,6 +162,6 @@ class Tucker(Decomposition):
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return self.format.unfoldings(weight.flatten(2).permute(1, 0, 2), True)
 
-    def _contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+    def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         inputs, core, outputs = tensors
         return torch.einsum("as,bahw,tb->tshw", inputs[:, :, 0, 0], core, outputs[:, :, 0, 0])

@@ -97,22 +97,33 @@ def _merged_stage(links: list[Stage], channels: int) -> Stage:
 def merged(kernels: Sequence[Tensor], channels: int) -> Tensor:
     """The kernel of one convolution that equals several in sequence, of which no two convolve over one axis.
 
-    Kernels are (out, in of one group, height, width); one whose group has a single channel is depthwise.
-    Differentiable.
+    Kernels are (out, in of one group, height, width), the first one for so many input `channels`. Differentiable.
     """
     first, *others = kernels
-    groups = channels // first.shape[1]
+    if not others:
+        return first
+    first = _ungrouped(first, channels)
     for other in others:
-        depthwise = other.shape[1] == 1 and first.shape[0] > 1
-        if groups > 1:  # depthwise, then a map of the channels
+        other = _ungrouped(other, len(first))
+        if first.shape[1] < channels:  # depthwise, then a map of the channels
             product = torch.einsum("rhw,trij->trhwij", first[:, 0], other)
-        elif depthwise:
+        elif other.shape[1] < len(first):
             product = torch.einsum("rshw,rij->rshwij", first, other[:, 0])
         else:
             product = torch.einsum("rshw,trij->tshwij", first, other)
         t, s, h, w, i, j = product.shape
-        first, groups = product.permute(0, 1, 2, 4, 3, 5).reshape(t, s, h * i, w * j), 1
+        first = product.permute(0, 1, 2, 4, 3, 5).reshape(t, s, h * i, w * j)
     return first
+
+
+def _ungrouped(kernel: Tensor, channels: int) -> Tensor:
+    """The kernel for all channels, with zeros between the groups; dense and depthwise ones stay as they are."""
+    out, inputs, h, w = kernel.shape
+    if inputs == channels or (inputs == 1 and out == channels):
+        return kernel
+    groups = channels // inputs
+    spread = torch.einsum("goihw,gk->gokihw", kernel.reshape(groups, -1, inputs, h, w), torch.eye(groups).to(kernel))
+    return spread.reshape(out, channels, h, w)
 
 
 def contracted(decomposition: Decomposition, factors: Factors, path: str) -> list[Tensor]:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tspc.decompositions import NAMES
+from tspc.decompositions import names
 from tspc.pages.drawing import style
 from tspc.pages.records import DAMAGED, DAMAGES, DONE, Broken, Run, damaged, find_runs, read_sweep, split_pattern
 from tspc.pages.render import render
@@ -79,7 +79,7 @@ def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
 
 def _rows(found: list[Run | Broken], folder: Path) -> list[Row]:
     """In their order; what cannot be shown comes last, and takes nothing else along."""
-    order = {name: place for place, name in enumerate(NAMES)}
+    order = {name: place for place, name in enumerate(names())}
     last = len(order)  # a method of another version
     placed: list[tuple[Any, Row]] = []
     broken: list[Broken] = []

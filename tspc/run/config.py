@@ -15,7 +15,7 @@ from tspc.compression.allocation import ALLOCATIONS
 from tspc.compression.path_costs import OBJECTIVES, PATHS
 from tspc.compression.planning import RATE_DECAYS, RATE_SCOPES, conflicts
 from tspc.data import KINDS_IN_FOLDERS, DataSpec
-from tspc.decompositions import NAMES
+from tspc.decompositions import names
 from tspc.errors import ConfigError
 from tspc.models import NetworkSpec
 from tspc.phases.benchmark import Benchmark
@@ -95,7 +95,7 @@ def read_config(config: DictConfig | dict[str, Any], given: Sequence[str] = ()) 
     missing = [key for key in TOP_LEVEL if key not in raw]
     if missing:
         # Of the groups the options are known: a list that names none leaves the group out.
-        hint = {"phase": f"choose one or more of {', '.join(PHASES)}", "method": f"choose one of {', '.join(NAMES)}"}
+        hint = {"phase": f"choose one or more of {', '.join(PHASES)}", "method": f"choose one of {', '.join(names())}"}
         told = [f"{key} is missing; {hint.get(key, 'every configuration needs it')}" for key in missing]
         raise ConfigError(reader.problems + told)
     request, values = _request(reader, raw), _values(reader, raw)

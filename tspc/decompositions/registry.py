@@ -1,0 +1,91 @@
+"""The methods by name. A class joins by its decorator; nothing in a YAML file can add one.
+
+A method of another package is found by an entry point of the group `tspc.methods`, whose name is the method's and whose
+value is the class:
+
+    [project.entry-points."tspc.methods"]
+    mine = "package.module:Mine"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tspc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tspc.decompositions.base import Decomposition
+
+ENTRY_POINTS = "tspc.methods"
+
+Method = TypeVar("Method", bound="type[Decomposition]")
+
+
+class Registry(Mapping[str, "Callable[..., Decomposition]"]):
+    """Name → constructor, whose keyword arguments are the method's settings; alphabetical, reshaped methods last."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Callable[..., Decomposition], dict[str, Any]]] = {}
+
+    def add(self, name: str, build: Callable[..., Decomposition], settings: dict[str, Any]) -> None:
+        """Raises ConfigError if another class has the name."""
+        if name in self._made and self._made[name][0] is not build:
+            raise ConfigError([f"a method called {name!r} is registered already; give yours another name"])
+        self._made[name] = build, settings
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The settings that a method takes, with their defaults. Raises KeyError for an unknown name."""
+        self[name]
+        return self._made[name][1]
+
+    def __getitem__(self, name: str) -> Callable[..., Decomposition]:
+        if name not in self._made:
+            self._find(name)
+        return self._made[name][0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._made, key=lambda name: ("order" in self._made[name][1], name)))
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def _find(self, name: str) -> None:
+        """Imports the class that an installed package offers under the name, if one does."""
+        for found in entry_points(group=ENTRY_POINTS, name=name):
+            try:
+                register()(found.load())
+            except Exception as error:  # somebody else's code
+                raise ConfigError([f"method {name!r} of {found.value} cannot be loaded: {error}"]) from error
+
+
+METHODS = Registry()
+
+
+def register(reshaped: Mapping[str, Any] | None = None) -> Callable[[Method], Method]:
+    """A decorator that makes a decomposition known by its `name`; its fields are its settings.
+
+    With `reshaped` a `Formatted` method is known as `r<name>`, too: applied to a kernel with split channels. `reshaped`
+    holds the defaults that differ there, `order` among them, the number of modes that the channels are split into.
+    """
+
+    def add(method: Method) -> Method:
+        defaults = {field.name: field.default for field in dataclasses.fields(method)}
+        METHODS.add(method.name, method, defaults)
+        if reshaped is not None:
+            METHODS.add(f"r{method.name}", *_reshaped(method, {**defaults, **reshaped}))
+        return method
+
+    return add
+
+
+def _reshaped(method: Any, defaults: dict[str, Any]) -> tuple[Callable[..., Decomposition], dict[str, Any]]:
+    def build(**settings: Any) -> Decomposition:
+        from tspc.decompositions.reshaped import Reshaped
+
+        given = defaults | settings
+        return Reshaped(method(**{key: value for key, value in given.items() if key != "order"}), given["order"])
+
+    return build, defaults

@@ -1,0 +1,241 @@
+"""`tr`: tensor-ring decomposition by a truncated SVD at every bond, then alternating least squares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tspc.decompositions import oracle
+from tspc.decompositions.formats import Formatted, TensorFormat
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, double, kernel_dims
+from tspc.decompositions.linalg import dominant_basis
+from tspc.decompositions.registry import register
+from tspc.decompositions.settings import SWEEPS, require
+from tspc.system.bounds import SHARE
+
+RIDGE = 1e-10
+"""Added to the normal equations, relative to their mean diagonal: a ring's cores can be nearly dependent."""
+EXACT = 1e-14
+"""Squared relative error at which nothing is left to improve."""
+
+
+@dataclass(frozen=True)
+class TensorRingFormat(TensorFormat):
+    """A core R_{k-1} × n_k × R_k for every mode, where the last bond R_m is the first one, R_0.
+
+    The rank is (R_0, …, R_{m-1}); with R_0 = 1 it is a tensor train. TR-SVD gives the start, TR-ALS the sweeps (Zhao,
+    Zhou, Xie, Zhang & Cichocki, "Tensor ring decomposition", arXiv:1606.05535).
+    """
+
+    max_iterations: int
+    tolerance: float
+    solver: str = "native"
+    pairs_channels: ClassVar[bool] = True
+
+    def max_rank(self, dims: Shape, spatial: bool) -> Rank:
+        whole = min(dims[0], math.prod(dims[1:]))  # what R_0·R_1 has to reach
+        first = math.isqrt(whole)
+        bonds = [first, -(-whole // first)]
+        for k in range(1, len(dims) - 1):
+            bonds.append(min(bonds[k] * dims[k], math.prod(dims[k + 1 :]) * first))
+        return tuple(bonds)
+
+    def is_useful(self, dims: Shape, rank: Rank) -> bool:
+        bonds = (*rank, rank[0])
+        return all(bonds[k + 1] <= bonds[k] * n and bonds[k] <= n * bonds[k + 1] for k, n in enumerate(dims))
+
+    def factor_shapes(self, dims: Shape, spatial: bool, rank: Rank) -> tuple[Shape, ...]:
+        bonds = (*rank, rank[0])
+        return tuple((bonds[k], n, bonds[k + 1]) for k, n in enumerate(dims))
+
+    def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
+        if self.solver == "tensorly":
+            return oracle.tensor_ring(tensor, rank)
+        return _balanced(self._alternate(tensor, _by_svd(tensor, rank)))
+
+    def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        return tuple(((), mode, ()) for mode in modes)
+
+    def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
+        # Two bonds cut a ring: the first one is seen together with the second.
+        cut = [tensor.flatten(0, k - 1).flatten(1) for k in range(1, tensor.ndim)]
+        return cut[0], *cut
+
+    def contract(self, tensors: Sequence[Tensor]) -> Tensor:
+        dims = [core.shape[1] for core in tensors]
+        half = _middle(dims)
+        left, right = _opened(tensors[:half]), _opened(tensors[half:])
+        return torch.einsum("amb,bna->mn", left, right).reshape(dims)
+
+    def terms(self, rank: Rank) -> int:
+        return rank[-1] * rank[0]
+
+    def profiles(self, last: Tensor) -> Tensor:
+        return last.transpose(1, 2).flatten(0, 1)
+
+    def from_profiles(self, profiles: Tensor, rank: Rank) -> Tensor:
+        return profiles.reshape(rank[-1], rank[0], -1).transpose(1, 2)
+
+    def _alternate(self, tensor: Tensor, start: list[Tensor]) -> list[Tensor]:
+        """Solves for one core after the other, sweep by sweep; answers the cores with the least error."""
+
+        def error(cores: Sequence[Tensor]) -> float:
+            return float(double(tensor - self.contract(cores)).square().sum())
+
+        best, least = start, error(start)
+        if least <= EXACT * float(double(tensor).square().sum()):
+            return best
+        cores = list(start)
+        for _ in range(self.max_iterations):
+            for k in range(len(cores)):
+                cores[k] = _solved(tensor, cores, k)
+            gain = least - (now := error(cores))
+            if gain > 0:
+                best, least = list(cores), now
+            if gain <= 2 * self.tolerance * least:
+                break
+        return best
+
+
+def _by_svd(tensor: Tensor, rank: Rank) -> list[Tensor]:
+    """TR-SVD: the first unfolding is cut at R_0·R_1, the rest like a tensor train whose last mode is R_0."""
+    first, *others = tensor.shape
+    start, bond = rank[:2]
+    matrix = tensor.reshape(first, -1)
+    known = min(start * bond, *matrix.shape)
+    basis = matrix.new_zeros(first, start * bond)
+    basis[:, :known] = dominant_basis(matrix, known)
+    cores = [basis.reshape(first, start, bond).transpose(0, 1)]
+    rest = (basis.T @ matrix).reshape(start, -1).T
+    for n, following in zip(others[:-1], rank[2:], strict=True):
+        matrix = rest.reshape(bond * n, -1)
+        basis = dominant_basis(matrix, following)
+        cores.append(basis.reshape(bond, n, following))
+        rest, bond = basis.T @ matrix, following
+    return [*cores, rest.reshape(bond, others[-1], start)]
+
+
+def _middle(dims: Sequence[int]) -> int:
+    """Where to cut modes in two so that the sizes of both parts together are small."""
+    return min(range(1, len(dims)), key=lambda k: math.prod(dims[:k]) + math.prod(dims[k:]))
+
+
+def _opened(cores: Sequence[Tensor]) -> Tensor:
+    """Neighbouring cores as one: R × (all their modes) × R'."""
+    result = cores[0]
+    for core in cores[1:]:
+        result = torch.tensordot(result, core, dims=1).flatten(1, 2)
+    return result
+
+
+def _solved(tensor: Tensor, cores: Sequence[Tensor], k: int) -> Tensor:
+    """The core of mode k with the least error while the others stay.
+
+    The others together are a matrix Z with the columns (a, b) of bonds, a after the core and b before it. Its normal
+    equations are found without it, from two parts of the ring.
+    """
+    others = [*range(k + 1, len(cores)), *range(k)]
+    cut = _middle([cores[i].shape[1] for i in others]) if len(others) > 1 else 1
+    left = _opened([cores[i] for i in others[:cut]])
+    right = _opened([cores[i] for i in others[cut:]]) if others[cut:] else torch.eye(left.shape[2]).to(left)[:, None]
+    unfolded = tensor.permute(k, *others).reshape(-1, left.shape[1], right.shape[1])
+    if left.shape[1] > right.shape[1]:
+        product = torch.einsum("nrax,xrb->nab", torch.einsum("nlr,alx->nrax", unfolded, left), right)
+    else:
+        product = torch.einsum("nlxb,alx->nab", torch.einsum("nlr,xrb->nlxb", unfolded, right), left)
+    n, after, before = product.shape
+    gram = torch.einsum("axcy,xbyd->abcd", _gram(left), _gram(right)).reshape(after * before, -1)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    solution = torch.cholesky_solve(double(product).reshape(n, -1).T, torch.linalg.cholesky(gram))
+    return solution.T.reshape(n, after, before).permute(2, 0, 1).to(tensor)
+
+
+def _gram(core: Tensor) -> Tensor:
+    """Σ_n C(a, n, b) C(c, n, d), indexed (a, b, c, d), in float64."""
+    before, n, after = core.shape
+    rows = double(core).transpose(0, 1).reshape(n, -1)
+    return (rows.T @ rows).reshape(before, after, before, after)
+
+
+def _balanced(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same ring with cores of one norm."""
+    norms = [float(torch.linalg.vector_norm(core)) for core in cores]
+    mean = math.prod(norm ** (1 / len(norms)) for norm in norms)
+    return [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)] if mean > 0 else list(cores)
+
+
+@register(reshaped={"order": 3})
+@dataclass(frozen=True)
+class TensorRing(Formatted):
+    """K(s, h, w, t) = Σ A(r0, s, r1) B(r1, h, r2) C(r2, w, r3) D(r3, t, r0); SR0R1 + HR1R2 + WR2R3 + TR3R0 parameters.
+
+    Chain: 1×1 convolution S → R0·R1, then H×1 and 1×W convolutions of R0 groups that share their kernels, 1×1
+    convolution R0·R3 → T. Wang, Sun, Eriksson, Wang & Aggarwal, "Wide compression: tensor ring nets", CVPR 2018.
+    """
+
+    name: ClassVar[str] = "tr"
+    max_iterations: int = 10
+    tolerance: float = 5e-4
+    solver: str = "native"
+
+    def __post_init__(self) -> None:
+        require(self, "max_iterations", SWEEPS)
+        require(self, "tolerance", SHARE)
+        require(self, "solver", oracle.SOLVERS)
+
+    @property
+    def format(self) -> TensorRingFormat:
+        return TensorRingFormat(self.max_iterations, self.tolerance, self.solver)
+
+    def sketch(self) -> TensorRing:
+        return replace(self, max_iterations=1)
+
+    def max_rank(self, shape: Shape) -> Rank:
+        return self.format.max_rank(_modes(shape), True)
+
+    def is_useful(self, shape: Shape, rank: Rank) -> bool:
+        return self.format.is_useful(_modes(shape), rank)
+
+    def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
+        return self.format.factor_shapes(_modes(shape), True, rank)
+
+    def axes(self, shape: Shape) -> Axes:
+        s, h, w, t = _modes(shape)
+        factors = self.format.axes([("s",), ("h",), ("w",), ("t",)], True)
+        return Axes({"t": t}, {"s": s, "h": h, "w": w}, factors)
+
+    def links(self, shape: Shape, rank: Rank) -> tuple[tuple[Shape, str], ...]:
+        s, h, w, t = _modes(shape)
+        r0, r1, r2, r3 = rank
+        kernels = (r0 * r1, s, 1, 1), (r0 * r2, r1, h, 1), (r0 * r3, r2, 1, w), (t, r0 * r3, 1, 1)
+        return tuple(zip(kernels, ("", "h", "w", ""), strict=True))
+
+    def link_kernels(self, factors: Factors) -> list[Tensor]:
+        first, down, across, last = factors.tensors
+        groups = len(first)
+        return [
+            first.transpose(1, 2).flatten(0, 1)[..., None, None],
+            down.permute(2, 0, 1)[..., None].repeat(groups, 1, 1, 1),
+            across.permute(2, 0, 1)[:, :, None].repeat(groups, 1, 1, 1),
+            last.permute(1, 2, 0).flatten(1)[..., None, None],
+        ]
+
+    def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+        return self.format.fit(weight.permute(1, 2, 3, 0), rank)
+
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return self.format.unfoldings(weight.permute(1, 2, 3, 0), True)
+
+    def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+        return self.format.contract(tensors).permute(3, 0, 1, 2)
+
+
+def _modes(shape: Shape) -> Shape:
+    """The kernel's modes in the order of the ring: S, H, W, T."""
+    t, s, h, w = kernel_dims(shape)
+    return s, h, w, t
