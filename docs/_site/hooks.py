@@ -14,13 +14,15 @@ import tspc
 ROOT = Path(__file__).parents[2]
 
 ORDER = (
-    "index tutorial howto decomposition training inference deploy looking reference/config reference/api results"
+    "index tutorial howto runs methods decomposition training inference deploy looking original reference/config"
+    " reference/api contributing results"
 ).split()
 """Pages in this order; others follow by name."""
 LINKS = {
     r"\(docs/": "(",
     r"\((?:\.\./)?benchmarks/RESULTS\.md": "(results.md",
     r"\((?:\.\./)?README\.md": "(index.md",
+    r"\((?:\.\./)?CONTRIBUTING\.md": "(contributing.md",
     r"\[([^\]]*)\]\((?:CITATION\.cff|LICENSE|CHANGELOG\.md)\)": r"\1",
 }
 """The repository's links, as the site's."""
@@ -30,6 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
     generated = {
         "index.md": (ROOT / "README.md").read_text(),
         "results.md": (ROOT / "benchmarks/RESULTS.md").read_text(),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
         "reference/config.md": config_reference.page(),
         "reference/api.md": _api(),
     }
