@@ -15,8 +15,8 @@ import torch
 from tests.conftest import TINY, Cli
 from tests.damage import BYTES, VALUES, change, damage
 from tspc.errors import RunError
-from tspc.store.directory import failure, read_metrics
 from tspc.store.files import read_json
+from tspc.store.records import failure, read_metrics
 from tspc.store.schemas import IDENTITY, JOB, METRICS, PLAN, RESULT, STAGE, problem
 from tspc.training import Progress
 

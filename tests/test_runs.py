@@ -17,7 +17,8 @@ import tspc
 from tests.conftest import TINY
 from tspc.errors import RunError
 from tspc.models import NetworkSpec
-from tspc.store.directory import RunDirectory, differences
+from tspc.store.directory import RunDirectory
+from tspc.store.records import differences
 
 RUN = "outputs/synthetic/resnet8/tt-0.2/seed0"
 

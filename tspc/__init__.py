@@ -13,6 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tspc.calibration import Calibration as Calibration
+    from tspc.calibration import Samples as Samples
     from tspc.compression.apply import apply_ as apply_
     from tspc.compression.apply import compress as compress
     from tspc.compression.checkpoint import load as load
@@ -27,10 +29,13 @@ if TYPE_CHECKING:
     from tspc.deploy import export as export
     from tspc.deploy.folding import fold_batch_norms as fold_batch_norms
     from tspc.errors import TspcError as TspcError
+    from tspc.errors import TspcWarning as TspcWarning
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Calibration": "calibration.samples",
+    "Samples": "calibration.samples",
     "load": "compression.checkpoint",
     "save": "compression.checkpoint",
     "apply_": "compression.apply",
@@ -42,6 +47,7 @@ _HOMES = {
     "Tucker": "decompositions",
     "export": "deploy",
     "TspcError": "errors",
+    "TspcWarning": "errors",
     "fold_batch_norms": "deploy.folding",
     "Plan": "compression.plan",
     "plan": "compression.planning",
@@ -50,10 +56,13 @@ _HOMES = {
 __all__ = [
     "CP",
     "SVD",
+    "Calibration",
     "Plan",
     "Reshaped",
+    "Samples",
     "TensorTrain",
     "TspcError",
+    "TspcWarning",
     "Tucker",
     "__version__",
     "apply_",

@@ -24,8 +24,8 @@ from tspc.pages.rows import (
     row_of_broken,
 )
 from tspc.pages.sweep_figures import sweep_drawings
-from tspc.store.directory import FIGURES, STAGES
 from tspc.store.files import make_folder, remove_left_over, write_text
+from tspc.store.records import FIGURES, STAGES
 
 
 def write_comparison(pattern: str) -> Path:

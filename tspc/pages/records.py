@@ -13,8 +13,9 @@ from typing import Any
 
 from tspc.compression.plan import Plan
 from tspc.errors import RunError, TspcError
-from tspc.store.directory import FAILED, STAGES, failure, read_metrics, read_stage, unfinished
+from tspc.phases.finished import read_stage
 from tspc.store.files import read_json
+from tspc.store.records import FAILED, STAGES, failure, read_metrics, unfinished
 from tspc.store.schemas import IDENTITY, JOB, RESULT, SPECTRA
 
 REFERENCE = "reference"

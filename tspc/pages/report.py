@@ -14,8 +14,8 @@ from tspc.pages.drawing import style
 from tspc.pages.records import REFERENCE, Run, read_run
 from tspc.pages.render import render
 from tspc.pages.run_figures import run_drawings, thinned
-from tspc.store.directory import FIGURES
 from tspc.store.files import make_folder, write_text
+from tspc.store.records import FIGURES
 
 _SPARK = (120, 26)
 """Width and height of a spectrum's curve in the table of layers."""

@@ -13,8 +13,7 @@ from urllib.parse import quote
 
 from tspc.pages.benchmark import LATENCY, MACS, figures_of
 from tspc.pages.records import Broken, Run
-from tspc.run.trackers import flattened
-from tspc.store.directory import STAGES
+from tspc.store.records import STAGES, flattened
 
 DECISIVE = ("phase.decompose.", "phase.distill.", "phase.finetune.", "calibration.", "allocation", "eval_samples")
 """What the keys of settings begin with that an accuracy depends on, besides method, rate and seed."""

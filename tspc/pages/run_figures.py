@@ -7,7 +7,7 @@ from typing import Any
 from tspc.compression.plan import Plan
 from tspc.pages.drawing import GRID, MUTED, SERIES, SOFT, Drawing, Mark, accuracy_axis, canvas, legible, plain_log_axis
 from tspc.pages.records import REFERENCE, Run
-from tspc.store.directory import STAGES
+from tspc.store.records import STAGES
 
 NAMED = 40
 """Most layers whose names fit below an axis."""

@@ -13,8 +13,9 @@ from tspc.phases.context import Context
 from tspc.phases.export import describe, export_files
 from tspc.phases.inputs import example
 from tspc.run.config import Config
-from tspc.store.directory import RunDirectory, plain
+from tspc.store.directory import RunDirectory
 from tspc.store.files import intact, remove, write_json
+from tspc.store.records import plain
 from tspc.store.schemas import DELIVERED, RESULT
 from tspc.traversal.copying import copied
 

@@ -24,8 +24,9 @@ from tspc.phases.context import Context
 from tspc.phases.decompose import measure_curves
 from tspc.phases.finetune import train_classifier
 from tspc.run.config import Config
-from tspc.store.directory import RunDirectory, file_digest, fingerprint, plain
+from tspc.store.directory import RunDirectory
 from tspc.store.files import intact, make_folder, remove, remove_left_over, write_json
+from tspc.store.records import file_digest, fingerprint, plain
 from tspc.store.schemas import ACCURACY, CURVES, SECONDS, problem
 from tspc.store.state import tensor_state
 from tspc.system import processes

@@ -18,11 +18,13 @@ from tspc.phases.context import Context
 from tspc.phases.decompose import calibration_samples, decompose, example_input
 from tspc.phases.distill import distill
 from tspc.phases.finetune import finetune
+from tspc.phases.finished import read_stage
 from tspc.run.config import Config
 from tspc.run.delivery import Delivery, made_with
 from tspc.run.reference import Reference, reference_curves
-from tspc.store.directory import SHARED, STAGES, RunDirectory, differences, fingerprint, plain, read_stage, unfinished
+from tspc.store.directory import RunDirectory
 from tspc.store.files import remove, write_json
+from tspc.store.records import SHARED, STAGES, differences, fingerprint, plain, unfinished
 from tspc.system import interrupts, processes
 from tspc.system.launch import is_first
 from tspc.terminal.tables import percent, plan_table, result_lines, result_table, state_bytes, versions

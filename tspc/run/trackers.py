@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tspc.errors import ConfigError
+from tspc.store.records import flattened
 
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 
@@ -51,11 +52,3 @@ def measurements(record: dict[str, Any]) -> dict[str, float]:
     where = "/".join(str(record[key]) for key in ("phase", "block", "layer") if key in record)
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return {f"{where}/{key}": float(value) for key, value in numbers.items()}
-
-
-def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of names with dots."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -14,104 +12,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tspc.compression import checkpoint
-from tspc.compression.plan import Plan
-from tspc.errors import RunError, TspcError
+from tspc.errors import RunError
 from tspc.store.files import read_json, remove, remove_left_over, write_json
-from tspc.store.schemas import METRICS, STAGE, problem
+from tspc.store.records import FAILED, FIGURES, SHARED, differences, failure, read_metrics
 from tspc.system import processes
 from tspc.system.launch import is_first
-
-STAGES = ("decompose", "distill", "finetune")
-"""The phases that leave a network in the directory, in their order."""
-
-SHARED = "decompose.shared.safetensors"
-"""How the first of several processes gives what it decomposed to the others."""
-
-FIGURES = "figures"
-"""The folder beside a page with its figures as PNG and SVG."""
-
-FAILED = "failed"
-"""The event in `metrics.jsonl` that ends a command which raised."""
 
 RESULTS = (
     *("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json"),
     *("export.json", "benchmark.json", "export/model.*"),
 )
 """What a directory holds of a run, apart from its history."""
-
-
-def plain(settings: Any) -> dict[str, Any]:
-    """A dataclass as JSON would give it back."""
-    return json.loads(json.dumps(dataclasses.asdict(settings)))
-
-
-def fingerprint(data: Any) -> str:
-    """A digest of plain data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """One `key: old → new` for every leaf in which two plain structures differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
-    return [] if old == new else [f"{where}: {old} → {new}"]
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; none where there is no such file, and without the lines that are damaged."""
-    path = folder / "metrics.jsonl"
-    records = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with suppress(ValueError, RecursionError):  # a run that is being written, or was killed, ends in half a line
-            record = json.loads(line)
-            if problem(record, METRICS) is None:
-                records.append(record)
-    return records
-
-
-def failure(metrics: list[dict[str, Any]]) -> str | None:
-    """Why the last command failed; None if it did not, or another one succeeded since."""
-    last = next((record for record in reversed(metrics) if "event" in record), {})
-    if last.get("event") != FAILED:
-        return None
-    return str(last.get("error") or "for a reason that is not noted")
-
-
-def read_stage(path: Path) -> dict[str, Any]:
-    """What a finished stage tells in the header of its checkpoint. Raises RunError or WeightsError if it is damaged."""
-    info: Any = checkpoint.read_header(path).get("info")
-    wrong = problem(info, STAGE)
-    if wrong is None:
-        try:
-            wrong = _problem_of_plan(info["plan"], needed=path.stem == STAGES[0])
-        except (TspcError, TypeError, ValueError, ArithmeticError) as error:
-            wrong = f"plan: {error}"
-    if wrong is not None:
-        raise RunError(f"the header of {path} is damaged ({wrong}); remove the file, or pass overwrite=true")
-    return info
-
-
-def _problem_of_plan(plan: dict[str, Any] | None, needed: bool) -> str | None:
-    if plan is None:
-        return "plan is missing" if needed else None
-    return None if Plan.from_dict(plan).rate_reached >= 0 else "plan: the rate is below 0"
-
-
-def unfinished(folder: Path) -> str | None:
-    """The stage after the last finished one that has begun and saved how far it came; None if there is none."""
-    for stage in reversed(STAGES):
-        if (folder / f"{stage}.safetensors").exists():
-            return None
-        if any((folder / f"{before}{stage}.progress.pt").exists() for before in ("", "previous.")):
-            return stage
-    return None
 
 
 class RunDirectory:

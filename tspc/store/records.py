@@ -1,0 +1,85 @@
+"""Plain data about a run that lies on disk: settings, fingerprints, metrics, what was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tspc.store.schemas import METRICS, problem
+
+STAGES = ("decompose", "distill", "finetune")
+"""The phases that leave a network in the directory, in their order."""
+
+SHARED = "decompose.shared.safetensors"
+"""How the first of several processes gives what it decomposed to the others."""
+
+FIGURES = "figures"
+"""The folder beside a page with its figures as PNG and SVG."""
+
+FAILED = "failed"
+"""The event in `metrics.jsonl` that ends a command which raised."""
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A dataclass as JSON would give it back."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def fingerprint(data: Any) -> str:
+    """A digest of plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """One `key: old → new` for every leaf in which two plain structures differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    return [] if old == new else [f"{where}: {old} → {new}"]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`; none where there is no such file, and without the lines that are damaged."""
+    path = folder / "metrics.jsonl"
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):  # a run that is being written, or was killed, ends in half a line
+            record = json.loads(line)
+            if problem(record, METRICS) is None:
+                records.append(record)
+    return records
+
+
+def failure(metrics: list[dict[str, Any]]) -> str | None:
+    """Why the last command failed; None if it did not, or another one succeeded since."""
+    last = next((record for record in reversed(metrics) if "event" in record), {})
+    if last.get("event") != FAILED:
+        return None
+    return str(last.get("error") or "for a reason that is not noted")
+
+
+def unfinished(folder: Path) -> str | None:
+    """The stage after the last finished one that has begun and saved how far it came; None if there is none."""
+    for stage in reversed(STAGES):
+        if (folder / f"{stage}.safetensors").exists():
+            return None
+        if any((folder / f"{before}{stage}.progress.pt").exists() for before in ("", "previous.")):
+            return stage
+    return None
+
+
+def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of names with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
