@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "launch", "modes", "schemas"],
     ["bounds"],
     ["batches", "checklist", "copying", "extras", "files", "hooks", "interrupts", "nested", "parallel", "processes"],
-    ["state", "trackers"],
+    ["lazy", "state", "trackers"],
     ["sweep", "display", "decompositions", "models", "data", "stash"],
     ["arguments", "links"],
     ["dense"],

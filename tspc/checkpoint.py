@@ -13,6 +13,7 @@ from tspc.errors import WeightsError, shortened
 from tspc.files import write_atomically
 from tspc.header import FORMAT, checked_header, method_of
 from tspc.layers import tensorized_layers, untrained
+from tspc.lazy import require_sizes
 from tspc.links import paths_of
 from tspc.models import NetworkSpec
 from tspc.models.described import described_network
@@ -41,6 +42,7 @@ def save(
         }
         for name, layer in tensorized_layers(model).items()
     }
+    require_sizes(model)
     tensors, beside = packed(model)
     header = {
         "format": FORMAT,
@@ -65,6 +67,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     state = file.tensors
     if model is None:
         model = _described(path, header, file)
+    require_sizes(model)
     modules = dict(model.named_modules())
     small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
     for name, module in small.items():

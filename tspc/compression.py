@@ -19,6 +19,7 @@ from tspc.dense import DenseLayer, check_values, kernel_of, kernel_shape
 from tspc.errors import TspcWarning
 from tspc.hooks import evaluating
 from tspc.layers import TensorizedLayer, tensorize
+from tspc.lazy import require_sizes
 from tspc.modes import is_of_inference, own_modes
 from tspc.moments import Moments, Statistics
 from tspc.parallel import side_by_side
@@ -51,6 +52,7 @@ def compress(
     plan, then of each that was decomposed or, kept dense, made up for those before it: layers with thousands of inputs
     take seconds each. Raises what `plan` and `apply_` raise.
     """
+    require_sizes(model)
     small = copied(model)
 
     def run(samples: Samples | None) -> nn.Module:

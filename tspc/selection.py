@@ -12,6 +12,7 @@ from tspc.dense import kernel_shape, kind_of
 from tspc.errors import ConfigError
 from tspc.hooks import evaluating
 from tspc.layers import tensorized_layers
+from tspc.lazy import require_sizes
 from tspc.plans import FINAL, LayerPlan
 
 
@@ -29,6 +30,7 @@ def select(
     With wildcards in `include` the layers that match none stay dense, and so do those with fewer than `min_params`
     parameters. Raises ConfigError for a network that is compressed already, and for a pattern that matches nothing.
     """
+    require_sizes(model)
     done = next(iter(tensorized_layers(model)), None)
     if done is not None:
         raise ConfigError([f"the network is compressed already (layer {done}); give the original one"])
