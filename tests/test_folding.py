@@ -153,6 +153,16 @@ def test_16_bits_fold_within_their_own_rounding():
         assert (small(x).double() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+def test_a_network_that_makes_rounding_large_is_folded_with_a_word():
+    class Chaotic(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(20_000 * super().forward(x))
+
+    with pytest.warns(TspcWarning, match="it is rounding, which this network makes larger"):
+        small = tspc.fold_batch_norms(known(Chaotic()), images())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
+
+
 def test_an_answer_that_cannot_be_compared_is_refused():
     model = Net().eval()
     with torch.no_grad():

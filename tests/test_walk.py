@@ -8,11 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from tests.small import CPU
 from tests.test_stash import Cache, Frozen, Pair, Slots
 from tspc.calibration.samples import Calibration, Samples, moments_of
+from tspc.compression.apply import compress
 from tspc.compression.path_costs import input_sizes
 from tspc.errors import TspcWarning
 from tspc.layers.dense import kernel_of, kind_of
+from tspc.models import NetworkSpec
+from tspc.phases.distill import Distillation, distill
+from tspc.phases.finetune import Finetuning, finetune
+from tspc.training import Progress
 from tspc.traversal.blocks import find_blocks
 
 
@@ -187,3 +193,71 @@ def gpt2() -> nn.Module:
 def test_blocks_are_made_of_whatever_can_be_tensorized(build, blocks):
     model = build()
     assert find_blocks(model, [name for name, module in model.named_modules() if kind_of(module)]) == blocks
+
+
+def encoder_decoder() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+            self.network = T5ForConditionalGeneration(T5Config(vocab_size=20, decoder_start_token_id=0, **sizes))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.network(input_ids=ids, decoder_input_ids=ids).logits
+
+    return Answers().eval()
+
+
+def test_a_decoder_with_caches_is_compressed_the_same_from_memory_and_from_files():
+    torch.manual_seed(0)
+    model, ids = encoder_decoder(), torch.randint(3, 20, (16, 6))
+    small: list[nn.Module] = []
+    options: dict[str, Any] = {"allocation": "uniform", "include": ["network.decoder.block.*"]}
+    for memory in (0, 64):
+        settings = Calibration(batch_size=8, memory=memory, sensitivity=False)
+        small.append(compress(model, "svd", 0.5, calibration=ids, settings=settings, **options))
+    plain = compress(model, "svd", 0.5, **options)
+    with torch.no_grad():
+        wanted, *answers = (network(ids) for network in (model, *small, plain))
+    assert torch.equal(answers[0], answers[1])
+    assert float((answers[0] - wanted).norm()) < 0.8 * float((answers[2] - wanted).norm())
+
+
+def test_layers_called_by_keyword_are_calibrated_and_trained_like_others(context):
+    class Named(nn.Module):
+        def __init__(self, by_keyword: bool) -> None:
+            super().__init__()
+            self.by_keyword = by_keyword
+            self.stem, self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+            self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in (self.stem, self.conv, self.norm):
+                x = layer(input=x) if self.by_keyword else layer(x)
+            x = x.relu().mean((2, 3))
+            return self.head(self.fc(input=x) if self.by_keyword else self.fc(x))
+
+    images = next(context.data.calibration_batches(64, 64, CPU))
+    found = []
+    for by_keyword in (False, True):
+        torch.manual_seed(0)
+        reference = Named(by_keyword).eval()
+        small = compress(reference, "svd", 0.5, calibration=images, settings=Calibration(batch_size=16))
+        distill(small, reference, Distillation(1, 25, 1e-3, images=100, steps=3), context, Progress())
+        finetune(small, reference, Finetuning(1, 50, 1e-3, steps=2), context, Progress(), "finetune")
+        found.append(small.state_dict())
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gate_of_channels_makes_no_block():
+    """Its 1-d convolution can be tensorized, but residual blocks stay what they were."""
+    with torch.device("meta"):
+        model = NetworkSpec("timm", "ecaresnet26t", 10).build()
+    layers = [name for name, module in model.named_modules() if kind_of(module)]
+    assert any(kind_of(module) == "conv1d" for module in model.modules())
+    stages = [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)]
+    assert [name for name in find_blocks(model, layers) if name.startswith("layer")] == stages

@@ -170,7 +170,9 @@ def _plain_error(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return _unreadable(error)
     if "Config group override must be" in message:
-        wrong = [a for a in sys.argv[1:] if re.match(rf"\+*({'|'.join((*GROUPS, 'phase'))}|hydra/\w+)(@\w*)?=", a)]
+        groups = "|".join((*GROUPS, "phase", r"hydra/\w+"))
+        # Letters are a name, and in brackets there is a list of names.
+        wrong = [a for a in sys.argv[1:] if re.match(rf"\+*({groups})(@\w*)?=(null|true|false|[^a-z\[]|$)", a, re.I)]
         return f"{shown(', '.join(wrong))}: each names one of the files in conf/, as method=cp does; see tspc --help"
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message)
     if unknown:

@@ -23,6 +23,7 @@ from tspc.errors import TspcWarning
 from tspc.layers.dense import DenseLayer, check_values, kernel_of, kernel_shape
 from tspc.layers.forms import TensorizedLayer, tensorize
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_of_state_hooks
+from tspc.models.lazy import require_sizes
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.parallel import side_by_side
 from tspc.traversal.copying import copied
@@ -51,6 +52,7 @@ def compress(
     plan, then of each that was decomposed or, kept dense, made up for those before it: layers with thousands of inputs
     take seconds each. Raises what `plan` and `apply_` raise.
     """
+    require_sizes(model)
     small = copied(model)
 
     def run(samples: Samples | None) -> nn.Module:

@@ -16,6 +16,7 @@ from tspc.layers.forms import tensorized_layers, untrained
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, set_module, warn_of_state_hooks
 from tspc.models import NetworkSpec
 from tspc.models.described import described_network
+from tspc.models.lazy import require_sizes
 from tspc.models.safe_files import TensorFile, read_tensors, write_tensors
 from tspc.models.weights import check_state, load_state
 from tspc.store.files import write_atomically
@@ -41,6 +42,7 @@ def save(
         }
         for name, layer in tensorized_layers(model).items()
     }
+    require_sizes(model)
     tensors, beside = packed(model)
     header = {
         "format": FORMAT,
@@ -65,6 +67,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     state = file.tensors
     if model is None:
         model = _described(path, header, file)
+    require_sizes(model)
     modules = dict(model.named_modules())
     small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
     for name, module in small.items():

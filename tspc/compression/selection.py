@@ -12,6 +12,7 @@ from tspc.compression.plan import FINAL, LayerPlan
 from tspc.errors import ConfigError
 from tspc.layers.dense import kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers
+from tspc.models.lazy import require_sizes
 from tspc.traversal.hooks import evaluating
 
 
@@ -29,6 +30,7 @@ def select(
     With wildcards in `include` the layers that match none stay dense, and so do those with fewer than `min_params`
     parameters. Raises ConfigError for a network that is compressed already, and for a pattern that matches nothing.
     """
+    require_sizes(model)
     done = next(iter(tensorized_layers(model)), None)
     if done is not None:
         raise ConfigError([f"the network is compressed already (layer {done}); give the original one"])

@@ -60,7 +60,10 @@ def scan(folder: Path, skipped: Skipped) -> tuple[list[str], Samples]:
         raise DataError(f"{shown(folder)} has no class folders")
     samples: Samples = []
     for label, path in enumerate(folders):
-        images = sorted(_below(path, skipped, (_identity(path),)), key=lambda image: (str(image.parent), image.name))
+        images = sorted(
+            _below(path, skipped, (_identity(folder), _identity(path))),
+            key=lambda image: (str(image.parent), image.name),
+        )
         if not images:
             raise DataError(f"{shown(path)} has no images ({', '.join(sorted(EXTENSIONS))})")
         samples += [(image, label) for image in images]
@@ -100,7 +103,8 @@ def _entries(folder: Path, skipped: Skipped) -> tuple[list[Path], list[Path]]:
                 else:
                     skipped.add(_SPECIAL, path)
     except OSError as error:
-        raise DataError(f"{shown(folder)} cannot be read: {error.strerror}") from error
+        place = Path(os.fsdecode(error.filename)) if error.filename else folder
+        raise DataError(f"{shown(place)} cannot be read: {error.strerror}") from error
     return folders, images
 
 

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -17,13 +18,16 @@ from tspc.layers.dense import AXES, kind_of
 from tspc.layers.forms import Chain, TensorizedLayer, tensorized_layers
 from tspc.layers.norms import BatchNorm, is_exact, is_untouched
 from tspc.layers.replacing import forbid_save_pretrained_, replace_layer, saves_pretrained
+from tspc.models.lazy import require_sizes
 from tspc.system.modes import own_modes
 from tspc.traversal.copying import copied
 from tspc.traversal.nested import tensors_in
 from tspc.traversal.walk import trace
 
 TOLERANCE = 1e-4
-"""How far an answer may be from the unfolded network's, relative to the largest one."""
+"""How far an answer may be from the unfolded network's, relative to the largest one; more is a matter of rounding."""
+UNSAID = 2e-5
+"""Up to here nothing is said: for other images it is hardly ever five times as much."""
 
 Swap = dict[str, nn.Module]
 """Modules, by name, that take their places in a network together."""
@@ -40,11 +44,13 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
     copy needs tspc no more, but has no factors to train on: a layer on the path "rebuilt" is as large as the dense one.
 
     The copy is tried on `images` before it is returned: its answers are within 1e-4 of the network's, relative to the
-    largest (in 16 bits within the network's own rounding). What would change them more is left out, with a TspcWarning.
-    Raises DataError if the network cannot take the images, or answers nothing that can be compared.
+    largest. They may be farther away where the network's own rounding does as much, which a TspcWarning says unless the
+    numbers have 16 bits. What would change the answers otherwise is left out, with a TspcWarning. Raises DataError if
+    the network cannot take the images, or answers nothing that can be compared.
     """
+    require_sizes(model)
     small = copied(model).eval()
-    answers = _Answers(small, images)
+    answers = _Answers(model, small, images)
     layers = tensorized_layers(small)
     # A network that reads the weight of a layer must find one: then its kernel is rebuilt.
     left = _swap_(small, [{name: plain(layer)} for name, layer in layers.items()], answers.are_the_same)
@@ -55,6 +61,7 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
         names = ", ".join(name for swap in left for name in swap)
         message = f"the network answers otherwise, or not at all, with these modules folded, so they stay: {names}"
         warnings.warn(message, TspcWarning, stacklevel=2)
+    answers.tell_rounding()
     if layers or folds:
         for module in saves_pretrained(small):
             forbid_save_pretrained_(module)
@@ -62,40 +69,66 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 class _Answers:
-    """What a network answers to some images, and whether it still does. Raises DataError if that cannot be told."""
+    """What a network answers to some images, and whether its copy still does. Raises DataError if none can tell."""
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self._model, self._images = model, images
+    def __init__(self, original: nn.Module, model: nn.Module, images: Tensor) -> None:
+        self._original, self._model, self._images = original, model, images
         try:
             self._wanted = _answers(model, images)
         except Exception as error:  # the network may be the user's own
             raise DataError(f"the network cannot take images of shape {tuple(images.shape)}: {error}") from error
         if not any(bool(answer.isfinite().any()) for answer in self._wanted):
             raise DataError("the network answers the images with no finite number: folding cannot be checked")
-        self._slack = [TOLERANCE * _largest(answer) for answer in self._wanted]
-        if any(_is_coarse(answer) for answer in self._wanted):
-            self._allow_for_rounding()
 
-    def _allow_for_rounding(self) -> None:
-        """In 16 bits: twice as far as the network's answers are from those in float64, and a step of the numbers."""
+    @cached_property
+    def _slack(self) -> list[float]:
+        """How far each answer may be; by rounding, twice as far as the network's own is from that in float64."""
+        slack = [TOLERANCE * _largest(answer) for answer in self._wanted]
         try:
             images = self._images.double() if self._images.is_floating_point() else self._images
-            exact = _answers(copied(self._model).double(), images)
-            noise = [_distance(answer, other) for answer, other in zip(self._wanted, exact, strict=True)]
+            exact = _answers(copied(self._original).eval().double(), images)
         except Exception:  # a network that does not run in float64
-            return
-        for number, (answer, far) in enumerate(zip(self._wanted, noise, strict=True)):
-            if _is_coarse(answer) and far < 0.1 * _largest(answer):
-                self._slack[number] = 2 * (far + torch.finfo(answer.dtype).eps * _largest(answer))
+            return slack
+        for number, (answer, other) in enumerate(zip(self._wanted, exact, strict=False)):
+            far, largest = _distance(answer, other), _largest(answer)
+            if 0 < far < 0.1 * largest:
+                step = torch.finfo(answer.dtype).eps * largest
+                slack[number] = max(slack[number], 2 * (far + step))
+        return slack
 
-    def are_the_same(self) -> bool:
+    def _distances(self) -> list[float] | None:
+        """How far the copy's answers are from the network's; None if they are of another kind, or there are none."""
         try:
             given = _answers(self._model, self._images)
         except Exception:  # it misses an attribute of what was replaced, say
-            return False
+            return None
         kinds = [[(answer.shape, answer.dtype) for answer in answers] for answers in (given, self._wanted)]
-        distances = map(_distance, given, self._wanted)
-        return kinds[0] == kinds[1] and all(d <= slack for d, slack in zip(distances, self._slack, strict=True))
+        return list(map(_distance, given, self._wanted)) if kinds[0] == kinds[1] else None
+
+    def _are_within(self, distances: list[float], share: float) -> bool:
+        return all(d <= share * _largest(wanted) for d, wanted in zip(distances, self._wanted, strict=True))
+
+    def are_the_same(self) -> bool:
+        distances = self._distances()
+        if distances is None or self._are_within(distances, UNSAID):
+            return distances is not None
+        return all(d <= slack for d, slack in zip(distances, self._slack, strict=True))
+
+    def tell_rounding(self) -> None:
+        """Warns if the answers of the copy are farther away than numbers of 32 bits usually are."""
+        distances = self._distances() or []
+        shares = [
+            distance / _largest(wanted)
+            for distance, wanted in zip(distances, self._wanted, strict=False)
+            if distance > UNSAID * _largest(wanted) and torch.finfo(wanted.dtype).eps < UNSAID
+        ]
+        if shares:
+            warnings.warn(
+                f"folding changed the answers by {max(shares):.1g} of the largest; it is rounding, which this network "
+                "makes larger on its way: in float64 it answers otherwise by about as much",
+                TspcWarning,
+                stacklevel=3,
+            )
 
 
 def _answers(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -104,10 +137,6 @@ def _answers(model: nn.Module, images: Tensor) -> list[Tensor]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         return [answer.clone() for answer in tensors_in(model(images.clone()))]
-
-
-def _is_coarse(answer: Tensor) -> bool:
-    return answer.is_floating_point() and torch.finfo(answer.dtype).eps > TOLERANCE
 
 
 def _largest(answer: Tensor) -> float:

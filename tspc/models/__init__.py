@@ -14,6 +14,7 @@ from torch import nn
 
 from tspc.errors import ConfigError
 from tspc.models.cifar_resnet import CIFAR_RESNETS, cifar_resnet
+from tspc.models.lazy import give_sizes_
 from tspc.models.lenet import LeNet5
 from tspc.models.timm_zoo import timm_network
 from tspc.models.torchvision_zoo import torchvision_network
@@ -47,7 +48,8 @@ class NetworkSpec:
         return cls(**data)
 
     def build(self, pretrained: bool = False, from_file: bool = False) -> nn.Module:
-        """The network with initial weights, or with the published ones; a factory gives what it gives.
+        """The network with initial weights, or with the published ones; a factory gives what it gives,
+        and its lazy layers get the sizes that the images ask for.
 
         `from_file` is for a description that a file of weights holds: no folder is read for it.
 
@@ -59,7 +61,9 @@ class NetworkSpec:
                 [f"pretrained=default: {self.name} has no published weights; pass a file, or null to train it"]
             )
         if self.family == "custom":
-            return _custom(self.factory, self.kwargs)
+            network = _custom(self.factory, self.kwargs)
+            give_sizes_(network, self.in_channels, self.image_size)
+            return network
         if self.num_classes is None:
             raise ConfigError([f"dataset.num_classes is needed to build {self.name}, as in dataset.num_classes=1000"])
         if self.family == "torchvision":

@@ -100,9 +100,9 @@ def read_config(config: DictConfig | dict[str, Any], given: Sequence[str] = ()) 
         raise ConfigError(reader.problems + told)
     request, values = _request(reader, raw), _values(reader, raw)
     _contradictions(reader, raw, request, values)
-    reader.problems += without_effect(raw, given)
-    if reader.problems:
-        raise ConfigError(reader.problems)
+    problems = reader.problems or without_effect(raw, given)
+    if problems:
+        raise ConfigError(problems)
     selection = values["decompose"] or Selection()
     return Config(request=PlanRequest(**request, selection=selection), **values)
 

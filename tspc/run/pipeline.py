@@ -176,7 +176,7 @@ def _fitted(model: nn.Module, data: Data | None, spec: NetworkSpec, config: Conf
         images = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
     trial = tried(model, images, trains=data is not None and config.trains)
     if trial.reason:
-        display.warn(f"{spec.name} does not take images with their channels last, which is faster ({trial.reason})")
+        display.warn(f"{spec.name} runs on contiguous images: channels last is faster, but there {trial.reason}")
     if data is not None:
         _check_answer(trial, images, data, spec)
     return trial

@@ -107,9 +107,8 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
         display.line(f"reference  made anew in {folder}; the runs that shared the old one can no longer be continued")
     with directory as run:
         if processes.by_first(result.exists) and not (config.overwrite and config.phases == ("pretrain",)):
-            header, state = checkpoint.read(result)
-            load_state(reference.model, state, str(result))
-            info: Any = header.get("info")
+            checkpoint.load(result, reference.model)
+            info: Any = checkpoint.read_header(result).get("info")
             reference.seconds = info["seconds"] if problem(info, {"seconds": SECONDS}) is None else None
             Progress.discard(run.file("progress.pt"))  # of a process that was killed before it did
             display.line(f"reference  read from {result}")

@@ -62,7 +62,7 @@ def _why_not(fast: Trial, plain: Trial) -> str:
 
 
 def _text(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return f"it fails ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 def _answer(model: nn.Module, images: Tensor, layout: torch.memory_format) -> Trial:

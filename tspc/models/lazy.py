@@ -1,0 +1,45 @@
+"""Layers whose sizes are known once they have seen an input: they get them, or are named."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tspc.errors import ConfigError
+
+
+def unsized(model: nn.Module) -> list[str]:
+    """The names of the layers without sizes."""
+    found = [
+        name
+        for name, module in model.named_modules()
+        if any(is_lazy(value) for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    ]
+    return [f"{name} ({type(model.get_submodule(name)).__name__})" for name in found]
+
+
+def require_sizes(model: nn.Module) -> None:
+    """Raises ConfigError, naming them, if layers have no sizes yet."""
+    found = unsized(model)
+    if found:
+        raise ConfigError(
+            [f"layers without sizes yet: {', '.join(found)}; run the network once on an example, then give it again"]
+        )
+
+
+@torch.no_grad()
+def give_sizes_(model: nn.Module, channels: int, image_size: int | None) -> None:
+    """Lets layers without sizes have those that an empty image asks for; nothing if all have sizes.
+
+    Raises ConfigError if the size of the images is not known, or the network does not take them.
+    """
+    if image_size is None or not unsized(model):
+        return require_sizes(model)
+    try:
+        model.eval()(torch.zeros(1, channels, image_size, image_size))
+    except Exception as error:  # the network is the user's own
+        given = f"an image of {channels}×{image_size}×{image_size}"
+        raise ConfigError([f"the layers without sizes cannot have them from {given}: {error}"]) from error
+    model.train()
+    return require_sizes(model)
