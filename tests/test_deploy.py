@@ -141,12 +141,13 @@ def test_a_forward_that_gathers_its_inputs(tmp_path, format):
     assert export(Gathering(), tmp_path / f"net.{format}", inputs).relative < 1e-5
 
 
-def test_a_network_that_cannot_be_traced_is_told_in_one_line(tmp_path):
+def test_a_network_that_cannot_be_traced_is_told_in_one_line(tmp_path, capfd):
     with pytest.raises(ExportError, match=r"^Fickle cannot be traced by torch.export: .+$"):
         export(Fickle(), tmp_path / "net.pt2", IMAGES)
     with pytest.raises(ExportError, match="cannot export as 'tflite'; choose one of onnx, pt2, safetensors"):
         export(Fickle(), tmp_path / "net.tflite", IMAGES)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", ""), "nothing beside the error"
 
 
 def test_inputs_that_do_not_fit_are_named(small, tmp_path):

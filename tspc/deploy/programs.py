@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ Inputs = tuple[Tensor, ...]
 PROTOBUF_LIMIT = 2**31 - 2**24
 """Bytes of weights that one ONNX file can hold, with some room for the graph."""
 
-EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+EXPORTERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 """The loggers of those who write files."""
 
 FOLDED = 1024
@@ -61,7 +62,8 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     for layer in tensorized_layers(model).values():
         layer.forget()  # the file holds the factors, not the larger kernels that eval mode contracts from them
     try:
-        with quiet(*EXPORTERS):
+        # Of control flow that depends on values the tracer prints the whole graph, beside the error that it raises.
+        with quiet(*EXPORTERS), redirect_stderr(io.StringIO()):
             program = torch.export.export(model, example, dynamic_shapes=_as_arguments(model, _free_batch(example)))
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
         raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
