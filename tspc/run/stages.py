@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from tspc.compression import checkpoint
-from tspc.compression.plan import Plan
 from tspc.errors import RunError, TrainingError
 from tspc.models import NetworkSpec
 from tspc.pages import made, write_report
@@ -22,12 +21,13 @@ from tspc.phases.finished import read_stage
 from tspc.run.config import Config
 from tspc.run.delivery import Delivery, made_with
 from tspc.run.reference import Reference, reference_curves
+from tspc.run.result import result_of
 from tspc.store.directory import RunDirectory
 from tspc.store.files import remove, write_json
 from tspc.store.records import SHARED, STAGES, differences, fingerprint, plain, unfinished
 from tspc.system import interrupts, processes
 from tspc.system.launch import is_first
-from tspc.terminal.tables import percent, plan_table, result_lines, result_table, state_bytes, versions
+from tspc.terminal.tables import percent, plan_table, result_lines, result_table, state_bytes
 from tspc.training import Progress, evaluate
 from tspc.traversal.copying import copied
 
@@ -246,53 +246,25 @@ class Stages:
         if self.context.data is None or (self.config.pretrained == "random" and self.config.phases == ("decompose",)):
             return None
         assert self.model is not None
-        limit = None if whole else self.config.eval_samples
-        return evaluate(self.model, self.context.data, self.context.device, limit=limit).to_dict()
+        return evaluate(
+            self.model, self.context.data, self.context.device, limit=None if whole else self.config.eval_samples
+        ).to_dict()
 
     def _finish(self, reference: dict[str, Any]) -> dict[str, Any]:
         """Writes `model.safetensors` and `result.json` from the furthest stage."""
-        last = next(reversed(self.finished))
+        last, target = next(reversed(self.finished)), self.directory.file("model.safetensors")
         model = checkpoint.load(self._file(last), copied(self.reference).cpu())
-        target = self.directory.file("model.safetensors")
         checkpoint.save(model, target, network=self.spec, info={"stage": last, "identity": self.directory.identity})
-        ranks = Plan.from_dict(self.finished["decompose"]["plan"])
-        result = {
-            "directory": str(self.directory.path),
-            "method": self.config.request.method.to_dict(),
-            "rate": ranks.rate,
-            "rate_reached": ranks.rate_reached,
-            "rate_decay": ranks.rate_decay,
-            "rate_scope": ranks.rate_scope,
-            "allocation": ranks.allocation,
-            "objective": ranks.objective,
-            "paths": ranks.paths,
-            "target_error": self.config.request.target_error,
-            "output_error": ranks.output_error,
-            "dataset": self.config.dataset.name,
-            "network": self.spec.name,
-            "seed": self.config.seed,
-            "reference": reference,
-            "phases": {k: {"accuracy": v["accuracy"], "seconds": v["seconds"]} for k, v in self.finished.items()},
-            "accuracy": self.finished[last]["accuracy"],
-            "parameters": {
-                "before": ranks.network_dense_params,
-                "after": ranks.network_params,
-                "tensorized_before": ranks.dense_params,
-                "tensorized_after": ranks.params,
-            },
-            "bytes": {"before": self.bytes_before, "after": state_bytes(model), "file": target.stat().st_size},
-            "device": str(self.context.device),
-            "versions": versions(),
-            "command": self.config.command,
-            "settings": self.config.settings,
-        }
+        sizes = {"before": self.bytes_before, "after": state_bytes(model), "file": target.stat().st_size}
+        result = result_of(self.config, self.spec, self.directory.path, self.finished, reference, sizes)
+        result["device"] = str(self.context.device)
         result |= made_with(self.directory.file("result.json"), result["phases"])
         delivery = Delivery(self.config, self.spec, self.context, self.directory, self._after())
         write_json(self.directory.file("result.json"), result | delivery.found())
         self.context.display.show(result_table(result))
         for line in result_lines(result, target):
             self.context.display.line(line)
-        if (stopped := unfinished(self.directory.path)) is not None:
+        if stopped := unfinished(self.directory.path):
             self.context.display.warn(f"{stopped} was stopped before its end; this is the network after {last}")
         delivery.deliver(self.reference, model)
         delivery.show()
