@@ -74,6 +74,31 @@ def test_networks_that_read_their_layers_and_call_them_by_keyword(name):
         torch.testing.assert_close(small(images()), dense(images()), rtol=1e-4, atol=1e-5)
 
 
+class Listed(nn.Module):
+    """Knows its layers by plain lists and dicts, too, and runs those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+        self.row, self.named = [[self.a, torch.relu], (self.b, torch.tanh)], {"head": {"last": self.c}}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, activation in self.row:
+            x = activation(layer(x))
+        return self.named["head"]["last"](x)
+
+
+def test_lists_of_layers_know_their_replacements(tmp_path):
+    model, x = Listed(), torch.randn(5, 32)
+    small = tspc.compress(model, "svd", 0.3, allocation="uniform", keep_last=False)
+    wanted = small.c(torch.tanh(small.b(torch.relu(small.a(x)))))
+    assert set(tensorized_layers(small)) == {"a", "b", "c"}
+    assert torch.equal(small(x), wanted)
+    assert not torch.allclose(model(x), wanted)
+    tspc.save(small, tmp_path / "a.safetensors")
+    assert torch.equal(tspc.load(tmp_path / "a.safetensors", Listed())(x), wanted)
+
+
 def test_hooks_stay_and_their_handles_remove_them(tmp_path):
     seen: list[str] = []
     model = Net().eval()

@@ -124,8 +124,8 @@ class _Answers:
         ]
         if shares:
             warnings.warn(
-                f"folding changed the answers by {max(shares):.1g} of the largest; it is rounding, which this network "
-                "makes larger on its way: in float64 it answers otherwise by about as much",
+                f"folding changed the answers by {max(shares):.1g} of the largest: this network makes the rounding of "
+                "its numbers larger on its way",
                 TspcWarning,
                 stacklevel=3,
             )

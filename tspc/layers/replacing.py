@@ -23,10 +23,45 @@ STATE_HOOKS = (
 )
 
 
+_PYTORCH = frozenset(vars(nn.Module()))
+"""Attributes that every module has; what a network keeps besides may be anywhere else."""
+_DEPTH = 5
+"""How deep lists in lists may be that know a layer; one may hold itself."""
+
+
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted `name`."""
+    """Puts `module` at the dotted `name`, and in the lists, tuples and dicts by which modules know the old one, too.
+
+    A forward pass over a plain list of layers would go on to run the old ones.
+    """
     parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
     setattr(model.get_submodule(parent), child, module)
+    for owner in model.modules():
+        own = vars(owner)
+        for key in own.keys() - _PYTORCH:
+            value = _exchanged(own[key], old, module, _DEPTH)
+            if value is not own[key]:
+                own[key] = value
+
+
+def _exchanged(value: Any, old: nn.Module, new: nn.Module, depth: int) -> Any:
+    """`value` with `new` in the place of `old`; lists and dicts stay the objects that they are."""
+    if value is old:
+        return new
+    if type(value) not in (list, dict, tuple) or depth == 0:
+        return value
+    items = value.values() if isinstance(value, dict) else value
+    changed = [_exchanged(item, old, new, depth - 1) for item in items]
+    if all(one is other for one, other in zip(changed, items, strict=True)):
+        return value
+    if isinstance(value, tuple):
+        return tuple(changed)
+    if isinstance(value, dict):
+        value.update(zip(value, changed, strict=True))
+    else:
+        value[:] = changed
+    return value
 
 
 def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
