@@ -133,7 +133,7 @@ def check_caller(small: nn.Module, model: nn.Module, network: Network, use: Use)
 def check_parameters(small: nn.Module, model: nn.Module, use: Use) -> None:
     """No more parameters than the rate allows; those that could be trained still can, and no other."""
     plan = tspc.plan(model, **use.plan_options)
-    counted = [layer.name for layer in plan.layers if layer.reason is None]
+    counted = [layer.name for layer in plan.budgeted]
     whole = use.rate_scope == "network"
     base = size(model) if whole else sum(size(model.get_submodule(name)) for name in counted)
     found = size(small) if whole else sum(size(small.get_submodule(name)) for name in counted)
