@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from signal import Signals
 from typing import Any
 
@@ -35,6 +36,12 @@ def shortened(value: Any, longest: int = 80) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text[: 4 * longest].split()))
     return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """The first of the names, and how many more there are."""
+    shown = list(names)
+    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
 
 
 class DecompositionError(TspcError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tspc.calibration.moments import WIDEST_OUTPUT
 from tspc.calibration.patches import rows_of
-from tspc.errors import TspcWarning
+from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_shape
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.traversal.copying import copied
@@ -59,8 +59,7 @@ def output_sensitivity(
         lost += sums.lost
         yield from sums.found(images)
     if lost:
-        shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-        _warn(f"no finite gradient of the answer comes to {shown}: their outputs count alike")
+        _warn(f"no finite gradient of the answer comes to {some(lost, 5)}: their outputs count alike")
 
 
 def _warn(reason: str) -> None:

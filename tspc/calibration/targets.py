@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import input_patches, output_rows
-from tspc.calibration.samples import Samples, positions_of
+from tspc.calibration.samples import Samples, gather, is_narrow, moments_of, positions_of
+from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_of
 from tspc.traversal.stash import Stash
-from tspc.traversal.walk import Walker
+from tspc.traversal.walk import Trace, Walker
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,41 @@ def moments_towards(targets: Targets, small: Walker, name: str, samples: Samples
     for _ in small.inputs_of([name], see):
         pass
     return moments[0] if calls == targets.calls and moments else None
+
+
+def moments_in_turn(
+    model: nn.Module, work: nn.Module, layers: Collection[str], samples: Samples, trace: Trace
+) -> Iterator[tuple[str, Moments]]:
+    """Moments of the layers' inputs, in the order of the calls: those that the layers have in `work` by then.
+
+    The caller replaces each layer in `work` before it asks for the next one. The targets are what the layers answer in
+    `model`, the reference. Without compensation the inputs are those in the reference, too.
+    """
+    if not samples.settings.compensate:
+        yield from moments_of(model, layers, samples, trace)
+        return
+    reference, small = samples.walk(model, trace), samples.walk(work, trace)
+    routed: list[str] = []
+    try:
+        for segment in trace.segments:
+            reference.advance()
+            small.advance()
+            inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
+            targets = targets_of(reference, inside, samples) if inside else {}
+            for name in inside:
+                found = moments_towards(targets[name], small, name, samples)
+                if found is None:
+                    routed.append(name)
+                    found = gather(small, [name], samples).get(name)
+                if found is not None:
+                    yield name, found
+                targets.pop(name).rows.clear()
+    finally:
+        reference.close()
+        small.close()
+    if routed:
+        message = (
+            f"which images come to {some(routed)} depends on what other layers answer, as in a mixture of experts: "
+            "these layers keep to their own kernels, instead of making up for the layers before them"
+        )
+        warnings.warn(message, TspcWarning, stacklevel=2)

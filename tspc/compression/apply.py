@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.batch_norm import recalibrate_
-from tspc.calibration.moments import Moments, Statistics
-from tspc.calibration.samples import Calibration, Samples, Survey, gather, is_narrow, moments_of
-from tspc.calibration.targets import moments_towards, targets_of
+from tspc.calibration.moments import Statistics
+from tspc.calibration.samples import Calibration, Samples
+from tspc.calibration.targets import moments_in_turn
 from tspc.compression.curves import naming
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import plan
-from tspc.compression.selection import some, why_dense
+from tspc.compression.selection import why_dense
 from tspc.decompositions import Method, Metric, double
-from tspc.errors import TspcWarning
 from tspc.layers.dense import DenseLayer, check_values, kernel_of, kernel_shape
 from tspc.layers.forms import TensorizedLayer, tensorize
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_of_state_hooks
@@ -28,7 +26,6 @@ from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.parallel import side_by_side
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import evaluating
-from tspc.traversal.walk import Trace
 
 OnLayer = Callable[[LayerPlan, Tensor, Metric | None], None]
 """Called after each layer with its row, the kernel that was fitted (not always its own), and the norm, if any."""
@@ -113,15 +110,20 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
         on_layer(fitted.layer, kernel, metric)
 
     if samples is not None:
-        for layer, statistics, batch_norm in _in_turn(model, work, plan, samples):
-            dense = cast(DenseLayer, work.get_submodule(layer.name))
+        compensates = [x for x in plan.layers if _compensates(x, model) and samples.settings.compensate]
+        waiting = {layer.name: layer for layer in (*plan.tensorized, *compensates)}
+        survey = samples.survey(model, list(waiting))
+        for name, moments in moments_in_turn(model, work, list(waiting), samples, survey.trace):
+            dense = _dense(work, name)
+            statistics = survey.statistics(name, _dense(model, name), moments, samples)
+            del moments  # room for the fit
             kernel = statistics.target.reshape(kernel_shape(dense))
-            fitted = _fitted(dense, layer, kernel, statistics)
-            _shift_(fitted, statistics, work, batch_norm)
+            fitted = _fitted(dense, waiting[name], kernel, statistics)
+            _shift_(fitted, statistics, work, survey.trace.batch_norms.get(name))
             keep(fitted, kernel, statistics.metric)
     # Without samples, never called, or too wide: by the kernel alone.
     rest = [layer for layer in plan.tensorized if layer.name not in done]
-    layers = {layer.name: cast(DenseLayer, work.get_submodule(layer.name)) for layer in rest}
+    layers = {layer.name: _dense(work, layer.name) for layer in rest}
 
     def alone(layer: LayerPlan) -> _Done:
         return _fitted(layers[layer.name], layer, kernel_of(layers[layer.name]), None)
@@ -141,63 +143,13 @@ class _Done:
     layer: LayerPlan
 
 
-def _in_turn(
-    model: nn.Module, work: nn.Module, plan: Plan, samples: Samples
-) -> Iterator[tuple[LayerPlan, Statistics, str | None]]:
-    """Every layer that is called, with its statistics, taken when the layers before it in `work` have been treated."""
-    compensates = [x for x in plan.layers if _compensates(x, model) and samples.settings.compensate]
-    waiting = {layer.name: layer for layer in (*plan.tensorized, *compensates)}
-    survey = samples.survey(model, list(waiting))
-    for name, statistics in _statistics(model, work, list(waiting), samples, survey):
-        yield waiting[name], statistics, survey.trace.batch_norms.get(name)
+def _dense(model: nn.Module, name: str) -> DenseLayer:
+    return cast(DenseLayer, model.get_submodule(name))
 
 
 def _compensates(layer: LayerPlan, model: nn.Module) -> bool:
     """Whether a layer that stays dense makes up for those before it; it must have a kernel of its own to be changed."""
     return layer.method is None and layer.compensates and why_dense(model.get_submodule(layer.name)) is None
-
-
-def _statistics(
-    model: nn.Module, work: nn.Module, layers: list[str], samples: Samples, survey: Survey
-) -> Iterator[tuple[str, Statistics]]:
-    for name, moments in _moments(model, work, layers, samples, survey.trace):
-        statistics = survey.statistics(name, cast(DenseLayer, model.get_submodule(name)), moments, samples)
-        del moments  # room for the fit
-        yield name, statistics
-
-
-def _moments(
-    model: nn.Module, work: nn.Module, layers: list[str], samples: Samples, trace: Trace
-) -> Iterator[tuple[str, Moments]]:
-    """Of the inputs that the layers have in `work` by then; without compensation of those in the reference."""
-    if not samples.settings.compensate:
-        yield from moments_of(model, layers, samples, trace)
-        return
-    reference, small = samples.walk(model, trace), samples.walk(work, trace)
-    routed: list[str] = []
-    try:
-        for segment in trace.segments:
-            reference.advance()
-            small.advance()
-            inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
-            targets = targets_of(reference, inside, samples) if inside else {}
-            for name in inside:
-                found = moments_towards(targets[name], small, name, samples)
-                if found is None:
-                    routed.append(name)
-                    found = gather(small, [name], samples).get(name)
-                if found is not None:
-                    yield name, found
-                targets.pop(name).rows.clear()
-    finally:
-        reference.close()
-        small.close()
-    if routed:
-        message = (
-            f"which images come to {some(routed)} depends on what other layers answer, as in a mixture of experts: "
-            "these layers keep to their own kernels, instead of making up for the layers before them"
-        )
-        warnings.warn(message, TspcWarning, stacklevel=2)
 
 
 def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | None) -> _Done:

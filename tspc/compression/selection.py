@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tspc.compression.plan import FINAL, LayerPlan
-from tspc.errors import ConfigError
+from tspc.errors import ConfigError, some
 from tspc.layers.dense import kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers
 from tspc.models.lazy import require_sizes
@@ -64,12 +64,6 @@ def select(
             reason = f"fewer than {min_params:,} parameters"
         layers.append(LayerPlan(name, type(module).__name__, shapes[name], params, params, reason=reason))
     return layers
-
-
-def some(names: Iterable[str], limit: int = 8) -> str:
-    """The first of the names, and how many more there are."""
-    shown = list(names)
-    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
 
 
 def why_dense(module: nn.Module) -> str | None:

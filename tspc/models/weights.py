@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.errors import WeightsError, shortened
+from tspc.errors import WeightsError, shortened, some
 from tspc.models.safe_files import read_tensors
 from tspc.store.files import parsed_json
 
@@ -113,7 +113,9 @@ def load_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
         if isinstance(own, Tensor) and name in state and _kind(state[name]) != _kind(own) and not _is_counter(name)
     ]
     if differing:
-        raise WeightsError(f"{source} does not fit the network: of another kind of numbers: {_some(differing)}")
+        raise WeightsError(
+            f"{source} does not fit the network: of another kind of numbers: {some(map(shortened, differing), 6)}"
+        )
     whole = OrderedDict(state)
     # Some networks (MNASNet) refuse a state that does not tell the version of its layout, as files do not.
     whole._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
@@ -134,7 +136,7 @@ def check_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
         if k in state and _shape(state[k]) != _shape(own[k]) and not k.endswith("_extra_state")
     ]
     parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", differing)]
-    problems = [f"{label}: {_some(names)}" for label, names in parts if names]
+    problems = [f"{label}: {some(map(shortened, names), 6)}" for label, names in parts if names]
     if problems:
         raise WeightsError(f"{source} does not fit the network: {'; '.join(problems)}")
 
@@ -151,8 +153,3 @@ def _kind(value: Tensor) -> str:
 
 def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(shortened(name) for name in names[:limit]) + more
