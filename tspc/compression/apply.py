@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.batch_norm import recalibrate_
 from tspc.calibration.moments import Moments, Statistics
+from tspc.calibration.recalibration import recalibrate_
 from tspc.calibration.samples import Calibration, Samples, Survey, gather, is_narrow, moments_of
 from tspc.calibration.targets import moments_towards, targets_of
 from tspc.compression.curves import naming
