@@ -13,6 +13,7 @@ import tspc
 from tspc.decompositions import METHODS
 from tspc.errors import RunError, WeightsError
 from tspc.models import NetworkSpec
+from tspc.models.safe_files import read_tensors, write_tensors
 from tspc.models.weights import load_state, read_state
 from tspc.store.files import write_atomically
 
@@ -37,6 +38,16 @@ def test_loading_leaves_the_random_state_alone(tmp_path):
     torch.manual_seed(3)
     tspc.load(tmp_path / "a.safetensors")
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_same_network_gives_the_same_bytes_every_time(tmp_path):
+    state, files = {'a "ü"\n': torch.ones(2), "b": torch.zeros(0)}, set()
+    for _ in range(8):
+        write_tensors(tmp_path / "a.safetensors", state, '{"format": 1}')
+        files.add((tmp_path / "a.safetensors").read_bytes())
+    assert len(files) == 1
+    found = read_tensors(tmp_path / "a.safetensors")
+    assert (found.header, set(found.names)) == ('{"format": 1}', set(state))
 
 
 def test_tied_weights_are_saved(tmp_path):

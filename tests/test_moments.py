@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration import moments
-from tspc.calibration.batch_norm import rebase_, refit_norms_
 from tspc.calibration.moments import Moments, Statistics
+from tspc.phases.batch_norm import rebase_, refit_norms_
 from tspc.system import processes
 
 CPU = torch.device("cpu")

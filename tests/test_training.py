@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from tests.small import CPU, cross_entropy, network, recipe
-from tspc.calibration.batch_norm import rebase_, refit_norms_
 from tspc.data import DataSpec, Feed, load_data
 from tspc.errors import ConfigError, Interrupted, RunError, TrainingError
 from tspc.models import NetworkSpec
+from tspc.phases.batch_norm import rebase_, refit_norms_
 from tspc.phases.finetune import train_classifier
 from tspc.system import interrupts
 from tspc.training import Hardware, Labelled, Progress, Watchers, evaluate, fit

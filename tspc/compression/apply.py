@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.batch_norm import recalibrate_
 from tspc.calibration.moments import Statistics
+from tspc.calibration.recalibration import recalibrate_
 from tspc.calibration.samples import Calibration, Samples
 from tspc.calibration.targets import moments_in_turn
 from tspc.compression.curves import naming

@@ -31,8 +31,22 @@ class TensorFile:
 
 
 def write_tensors(path: Path, state: dict[str, Tensor], header: str) -> None:
-    """Writes contiguous tensors with tspc's header and the checksums of both."""
+    """Writes contiguous tensors with tspc's header and the checksums of both; the bytes are the same every time."""
     save_file(state, path, {HEADER: header, CHECKSUMS: json.dumps([_sum_of_text(header), _sum_of(state)])})
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes the entries of the metadata in an order that changes from one write to the next."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # Without spaces, and with other letters than ASCII as they are, it is as long as it was.
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
 
 
 def read_tensors(path: str | Path, tensors: bool = True) -> TensorFile:

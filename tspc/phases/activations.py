@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -10,13 +11,30 @@ from torch import Tensor, nn
 
 from tspc.data import generator_of
 from tspc.errors import ConfigError
+from tspc.phases.context import Context
 from tspc.system import processes
+from tspc.training import Recipe
 from tspc.traversal.nested import UnknownValueError
 from tspc.traversal.stash import Room, Stash
 from tspc.traversal.walk import Trace, Walker
 
+VIEWS = 4
+"""Most augmentations of one training image."""
 JUDGES = 8
 """One in so many of the kept batches judges, and is not trained on."""
+
+
+def augmented_images(recipe: Recipe, wanted: int, context: Context, room: Room) -> Stash:
+    """Batches with about as many training images as wanted, each augmented once: one pass over the split or more."""
+    data, feed = context.required_data, context.feed(recipe)
+    images = Stash(room)
+    batches = max(2, min(wanted, VIEWS * data.train_size) // recipe.batch_size)
+    for epoch in count():
+        for batch, _ in data.train_batches(feed, epoch):
+            images.append(batch)
+            if len(images) == batches:
+                return images
+    raise AssertionError
 
 
 class Kept:

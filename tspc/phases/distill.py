@@ -11,17 +11,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
-from tspc.phases.activations import Kept
+from tspc.phases.activations import Kept, augmented_images
 from tspc.phases.agreement import keep_better_
+from tspc.phases.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
 from tspc.phases.refit import adapted_layers, can_be_refitted, refit_
@@ -31,15 +30,13 @@ from tspc.system.modes import own_modes
 from tspc.training import Progress, Recipe, Step, Watchers, fit
 from tspc.traversal.blocks import block_of, find_blocks
 from tspc.traversal.hooks import evaluating
-from tspc.traversal.stash import Room, Stash
+from tspc.traversal.stash import Room
 from tspc.traversal.walk import Trace, trace
 
 BATCH_NORMS = ("frozen", "updated")
 WAYS = ("sequential", "parallel", "mixed")
 FEW_NORMS = 8
 """Batch norms of a block that are all set by as many images."""
-VIEWS = 4
-"""Most augmentations of one training image."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def distill(
     reference.eval()
     room = Room(settings.memory)
     try:
-        images = _augmented(settings, context, room)
+        images = augmented_images(settings, settings.images, context, room)
         found = _trace(model, reference, adapted, images[0][:2], settings)
         kept = Kept(reference, model, found, images, room, settings.inputs, context.seed)
         for number, segment in enumerate(found.segments):
@@ -141,19 +138,6 @@ def _unseen(kept: Kept, settings: Distillation, context: Context) -> Callable[[]
     if feed.held_out == 0:
         return kept.judging_images
     return lambda: (x for x, _ in data.held_out_batches(feed.held_out, 250, context.device, feed.share))
-
-
-def _augmented(settings: Distillation, context: Context, room: Room) -> Stash:
-    """Batches of training images, each augmented once; one pass over the split after the other, as many as it takes."""
-    data, feed = context.required_data, context.feed(settings)
-    images = Stash(room)
-    wanted = max(2, min(settings.images, VIEWS * data.train_size) // settings.batch_size)
-    for epoch in count():
-        for batch, _ in data.train_batches(feed, epoch):
-            images.append(batch)
-            if len(images) == wanted:
-                return images
-    raise AssertionError
 
 
 def _train_block(

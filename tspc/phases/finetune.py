@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspc.calibration.batch_norm import SHOWN, rebase_
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.agreement import class_counts, distance
+from tspc.phases.batch_norm import SHOWN, rebase_
 from tspc.phases.context import Context
 from tspc.system import processes
 from tspc.system.bounds import SHARE, Bounds, out_of_range

@@ -1,4 +1,4 @@
-"""Batch norm statistics taken anew: on the calibration images, and before training."""
+"""Batch norms set before training: solved anew for changed inputs, or rebased to what they see."""
 
 from __future__ import annotations
 
@@ -8,76 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.samples import Samples
+from tspc.calibration.recalibration import BatchNorm
 from tspc.decompositions import double
 from tspc.system import processes
 from tspc.system.modes import own_modes
 from tspc.traversal.hooks import evaluating, first_argument, hooked
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
-JUDGES = 128
-"""Images by whose answers the better statistics are chosen."""
 SHOWN = 512
 """Training images by which batch norms are set before training."""
-
-
-@own_modes()
-def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> None:
-    """Replaces running means and variances by those that the calibration images give, as the settings say.
-
-    `auto` keeps the better: the statistics at which the network's answers are closer to the reference's.
-    """
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
-    choice = samples.settings.batch_norm
-    if choice == "keep" or not norms or len(next(iter(samples))) < 2:
-        return
-    before = {id(norm): {k: v.clone() for k, v in norm.state_dict().items()} for norm in norms}
-    if choice == "recalibrate":
-        _measure_(model, norms, samples)
-        return
-    wanted = _answers(reference, samples)
-    distance = _distance(model, wanted, samples)
-    _measure_(model, norms, samples)
-    if not _distance(model, wanted, samples) < distance:
-        for norm in norms:
-            norm.load_state_dict(before[id(norm)])
-
-
-@torch.no_grad()
-def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> None:
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over all batches
-        norm.train()
-    size = 0
-    for images in samples:
-        size = size or len(images)
-        if len(images) == size:  # a smaller last batch would count as much as a whole one
-            model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, samples: Samples) -> list[Any]:
-    """The network's answers to at least JUDGES images, where there are as many; batch by batch."""
-    answers, count = [], 0
-    for images in samples:
-        if count >= JUDGES:
-            break
-        answers.append(model(images))
-        count += len(images)
-    return answers
-
-
-def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:
-    """Squared distance of the network's answers from those wanted, summed over the images; 0 if it is not known."""
-    if not all(isinstance(answer, Tensor) for answer in wanted):
-        return 0.0
-    pairs = zip(_answers(model, samples), wanted, strict=True)
-    return sum(float((double(answer) - double(target)).square().sum()) for answer, target in pairs)
 
 
 def _fitted_norms(network: nn.Module) -> dict[str, BatchNorm]:
