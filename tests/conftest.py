@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.small import CPU, SPEC, network, recipe
+from filelock import FileLock
 
 SHARED = os.environ.get("TSPC_TEST_DATA")
 """A folder with data/ and weights/ for the tests on real weights; `.ci/run` sets it where there is one."""
@@ -20,11 +20,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
+def pytest_configure() -> None:
+    # Before PyTorch is imported, here or in a command that a test starts: the workers share the cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: pass --slow"))
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: the folder that `make(folder)` has filled, once for all workers. It is only read."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture
@@ -68,25 +95,20 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
 @pytest.fixture
 def context() -> Any:
     """What a phase is given; `records` has what it notes."""
-    from tspc.data import load_data
-    from tspc.phases.context import Context
-    from tspc.terminal.display import Display
-    from tspc.training import Hardware
+    from tests.small import context_of
 
-    records: list[dict[str, Any]] = []
-    made = Context(load_data(SPEC), Hardware(CPU), 0, Display(), records.append)
-    object.__setattr__(made, "records", records)
-    return made
+    return context_of()
 
 
 @pytest.fixture
-def reference(context: Any) -> Any:
+def reference(once: Once) -> Any:
     """A trained network."""
-    from tspc.phases.finetune import train_classifier
-    from tspc.training import Progress
+    from safetensors.torch import load_file
+
+    from tests.small import network, save_trained
 
     model = network()
-    train_classifier(model, recipe(epochs=4), context, Progress(), "pretrain")
+    model.load_state_dict(load_file(once("reference", save_trained) / "model.safetensors"))
     return model
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TINY, Cli
+from tests.conftest import TINY, Cli, Once
 from tests.damage import BYTES, VALUES, change, damage
 from tspc.errors import RunError
 from tspc.pages.records import Broken, Run, find_runs, read_run
@@ -26,21 +26,16 @@ RUN = Path("outputs/synthetic/resnet8/tt-0.2/seed0")
 REFERENCE = Path("outputs/synthetic/resnet8/reference")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {"folder": tmp_path_factory.mktemp("whole")}
-
-
 @pytest.fixture
-def run(whole: dict[str, Path], cli: Cli, tmp_path: Path) -> Cli:
+def run(once: Once, cli: Cli, tmp_path: Path) -> Cli:
     """The command, in a folder that holds two finished runs with an allocation by error curves."""
-    made = whole["folder"] / "outputs"
-    if not made.exists():
+
+    def make(folder: Path) -> None:
         assert cli(*COMMAND)[0] == 0
         assert cli(*COMMAND, "method=svd")[0] == 0
-        shutil.copytree(tmp_path / "outputs", made)
-    shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
-    shutil.copytree(made, tmp_path / "outputs")
+        shutil.move(tmp_path / "outputs", folder)
+
+    shutil.copytree(once("damaged", make) / "outputs", tmp_path / "outputs")
     return cli
 
 

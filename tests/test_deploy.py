@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tspc
+from tests.conftest import Once
 from tests.small import network
 from tspc.compression.apply import compress
 from tspc.deploy import FORMATS, Comparison, Exporter, compare, cost, export, exporting, timing
@@ -35,15 +36,17 @@ def small() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def exported(small, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("exported")
-    exporter = Exporter(small, IMAGES, 1e-5)
-    for format in FORMATS:
-        done = exporter.write(folder / f"net.{format}", format)
-        assert (done.format, done.file, done.samples) == (format, f"net.{format}", 3)
-        assert done.bytes == (folder / done.file).stat().st_size
-        assert 0 <= done.relative <= 1e-5
-    assert len(list(folder.iterdir())) == len(FORMATS), "nothing else is left"
+def exported(small: nn.Module, once: Once) -> dict[str, Path]:
+    def make(folder: Path) -> None:
+        exporter = Exporter(small, IMAGES, 1e-5)
+        for format in FORMATS:
+            done = exporter.write(folder / f"net.{format}", format)
+            assert (done.format, done.file, done.samples) == (format, f"net.{format}", 3)
+            assert done.bytes == (folder / done.file).stat().st_size
+            assert 0 <= done.relative <= 1e-5
+        assert len(list(folder.iterdir())) == len(FORMATS), "nothing else is left"
+
+    folder = once("exported", make)
     return {format: folder / f"net.{format}" for format in FORMATS}
 
 

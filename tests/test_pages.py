@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import Browser, browser  # noqa: F401
-from tests.conftest import TINY
+from tests.conftest import TINY, Cli, Once
 from tspc.errors import RunError
 from tspc.pages import write_report
 from tspc.pages.records import DONE, STOPPED, read_run
@@ -22,22 +22,18 @@ QUICK = tuple(argument for argument in TINY if argument != "report=false")
 RUN = Path("outputs/synthetic/resnet8/tt-0.2/seed0")
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep with a job that fails, and a run that stopped half-way."""
-    import os
-    import subprocess
-    import sys
+@pytest.fixture
+def outputs(once: Once, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep with jobs that fail. Copy what a test changes."""
 
-    folder = tmp_path_factory.mktemp("pages")
-    command = [sys.executable, "-m", "tspc", "-m", *QUICK]
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    sweep = [*command, "method=svd,tt", "rate=0.4,0.2,0.001"]
-    done = subprocess.run(sweep, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "sweep.html" in done.stdout
-    return folder
+    def make(folder: Path) -> None:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir(folder)
+            code, out, err = cli("-m", *QUICK, "method=svd,tt", "rate=0.4,0.2,0.001")
+        assert code == 1, err
+        assert "sweep.html" in out
+
+    return once("pages", make)
 
 
 def page_of_sweep(outputs: Path) -> Path:

@@ -1,7 +1,7 @@
-"""Every key of conf/ with its meaning, type, unit and default, as a page.
+"""Writes the page of every key in conf/, with its meaning, type, unit and default.
 
-The meaning is the comment beside the key, in its own file or in a sibling's; keys that all files of a group share and
-none comments are explained here, once. The types of what has a class are that class's.
+The meaning is the comment beside the key, in its own file or in another file of the group. Keys without any comment are
+explained here. The type comes from the settings class, if there is one.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ TITLES = {
 MEANINGS = {
     "rate_decay": "How a uniform rate changes with depth.",
     "method.name": "The method of decomposition.",
-    "method.methods": "The candidates, of which each layer takes the best.",
     "dataset.kind": "How the data is read.",
-    "dataset.name": "What the data set is called, also in the path of its runs.",
+    "dataset.name": "Name of the data set, also in the path of its runs.",
     "dataset.num_classes": "Number of classes.",
     "dataset.channels": "Channels of an image.",
     "dataset.image_size": "Height and width of an image.",
@@ -43,12 +42,12 @@ MEANINGS = {
     "dataset.in_memory": "Whether all images are decoded once and kept.",
     "dataset.resize": "Shorter side before the centre crop.",
     "dataset.workers": "Processes that decode images.",
-    "dataset.options": "What only this kind of data takes.",
-    "dataset.options.torchvision": "The class of torchvision that knows the files.",
-    "dataset.options.train": "Training images to make.",
-    "dataset.options.test": "Test images to make.",
-    "dataset.model.family": "Where the usual network comes from.",
-    "dataset.model.name": "The usual network of this data.",
+    "dataset.options": "Settings of this kind of data only.",
+    "dataset.options.torchvision": "The class of torchvision that downloads the files.",
+    "dataset.options.train": "Number of training images to make.",
+    "dataset.options.test": "Number of test images to make.",
+    "dataset.model.family": "Family of the usual network for this data.",
+    "dataset.model.name": "The usual network for this data.",
     "dataset.pretrained": "Default of the general key pretrained.",
     "dataset.batch_size": "Default of the general key batch_size.",
     "dataset.epochs": "Default of the general key epochs.",
@@ -57,25 +56,25 @@ MEANINGS = {
     "model.family": "Where the network comes from.",
     "model.name": "Which network of the family.",
     "model.factory": "Your function, as package.module:function.",
-    "model.kwargs": "What the network's maker is called with.",
-    "hydra/launcher.n_jobs": "Jobs at once.",
+    "model.kwargs": "Arguments of the function that makes the network.",
+    "hydra/launcher.n_jobs": "Number of jobs at once.",
     "hydra/launcher.gpus_per_node": "GPUs of a job.",
     "hydra/launcher.cpus_per_task": "CPU cores of a job.",
     "hydra/launcher.mem_gb": "Memory of a job.",
-    "seed": "Of everything random.",
-    "output_dir": "Where runs go.",
+    "seed": "Seed of everything random.",
+    "output_dir": "Folder for the runs.",
     "calibration.batch_size": "Images at a time.",
-    "phase.pretrain": "No keys: the recipe is the data set's.",
+    "phase.pretrain": "No keys: the recipe belongs to the data set.",
     "phase.compare": "No keys: see runs.",
     "epochs": "Passes over the data.",
-    "batch_size": "Images of a step, of all processes together.",
-    "learning_rate": "Of the optimizer, at its highest.",
-    "momentum": "Of SGD.",
-    "weight_decay": "Of the optimizer.",
+    "batch_size": "Images of a step, all processes together.",
+    "learning_rate": "Highest learning rate of the optimizer.",
+    "momentum": "Momentum of SGD.",
+    "weight_decay": "Weight decay of the optimizer.",
     "optimizer": "sgd or adam.",
     "label_smoothing": "Share of the label's weight that goes to all classes.",
 }
-"""By full key without the option's name, or by the last part alone where it means the same everywhere."""
+"""Meanings by full key, or by the key's last part if it means the same everywhere."""
 
 UNITS = {
     "memory": "MB",
@@ -109,7 +108,7 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Key:
-    """One key: `option` is the file of its group, None for the general ones."""
+    """One key. `option` is the file in its group, None for a general key."""
 
     group: str
     option: str | None
@@ -124,7 +123,7 @@ class Key:
 
 
 def keys() -> list[Key]:
-    """All of them. Raises LookupError for one without a meaning."""
+    """All keys of conf/. Raises LookupError for a key without a meaning."""
     found = _file(CONF / "config.yaml", "config", None)
     for group in GROUPS:
         for path in sorted((CONF / group).glob("*.yaml")):
@@ -200,7 +199,7 @@ def _meaning(key: Key, beside: dict[tuple[str, str], str]) -> str:
 
 
 def _kind(name: str, value: Any) -> str:
-    """The type: of the class's field where there is one, else of the default."""
+    """The type: from the field of the settings class if there is one, else from the default."""
     from tspc.calibration.samples import Calibration
     from tspc.data import DataSpec
     from tspc.phases.decompose import PlanRequest
