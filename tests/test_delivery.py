@@ -111,7 +111,10 @@ def test_what_is_missing_is_told_before_any_work(cli, tmp_path, monkeypatch):
         ("phase.export.tolerance=-1", "phase.export.tolerance=-1.0: expected at least 0"),
         ("phase.export.formats=onnx", r"phase.export.formats=onnx: expected a list, as in \[…\]"),
         ("phase.benchmark.batch_sizes=[0]", r"batch_sizes=\[0\]: expected whole numbers of at least 1"),
-        ("phase.benchmark.batch_sizes=[half]", "phase.benchmark: Value 'half'"),
+        (
+            "phase.benchmark.batch_sizes=[half]",
+            r"batch_sizes=\['half'\]: expected a list, and for each of its items a whole number",
+        ),
         ("phase.benchmark.runtimes=[tensorrt]", "phase.benchmark.runtimes=.*expected a list of eager, compile, onnx"),
     ],
 )

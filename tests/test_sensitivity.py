@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -199,3 +200,22 @@ def test_the_network_is_left_as_it_was():
     assert [name for name, flag in asked.items() if not flag] == ["one.weight"]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_all_maps_of_a_backbone_count():
+    """A layer behind the first map is measured by the maps behind it."""
+
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return OrderedDict(low=x, high=self.second(x))
+
+    torch.manual_seed(0)
+    found = dict(output_sensitivity(Backbone(), ["first", "second"], [torch.randn(16, 4)]))
+    assert set(found) == {"first", "second"}
+    # What reaches the first map also passes the second layer: more of the answer depends on it.
+    assert float(found["first"].trace()) > float(found["second"].trace()) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -41,9 +42,10 @@ def output_sensitivity(
     gradients stand against many outputs the matrix is shrunk towards a multiple of the identity. Of a layer with more
     than `WIDEST_OUTPUT` outputs it is the diagonal alone (T).
 
-    Of an answer of several tensors the first one with a gradient counts. Inputs without one, such as token numbers, are
-    passed over: gradients go back to the first floating activations behind them. A layer on which the answer does not
-    depend is left out. What cannot be measured is left out too, and a TspcWarning says so.
+    If the answer is a plain list, tuple or dict of tensors, all of them count. In another answer with several tensors
+    the first one with a gradient counts. Inputs without one, such as token numbers, are passed over: gradients go back to
+    the first floating activations behind them. A layer on which the answer does not depend is left out. What cannot be
+    measured is left out, too, and a TspcWarning says so.
     """
     model = copied(model) if is_of_inference(model) else model
     lost: list[str] = []
@@ -155,25 +157,34 @@ def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
     for batch in batches:
         for part in batch.split(max(1, AT_ONCE // _size(model, batch))):
             inputs = part.detach().clone()
-            answer = _with_gradient(model(inputs.requires_grad_() if inputs.is_floating_point() else inputs))
+            answers = _with_gradient(model(inputs.requires_grad_() if inputs.is_floating_point() else inputs))
             for probe in range(PROBES):
-                direction = torch.randn(answer.shape, generator=generator, dtype=torch.float32, device="cpu").to(answer)
-                if answer.ndim == 2 and answer.shape[1] > 1:
-                    # A constant added to all logits changes no probability.
-                    direction -= direction.mean(1, keepdim=True)
+                projected = sum((answer * _direction(answer, generator)).sum() for answer in answers)
                 # Not by `grad`, which reentrant checkpoints refuse.
-                torch.autograd.backward((answer * direction).sum(), retain_graph=probe + 1 < PROBES)
+                torch.autograd.backward(cast(Tensor, projected), retain_graph=probe + 1 < PROBES)
             images += len(part)
         if images >= IMAGES:
             break
     return images
 
 
-def _with_gradient(answer: Any) -> Tensor:
-    for tensor in tensors_in(answer):
-        if tensor.requires_grad:
-            return tensor
-    raise ValueError("its answer has no tensor with a gradient")
+def _direction(answer: Tensor, generator: torch.Generator) -> Tensor:
+    direction = torch.randn(answer.shape, generator=generator, dtype=torch.float32, device="cpu").to(answer)
+    if answer.ndim == 2 and answer.shape[1] > 1:
+        # A constant added to all logits changes no probability.
+        direction -= direction.mean(1, keepdim=True)
+    return direction
+
+
+def _with_gradient(answer: Any) -> list[Tensor]:
+    """The tensors of a plain list, tuple or dict, as the maps of a backbone; of anything else the first one inside."""
+    items = list(answer.values()) if type(answer) in (dict, OrderedDict) else answer
+    direct = items if type(items) in (list, tuple) else ()
+    found = [item for item in direct if isinstance(item, Tensor) and item.grad_fn is not None]
+    found = found or [tensor for tensor in tensors_in(answer) if tensor.requires_grad][:1]
+    if not found:
+        raise ValueError("its answer has no tensor with a gradient")
+    return found
 
 
 @torch.no_grad()
