@@ -43,9 +43,9 @@ def output_sensitivity(
     than `WIDEST_OUTPUT` outputs it is the diagonal alone (T).
 
     If the answer is a plain list, tuple or dict of tensors, all of them count. In another answer with several tensors
-    the first one with a gradient counts. Inputs without one, such as token numbers, are passed over: gradients go back
-    to the first floating activations behind them. A layer on which the answer does not depend is left out. What cannot be
-    measured is left out, too, and a TspcWarning says so.
+    the first one with a gradient counts. Inputs without one, such as token numbers, are passed over: gradients go
+    back to the first floating activations behind them. A layer on which the answer does not depend is left out. What
+    cannot be measured is left out, too, and a TspcWarning says so.
     """
     model = copied(model) if is_of_inference(model) else model
     lost: list[str] = []
