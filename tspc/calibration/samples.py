@@ -23,6 +23,7 @@ from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, kernel_of
 from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
 from tspc.system.modes import own_modes
+from tspc.system.parallel import in_parts
 from tspc.traversal.hooks import evaluating
 from tspc.traversal.stash import Room, Stash
 from tspc.traversal.walk import Trace, Walker, trace
@@ -196,7 +197,8 @@ def moments_of(
         for segment in trace.segments:
             walker.advance()
             inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
-            parts = list(_fitting_together(model, inside, samples.settings.memory))
+            size = lambda name: 8 * _entries(model.get_submodule(name)) / 2**20  # noqa: E731
+            parts = list(in_parts(inside, size, samples.settings.memory))  # as many as fit into memory together
             for part in parts:
                 found = gather(walker, part, samples, for_the_last_time=part is parts[-1])
                 for name in part:
@@ -204,21 +206,6 @@ def moments_of(
                         yield name, found.pop(name)  # given away, so that its memory can be freed
     finally:
         walker.close()
-
-
-def _fitting_together(model: nn.Module, layers: list[str], megabytes: int) -> Iterator[list[str]]:
-    """Layers whose moments fit into memory together; at least one at a time."""
-    part: list[str] = []
-    used = 0.0
-    for name in layers:
-        size = 8 * _entries(model.get_submodule(name)) / 2**20
-        if part and used + size > megabytes:
-            yield part
-            part, used = [], 0.0
-        part.append(name)
-        used += size
-    if part:
-        yield part
 
 
 def gather(

@@ -17,6 +17,7 @@ from tspc.calibration.patches import rows_of
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_shape
 from tspc.system.modes import is_of_inference, own_modes
+from tspc.system.parallel import in_parts
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import Reached, hooked, run_until_reached
 from tspc.traversal.nested import tensors_in
@@ -49,7 +50,7 @@ def output_sensitivity(
     """
     model = copied(model) if is_of_inference(model) else model
     lost: list[str] = []
-    for part in _fitting_together(model, layers):
+    for part in in_parts(layers, lambda name: _numbers(model.get_submodule(name)), TOGETHER):
         sums = _Sums(model, part)
         try:
             with _without_parameters(model), hooked(sums.handles()):
@@ -134,20 +135,10 @@ def _without_parameters(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _fitting_together(model: nn.Module, layers: Sequence[str]) -> Iterator[list[str]]:
-    """Layers whose matrices fit into memory together; at least one at a time."""
-    part: list[str] = []
-    used = 0
-    for name in layers:
-        outputs = kernel_shape(model.get_submodule(name))[0]
-        size = outputs**2 if outputs <= WIDEST_OUTPUT else outputs
-        if part and used + size > TOGETHER:
-            yield part
-            part, used = [], 0
-        part.append(name)
-        used += size
-    if part:
-        yield part
+def _numbers(layer: nn.Module) -> int:
+    """How many the matrix of a layer holds."""
+    outputs = kernel_shape(layer)[0]
+    return outputs**2 if outputs <= WIDEST_OUTPUT else outputs
 
 
 def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:

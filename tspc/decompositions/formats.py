@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from tspc.decompositions.base import Decomposition
 from tspc.decompositions.kernels import Rank, Shape, is_matrix
+from tspc.decompositions.oracle import SOLVERS
+from tspc.decompositions.settings import SWEEPS, require
 from tspc.decompositions.svd import SVD
+from tspc.system.bounds import SHARE
 
 
 class TensorFormat(ABC):
@@ -77,3 +81,24 @@ class Formatted(Decomposition):
     def for_shape(self, shape: Shape) -> Decomposition:
         """A kernel without spatial extent is a matrix, so it is factorised as one."""
         return SVD(self.solver) if is_matrix(shape) else self
+
+
+@dataclass(frozen=True)
+class Swept(Formatted):
+    """A formatted method that improves its factors in sweeps.
+
+    There are at most `max_iterations` of them. They end when one lowers the relative error by less than the share
+    `tolerance`.
+    """
+
+    max_iterations: int = 10
+    tolerance: float = 5e-4
+    solver: str = "native"
+
+    def __post_init__(self) -> None:
+        require(self, "max_iterations", SWEEPS)
+        require(self, "tolerance", SHARE)
+        require(self, "solver", SOLVERS)
+
+    def sketch(self) -> Self:
+        return replace(self, max_iterations=1)

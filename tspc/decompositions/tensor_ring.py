@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tspc.decompositions import oracle
-from tspc.decompositions.formats import Formatted, TensorFormat
+from tspc.decompositions.formats import Swept, TensorFormat
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, double, kernel_dims
 from tspc.decompositions.linalg import dominant_basis
 from tspc.decompositions.registry import register
-from tspc.decompositions.settings import SWEEPS, require
-from tspc.system.bounds import SHARE
 
 RIDGE = 1e-10
 """Added to the normal equations, relative to their mean diagonal: a ring's cores can be nearly dependent."""
@@ -171,7 +169,7 @@ def _balanced(cores: Sequence[Tensor]) -> list[Tensor]:
 
 @register(reshaped={"order": 3})
 @dataclass(frozen=True)
-class TensorRing(Formatted):
+class TensorRing(Swept):
     """K(s, h, w, t) = Σ A(r0, s, r1) B(r1, h, r2) C(r2, w, r3) D(r3, t, r0); SR0R1 + HR1R2 + WR2R3 + TR3R0 parameters.
 
     Chain: 1×1 convolution S → R0·R1, then H×1 and 1×W convolutions of R0 groups that share their kernels, 1×1
@@ -179,21 +177,10 @@ class TensorRing(Formatted):
     """
 
     name: ClassVar[str] = "tr"
-    max_iterations: int = 10
-    tolerance: float = 5e-4
-    solver: str = "native"
-
-    def __post_init__(self) -> None:
-        require(self, "max_iterations", SWEEPS)
-        require(self, "tolerance", SHARE)
-        require(self, "solver", oracle.SOLVERS)
 
     @property
     def format(self) -> TensorRingFormat:
         return TensorRingFormat(self.max_iterations, self.tolerance, self.solver)
-
-    def sketch(self) -> TensorRing:
-        return replace(self, max_iterations=1)
 
     def max_rank(self, shape: Shape) -> Rank:
         return self.format.max_rank(_modes(shape), True)

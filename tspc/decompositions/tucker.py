@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tspc.decompositions import oracle
-from tspc.decompositions.formats import Formatted, TensorFormat
+from tspc.decompositions.formats import Swept, TensorFormat
 from tspc.decompositions.kernels import Axes, Rank, Shape, kernel_dims
 from tspc.decompositions.linalg import dominant_basis, mode_product, projected, unfold
 from tspc.decompositions.registry import register
-from tspc.decompositions.settings import SWEEPS, require
-from tspc.system.bounds import SHARE
 
 
 def _energy(tensor: Tensor) -> float:
@@ -107,7 +105,7 @@ def _sweep(tensor: Tensor, axes: list[int], bases: dict[int, Tensor]) -> Tensor:
 # Reshaped, twice as many bases wait for each other: its sweeps converge more slowly.
 @register(reshaped={"order": 2, "tolerance": 2e-4})
 @dataclass(frozen=True)
-class Tucker(Formatted):
+class Tucker(Swept):
     """K(s, h, w, t) = Σ A(s, r1) G(r1, r2, h, w) B(r2, t); S·R1 + R1·R2·HW + R2·T parameters.
 
     Chain: 1×1 convolution S → R1, H×W convolution R1 → R2, 1×1 convolution R2 → T. Kim et al., ICLR
@@ -115,21 +113,10 @@ class Tucker(Formatted):
     """
 
     name: ClassVar[str] = "tk"
-    max_iterations: int = 10
-    tolerance: float = 5e-4
-    solver: str = "native"
-
-    def __post_init__(self) -> None:
-        require(self, "max_iterations", SWEEPS)
-        require(self, "tolerance", SHARE)
-        require(self, "solver", oracle.SOLVERS)
 
     @property
     def format(self) -> TuckerFormat:
         return TuckerFormat(self.max_iterations, self.tolerance, self.solver)
-
-    def sketch(self) -> Tucker:
-        return replace(self, max_iterations=1)
 
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)

@@ -6,7 +6,7 @@ thread, whatever the number of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
@@ -46,3 +46,18 @@ def side_by_side(
             pool.shutdown(cancel_futures=True)
     finally:
         torch.set_num_threads(threads)
+
+
+def in_parts(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:
+    """Neighbouring items whose sizes together are at most the limit; an item that is larger comes alone."""
+    part: list[Item] = []
+    used = 0.0
+    for item in items:
+        own = size(item)
+        if part and used + own > limit:
+            yield part
+            part, used = [], 0.0
+        part.append(item)
+        used += own
+    if part:
+        yield part
