@@ -1,10 +1,10 @@
-"""tspc: pretrained networks made small by tensor decomposition (arXiv:1805.10352).
+"""tspc makes pretrained networks small by tensor decomposition (arXiv:1805.10352).
 
     small = tspc.compress(model, method="rcp", rate=0.1)
     tspc.save(small, "small.safetensors")
     model = tspc.load("small.safetensors", model=resnet50())
 
-Names are imported on first use, so that the command line answers `--help` without PyTorch.
+A name is imported when it is first used, so that `tspc --help` does not load PyTorch.
 """
 
 from __future__ import annotations
