@@ -1,4 +1,4 @@
-"""Error against parameters: what every layer would lose at any size, from a few decompositions each."""
+"""Curves of error against parameters, one for each layer and method, from a few decompositions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tspc.system.parallel import side_by_side
 from tspc.traversal.hooks import evaluating
 
 SHARES = (0.03, 0.08, 0.2, 0.5)
-"""Sizes, relative to the dense kernel, at which a curve is sampled, beside the smallest rank."""
+"""A curve is sampled at these sizes, relative to the dense kernel, and at the smallest rank."""
 WIDE = 1024
-"""Inputs from which on the points of a curve are measured one after the other: each takes the memory of several
+"""With more inputs than this, the points of a curve are measured one after the other. Each takes the memory of several
 second moments, and its products are large enough for all threads."""
 LEAST = 1e-12
 """A smaller squared relative error counts as zero."""

@@ -25,16 +25,17 @@ def select(
     exclude: Sequence[str] = (),
     min_params: int = 0,
 ) -> list[LayerPlan]:
-    """Every convolution and dense layer, still dense; `reason` is set where it must or shall stay so.
+    """A row for every convolution and dense layer, still dense; `reason` says which rule keeps it dense, or is None.
 
-    With wildcards in `include` the layers that match none stay dense, and so do those with fewer than `min_params`
-    parameters. Raises ConfigError for a network that is compressed already, and for a pattern that matches nothing.
+    Layers that match a wildcard in `exclude` stay dense. If `include` has wildcards, layers that match none of them
+    stay dense. So do layers with fewer than `min_params` parameters. Raises ConfigError if the network is compressed
+    already, or a wildcard matches nothing.
     """
     require_sizes(model)
     done = next(iter(tensorized_layers(model)), None)
     if done is not None:
         raise ConfigError([f"the network is compressed already (layer {done}); give the original one"])
-    with evaluating(model):  # in training, spectral norm and its like change when a weight is only looked at
+    with evaluating(model):  # in training mode, reading a weight of spectral norm changes it
         modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd) or kind_of(m)}
         shapes = {name: kernel_shape(module) for name, module in modules.items()}
     shared = _shared_weights(model)
@@ -67,7 +68,7 @@ def select(
 
 
 def why_dense(module: nn.Module) -> str | None:
-    """Why a module cannot be tensorized, apart from its place in the network; None if it can."""
+    """Why a module cannot be tensorized, whatever its place in the network; None if it can."""
     if kind_of(module) is None:
         return f"{type(module).__name__} is not supported"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
