@@ -78,6 +78,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         for name in small:
             set_module(model, name, modules[name])
         raise
+    for name, module in small.items():
+        module.train(modules[name].training)
     warn_of_state_hooks({name: modules[name] for name in small})
     refuse_save_pretrained_(model)
     return model
