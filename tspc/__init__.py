@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tspc.compression.checkpoint import save as save
     from tspc.compression.plan import Plan as Plan
     from tspc.compression.planning import plan as plan
+    from tspc.compression.settings import PlanSettings as PlanSettings
     from tspc.decompositions import CP as CP
     from tspc.decompositions import SVD as SVD
     from tspc.decompositions import Reshaped as Reshaped
@@ -50,6 +51,7 @@ _HOMES = {
     "TspcWarning": "errors",
     "fold_batch_norms": "deploy.folding",
     "Plan": "compression.plan",
+    "PlanSettings": "compression.settings",
     "plan": "compression.planning",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "SVD",
     "Calibration",
     "Plan",
+    "PlanSettings",
     "Reshaped",
     "Samples",
     "TensorTrain",

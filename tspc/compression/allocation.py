@@ -21,7 +21,6 @@ from tspc.compression.curves import Curves, ErrorCurve
 from tspc.compression.plan import SLOWER, LayerPlan
 from tspc.decompositions import Decomposition, Method, Rank, Shape
 
-ALLOCATIONS = ("global", "uniform")
 BISECTIONS = 100
 KEPT_SHARE = 0.5
 """If some layers stay dense for speed, the others keep at least this share of their parameters."""

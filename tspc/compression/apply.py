@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from tspc.calibration.moments import Statistics
 from tspc.calibration.recalibration import recalibrate_
-from tspc.calibration.samples import Calibration, Samples
+from tspc.calibration.samples import Calibration, Samples, kept
 from tspc.calibration.targets import moments_in_turn
 from tspc.compression.curves import naming
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import plan
-from tspc.compression.selection import why_dense
+from tspc.compression.selection import FilterFn, why_dense
+from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Method, Metric, double
 from tspc.layers.dense import DenseLayer, check_values, kernel_of, kernel_shape
 from tspc.layers.forms import TensorizedLayer, tensorize
@@ -36,34 +37,31 @@ The kernel that was fitted is the layer's own, or the compensated one."""
 @own_modes()
 def compress(
     model: nn.Module,
-    method: str | Method = "tt",
+    method: str | Method | PlanSettings = "tt",
     rate: float | None = None,
     *,
-    calibration: Tensor | Iterable[Any] | None = None,
+    calibration: Tensor | Iterable[Any] | Samples | None = None,
     settings: Calibration | None = None,
+    filter_fn: FilterFn | None = None,
+    example: Tensor | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     **options: Any,
 ) -> nn.Module:
-    """A compressed copy of `model`; `rate` and `options` are those of `tspc.plan`, without `samples`.
+    """A compressed copy of `model`; the arguments are those of `tspc.plan`.
 
-    `calibration` is a tensor of images (N, …), or an iterable of batches with or without labels, such as a DataLoader.
-    With it, layers are fitted to their outputs, else to their weights. `on_layer` is called with the name of a layer
-    after its errors were measured for the plan, and again after it was fitted. A layer with thousands of inputs takes
-    seconds. Raises what `plan` and `apply_` raise.
+    With `calibration` data layers are fitted to their outputs, else to their weights. `on_layer` is called with the
+    name of a layer after its errors were measured for the plan, and again after it was fitted. A layer with thousands
+    of inputs takes seconds. Raises what `plan` and `apply_` raise.
     """
+    asked = PlanSettings.of(method, rate, **options)
     require_sizes(model)
     small = copied(model)
-
-    def run(samples: Samples | None) -> nn.Module:
-        ranks = plan(small, method, rate, samples=samples, on_layer=on_layer, **options)
+    # The predicate is asked about the caller's modules, which it may know.
+    chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
+    with kept(calibration, settings, model) as samples:
+        ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=on_layer)
         apply_(small, ranks, samples, lambda layer, *fitted: on_layer(layer.name))
-        return small
-
-    if calibration is None or (settings is not None and settings.samples == 0):
-        return run(None)
-    device = next((p.device for p in model.parameters()), None)
-    with Samples(calibration, settings, device) as samples:
-        return run(samples)
+    return small
 
 
 @own_modes()

@@ -23,8 +23,6 @@ from tspc.layers.dense import DenseLayer, Form, kernel_shape
 from tspc.layers.forms import untrained
 from tspc.traversal.hooks import evaluating, first_argument, hooked
 
-PATHS = ("model", "measure")
-OBJECTIVES = ("parameters", "latency", "macs")
 NOMINAL = (14, 14)
 BATCH = 8
 """Inputs in a batch; they share one reading of the kernels."""
@@ -119,11 +117,11 @@ def macs_saved(model: nn.Module, rows: Iterable[LayerPlan], called: Mapping[str,
 class Costs:
     """The cost of a path; smaller is better, and the unit depends on the settings.
 
-    With `objective="macs"` the cost is the multiply-adds. Else `paths="model"` estimates the time from multiply-adds
-    and bytes moved, and `paths="measure"` measures it on the layer's device, in its precision, for `BATCH` inputs.
+    With `objective="macs"` the cost is the multiply-adds. Else `source="model"` estimates the time from multiply-adds
+    and bytes moved, and `source="measure"` measures it on the layer's device, in its precision, for `BATCH` inputs.
     """
 
-    paths: str = "model"
+    source: str = "model"
     objective: str = "parameters"
     sizes: Mapping[str, Size] = field(default_factory=dict)
     _known: dict[object, float] = field(default_factory=dict)
@@ -137,7 +135,7 @@ class Costs:
             stages = stages_of(decomposition, kernel_shape(layer), rank, path, form.groups)
             if self.objective == "macs":
                 cost: float = macs_of(form, stages, size)
-            elif self.paths == "model":
+            elif self.source == "model":
                 cost = estimate(form, stages, size)
             else:
                 cost = measure(cast(DenseLayer, layer), decomposition, rank, path, size)

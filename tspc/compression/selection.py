@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tspc.compression.plan import FINAL, LayerPlan
+from tspc.compression.settings import Selection
 from tspc.errors import ConfigError, some
 from tspc.layers.dense import kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers
 from tspc.models.lazy import require_sizes
 from tspc.traversal.hooks import evaluating
 
+FilterFn = Callable[[str, nn.Module], bool]
+"""Whether a layer, given by its name and itself, may be tensorized."""
 
-def select(
-    model: nn.Module,
-    *,
-    keep_first: bool = True,
-    keep_last: bool = True,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    min_params: int = 0,
-) -> list[LayerPlan]:
+
+def select(model: nn.Module, selection: Selection, filter_fn: FilterFn | None = None) -> list[LayerPlan]:
     """A row for every convolution and dense layer, still dense; `reason` says which rule keeps it dense, or is None.
 
-    Layers that match a wildcard in `exclude` stay dense. If `include` has wildcards, layers that match none of them
-    stay dense. So do layers with fewer than `min_params` parameters. Raises ConfigError if the network is compressed
-    already, or a wildcard matches nothing.
+    The last rule is `filter_fn`: it is called for layers that no other rule keeps dense, and those for which it is
+    false stay dense. Raises ConfigError if the network is compressed already, or a wildcard matches nothing.
     """
     require_sizes(model)
     done = next(iter(tensorized_layers(model)), None)
@@ -41,7 +36,7 @@ def select(
     shared = _shared_weights(model)
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
     last = next(reversed(modules), None)
-    for key, patterns in (("include", include), ("exclude", exclude)):
+    for key, patterns in (("include", selection.include), ("exclude", selection.exclude)):
         idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in modules)]
         if idle:
             raise ConfigError(
@@ -53,16 +48,18 @@ def select(
         params = sum(p.numel() for p in module.parameters(recurse=False))
         if name in shared:
             reason = "its weight is shared with another layer"
-        elif keep_first and name == first:
+        elif selection.keep_first and name == first:
             reason = "first convolution"
-        elif keep_last and name == last and reason is None:
+        elif selection.keep_last and name == last and reason is None:
             reason = FINAL
-        elif any(fnmatchcase(name, pattern) for pattern in exclude):
+        elif any(fnmatchcase(name, pattern) for pattern in selection.exclude):
             reason = "excluded"
-        elif include and not any(fnmatchcase(name, pattern) for pattern in include):
+        elif selection.include and not any(fnmatchcase(name, pattern) for pattern in selection.include):
             reason = "not included"
-        elif reason is None and params < min_params:
-            reason = f"fewer than {min_params:,} parameters"
+        elif reason is None and params < selection.min_params:
+            reason = f"fewer than {selection.min_params:,} parameters"
+        elif reason is None and filter_fn is not None and not filter_fn(name, module):
+            reason = "left out by filter_fn"
         layers.append(LayerPlan(name, type(module).__name__, shapes[name], params, params, reason=reason))
     return layers
 
