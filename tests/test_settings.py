@@ -183,7 +183,7 @@ def test_whole_numbers_may_be_written_with_a_point():
         ("model.factory", "a:b", "model.factory=a:b has an effect with model=custom only"),
         ("dataset.kind", "folders", "dataset.kind=folders: choose one of digits,"),
         ("dataset.name", "../x", "dataset.name=../x: expected a name without slashes"),
-        ("method", {"name": "auto", "candidates": [[1]]}, "method [1] is unknown; choose one of svd,"),
+        ("method", {"name": "auto", "candidates": [[1]]}, "method [1] is unknown; choose one of cp,"),
         ("variant", 5000 * "/", f"variant={60 * '/'}…: expected letters"),
     ],
 )
