@@ -31,7 +31,9 @@ from benchmarks.common import cifar_reference, machine, parser, table, tuned_blo
 from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import tensorized
 from tspc.compression.curves import error_curves
-from tspc.compression.planning import outline, plan
+from tspc.compression.outline import outline
+from tspc.compression.planning import plan
+from tspc.compression.settings import PlanSettings
 from tspc.data import Data, Feed
 from tspc.decompositions import METHODS, resolve
 from tspc.layers.forms import tensorized_layers
@@ -139,7 +141,7 @@ def ours(reference: nn.Module, method: str, rate: float, config: Config, data: D
     settings = Calibration()
     images = data.calibration_batches(settings.samples, settings.batch_size, options.device)
     with Samples(images, settings, options.device) as samples:
-        chosen = outline(reference, method).chosen
+        chosen = outline(reference, PlanSettings.of(method)).chosen
         curves = error_curves(reference, chosen, resolve(method), samples)
         model, _ = tensorized(reference, plan(reference, method, rate, curves=curves), samples)
     place(model, options.device)

@@ -38,7 +38,7 @@ def main() -> None:
     images = (torch.randn(32, 3, 224, 224) for _ in range(options.samples // 32))
     started, before = time.monotonic(), peak()
     with Samples(images, Calibration(samples=options.samples)) as samples:
-        made = plan(model, options.method, options.rate, samples=samples)
+        made = plan(model, options.method, options.rate, calibration=samples)
         planned = time.monotonic() - started
         _, done = tensorized(model, made, samples)
     seconds = time.monotonic() - started

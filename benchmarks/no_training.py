@@ -30,7 +30,9 @@ from tspc import decompositions
 from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import tensorized
 from tspc.compression.curves import Curves, error_curves
-from tspc.compression.planning import outline, plan
+from tspc.compression.outline import outline
+from tspc.compression.planning import plan
+from tspc.compression.settings import PlanSettings
 from tspc.decompositions import names
 from tspc.layers.replacing import set_module
 from tspc.store.files import write_json
@@ -144,7 +146,7 @@ class Bench:
         """Error curves do not depend on the rate, nor on what is done with the errors."""
         key = method, samples is not None
         if key not in self.curves:
-            chosen = outline(self.model, method).chosen
+            chosen = outline(self.model, PlanSettings.of(method)).chosen
             if method == "auto":
                 single = [self._curves(name, samples) for name in decompositions.METHODS]
                 self.curves[key] = {layer.name: _merged(single, layer.name) for layer in chosen}

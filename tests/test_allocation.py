@@ -9,8 +9,10 @@ from tests.test_calibration import images, resnet
 from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import apply_, tensorized
 from tspc.compression.curves import Curves, ErrorCurve, error_curves
+from tspc.compression.outline import outline
 from tspc.compression.plan import Plan
-from tspc.compression.planning import outline, plan
+from tspc.compression.planning import plan
+from tspc.compression.settings import PlanSettings
 from tspc.decompositions import METHODS, SVD, Auto, TensorTrain, resolve
 from tspc.errors import ConfigError, InfeasibleRateError
 
@@ -19,7 +21,7 @@ KEPT: dict[str, Curves] = {}
 
 def curves_of(model: nn.Module, method: str) -> Curves:
     if method not in KEPT:
-        KEPT[method] = error_curves(model, outline(model, method).chosen, resolve(method))
+        KEPT[method] = error_curves(model, outline(model, PlanSettings.of(method)).chosen, resolve(method))
     return KEPT[method]
 
 
@@ -88,7 +90,7 @@ def test_auto_is_measured_like_any_method():
     model, method = resnet(), Auto((SVD(), TensorTrain()))
     exclude = ["layer1*", "layer2*"]
     with Samples(images(16), Calibration(batch_size=8)) as samples:
-        made = plan(model, method, 0.3, samples=samples, exclude=exclude)
+        made = plan(model, method, 0.3, calibration=samples, exclude=exclude)
         small, done = tensorized(model, made, samples)
     assert {layer.method.name for layer in done.tensorized if layer.method} <= {"svd", "tt"}
     assert sum(p.numel() for p in small.parameters()) == done.network_params
@@ -126,7 +128,7 @@ def test_a_multiple_raises_the_smallest_feasible_rate():
     ("options", "message"),
     [
         ({"rate_decay": "linear_inc"}, "needs allocation=uniform"),
-        ({"allocation": "fair"}, "choose one of global, uniform"),
+        ({"allocation": "fair"}, "allocation=fair: expected one of global, uniform"),
         ({"target_error": 2}, "target_error=2: expected"),
         ({"rank_multiple": 0}, "rank_multiple=0: expected"),
     ],

@@ -31,6 +31,14 @@ def test_round_trip(name, tmp_path):
         assert [p.shape for p in loaded.parameters()] == [p.shape for p in small.parameters()]
 
 
+def test_a_loaded_network_is_in_the_mode_that_it_was_given_in(tmp_path):
+    small = tspc.compress(SPEC.build(), "svd", 0.3, allocation="uniform")
+    tspc.save(small, tmp_path / "a.safetensors")
+    for mode in (True, False):
+        loaded = tspc.load(tmp_path / "a.safetensors", SPEC.build().train(mode))
+        assert {module.training for module in loaded.modules()} == {mode}
+
+
 def test_loading_leaves_the_random_state_alone(tmp_path):
     tspc.save(SPEC.build(), tmp_path / "a.safetensors", network=SPEC)
     torch.manual_seed(3)

@@ -44,7 +44,7 @@ def test_the_mean_of_a_layers_output_is_the_references(build):
     norm = "layer2.0.bn1" if hasattr(model, "layer2") else "norm2"
     settings = Calibration(batch_size=8, patches=10**9, batch_norm="keep")
     with Samples(x, settings) as samples:
-        small, _ = tensorized(model, plan(model, "svd", 0.3, samples=samples, allocation="uniform"), samples)
+        small, _ = tensorized(model, plan(model, "svd", 0.3, calibration=samples, allocation="uniform"), samples)
     means = []
     for network in (model, small):
         seen = []
@@ -135,7 +135,7 @@ def test_an_activation_in_place_is_not_skipped():
 def test_a_network_with_one_output_is_not_lost():
     model, x = chain(False), images(48)
     with Samples(x, Calibration(batch_size=16)) as samples:
-        made = plan(model, "svd", target_error=0.1, samples=samples, keep_first=False)
+        made = plan(model, "svd", target_error=0.1, calibration=samples, keep_first=False)
         small, done = tensorized(model, made, samples)
     assert made.rate > 0.1
     assert done.output_error is not None

@@ -31,8 +31,8 @@ def options(group: str) -> list[str]:
 
 @pytest.mark.parametrize("method", options("method"))
 def test_methods(method):
-    assert read(f"method={method}").request.method.name == method
-    assert read(f"method={method}").request.method == resolve(method), "the file states the defaults of the code"
+    assert read(f"method={method}").planning.method.name == method
+    assert read(f"method={method}").planning.method == resolve(method), "the file states the defaults of the code"
 
 
 def test_every_method_has_a_file():
@@ -94,11 +94,11 @@ def test_top_level_keys():
         (["rate=0"], "rate=0: expected a number above 0 and at most 1"),
         (["rate=nan"], "rate=nan: expected"),
         (["rate=half"], "rate=half: expected"),
-        (["rate_decay=up"], "rate_decay=up: choose one of flat, linear_inc, linear_dec"),
+        (["rate_decay=up"], "rate_decay=up: expected one of flat, linear_inc, linear_dec"),
         (["seed=-1"], "seed=-1: expected a whole number of at least 0"),
         (["seed=0.5"], "seed=0.5"),
         (["overwrite=perhaps"], "overwrite=perhaps: expected true or false"),
-        (["phase.finetune.learning_rate=-1"], "phase.finetune.learning_rate=-1.0: expected above 0"),
+        (["phase.finetune.learning_rate=-1"], "phase.finetune.learning_rate=-1: expected a number above 0"),
         (["phase.finetune.optimizer=lion"], "phase.finetune.optimizer=lion: expected one of sgd, adam"),
         (["phase.distill.batch_norm=off"], "phase.distill.batch_norm="),
         (["phase.distill.epochs=many"], "phase.distill.epochs=many: expected a whole number"),
@@ -112,7 +112,7 @@ def test_top_level_keys():
         (["eval_samples=0"], "eval_samples=0"),
         (["dataset.channels=three"], "dataset.channels=three: expected a whole number"),
         (["dataset=imagenet", "pretrained=null", "dataset.image_size=abc"], "has no recipe"),
-        (["+dataset.workers=-1"], "dataset.workers=-1: expected at least 0"),
+        (["+dataset.workers=-1"], "dataset.workers=-1: expected a whole number of at least 0"),
         (["phase.finetune=null"], "phase.finetune is empty"),
         (["+phase.pretrain.epochs=3"], "phase.pretrain.epochs is not a setting"),
         (["phase=compare", "+phase.compare.foo=1"], "phase.compare.foo is not a setting"),

@@ -119,7 +119,7 @@ def test_compress_does_not_see_the_callers_modes(caller, calibrated):
 def test_plan_apply_and_fold_do_not_see_the_callers_modes(caller):
     def steps(model: nn.Module) -> tuple[tspc.Plan, nn.Module]:
         with Samples(images(), SETTINGS) as samples:
-            done = tspc.apply_(model, tspc.plan(model, "cp", 0.5, samples=samples), samples)
+            done = tspc.apply_(model, tspc.plan(model, "cp", 0.5, calibration=samples), samples)
         return done, tspc.fold_batch_norms(model, images(2))
 
     plan, folded = steps(net())

@@ -122,7 +122,7 @@ def test_a_compressed_network_is_not_compressed_again(method):
 
 
 def test_other_wrong_arguments():
-    with pytest.raises(ConfigError, match="rate_decay='up'.*rate_scope='all'"):
+    with pytest.raises(ConfigError, match="rate_decay=up.*rate_scope=all"):
         plan(resnet(), "svd", 0.1, rate_decay="up", rate_scope="all")
     with pytest.raises(ConfigError, match=r"rate=0\.1 and target_error=0\.5 are two goals"):
         plan(resnet(), "svd", 0.1, target_error=0.5)

@@ -16,7 +16,8 @@ from tests.test_calibration import images, resnet
 from tspc.calibration import sensitivity
 from tspc.calibration.samples import Calibration, Samples
 from tspc.calibration.sensitivity import output_sensitivity
-from tspc.compression.planning import outline
+from tspc.compression.outline import outline
+from tspc.compression.settings import PlanSettings
 from tspc.errors import TspcWarning
 
 
@@ -186,7 +187,7 @@ def test_only_layers_that_are_treated_are_measured_and_each_once(monkeypatch):
     monkeypatch.setattr("tspc.calibration.samples.output_sensitivity", counted)
     model = resnet()
     tspc.compress(model, "svd", 0.4, calibration=images(8), include=["layer3*"])
-    assert outline(model, "svd", include=["layer3*"]).chosen
+    assert outline(model, PlanSettings.of("svd", include=["layer3*"])).chosen
     assert [layers for layers in asked if layers] == [["layer3.0.conv1", "layer3.0.conv2", "linear"]]
 
 

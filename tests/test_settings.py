@@ -154,7 +154,7 @@ def test_whole_numbers_may_be_written_with_a_point():
     numbers = {"seed": 1.0, "phase.finetune.epochs": 2.0, "method.restarts": 3.0}
     config = read_config(changed(numbers, "method=cp"))
     assert config.finetune is not None
-    found = config.seed, config.finetune.epochs, config.request.method.to_dict()["restarts"]
+    found = config.seed, config.finetune.epochs, config.planning.method.to_dict()["restarts"]
     assert found == (1, 2, 3)
     assert all(type(number) is int for number in found)
 
@@ -164,11 +164,15 @@ def test_whole_numbers_may_be_written_with_a_point():
     [
         ("calibration.compensate", 5, "calibration.compensate=5: expected true or false"),
         ("output_dir", None, "output_dir=null: expected a text"),
-        ("dataset.num_classes", 0, "dataset.num_classes=0: expected at least 1 and at most 10000000"),
+        ("dataset.num_classes", 0, "dataset.num_classes=0: expected a whole number of at least 1 and at most 10000000"),
         ("dataset.std", [float("nan")], "dataset.std=[nan]: expected 1 number of at least 1e-06"),
         ("dataset.mean", [{"a": 1}], "dataset.mean=[{'a': 1}]: expected a list, and for each of its items a number"),
-        ("dataset.image_size", 10**6, "dataset.image_size=1000000: expected at least 1 and at most 16384"),
-        ("dataset.pad", 100000, "dataset.pad=100000: expected at least 0 and at most 8"),
+        (
+            "dataset.image_size",
+            10**6,
+            "dataset.image_size=1000000: expected a whole number of at least 1 and at most 16384",
+        ),
+        ("dataset.pad", 100000, "dataset.pad=100000: expected a whole number of at least 0 and at most 8"),
         ("phase.distill", 5, "phase.distill=5: expected a group of settings"),
         ("dataset.pretrain", "abc", "dataset.pretrain=abc: expected a group of settings"),
         ("calibration", None, "calibration=null: expected a group of settings"),
@@ -179,7 +183,7 @@ def test_whole_numbers_may_be_written_with_a_point():
         ("model.factory", "a:b", "model.factory=a:b has an effect with model=custom only"),
         ("dataset.kind", "folders", "dataset.kind=folders: choose one of digits,"),
         ("dataset.name", "../x", "dataset.name=../x: expected a name without slashes"),
-        ("method", {"name": "auto", "candidates": [[1]]}, "method [1] is unknown; choose one of svd,"),
+        ("method", {"name": "auto", "candidates": [[1]]}, "method [1] is unknown; choose one of cp,"),
         ("variant", 5000 * "/", f"variant={60 * '/'}…: expected letters"),
     ],
 )

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.conftest import TINY
-from tspc.compression.planning import _whole_share, outline, plan
+from tspc.compression.outline import _whole_share, outline
+from tspc.compression.planning import plan
+from tspc.compression.settings import PlanSettings
 from tspc.decompositions import METHODS
 from tspc.errors import ConfigError, InfeasibleRateError
 
@@ -37,7 +39,7 @@ def test_the_rate_that_an_error_names_can_be_met(widths, method, scope, multiple
     model = nn.Sequential(*(nn.Linear(a, b, bias=b % 2 == 0) for a, b in pairwise(widths)))
     options = {"rate_scope": scope, "rank_multiple": multiple}
     try:
-        sketch = outline(model, method, **options)
+        sketch = outline(model, PlanSettings.of(method, **options))
     except ConfigError:
         return  # nothing to tensorize
     with pytest.raises(InfeasibleRateError, match="smallest feasible rate") as caught:

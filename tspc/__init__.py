@@ -1,10 +1,10 @@
-"""tspc: pretrained networks made small by tensor decomposition (arXiv:1805.10352).
+"""tspc makes pretrained networks small by tensor decomposition (arXiv:1805.10352).
 
     small = tspc.compress(model, method="rcp", rate=0.1)
     tspc.save(small, "small.safetensors")
     model = tspc.load("small.safetensors", model=resnet50())
 
-Names are imported on first use, so that the command line answers `--help` without PyTorch.
+A name is imported when it is first used, so that `tspc --help` does not load PyTorch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tspc.compression.checkpoint import save as save
     from tspc.compression.plan import Plan as Plan
     from tspc.compression.planning import plan as plan
+    from tspc.compression.settings import PlanSettings as PlanSettings
     from tspc.decompositions import CP as CP
     from tspc.decompositions import SVD as SVD
     from tspc.decompositions import Reshaped as Reshaped
@@ -50,6 +51,7 @@ _HOMES = {
     "TspcWarning": "errors",
     "fold_batch_norms": "deploy.folding",
     "Plan": "compression.plan",
+    "PlanSettings": "compression.settings",
     "plan": "compression.planning",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "SVD",
     "Calibration",
     "Plan",
+    "PlanSettings",
     "Reshaped",
     "Samples",
     "TensorTrain",

@@ -1,4 +1,4 @@
-"""Everything that tspc raises on purpose: one family, whose messages are written for the user."""
+"""The errors and warnings that tspc raises on purpose; their messages are written for the user."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class TspcError(Exception):
-    """A mistake that the user can mend; the message names the thing, its value and the likely remedy."""
+    """A mistake that the user can correct; the message names the thing, its value and the likely remedy."""
 
 
 class TspcWarning(UserWarning):
-    """Something goes on differently than was asked; the message says what, and why. The command shows it as a line."""
+    """tspc goes on, but not as it was asked to; the message says how, and why. The command shows it as a line."""
 
 
 class ConfigError(TspcError):
@@ -24,7 +24,7 @@ class ConfigError(TspcError):
 
 
 class InfeasibleRateError(TspcError):
-    """The rate is below what rank-1 factors need; `smallest` is the smallest feasible rate."""
+    """The rate is too small even for rank-1 factors; `smallest` is the smallest possible rate."""
 
     def __init__(self, message: str, smallest: float) -> None:
         self.smallest = smallest
@@ -32,7 +32,7 @@ class InfeasibleRateError(TspcError):
 
 
 def shortened(value: Any, longest: int = 80) -> str:
-    """A value from a file as a message shows it: on one line, printable, and cut where it is long."""
+    """A value from a file, as a message shows it: on one line, printable, cut if it is long."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text[: 4 * longest].split()))
     return text if len(text) <= longest else f"{text[:longest]}…"
@@ -69,7 +69,7 @@ class ExportError(TspcError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by a signal; `where` says how far it had come, if it was saved on purpose."""
+    """Stopped by a signal; `where` says how far the run came, if its state was saved."""
 
     def __init__(self, signal: Signals, where: str) -> None:
         self.signal = signal

@@ -201,12 +201,12 @@ def _meaning(key: Key, beside: dict[tuple[str, str], str]) -> str:
 def _kind(name: str, value: Any) -> str:
     """The type: from the field of the settings class if there is one, else from the default."""
     from tspc.calibration.samples import Calibration
+    from tspc.compression.settings import PlanSettings
     from tspc.data import DataSpec
-    from tspc.phases.decompose import PlanRequest
     from tspc.run.config import Config
     from tspc.training import Recipe
 
-    hints = {f.name: f.type for cls in (Config, PlanRequest) for f in dataclasses.fields(cls)}
+    hints = {f.name: f.type for cls in (Config, PlanSettings) for f in dataclasses.fields(cls)}
     section, _, field = name.rpartition(".")
     classes: dict[str, type] = {"calibration": Calibration, "dataset": DataSpec, "dataset.pretrain": Recipe}
     if section.startswith("phase."):

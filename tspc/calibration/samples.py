@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -173,6 +174,27 @@ class Samples:
 
     def walk(self, model: nn.Module, trace: Trace) -> Walker:
         return Walker(model, trace, self, self.room)
+
+
+@contextmanager
+def kept(
+    images: Samples | Tensor | Iterable[Any] | None, settings: Calibration | None, model: nn.Module
+) -> Iterator[Samples | None]:
+    """Calibration data in any of its forms, kept on the device of `model` meanwhile; None if there is none.
+
+    Raises ConfigError for wrong settings, and for others beside samples that have theirs.
+    """
+    if settings is not None and not isinstance(settings, Calibration):
+        raise ConfigError([f"settings={type(settings).__name__}: expected tspc.Calibration, of the calibration data"])
+    if isinstance(images, Samples):
+        if settings not in (None, images.settings):
+            raise ConfigError(["these Samples were kept with settings of their own; leave settings= out"])
+        yield images
+    elif images is None or (settings is not None and settings.samples == 0):
+        yield None
+    else:
+        with Samples(images, settings, next((p.device for p in model.parameters()), None)) as samples:
+            yield samples
 
 
 def is_narrow(layer: nn.Module) -> bool:

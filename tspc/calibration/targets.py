@@ -110,7 +110,7 @@ def moments_in_turn(
         small.close()
     if routed:
         message = (
-            f"which images come to {some(routed)} depends on what other layers answer, as in a mixture of experts: "
-            "these layers keep to their own kernels, instead of making up for the layers before them"
+            f"other layers decide which images reach {some(routed)}, as in a mixture of experts: "
+            "these layers are fitted to their own kernels, and do not correct the errors of the layers before them"
         )
         warnings.warn(message, TspcWarning, stacklevel=2)

@@ -1,11 +1,11 @@
-"""One budget of parameters shared out over the layers of a network.
+"""Divides one budget of parameters among the layers of a network.
 
-- `uniform`: every layer the same rate (or one that follows the depth), as in arXiv:1805.10352;
+- `uniform`: every layer has the same rate, or a rate that depends on the depth, as in arXiv:1805.10352;
 - `overall`, called `global` in the settings: the least sum of the layers' weighted squared relative errors. Each
-  layer takes the size, and the method if there are several, that minimises error + λ·parameters, with keeping the
-  layer dense among the choices; λ is the one at which the sum meets the budget (Shoham & Gersho, IEEE TASSP 1988).
+  layer takes the size and the method that minimise squared error + λ·parameters. "Dense" is one of the choices. λ is
+  chosen such that the sum of the sizes meets the budget (Shoham & Gersho, IEEE TASSP 1988).
 
-What rounding to whole ranks leaves over is then given out in single ranks, so that no further rank would fit.
+Whole ranks leave some parameters over. They are then spent one rank at a time, until no further rank fits.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from tspc.compression.curves import Curves, ErrorCurve
 from tspc.compression.plan import SLOWER, LayerPlan
 from tspc.decompositions import Decomposition, Method, Rank, Shape
 
-ALLOCATIONS = ("global", "uniform")
 BISECTIONS = 100
 KEPT_SHARE = 0.5
-"""Share of their parameters that layers keep at least when others stay dense for the sake of speed."""
+"""If some layers stay dense for speed, the others keep at least this share of their parameters."""
 SIZES = 96
-"""Sizes between the smallest form and the dense layer that the global allocation chooses from."""
+"""The number of sizes of a layer, from its smallest form to the dense one, for the global allocation."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that shares the budget: what it may become, and the curves of these methods where they are known."""
+    """A layer that shares the budget, with its candidate methods and their error curves (empty if unknown)."""
 
     layer: LayerPlan
     methods: tuple[Decomposition, ...]
@@ -40,7 +39,7 @@ class Candidate:
 
     @property
     def minimum(self) -> int:
-        """Parameters of its smallest form."""
+        """Parameters of the smallest form, with bias."""
         return min(self._smallest(method) for method in self.methods)
 
     @property
@@ -50,18 +49,18 @@ class Candidate:
     def _smallest(self, method: Decomposition) -> int:
         return method.min_params(self.layer.shape, self.multiple) + self.layer.bias_params
 
-    def error(self, method: Decomposition, params: int) -> float:
-        """Expected squared relative error with so many parameters, bias included."""
+    def squared_error(self, method: Decomposition, params: int) -> float:
+        """Expected squared relative error with this number of parameters, bias included."""
         curve = next(c for c in self.curves if c.method == method)
         return curve.at(params - self.layer.bias_params)
 
     def best(self, share: int) -> Decomposition:
-        """The method with the least expected error within a share."""
+        """The method with the least expected error within a share, in parameters."""
         fitting = [m for m in self.methods if self._smallest(m) <= share]
-        return fitting[0] if len(fitting) == 1 else min(fitting, key=lambda m: self.error(m, share))
+        return fitting[0] if len(fitting) == 1 else min(fitting, key=lambda m: self.squared_error(m, share))
 
     def within(self, share: int) -> LayerPlan:
-        """The layer at the largest rank that a share allows; dense if it has room for that."""
+        """The layer at the largest rank within a share, in parameters; dense if the share is large enough."""
         if share >= self.layer.dense_params:
             return self.dense()
         share = max(share, self.minimum)
@@ -73,12 +72,12 @@ class Candidate:
 
     def at(self, method: Decomposition, rank: Rank) -> LayerPlan:
         params = method.num_params(self.layer.shape, rank) + self.layer.bias_params
-        expected = math.sqrt(self.error(method, params)) if self.curves else None
+        expected = math.sqrt(self.squared_error(method, params)) if self.curves else None
         return replace(self.layer, method=method, rank=rank, params=params, output_error=expected)
 
 
 def candidate(layer: LayerPlan, method: Method, curves: Curves | None, multiple: int) -> Candidate | None:
-    """What the layer may become; None if no method at its smallest rank would make it smaller."""
+    """The layer as a candidate; None if no method makes it smaller, even at the smallest rank."""
     methods = tuple(
         m
         for m in method.candidates(layer.shape)
@@ -94,14 +93,14 @@ def _rank_for(method: Decomposition, shape: Shape, budget: int, multiple: int) -
 
 
 def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: int) -> list[LayerPlan]:
-    """The largest common factor on weight × size at which all layers together keep to the budget.
+    """Gives each layer a share in proportion to weight × size, with the largest factor that the budget allows.
 
-    Each layer's share lies between its smallest form and its dense size.
+    A share is at least the smallest form of the layer, and below its dense size.
     """
 
     def at(scale: float) -> list[LayerPlan]:
         shares = [math.floor(scale * w * c.layer.dense_params) for c, w in zip(candidates, weights, strict=True)]
-        # One less than dense: an equal rate for all keeps no layer as it is.
+        # Below dense: with one rate for all, no layer stays dense.
         return [c.within(min(s, c.layer.dense_params - 1)) for c, s in zip(candidates, shares, strict=True)]
 
     best, low, high = at(0.0), 0.0, 1.0 / min(weights)
@@ -118,7 +117,7 @@ def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: i
 def overall(candidates: Sequence[Candidate], budget: int) -> list[LayerPlan]:
     """The least sum of weighted squared relative errors within the budget."""
     sizes = np.array([np.linspace(c.minimum, c.layer.dense_params, SIZES).astype(int) for c in candidates])
-    errors = np.array([_errors(c, row) for c, row in zip(candidates, sizes, strict=True)])
+    errors = np.array([_squared_errors(c, row) for c, row in zip(candidates, sizes, strict=True)])
     rows = np.arange(len(candidates))
 
     def shares(price: float) -> np.ndarray:
@@ -135,14 +134,14 @@ def overall(candidates: Sequence[Candidate], budget: int) -> list[LayerPlan]:
     return _filled(candidates, layers, budget)
 
 
-def _errors(candidate: Candidate, sizes: np.ndarray) -> list[float]:
-    """Least expected error over the methods, weighted, at each size; 0 at the last one, which is the dense layer."""
-    inner = [candidate.weight * candidate.error(candidate.best(int(size)), int(size)) for size in sizes[:-1]]
+def _squared_errors(candidate: Candidate, sizes: np.ndarray) -> list[float]:
+    """The weighted squared error of the best method at each size; 0 at the last size, which is the dense layer."""
+    inner = [candidate.weight * candidate.squared_error(candidate.best(int(size)), int(size)) for size in sizes[:-1]]
     return [*inner, 0.0]
 
 
 def _filled(candidates: Sequence[Candidate], layers: list[LayerPlan], budget: int) -> list[LayerPlan]:
-    """Raises single ranks, of layers that stay below dense, as long as the budget allows; the largest gain first."""
+    """Raises ranks by single steps while the budget allows it, the largest gain first; no layer becomes dense."""
     layers = list(layers)
     left = budget - sum(layer.params for layer in layers)
     while True:
@@ -159,7 +158,7 @@ def _filled(candidates: Sequence[Candidate], layers: list[LayerPlan], budget: in
 
 
 def _next(candidate: Candidate, layer: LayerPlan, left: int) -> LayerPlan | None:
-    """The layer one rank up, if that needs at most `left` more parameters and stays below dense."""
+    """The layer one rank higher, if this takes at most `left` more parameters and stays below dense."""
     if layer.method is None or layer.rank is None:
         return None
     for rank in layer.method.raised(layer.shape, layer.rank, candidate.multiple):
@@ -176,10 +175,10 @@ def without_slower(
     share_out: Callable[[Sequence[Candidate], int], list[LayerPlan]],
     is_slow: Callable[[LayerPlan], bool],
 ) -> list[LayerPlan]:
-    """The rows of an allocation, but layers that tensorization does not make faster stay dense.
+    """Changes an allocation: layers that tensorization does not make faster stay dense.
 
-    Small ones come first, and only while the others keep `KEPT_SHARE` of what they have. `share_out` makes an
-    allocation of some layers under a budget.
+    Small layers come first. They stay dense only while the other layers keep `KEPT_SHARE` of their parameters.
+    `share_out` makes an allocation of the given layers under a budget.
     """
     dense: dict[str, LayerPlan] = {}
     own = {row.name: row.params for row in ranked}
@@ -205,7 +204,7 @@ def _is_slow(candidate: Candidate, ranked: list[LayerPlan], is_slow: Callable[[L
 
 
 def _gain(layer: LayerPlan, above: LayerPlan) -> float:
-    """Fall of the expected squared error for each parameter; of the rate, where no error is known."""
+    """How much one more parameter lowers the expected squared error; without errors, layers of low rate come first."""
     cost = above.params - layer.params
     if layer.output_error is None or above.output_error is None:
         return -layer.params / layer.dense_params

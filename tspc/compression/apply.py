@@ -1,4 +1,4 @@
-"""Applies a plan to a network: dense layers out, tensorized layers in."""
+"""Applies a plan to a network: replaces dense layers by tensorized layers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from tspc.calibration.moments import Statistics
 from tspc.calibration.recalibration import recalibrate_
-from tspc.calibration.samples import Calibration, Samples
+from tspc.calibration.samples import Calibration, Samples, kept
 from tspc.calibration.targets import moments_in_turn
 from tspc.compression.curves import naming
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import plan
-from tspc.compression.selection import why_dense
+from tspc.compression.selection import FilterFn, why_dense
+from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Method, Metric, double
 from tspc.layers.dense import DenseLayer, check_values, kernel_of, kernel_shape
 from tspc.layers.forms import TensorizedLayer, tensorize
@@ -28,56 +29,54 @@ from tspc.traversal.copying import copied
 from tspc.traversal.hooks import evaluating
 
 OnLayer = Callable[[LayerPlan, Tensor, Metric | None], None]
-"""Called after each layer with its row, the kernel that was fitted (not always its own), and the norm, if any."""
+"""Called after each layer with its row of the plan, the kernel that was fitted, and the norm or None.
+
+The kernel that was fitted is the layer's own, or the compensated one."""
 
 
 @own_modes()
 def compress(
     model: nn.Module,
-    method: str | Method = "tt",
+    method: str | Method | PlanSettings = "tt",
     rate: float | None = None,
     *,
-    calibration: Tensor | Iterable[Any] | None = None,
+    calibration: Tensor | Iterable[Any] | Samples | None = None,
     settings: Calibration | None = None,
+    filter_fn: FilterFn | None = None,
+    example: Tensor | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     **options: Any,
 ) -> nn.Module:
-    """A compressed copy of `model`; `rate` and `options` are those of `tspc.plan`, but for `samples`.
+    """A compressed copy of `model`; the arguments are those of `tspc.plan`.
 
-    `calibration` is a tensor of images (N, …) or gives batches of them, with or without labels, like a DataLoader;
-    without it the weights alone decide. `on_layer` is told the name of each layer whose errors were measured for the
-    plan, then of each that was decomposed or, kept dense, made up for those before it: layers with thousands of inputs
-    take seconds each. Raises what `plan` and `apply_` raise.
+    With `calibration` data layers are fitted to their outputs, else to their weights. `on_layer` is called with the
+    name of a layer after its errors were measured for the plan, and again after it was fitted. A layer with thousands
+    of inputs takes seconds. Raises what `plan` and `apply_` raise.
     """
+    asked = PlanSettings.of(method, rate, **options)
     require_sizes(model)
     small = copied(model)
-
-    def run(samples: Samples | None) -> nn.Module:
-        ranks = plan(small, method, rate, samples=samples, on_layer=on_layer, **options)
+    # The predicate is asked about the caller's modules, which it may know.
+    chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
+    with kept(calibration, settings, model) as samples:
+        ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=on_layer)
         apply_(small, ranks, samples, lambda layer, *fitted: on_layer(layer.name))
-        return small
-
-    if calibration is None or (settings is not None and settings.samples == 0):
-        return run(None)
-    device = next((p.device for p in model.parameters()), None)
-    with Samples(calibration, settings, device) as samples:
-        return run(samples)
+    return small
 
 
 @own_modes()
 def apply_(
     model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
 ) -> Plan:
-    """Tensorizes `model` in place; returns the plan with the errors of each layer filled in.
+    """Tensorizes `model` in place; returns the plan with the errors of each layer.
 
-    With `samples` the layers are fitted in function space, in the order in which the network calls them. Unless
-    the settings say otherwise each one makes up for the errors of those before it, and layers kept dense by the
-    plan do so too: W̃ = Cov(y, x)(Cov(x) + λI)⁻¹ is decomposed in the norm of Cov(x), where x is the input that the
-    compressed network gives the layer and y the reference's output, and the mean of y goes into the bias or the
-    batch norm.
+    With `samples` the layers are fitted in function space, in the order in which the network calls them. By default
+    each one corrects the errors of the layers before it, also if the plan keeps it dense. Let x be the layer's input in
+    the compressed network and y its output in the reference. Then W̃ = Cov(y, x)(Cov(x) + λI)⁻¹ is decomposed in the
+    norm of Cov(x), and the mean of y goes into the bias or the batch norm.
 
-    Raises DecompositionError, naming the layer, if a kernel cannot be decomposed or any parameter holds NaN or
-    infinite values; the network is then unchanged.
+    Raises DecompositionError if a kernel cannot be decomposed, or a parameter holds NaN or infinite values. The message
+    names the layer, and the network is unchanged.
     """
     small, done = tensorized(model, plan, samples, on_layer)
     for layer in done.tensorized:
@@ -93,7 +92,7 @@ def apply_(
 def tensorized(
     model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
 ) -> tuple[nn.Module, Plan]:
-    """A tensorized copy of `model`, in eval mode, and the plan with the errors filled in; as `apply_`."""
+    """A tensorized copy of `model`, in eval mode, and the plan with the errors of each layer; see `apply_`."""
     with evaluating(model), torch.random.fork_rng(devices=[]):
         return _tensorized(model, plan, samples, on_layer)
 
@@ -121,7 +120,7 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
             fitted = _fitted(dense, waiting[name], kernel, statistics)
             _shift_(fitted, statistics, work, survey.trace.batch_norms.get(name))
             keep(fitted, kernel, statistics.metric)
-    # Without samples, never called, or too wide: by the kernel alone.
+    # Without samples, never called, or too wide: the kernel alone is used.
     rest = [layer for layer in plan.tensorized if layer.name not in done]
     layers = {layer.name: _dense(work, layer.name) for layer in rest}
 
@@ -148,12 +147,12 @@ def _dense(model: nn.Module, name: str) -> DenseLayer:
 
 
 def _compensates(layer: LayerPlan, model: nn.Module) -> bool:
-    """Whether a layer that stays dense makes up for those before it; it must have a kernel of its own to be changed."""
+    """Whether a layer that stays dense corrects the errors of earlier layers; its kernel must be its own parameter."""
     return layer.method is None and layer.compensates and why_dense(model.get_submodule(layer.name)) is None
 
 
 def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | None) -> _Done:
-    """The layer's replacement: tensorized, or dense with a kernel that makes up for the layers before it."""
+    """The layer's replacement: tensorized, or dense with a kernel that corrects the errors of earlier layers."""
     with naming(layer.name):
         if layer.method is None or layer.rank is None:
             module: nn.Module = copied(dense)
@@ -180,7 +179,7 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Sta
 
 @torch.no_grad()
 def relative_error(kernel: Tensor, rebuilt: Tensor) -> float:
-    """‖K − K̂‖ ÷ ‖K‖ in the Frobenius norm; 0 for a zero kernel that is met exactly."""
+    """‖K − K̂‖ ÷ ‖K‖ in the Frobenius norm; 0 if both kernels are zero."""
     kernel = double(kernel)
     difference = torch.linalg.vector_norm(kernel - double(rebuilt))
     norm = torch.linalg.vector_norm(kernel)
@@ -189,7 +188,7 @@ def relative_error(kernel: Tensor, rebuilt: Tensor) -> float:
 
 @torch.no_grad()
 def _shift_(done: _Done, statistics: Statistics, model: nn.Module, batch_norm: str | None) -> None:
-    """Gives the layer's output the reference's mean, by its bias or by the batch norm after it."""
+    """Gives the layer's output the mean of the reference's, through its bias or the batch norm after it."""
     shift = statistics.shift(kernel_of(done.module).detach())
     if shift is None:
         return

@@ -1,4 +1,4 @@
-"""Compressed networks on disk: one safetensors file with the weights and, in its header, how to rebuild the layers."""
+"""Compressed networks on disk: a safetensors file with the weights; its header says how to rebuild the layers."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def save(
 ) -> None:
     """Writes `model` to a safetensors file, atomically.
 
-    The header tells the method, shape and rank of every tensorized layer. With `network`, `tspc.load` can
-    build the architecture by itself. `info` is any JSON data to keep along. Raises WeightsError, naming it, for a part
-    of the network's state that such a file cannot hold.
+    The header holds the method, shape and rank of every tensorized layer. With `network`, `tspc.load` can build the
+    architecture by itself. `info` is any JSON data that the file should also hold. Raises WeightsError if such a file
+    cannot hold a part of the network's state; the message names the part.
     """
     layers = {
         name: {
@@ -57,11 +57,11 @@ def save(
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Reads a network that `save` wrote; runs no code from the file.
 
-    `model` is the dense architecture, with any weights; it is tensorized in place and returned. Without it
-    the architecture is built from the file's own description, where it has one. Parameters and buffers take the types
-    of numbers that the file has, and `requires_grad` from the dense layers; on the meta device they get values.
+    `model` is the dense architecture, with any weights, also on the meta device. It is tensorized in place and
+    returned, in the mode that it had. Without `model` the architecture is built from the file's description, if there
+    is one. Parameters and buffers have the dtypes of the file; `requires_grad` comes from the dense layers.
 
-    Raises WeightsError if the file is damaged, is not tspc's, or does not fit the architecture.
+    Raises WeightsError if the file is damaged, was not written by tspc, or does not fit the architecture.
     """
     header, file = _read(path, tensors=True)
     state = file.tensors
@@ -78,13 +78,15 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         for name in small:
             set_module(model, name, modules[name])
         raise
+    for name, module in small.items():
+        module.train(modules[name].training)
     warn_of_state_hooks({name: modules[name] for name in small})
     refuse_save_pretrained_(model)
     return model
 
 
 def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: str | Path) -> None:
-    """The state of the file into the network that has its layers; all of it or nothing."""
+    """Loads the state of the file into the network, which has the compressed layers already; all or nothing."""
     try:
         extra = unpacked_extra(header, state)
         check_state(model, state | extra, str(path))
@@ -93,12 +95,12 @@ def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], p
         raise WeightsError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     try:
         load_state(model, state | extra, str(path))
-    except RuntimeError as error:  # of the network's own set_extra_state, or its hooks
+    except RuntimeError as error:  # from the network's own set_extra_state, or its hooks
         raise WeightsError(f"{path}: the network does not take its state: {error}") from error
 
 
 def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str, Any]) -> nn.Module:
-    """The tensorized form, without its values, of `dense`, the architecture's layer `name`."""
+    """The tensorized form of `dense`, the architecture's layer `name`, with arbitrary values."""
     if dense is None or kind_of(dense) is None or list(kernel_shape(dense)) != layer["shape"]:
         found = "no such layer" if dense is None else f"{type(dense).__name__}"
         raise WeightsError(
@@ -113,7 +115,7 @@ def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str,
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What `save` wrote beside the tensors. Raises WeightsError as `load` does."""
+    """The header that `save` wrote. Raises WeightsError as `load` does."""
     return _read(path, tensors=False)[0]
 
 

@@ -1,4 +1,4 @@
-"""Error against parameters: what every layer would lose at any size, from a few decompositions each."""
+"""Curves of error against parameters, one for each layer and method, from a few decompositions."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ from tspc.system.parallel import side_by_side
 from tspc.traversal.hooks import evaluating
 
 SHARES = (0.03, 0.08, 0.2, 0.5)
-"""Sizes, relative to the dense kernel, at which a curve is sampled, beside the smallest rank."""
+"""A curve is sampled at these sizes, relative to the dense kernel, and at the smallest rank."""
 WIDE = 1024
-"""Inputs from which on the points of a curve are measured one after the other: each takes the memory of several
+"""With more inputs than this, the points of a curve are measured one after the other. Each takes the memory of several
 second moments, and its products are large enough for all threads."""
 LEAST = 1e-12
-"""Squared relative error that counts as none."""
+"""A smaller squared relative error counts as zero."""
 
 Curves = Mapping[str, Sequence["ErrorCurve"]]
-"""For each layer a curve for every method that may be chosen for it."""
+"""For each layer the curves of its candidate methods."""
 
 
 @dataclass(frozen=True)
 class ErrorCurve:
     """The squared relative output error of one layer under one method.
 
-    `params` (entries of the factors, ascending) and `errors` are the samples; `dense` is the size of the kernel
-    itself, at which the error is zero. `weight` says how much the layer's relative error matters: the root
-    mean square of what the network's answer owes to the layer, where that is known.
+    The samples are `params` (entries of the factors, ascending) and `squared_errors`. `dense` is the number of entries
+    of the kernel; there the error is zero. `weight` says how much the layer's error matters: the root mean square of
+    the layer's part in the network's answer, or 1 if that is unknown.
     """
 
     method: Decomposition
     params: tuple[int, ...]
-    errors: tuple[float, ...]
+    squared_errors: tuple[float, ...]
     dense: int
     weight: float = 1.0
 
     def at(self, params: float) -> float:
-        """The error at a size: logarithmic between the samples, linear from the last one to the dense kernel."""
+        """The squared error at a size: logarithmic between samples, linear from the last one to the dense kernel."""
         if params <= self.params[0]:
-            return self.errors[0]
+            return self.squared_errors[0]
         if params >= self.params[-1]:
             left = (self.dense - params) / max(self.dense - self.params[-1], 1)
-            return self.errors[-1] * max(left, 0.0)
+            return self.squared_errors[-1] * max(left, 0.0)
         i = bisect.bisect_right(self.params, params)
-        (p, q), (a, b) = self.params[i - 1 : i + 1], self.errors[i - 1 : i + 1]
+        (p, q), (a, b) = self.params[i - 1 : i + 1], self.squared_errors[i - 1 : i + 1]
         way = (params - p) / (q - p)
         return math.exp((1 - way) * math.log(max(a, LEAST)) + way * math.log(max(b, LEAST)))
 
@@ -65,20 +65,19 @@ class ErrorCurve:
         return {
             "method": self.method.to_dict(),
             "params": list(self.params),
-            "errors": list(self.errors),
+            "errors": list(self.squared_errors),
             "dense": self.dense,
             "weight": self.weight,
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ErrorCurve:
-        """The curve that `to_dict` described. Raises ValueError if its points are none, ConfigError for the method."""
-        params, errors = tuple(data["params"]), tuple(data["errors"])
-        if not params or len(params) != len(errors) or list(params) != sorted(set(params)):
+        """The inverse of `to_dict`. Raises ValueError for invalid points, ConfigError for an unknown method."""
+        params, squared_errors = tuple(data["params"]), tuple(data["errors"])
+        if not params or len(params) != len(squared_errors) or list(params) != sorted(set(params)):
             raise ValueError("the sizes of a curve ascend, and each has an error")
-        return cls(
-            decompositions.decomposition_from_dict(data["method"]), params, errors, data["dense"], data["weight"]
-        )
+        method = decompositions.decomposition_from_dict(data["method"])
+        return cls(method, params, squared_errors, data["dense"], data["weight"])
 
 
 @own_modes()
@@ -90,9 +89,11 @@ def error_curves(
     *,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[ErrorCurve]]:
-    """Curves of the layers that nothing keeps dense, in function space with `samples`, of the kernels alone without.
+    """For each layer that no rule keeps dense, a curve for every candidate method.
 
-    Raises DecompositionError, naming it, for a parameter with NaN or infinite values, of any layer.
+    With `samples` the error is that of the layer's output, else that of its kernel.
+
+    Raises DecompositionError if any layer has a parameter with NaN or infinite values; the message names it.
     """
     curves: dict[str, list[ErrorCurve]] = {}
     waiting = {layer.name: layer for layer in layers if layer.reason is None}
@@ -114,14 +115,14 @@ def error_curves(
                 metric = survey.statistics(name, dense, moments, samples).metric.sketch()
                 del moments  # room for the fits
                 measure(name, metric)
-    for name in list(waiting):  # never called, or too wide: by its kernel alone
+    for name in list(waiting):  # never called, or too wide: the kernel alone is used
         measure(name, None)
     return curves
 
 
 @contextmanager
 def naming(layer: str) -> Iterator[None]:
-    """Says in the messages of decompositions which layer they speak of."""
+    """Adds the name of the layer to the message of a DecompositionError."""
     try:
         yield
     except DecompositionError as error:
@@ -131,27 +132,27 @@ def naming(layer: str) -> Iterator[None]:
 def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | None) -> list[ErrorCurve]:
     """One curve for each method."""
     shape, size = tuple(weight.shape), weight.numel()
-    # The kernels alone need no more than their own precision.
+    # Without a metric the kernel's own precision is enough.
     kernel = weight if metric is None else weight.to(metric.inputs)
     squared = (lambda matrix: float(matrix.square().sum())) if metric is None else metric.squared
     whole = squared(kernel.flatten(1))
-    # Between an equal say for all layers and one in proportion to the squared change of the answer, of which
-    # the latter trusts a linear model too far where errors are large: the geometric mean of the two.
+    # `whole` is the layer's share in the squared change of the answer. It comes from a linear model, which is wrong
+    # where errors are large. So the weight is the geometric mean of 1 and `whole`.
     importance = math.sqrt(whole) if metric is not None and metric.outputs is not None else 1.0
 
-    def error(point: tuple[Decomposition, Rank]) -> float:
+    def squared_error(point: tuple[Decomposition, Rank]) -> float:
         method, rank = point
         rebuilt = method.reconstruct(method.sketch().decompose(kernel, rank, metric))
         return squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
 
     points = [(method, rank) for method in methods for rank in _sampled_ranks(method, shape)]
     if metric is not None and len(metric.inputs) > WIDE:
-        errors = {point: error(point) for point in points}
+        found = {point: squared_error(point) for point in points}
     else:
-        errors = dict(side_by_side(error, points, size=lambda point: point[0].num_params(shape, point[1])))
+        found = dict(side_by_side(squared_error, points, size=lambda point: point[0].num_params(shape, point[1])))
     curves = []
     for method in methods:
-        own = {method.num_params(shape, rank): e for (m, rank), e in errors.items() if m == method}
+        own = {method.num_params(shape, rank): e for (m, rank), e in found.items() if m == method}
         params = sorted(own)
         falling = accumulate((own[p] for p in params), min)
         curves.append(ErrorCurve(method, tuple(params), tuple(falling), size, importance))
@@ -159,7 +160,7 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
 
 
 def _sampled_ranks(method: Decomposition, shape: Shape) -> list[Rank]:
-    """The smallest one, and the largest within each of the SHARES; no two of them have one size."""
+    """The smallest rank, and the largest rank within each of the SHARES, without duplicates of a size."""
     smallest, size = method.min_params(shape), math.prod(shape)
     ranks = [tuple(1 for _ in method.max_rank(shape))]
     ranks += [method.rank_for(shape, int(size * share)) for share in SHARES if size * share > smallest]

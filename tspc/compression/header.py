@@ -1,4 +1,4 @@
-"""The header of a compressed network's file: what it may say, checked once before anything is built from it."""
+"""The header of a compressed network's file, and the check that it is valid before anything is built from it."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ SCHEMA = {
     **{"format": SIZE, "layers": {...: _LAYER}, "network?": (None, _NETWORK), "info": dict},
     **{"extra?": dict, "buffers?": {...: str}},
 }
-"""What a header looks like, apart from what its values mean."""
+"""The keys and kinds of values in a header."""
 
 
 class _DamageError(Exception):
-    """What is wrong with a header, without the file's name."""
+    """A fault in a header; the message does not name the file."""
 
 
 def checked_header(text: str, elements: int) -> dict[str, Any]:
     """The header in `text` as plain data: `format`, `layers`, `network` and `info`, all of the right kinds.
 
-    `elements` counts the numbers that the file's tensors hold; factors cannot have more. Ranks fit their kernels,
-    methods and paths are known. What the network's own arguments may be is checked where they are used.
+    `elements` is the number of entries in the file's tensors; factors cannot have more. Ranks fit their kernels, and
+    methods and paths are known. The arguments of the network itself are checked where they are used.
 
-    Raises WeightsError, without the file's name, for anything else.
+    Raises WeightsError for an invalid header; the message does not name the file.
     """
     try:
         return _checked(text, elements)
@@ -72,12 +72,12 @@ def _checked(text: str, elements: int) -> dict[str, Any]:
 
 
 def method_of(layer: Mapping[str, Any]) -> Decomposition:
-    """The method that a layer of a header really has."""
+    """The decomposition that a layer of a header actually uses."""
     return decompositions.decomposition_from_dict(layer["method"]).for_shape(tuple(layer["shape"]))
 
 
 def _layer_size(where: str, layer: dict[str, Any], elements: int) -> int:
-    """How many numbers the layer's factors have."""
+    """The number of entries of the layer's factors."""
     shape, rank, path = tuple(layer["shape"]), tuple(layer["rank"]), layer.get("path")
     fits = len(shape) in (2, 4) and math.prod(shape) <= room_for(elements)
     _require(where != "layers.", where, layer, "the name of a layer")

@@ -1,8 +1,8 @@
-"""Which path a tensorized layer takes: the one that costs least, by a model or by the clock.
+"""Finds the path of a tensorized layer that costs least, by a model or by the clock.
 
-Fewer parameters are not yet fewer seconds. For a layer whose input size is known, every path (see
-`tspc.layers.chains`) is judged as it runs in eval mode, with contracted kernels kept. Without a size a map of `NOMINAL`
-positions is assumed.
+A layer with fewer parameters is not always faster. Every path (see `tspc.layers.chains`) is judged for the layer's
+input size, as it runs in eval mode with contracted kernels kept. If the size is unknown, a map of `NOMINAL` positions
+is assumed.
 """
 
 from __future__ import annotations
@@ -23,34 +23,32 @@ from tspc.layers.dense import DenseLayer, Form, kernel_shape
 from tspc.layers.forms import untrained
 from tspc.traversal.hooks import evaluating, first_argument, hooked
 
-PATHS = ("model", "measure")
-OBJECTIVES = ("parameters", "latency", "macs")
 NOMINAL = (14, 14)
 BATCH = 8
-"""Inputs that share one reading of the kernels."""
+"""Inputs in a batch; they share one reading of the kernels."""
 VECTOR = 16
-"""Channels are computed in multiples of it."""
+"""Channels are computed in multiples of this number."""
 MACS_PER_BYTE = 8.0
-"""Multiply-adds of 32-bit numbers that take as long as moving a byte, on one core of a CPU with AVX-512."""
+"""To move a byte takes as long as this number of float32 multiply-adds, on one core of a CPU with AVX-512."""
 CALL = 2e5
-"""Multiply-adds that take as long as calling one more operation for a batch."""
+"""One more operation for a batch takes as long as this number of multiply-adds."""
 GAIN = 0.9
-"""A path counts as faster than the dense kernel if it costs less than this share of it: no estimate is exact."""
+"""A path is faster than the dense kernel if it costs less than this share of it, because no estimate is exact."""
 RUNS, WARM = 5, 2
 
 Size = tuple[int, int]
-"""Rows and columns of a layer's input map; of a dense layer (rows, 1), of a 1-d convolution (1, length)."""
+"""Rows and columns of a layer's input map: (rows, 1) for a dense layer, (1, length) for a 1-d convolution."""
 
 
 def input_sizes(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str, Size]:
-    """The largest input of some layers when the network is given an example; see `calls`."""
+    """The size of the largest input of each named layer when the network runs on an example; see `calls`."""
     return {name: max(sizes, key=math.prod) for name, sizes in calls(model, names, images).items()}
 
 
 def calls(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str, list[Size]]:
-    """The sizes of the inputs of some layers at every call, when the network is given an example.
+    """For each named layer the sizes of its inputs, one for each call, when the network runs on an example.
 
-    Empty if the network cannot take the example, and without the layers that are not called.
+    Layers that are not called are left out. The result is empty if the network fails on the example.
     """
     sizes: dict[str, list[Size]] = {}
 
@@ -70,13 +68,13 @@ def calls(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str,
     with hooked(handles), evaluating(model), torch.no_grad():
         try:
             model(images)
-        except Exception:  # the network may be the user's own, and take something else
+        except Exception:  # the network may be the user's own, with other inputs
             return {}
     return sizes
 
 
 def output_size(form: Form, stage: Stage, size: Size) -> Size:
-    """The map after a stage of a path."""
+    """The size of the map after a stage of a path."""
     if not form.is_convolution:
         return size
     found = list(size)
@@ -92,7 +90,7 @@ def output_size(form: Form, stage: Stage, size: Size) -> Size:
 
 
 def macs_of(form: Form, stages: list[Stage], size: Size) -> int:
-    """Multiply-adds for one input."""
+    """Multiply-adds of the stages for one input of this size."""
     total = 0
     for stage in stages:
         size = output_size(form, stage, size)
@@ -101,9 +99,9 @@ def macs_of(form: Form, stages: list[Stage], size: Size) -> int:
 
 
 def macs_saved(model: nn.Module, rows: Iterable[LayerPlan], called: Mapping[str, Sequence[Size]]) -> int:
-    """Multiply-adds for one input that the paths of tensorized layers do without; negative if they need more.
+    """Multiply-adds for one input that the tensorized layers save on their paths; negative if they need more.
 
-    `called` has the sizes of a layer's inputs at its `calls`.
+    `called` holds the result of `calls`.
     """
     total = 0
     for row in rows:
@@ -117,13 +115,13 @@ def macs_saved(model: nn.Module, rows: Iterable[LayerPlan], called: Mapping[str,
 
 @dataclass
 class Costs:
-    """What a path costs; the unit depends on the kind, smaller is better.
+    """The cost of a path; smaller is better, and the unit depends on the settings.
 
-    With `objective="macs"` multiply-adds alone count. Else `paths="model"` estimates the time from multiply-adds and
-    bytes moved, and `paths="measure"` takes it on the device of the layer, in its precision, for `BATCH` inputs.
+    With `objective="macs"` the cost is the multiply-adds. Else `source="model"` estimates the time from multiply-adds
+    and bytes moved, and `source="measure"` measures it on the layer's device, in its precision, for `BATCH` inputs.
     """
 
-    paths: str = "model"
+    source: str = "model"
     objective: str = "parameters"
     sizes: Mapping[str, Size] = field(default_factory=dict)
     _known: dict[object, float] = field(default_factory=dict)
@@ -131,13 +129,13 @@ class Costs:
     def of(self, layer: nn.Module, name: str, decomposition: Decomposition, rank: Rank, path: str) -> float:
         size, form = self.sizes.get(name, NOMINAL), Form.of(layer)
         key = form, kernel_shape(layer), size, decomposition, rank, path
-        if path == REBUILT:  # then it is all one which factors the kernel comes from
+        if path == REBUILT:  # the cost does not depend on the factors
             key = (*key[:3], path)
         if key not in self._known:
             stages = stages_of(decomposition, kernel_shape(layer), rank, path, form.groups)
             if self.objective == "macs":
                 cost: float = macs_of(form, stages, size)
-            elif self.paths == "model":
+            elif self.source == "model":
                 cost = estimate(form, stages, size)
             else:
                 cost = measure(cast(DenseLayer, layer), decomposition, rank, path, size)
@@ -145,7 +143,7 @@ class Costs:
         return self._known[key]
 
     def best(self, layer: nn.Module, row: LayerPlan) -> LayerPlan:
-        """The row of a tensorized layer with its cheapest path; "rebuilt" unless another is clearly cheaper."""
+        """The row of a tensorized layer with the cheapest path; "rebuilt" unless another path is clearly cheaper."""
         if row.method is None or row.rank is None:
             return row
         method = row.method.for_shape(row.shape)
@@ -158,7 +156,7 @@ class Costs:
         return replace(row, path=min(options, key=cost))
 
     def is_faster(self, layer: nn.Module, row: LayerPlan) -> bool:
-        """Whether a tensorized layer on its path costs less than the dense one, which runs like a rebuilt kernel."""
+        """Whether a tensorized layer on its path costs less than the dense layer, which costs as much as "rebuilt"."""
         assert row.method is not None
         assert row.rank is not None
         assert row.path is not None
@@ -168,7 +166,7 @@ class Costs:
 
 
 def estimate(form: Form, stages: list[Stage], size: Size) -> float:
-    """Multiply-adds for one input, plus those that moving its activations and its share of the kernels is worth."""
+    """Estimated time for one input, in multiply-adds: computing, and moving activations and the kernels' share."""
     total = 0.0
     for stage in stages:
         before, size = math.prod(size) * stage.channels, output_size(form, stage, size)

@@ -1,4 +1,4 @@
-"""What shall become of every layer: `Plan` and its rows, printable and serialisable before anything is changed."""
+"""`Plan` and its rows: what will happen to every layer. It can be printed and saved before anything is changed."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from tspc import decompositions
 from tspc.decompositions import Decomposition, Method, Rank, Shape
 
 FINAL = "final layer"
-"""The reason of the network's last layer for staying dense."""
+"""The reason why the network's last layer stays dense."""
 SLOWER = "no path is faster"
-"""The reason of a layer that shares the budget for staying dense where speed was asked for."""
+"""The reason why a layer that shares the budget stays dense when the objective is speed."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """What happens to one convolution or dense layer.
 
-    Parameters count the kernel (or its factors) and the bias. `method` and `rank` are None where the layer stays
-    dense; `reason` says why it had to, and is None where the budget was better spent on keeping it.
+    `dense_params` and `params` count the kernel (or its factors) and the bias. `method` and `rank` are None if the
+    layer stays dense. `reason` then says which rule keeps it dense, and is None if the allocation chose it.
 
     `error` is ‖K − K̂‖/‖K‖, known once the layer is decomposed. `output_error` is the relative root mean square error
-    of the layer's output against the reference's: as expected from the error curves, or as measured once the
-    layer is decomposed. `note` names what is wrong with a decomposition. `path` says how a tensorized layer computes,
-    see `tspc.layers.chains`.
+    of the layer's output against the reference's: first the expected one, from the error curves, then the measured one.
+    `note` names a problem of the decomposition. `path` says how a tensorized layer computes, see `tspc.layers.chains`.
     """
 
     name: str
@@ -53,7 +52,7 @@ class LayerPlan:
 
     @property
     def compensates(self) -> bool:
-        """Whether a layer that stays dense may still make up for the errors of the layers before it."""
+        """Whether a layer that stays dense may still correct the errors of the layers before it."""
         return self.reason in (None, FINAL, SLOWER)
 
     @property
@@ -65,7 +64,7 @@ class LayerPlan:
 
     @property
     def form(self) -> str:
-        """The same with the path that it is run by, where one is chosen."""
+        """The same as `factors`, with the path if one is chosen."""
         return self.factors if self.method is None or self.path is None else f"{self.factors}, {self.path}"
 
     def __str__(self) -> str:
@@ -90,7 +89,7 @@ class LayerPlan:
 class Plan:
     """Ranks for a whole network at one rate. `layers` also lists the layers that stay dense.
 
-    `rate` is the ceiling asked for, or found for a target error.
+    `rate` is the ceiling that the user gave, or that was found for a target error.
     """
 
     method: Method
@@ -104,7 +103,7 @@ class Plan:
 
     @property
     def budgeted(self) -> tuple[LayerPlan, ...]:
-        """The layers that share the budget: those that are tensorized, or could have been."""
+        """The layers that share the budget: they are tensorized, or could have been."""
         return tuple(layer for layer in self.layers if layer.reason in (None, SLOWER))
 
     @property
@@ -113,7 +112,7 @@ class Plan:
 
     @property
     def paths(self) -> dict[str, int]:
-        """How many tensorized layers take which path."""
+        """For each path the number of tensorized layers that take it."""
         return dict(Counter(layer.path for layer in self.tensorized if layer.path is not None).most_common())
 
     @property
@@ -133,14 +132,14 @@ class Plan:
 
     @property
     def rate_reached(self) -> float:
-        """Parameters after ÷ before, over what `rate_scope` counts; never above `rate`."""
+        """Parameters after ÷ before, counted over `rate_scope`; never above `rate`."""
         if self.rate_scope == "network":
             return self.network_params / self.network_dense_params
         return self.params / self.dense_params
 
     @property
     def output_error(self) -> float | None:
-        """Root mean square of the output errors of the layers that share the budget; None if one is not known."""
+        """Root mean square of the output errors of the layers that share the budget; None if one is unknown."""
         errors = [layer.output_error for layer in self.budgeted]
         known = [error for error in errors if error is not None]
         return math.sqrt(sum(e * e for e in known) / len(known)) if len(known) == len(errors) else None

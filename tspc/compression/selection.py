@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tspc.compression.plan import FINAL, LayerPlan
+from tspc.compression.settings import Selection
 from tspc.errors import ConfigError, some
 from tspc.layers.dense import kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers
 from tspc.models.lazy import require_sizes
 from tspc.traversal.hooks import evaluating
 
+FilterFn = Callable[[str, nn.Module], bool]
+"""Whether a layer, given by its name and itself, may be tensorized."""
 
-def select(
-    model: nn.Module,
-    *,
-    keep_first: bool = True,
-    keep_last: bool = True,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    min_params: int = 0,
-) -> list[LayerPlan]:
-    """Every convolution and dense layer, still dense; `reason` is set where it must or shall stay so.
 
-    With wildcards in `include` the layers that match none stay dense, and so do those with fewer than `min_params`
-    parameters. Raises ConfigError for a network that is compressed already, and for a pattern that matches nothing.
+def select(model: nn.Module, selection: Selection, filter_fn: FilterFn | None = None) -> list[LayerPlan]:
+    """A row for every convolution and dense layer, still dense; `reason` says which rule keeps it dense, or is None.
+
+    The last rule is `filter_fn`: it is called for layers that no other rule keeps dense, and those for which it is
+    false stay dense. Raises ConfigError if the network is compressed already, or a wildcard matches nothing.
     """
     require_sizes(model)
     done = next(iter(tensorized_layers(model)), None)
     if done is not None:
         raise ConfigError([f"the network is compressed already (layer {done}); give the original one"])
-    with evaluating(model):  # in training, spectral norm and its like change when a weight is only looked at
+    with evaluating(model):  # in training mode, reading a weight of spectral norm changes it
         modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd) or kind_of(m)}
         shapes = {name: kernel_shape(module) for name, module in modules.items()}
     shared = _shared_weights(model)
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
     last = next(reversed(modules), None)
-    for key, patterns in (("include", include), ("exclude", exclude)):
+    for key, patterns in (("include", selection.include), ("exclude", selection.exclude)):
         idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in modules)]
         if idle:
             raise ConfigError(
@@ -52,22 +48,24 @@ def select(
         params = sum(p.numel() for p in module.parameters(recurse=False))
         if name in shared:
             reason = "its weight is shared with another layer"
-        elif keep_first and name == first:
+        elif selection.keep_first and name == first:
             reason = "first convolution"
-        elif keep_last and name == last and reason is None:
+        elif selection.keep_last and name == last and reason is None:
             reason = FINAL
-        elif any(fnmatchcase(name, pattern) for pattern in exclude):
+        elif any(fnmatchcase(name, pattern) for pattern in selection.exclude):
             reason = "excluded"
-        elif include and not any(fnmatchcase(name, pattern) for pattern in include):
+        elif selection.include and not any(fnmatchcase(name, pattern) for pattern in selection.include):
             reason = "not included"
-        elif reason is None and params < min_params:
-            reason = f"fewer than {min_params:,} parameters"
+        elif reason is None and params < selection.min_params:
+            reason = f"fewer than {selection.min_params:,} parameters"
+        elif reason is None and filter_fn is not None and not filter_fn(name, module):
+            reason = "left out by filter_fn"
         layers.append(LayerPlan(name, type(module).__name__, shapes[name], params, params, reason=reason))
     return layers
 
 
 def why_dense(module: nn.Module) -> str | None:
-    """Why a module cannot be tensorized, apart from its place in the network; None if it can."""
+    """Why a module cannot be tensorized, whatever its place in the network; None if it can."""
     if kind_of(module) is None:
         return f"{type(module).__name__} is not supported"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):

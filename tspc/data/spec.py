@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from tspc.system.bounds import SEEDS, Allowed, Bounds, described, out_of_range, shown
+from tspc.system.bounds import SEEDS, Allowed, Bounds, described, out_of_range, shown, unknown
 
 NO_DATA = "none"
 """The kind of a data set that is not there."""
@@ -66,13 +65,9 @@ class DataSpec:
 
     def _wrong_options(self, where: str) -> list[str]:
         needed = OPTIONS.get(self.kind, {})
-        found = []
+        found = unknown(self.options, needed, f"{where}.")
         for key, value in self.options.items():
-            if key not in needed:
-                near = difflib.get_close_matches(str(key), needed, n=1)
-                hint = f"did you mean {where}.{near[0]}?" if near else f"known are: {', '.join(needed) or 'none'}"
-                found.append(f"{where}.{shown(key)} is not a setting; {hint}")
-            elif not _fits(value, needed[key]):
+            if key in needed and not _fits(value, needed[key]):
                 found.append(f"{where}.{key}={shown(value)}: expected {described(needed[key])}")
         missing = [key for key in needed if key not in self.options]
         return [*found, *([f"{where} lacks {', '.join(missing)}"] if missing else [])]

@@ -1,4 +1,4 @@
-"""The decompositions of kernels: one method a file, found by its name."""
+"""The decompositions of kernels: one file for each method, found by its name."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ __all__ = [
 ]
 
 Method = Decomposition | Auto
-"""What a plan is made for: one decomposition for all layers, or the best of several for each."""
+"""A method of a plan: one decomposition for all layers, or `Auto`, which chooses one for each layer."""
 
 
 def names() -> list[str]:
-    """What `method` can be, but for methods of other packages that were not asked for yet."""
+    """The names of all registered methods. A method of another package is registered when its name is first used."""
     return [*METHODS, Auto.name]
 
 
@@ -66,9 +66,9 @@ def settings_of(name: str) -> dict[str, Any]:
 def from_dict(data: Mapping[str, Any]) -> Method:
     """The method described by plain data such as {"name": "rcp", "order": 2}.
 
-    The candidates of `auto` are names, or such descriptions.
+    The candidates of `auto` are names, or such data.
 
-    Raises ConfigError for an unknown name or setting; the message lists those that exist.
+    Raises ConfigError for an unknown name or setting; the message lists the known ones.
     """
     if data.get("name") != Auto.name:
         return decomposition_from_dict(data)
@@ -82,7 +82,7 @@ def from_dict(data: Mapping[str, Any]) -> Method:
 def decomposition_from_dict(data: Mapping[str, Any]) -> Decomposition:
     """The decomposition described by plain data such as {"name": "rcp", "order": 2}.
 
-    Raises ConfigError for an unknown name or setting; the message lists those that exist.
+    Raises ConfigError for an unknown name or setting; the message lists the known ones.
     """
     settings = dict(data)
     name = settings.pop("name", None)
@@ -109,10 +109,10 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text"}
 
 
 def _is_whole(value: Any, kind: type) -> bool:
-    """Whether a setting that counts is written as 20.0."""
+    """Whether the value of a whole-number setting is written as a float, such as 20.0."""
     return kind is int and isinstance(value, float) and value.is_integer()
 
 
 def resolve(method: str | Method) -> Method:
-    """A method from its name, or itself."""
+    """The method of this name; a method is returned unchanged."""
     return from_dict({"name": method}) if isinstance(method, str) else method

@@ -1,9 +1,9 @@
 """Alternating least squares for the canonical polyadic decomposition, with bounded components.
 
-What is minimised is ‖X − X̂‖² + μ Σ_r ‖x_r‖² over sums X̂ = Σ_r x_r of R rank-one tensors. The second term keeps
-components from growing without bound while they cancel each other (Phan et al., "Stable low-rank tensor
-decomposition for compression of convolutional neural network", ECCV 2020). No solve leaves the objective above
-‖X‖², what zero factors give, so every component stays below ‖X‖ / √μ.
+The objective is ‖X − X̂‖² + μ Σ_r ‖x_r‖², over sums X̂ = Σ_r x_r of R rank-one tensors. Without the second term,
+components can grow without bound while they cancel each other (Phan et al., "Stable low-rank tensor decomposition
+for compression of convolutional neural network", ECCV 2020). Zero factors give the objective ‖X‖², and no solve ends
+above that. So every component stays below ‖X‖ / √μ.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tspc.decompositions.kernels import double
 from tspc.decompositions.linalg import dominant_basis, projected
 
 FIRST_STEP, LONGEST_STEP, GROWTH = 1.0, 1.5, 1.1
-"""How far a sweep starts ahead of the last one, in units of what that one changed."""
+"""How far a sweep starts beyond the last one, in units of the last change."""
 NARROW, SHARE = 64, 0.6
-"""Most directions of a mode that a projection keeps, in number or as a share of all of them."""
+"""The largest number of directions that a projection keeps of a mode, and their largest share."""
 
 
 def khatri_rao(matrices: Sequence[Tensor]) -> Tensor:
-    """Column-wise Kronecker product: matrices n_i × R give ∏n_i × R, the first index slowest."""
+    """Column-wise Kronecker product: n_i × R matrices give a ∏n_i × R matrix; the first index is the slowest."""
     result = matrices[0]
     for matrix in matrices[1:]:
         result = (result[:, None, :] * matrix[None, :, :]).reshape(-1, result.shape[1])
@@ -34,9 +34,9 @@ def khatri_rao(matrices: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Components:
-    """Σ_r size_r · u_r ∘ v_r ∘ … : one n_i × R matrix of unit columns a mode, and R sizes.
+    """Σ_r size_r · u_r ∘ v_r ∘ … : for each mode an n_i × R matrix of unit columns, and R sizes.
 
-    `objective` is what is minimised, relative to ‖X‖²; infinite before it is known.
+    `objective` is the value of the objective, divided by ‖X‖²; it is infinite before it is known.
     """
 
     units: list[Tensor]
@@ -44,7 +44,7 @@ class Components:
     objective: float = math.inf
 
     def factors(self) -> list[Tensor]:
-        """n_i × R matrices in which every component has the same norm in all modes."""
+        """n_i × R matrices; a component has the same norm in all of them."""
         share = self.sizes ** (1 / len(self.units))
         return [unit * share for unit in self.units]
 
@@ -52,8 +52,8 @@ class Components:
 def slice_svd(tensor: Tensor, rank: int) -> Components:
     """The `rank` largest singular triplets of the slices over the last two modes.
 
-    The other modes are turned to their principal axes first. The components are orthogonal, the error cannot
-    rise with the rank, and at the highest rank there is none.
+    The other modes are rotated to their principal axes first. The components are orthogonal. The error never rises
+    with the rank, and it is zero at the highest rank.
     """
     *small, rows, columns = tensor.shape
     axes = []
@@ -74,9 +74,9 @@ def slice_svd(tensor: Tensor, rank: int) -> Components:
 
 @dataclass(frozen=True)
 class Projection:
-    """A tensor projected on the dominant subspaces of its large modes: their bases are n_i × q_i.
+    """A tensor projected on the dominant subspaces of its large modes. The bases are n_i × q_i.
 
-    `share` is the part of ‖X‖² that `core` still holds.
+    `share` is the part of ‖X‖² that `core` keeps.
     """
 
     core: Tensor
@@ -90,11 +90,12 @@ class Projection:
 
 
 def project(tensor: Tensor, rank: int) -> Projection:
-    """Sums of R components lie in subspaces of R dimensions, of which the dominant ones are nearly the best.
+    """Projects the tensor on the dominant subspaces of its modes, with about R dimensions each.
 
-    Sweeps within them cost a fraction of those over the whole tensor (CANDELINC: Carroll, Pruzansky & Kruskal,
-    Psychometrika 1980; Bro & Andersson, Chemometr. Intell. Lab. Syst. 1998). Nothing is projected where too
-    little would be left for R components.
+    A sum of R components lies in subspaces of R dimensions, and the dominant ones are nearly the best. Sweeps inside
+    them cost a fraction of sweeps over the whole tensor (CANDELINC: Carroll, Pruzansky & Kruskal, Psychometrika 1980;
+    Bro & Andersson, Chemometr. Intell. Lab. Syst. 1998). A mode is not projected if this would leave too little for R
+    components.
     """
     sizes = [n if rank >= n else min(rank, max(NARROW, int(SHARE * n))) for n in tensor.shape]
     is_enough = math.prod(sizes) // max(sizes) >= rank
@@ -113,12 +114,12 @@ def gaussian(tensor: Tensor, rank: int, generator: torch.Generator) -> Component
 def alternate(tensor: Tensor, start: Components, ridge: float, max_iterations: int, tolerance: float) -> Components:
     """Sweeps over the modes until the relative error stops falling; `ridge` is μ, above 0.
 
-    A `start` whose objective is not known has orthogonal components, or none of any size. One small gain is no
-    end, the sweeps may be leaving a saddle; two in a row are.
+    If the objective of `start` is unknown, its components must be orthogonal or have size zero. The sweeps end after
+    two small gains in a row; after one they may just be leaving a saddle.
 
-    Each sweep starts from directions extrapolated along the last change, and is taken back where that went too
-    far (Ang, Cohen, Gillis & Hien, "Accelerating block coordinate descent for nonnegative tensor factorization",
-    Numer. Linear Algebra Appl. 2021).
+    Each sweep starts from directions that are extrapolated along the last change. A sweep is undone if the
+    extrapolation went too far (Ang, Cohen, Gillis & Hien, "Accelerating block coordinate descent for nonnegative tensor
+    factorization", Numer. Linear Algebra Appl. 2021).
     """
     norm2 = _square(tensor)
     if norm2 == 0:
@@ -148,8 +149,8 @@ def alternate(tensor: Tensor, start: Components, ridge: float, max_iterations: i
 def _sweep(tensor: Tensor, norm2: float, units: list[Tensor], ridge: float) -> Components:
     """One pass over all modes, without a reconstruction.
 
-    All modes but the last share one contraction of the tensor with the last matrix (a dimension tree of
-    depth two; Phan, Tichavský & Cichocki, IEEE TSP 2013), so that a sweep reads the tensor twice.
+    All modes except the last share one contraction of the tensor with the last matrix (a dimension tree of depth
+    two; Phan, Tichavský & Cichocki, IEEE TSP 2013). So a sweep reads the tensor only twice.
     """
     units = list(units)
     *rows, last = range(tensor.ndim)
@@ -173,9 +174,9 @@ def _sweep(tensor: Tensor, norm2: float, units: list[Tensor], ridge: float) -> C
 
 
 def _solve(product: Tensor, grams: list[Tensor], mode: int, ridge: float) -> Tensor:
-    """The factor of one mode that minimises the objective while the others, of unit columns, stay; float64."""
+    """The factor of one mode, in float64, that minimises the objective. The others are fixed, with unit columns."""
     system = torch.stack([gram for m, gram in enumerate(grams) if m != mode]).prod(0)
-    # Unit columns have a unit diagonal; writing it also makes room for columns that vanished.
+    # Unit columns have a unit diagonal. Writing it also keeps columns of zeros from making the matrix singular.
     system.fill_diagonal_(1 + ridge)
     return torch.cholesky_solve(double(product).T, torch.linalg.cholesky(system)).T
 
@@ -186,12 +187,12 @@ def _square(tensor: Tensor) -> float:
 
 
 def _gram(unit: Tensor) -> Tensor:
-    """In float64: nearly collinear components leave the normal equations few digits."""
+    """The Gram matrix in float64; with nearly collinear components float32 would leave few digits."""
     wide = double(unit)
     return wide.T @ wide
 
 
 def _normalised(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit columns and their former norms; columns of zeros stay."""
+    """The matrix with unit columns, and the former norms; columns of zeros stay zero."""
     norms = torch.linalg.vector_norm(matrix, dim=0)
     return matrix / torch.where(norms > 0, norms, 1.0), norms

@@ -1,4 +1,4 @@
-"""`auto`: the best of several methods, layer by layer."""
+"""`auto`: the best of several methods for each layer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tspc.decompositions.kernels import Shape
 from tspc.errors import DecompositionError
 
 CANDIDATES = ("svd", "cp", "tk", "tt", "rcp", "rtk", "rtt")
-"""What `auto` chooses from where nothing else is said."""
+"""The default candidates of `auto`."""
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Leaves the choice between `members` to the plan, which takes the one with the least error for each layer."""
+    """Several methods, `members`; the plan chooses the one with the least error for each layer."""
 
     members: tuple[Decomposition, ...]
     name: ClassVar[str] = "auto"
@@ -25,7 +25,7 @@ class Auto:
             raise DecompositionError("method.candidates=[]: expected at least one method")
 
     def candidates(self, shape: Shape) -> tuple[Decomposition, ...]:
-        """The decompositions to choose from for a kernel of this shape, each once."""
+        """The candidates for a kernel of this shape, without duplicates."""
         return tuple(dict.fromkeys(member.for_shape(shape) for member in self.members))
 
     def to_dict(self) -> dict[str, Any]:

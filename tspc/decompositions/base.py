@@ -1,4 +1,4 @@
-"""What a decomposition is: the contract that every method obeys, and rank selection under a budget."""
+"""The contract of every decomposition, and rank selection under a budget."""
 
 from __future__ import annotations
 
@@ -22,71 +22,71 @@ from tspc.system.modes import own_modes
 class Decomposition(ABC):
     """A way to write a kernel as factors. Its fields are the keys of `conf/method/<name>.yaml`.
 
-    Laws, for every kernel K and rank r (they hold in float64, and are tested over all methods and shapes):
+    Laws for every kernel K and rank r (they hold in float64, and are tested for all methods):
 
     - `reconstruct(decompose(K, max_rank(K.shape))) == K`;
-    - `num_params(K.shape, rank_for(K.shape, budget)) <= budget`, and raising any one entry of that rank
-      breaks the budget, or is of no use (`is_useful`);
+    - `num_params(K.shape, rank_for(K.shape, budget)) <= budget`, and a higher value of any single entry of that rank
+      exceeds the budget, or is useless (`is_useful`);
     - the same arguments give the same factors, bit for bit, on the same machine.
 
-    A float32 kernel is decomposed in float32, and the laws hold to that precision; what conditioning asks for
-    is computed in float64 (small normal equations, spectra that reach below float32's noise).
+    A float32 kernel is decomposed in float32, and the laws hold to that precision. Badly conditioned parts are
+    computed in float64: small normal equations, and spectra that reach below the noise of float32.
     """
 
     name: ClassVar[str]
 
     def for_shape(self, shape: Shape) -> Decomposition:
-        """The decomposition that is really used for a kernel of this shape.
+        """The decomposition that is actually used for a kernel of this shape.
 
-        `cp`, `tk` and `tt` of a kernel without spatial extent are a matrix factorisation, so they answer `svd`.
+        A kernel without spatial extent is a matrix, so `cp`, `tk`, `tt` and `tr` return `svd`.
         """
         return self
 
     def candidates(self, shape: Shape) -> tuple[Decomposition, ...]:
-        """The decompositions that may be chosen for a kernel of this shape: one, unless the method is `auto`."""
+        """The candidates for a kernel of this shape. It is one decomposition, except for `auto`."""
         return (self.for_shape(shape),)
 
     def sketch(self) -> Decomposition:
-        """A quicker form of the same method, for an error that need not be the least."""
+        """A faster form of the same method, which finds an approximate error."""
         return self
 
     @abstractmethod
     def max_rank(self, shape: Shape) -> Rank:
-        """The rank from which on every kernel of this shape is represented exactly."""
+        """The rank at which every kernel of this shape is represented exactly."""
 
     @abstractmethod
     def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
-        """Shapes of the factors: the one source of parameter counts."""
+        """Shapes of the factors. All counts of parameters come from here."""
 
     @abstractmethod
     def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
-        """Factors of a finite float32 or float64 kernel at a valid rank."""
+        """Factors of a kernel, in its dtype. The kernel is float32 or float64 and finite; the rank is valid."""
 
     @abstractmethod
     def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
-        """The kernel that the factors stand for; differentiable."""
+        """The kernel of this shape that the factors represent; differentiable in them."""
 
     @abstractmethod
     def axes(self, shape: Shape) -> Axes:
-        """Where the kernel's modes are in the factors."""
+        """The position of the kernel's modes in the factors."""
 
     def is_matrix_factorisation(self, shape: Shape) -> bool:
-        """Whether the kernel has but one input and one output mode, so that the truncated SVD is the optimum."""
+        """Whether the kernel has only one input and one output mode. The truncated SVD is then the optimum."""
         modes = self.axes(shape)
         return math.prod(modes.inputs.values()) == max(modes.inputs.values()) and len(modes.outputs) == 1
 
     def chain_axes(self, shape: Shape) -> tuple[str, ...] | None:
-        """For each factor the spatial axes ("", "h", "w" or "hw") that it convolves over.
+        """For each factor the spatial axes over which it convolves: "", "h", "w" or "hw".
 
-        The factors are then, in order, the weights of a chain of ordinary convolutions equal to the layer.
-        None where the factors are no such weights.
+        The factors are then the weights of a chain of ordinary convolutions, in this order, and the chain equals the
+        layer. None if the factors are not such weights.
         """
         return None
 
     def links(self, shape: Shape, rank: Rank) -> tuple[tuple[Shape, str], ...] | None:
-        """The chain of convolutions that equals the layer: for each (out, in of one group, H, W), and its axes.
+        """The chain that equals the layer. Each link is a shape (out, in of one group, H, W) and its spatial axes.
 
-        By default the factors themselves. None where no chain could cost less than the dense kernel.
+        By default the links are the factors. None if no chain could cost less than the dense kernel.
         """
         axes = self.chain_axes(shape)
         if axes is None:
@@ -99,24 +99,22 @@ class Decomposition(ABC):
         return list(factors.tensors)
 
     def is_useful(self, shape: Shape, rank: Rank) -> bool:
-        """Whether no entry of the rank exceeds what its neighbours can carry; a surplus would only hold zeros."""
+        """Whether every entry of the rank can be filled, given the other entries; a surplus would only hold zeros."""
         return True
 
     def num_params(self, shape: Shape, rank: Rank) -> int:
-        """Number of entries of all factors together."""
+        """Number of entries in all factors."""
         return sum(math.prod(s) for s in self.factor_shapes(shape, rank))
 
     def min_params(self, shape: Shape, multiple: int = 1) -> int:
-        """Number of entries at the smallest rank: 1, or `multiple`."""
+        """Number of entries in all factors at the smallest rank, which is 1 or `multiple`."""
         return self.num_params(shape, tuple(min(multiple, top) for top in self.max_rank(shape)))
 
     def rank_for(self, shape: Shape, budget: int, multiple: int = 1) -> Rank:
-        """The largest rank whose factors have at most `budget` entries, its own entries multiples of `multiple`.
+        """The largest rank at which the factors have at most `budget` entries.
 
-        An entry may also be its maximum.
-
-        All entries grow together (each up to its maximum, the rule of arXiv:1805.10352's code), then one
-        at a time for as long as one more fits.
+        Each entry of the rank is a multiple of `multiple`, or its maximum. First all entries grow together, each up to
+        its maximum (the rule of the code of arXiv:1805.10352). Then one entry grows at a time, while one more fits.
 
         Raises DecompositionError if even the smallest rank exceeds the budget.
         """
@@ -141,7 +139,7 @@ class Decomposition(ABC):
         return rank
 
     def raised(self, shape: Shape, rank: Rank, multiple: int = 1) -> Iterator[Rank]:
-        """The ranks one step above in a single entry, smallest entry first; those of no use are left out."""
+        """The ranks that are one step higher in a single entry, smallest entry first, without useless ones."""
         top = self.max_rank(shape)
         for i in sorted(range(len(rank)), key=lambda i: rank[i]):
             if rank[i] < top[i]:
@@ -151,10 +149,11 @@ class Decomposition(ABC):
 
     @own_modes()
     def decompose(self, weight: Tensor, rank: Rank, metric: Metric | None = None) -> Factors:
-        """Factors of `weight`, in its own dtype and on its device; computed in at least float32.
+        """Factors of `weight`, in its dtype and on its device; computed at least in float32.
 
-        With `metric` they are fitted in its norm, where their error is never above that of the factors without it.
-        Raises DecompositionError for a kernel with NaN or infinite entries, or a rank outside 1…`max_rank`.
+        With `metric` the factors are fitted in its norm. In that norm their error is at most the error of the factors
+        without `metric`. Raises DecompositionError for a kernel with NaN or infinite entries, or a rank outside
+        1…`max_rank`.
         """
         shape = tuple(weight.shape)
         self._check(weight, shape, rank)
@@ -167,14 +166,14 @@ class Decomposition(ABC):
 
     @abstractmethod
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """For every entry of the rank the matrix whose singular values beyond it are lost."""
+        """For every entry of the rank a matrix: the decomposition loses its singular values beyond that entry."""
 
     def diagnose(self, factors: Factors) -> str | None:
-        """What is wrong with a fit apart from its error, named; None if nothing is."""
+        """A problem of a fit other than its error, in words; None if there is none."""
         return None
 
     def reconstruct(self, factors: Factors) -> Tensor:
-        """The dense kernel that the factors stand for; differentiable in them."""
+        """The dense kernel that the factors represent; differentiable in them."""
         return self.contract(factors.tensors, factors.shape)
 
     def _check(self, weight: Tensor, shape: Shape, rank: Rank) -> None:
@@ -185,9 +184,7 @@ class Decomposition(ABC):
                 f"it has {len(top)} entries, from 1 up to {top}"
             )
         if not self.is_useful(shape, rank):
-            raise DecompositionError(
-                f"rank {rank} of {self.name}: one entry exceeds what the others can carry; lower it"
-            )
+            raise DecompositionError(f"rank {rank} of {self.name}: one entry is too large for the others; lower it")
         check_finite(weight)
 
     def to_dict(self) -> dict[str, Any]:

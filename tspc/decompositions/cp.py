@@ -20,22 +20,22 @@ from tspc.decompositions.settings import SWEEPS, require
 from tspc.system.bounds import SEEDS, SHARE, Bounds
 
 SKETCH_SWEEPS = 4
-"""Sweeps that show about how large the error will be."""
+"""Sweeps of a sketch; they show the approximate error."""
 FINISHING, LAX = 5, 10.0
 """Sweeps over the whole tensor, after those over its projection, are at most one to so many of these, and end at a
 gain larger by this factor."""
 RIDGE = 1e-6
-"""Weight of the components' squared norms in a first fit, in which they are free to grow."""
+"""Weight of the components' squared norms in a first fit; it hardly limits their growth."""
 
 
 def component_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """‖a_r ∘ b_r ∘ …‖ of every component: n_i × R matrices give R norms."""
+    """‖a_r ∘ b_r ∘ …‖ of every component: R norms from n_i × R matrices."""
     return torch.stack([torch.linalg.vector_norm(t, dim=0) for t in tensors]).prod(0)
 
 
 @dataclass(frozen=True)
 class CPFormat(TensorFormat):
-    """X = Σ_r a_r ∘ b_r ∘ … : one n_i × R matrix a mode (Kolda & Bader, SIAM Review 2009, section 3)."""
+    """X = Σ_r a_r ∘ b_r ∘ … : an n_i × R matrix for each mode (Kolda & Bader, SIAM Review 2009, section 3)."""
 
     max_iterations: int
     tolerance: float
@@ -46,7 +46,7 @@ class CPFormat(TensorFormat):
     pairs_channels: ClassVar[bool] = True
 
     def max_rank(self, dims: Shape, spatial: bool) -> Rank:
-        # Writing out all but the largest mode in unit vectors is exact; fewer terms need not be.
+        # Unit vectors in all modes except the largest are exact; fewer terms may not be.
         return (math.prod(dims) // max(dims),)
 
     def factor_shapes(self, dims: Shape, spatial: bool, rank: Rank) -> tuple[Shape, ...]:
@@ -59,8 +59,8 @@ class CPFormat(TensorFormat):
             return [left, right.T]
         if self.solver == "tensorly":
             return oracle.cp(tensor, r, self.max_iterations, self.tolerance, self.seed)
-        # The two largest modes go last: their matrices are the slices of the first factors, and contracting
-        # the very last one first leaves least to contract with the others.
+        # The two largest modes go last: the start takes the singular vectors of the slices over them, and the
+        # contraction with the last one leaves the smallest tensor for the others.
         order = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
         factors = self._best(tensor.permute(order).contiguous(), r)
         return [factors[order.index(mode)] for mode in range(tensor.ndim)]
@@ -69,13 +69,13 @@ class CPFormat(TensorFormat):
         return tuple((mode, ()) for mode in modes)
 
     def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
-        # A rank that no unfolding bounds: the largest mode's shows most of the spectrum.
+        # No unfolding bounds the rank of CP; the one of the largest mode shows most of the spectrum.
         largest = max(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
         return (tensor.movedim(largest, 0).flatten(1),)
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         dims = [f.shape[0] for f in tensors]
-        # The split into two matrices of which both are small: a Khatri-Rao product with most modes is as large as X·R.
+        # Split into two small matrices: a Khatri-Rao product over most modes would be as large as X·R.
         half = min(range(1, len(dims)), key=lambda k: math.prod(dims[:k]) + math.prod(dims[k:]))
         return (khatri_rao(tensors[:half]) @ khatri_rao(tensors[half:]).T).reshape(dims)
 
@@ -86,7 +86,7 @@ class CPFormat(TensorFormat):
         return profiles.T
 
     def diagnose(self, tensors: Sequence[Tensor]) -> str | None:
-        """Names a fit whose components cancel each other: each large, small only in sum."""
+        """Says if components cancel each other: each is large, and their sum is small."""
         if len(tensors) == 2:
             return None
         total = float(torch.stack([t.T @ t for t in map(double, tensors)]).prod(0).sum().clamp(min=0).sqrt())
@@ -96,7 +96,7 @@ class CPFormat(TensorFormat):
         return f"degenerate: components of norm {largest / total:.3g} ‖K‖ cancel each other"
 
     def _best(self, tensor: Tensor, rank: int) -> list[Tensor]:
-        """The best of all starts; fitted again with a larger ridge for as long as components exceed their bound."""
+        """The best of all starts. The fit is repeated with a larger ridge while components exceed their bound."""
         if (rank,) == self.max_rank(tuple(tensor.shape), False):
             return slice_svd(tensor, rank).factors()
         projection = project(tensor, rank)

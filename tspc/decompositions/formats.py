@@ -18,10 +18,10 @@ from tspc.system.bounds import SHARE
 
 
 class TensorFormat(ABC):
-    """A tensor decomposition of a plain tensor with modes `dims`, apart from any meaning as a kernel.
+    """A decomposition of a plain tensor with modes `dims`, whatever the modes mean.
 
-    With `spatial`, the last mode holds the H·W kernel positions. Reshaped methods apply a format to a
-    kernel whose channels were split into several modes.
+    With `spatial`, the last mode holds the H·W kernel positions. Reshaped methods split the channels of a kernel into
+    several modes and apply a format to the result.
     """
 
     pairs_channels: ClassVar[bool]
@@ -51,20 +51,22 @@ class TensorFormat(ABC):
         """`Axes.factors`, where each mode of the tensor carries the kernel modes in `modes`."""
 
     def diagnose(self, tensors: Sequence[Tensor]) -> str | None:
-        """What is wrong with a fit apart from its error, named; None if nothing is."""
+        """A problem of a fit other than its error, in words; None if there is none."""
         return None
 
     def profiles(self, last: Tensor) -> Tensor:
-        """The terms × H·W matrix in a spatial last factor: the kernel is a sum over the terms of maps of the channels,
-        each times one row. For formats with `pairs_channels`."""
+        """The terms × H·W matrix in the last factor, if that one is spatial. For formats with `pairs_channels`.
+
+        The kernel is a sum over terms. Each term is a map of the channels times one row of the matrix.
+        """
         raise NotImplementedError
 
     def from_profiles(self, profiles: Tensor, rank: Rank) -> Tensor:
-        """The inverse of `profiles`, at a rank."""
+        """The inverse of `profiles` at this rank."""
         raise NotImplementedError
 
     def terms(self, rank: Rank) -> int:
-        """How many rows `profiles` has."""
+        """The number of rows of `profiles`."""
         return rank[-1]
 
 
@@ -79,7 +81,7 @@ class Formatted(Decomposition):
         """The format, with the method's settings."""
 
     def for_shape(self, shape: Shape) -> Decomposition:
-        """A kernel without spatial extent is a matrix, so it is factorised as one."""
+        """`svd` for a kernel without spatial extent, because that is a matrix; else the method itself."""
         return SVD(self.solver) if is_matrix(shape) else self
 
 

@@ -1,13 +1,13 @@
 """Decomposition in function space: the error of a layer's output instead of the error of its kernel.
 
-For a layer with input patches x the output's mean squared error is E‖(K − K̂)x‖² = ‖(K − K̂)Σ^½‖² with Σ = E[xxᵀ],
-the kernel taken as a T × (S·H·W) matrix. Three steps, the same for every method:
+Take the kernel as a T × (S·H·W) matrix. For input patches x the mean squared error of the output is
+E‖(K − K̂)x‖² = ‖(K − K̂)Σ^½‖² with Σ = E[xxᵀ]. Three steps, the same for every method, make it small:
 
-1. whiten: Σ is close to a Kronecker product over the kernel's modes, so every mode is multiplied by the root of its
+1. whiten: Σ is close to a Kronecker product over the kernel's modes. Every mode is multiplied by the root of its
    marginal covariance, and the ordinary method decomposes the whitened kernel;
-2. refine: all factors together by Levenberg-Marquardt in the exact norm, the linear systems solved by conjugate
-   gradients (Tichavský, Phan & Cichocki, "Krylov-Levenberg-Marquardt algorithm for structured Tucker tensor
-   decompositions", IEEE JSTSP 2021). A method is multilinear in its factors, so all that this takes is `contract`;
+2. refine: Levenberg-Marquardt changes all factors together in the exact norm. Conjugate gradients solve the linear
+   systems (Tichavský, Phan & Cichocki, "Krylov-Levenberg-Marquardt algorithm for structured Tucker tensor
+   decompositions", IEEE JSTSP 2021). A method is multilinear in its factors, so this needs `contract` only;
 3. un-whiten: the factors' modes are multiplied by the inverse roots.
 
 For a matrix the whitened truncated SVD is already the optimum, and nothing is refined.
@@ -27,17 +27,17 @@ from tspc.decompositions.kernels import Axes, Rank, Shape
 from tspc.decompositions.refinement import INNER, STALLED, refine
 
 ROOT_FLOOR = 1e-6
-"""Least eigenvalue of a mode's covariance, as a share of their mean: what lies below counts as never seen."""
+"""Least eigenvalue of a mode's covariance, as a share of the mean eigenvalue; smaller ones are raised to it."""
 FULL, SKETCH = (12, 5e11), (3, 5e10)
-"""Most Levenberg-Marquardt steps, and the multiply-adds with the metric that they may take together."""
+"""The largest number of Levenberg-Marquardt steps, and of their multiply-adds with the metric."""
 LARGE = 2**25
-"""Bytes from which on a whitened metric is not kept."""
+"""A whitened metric of more bytes is not kept."""
 SKETCHED = 0.3
-"""Relative fall of the squared error below which refining a sketch ends; most kernels need but one step."""
+"""Refining a sketch ends when the squared error falls by less than this share; most kernels need one step."""
 
 
 class Multilinear(Protocol):
-    """What is asked of a method here: a plain fit, and a contraction that is linear in each factor."""
+    """What this module needs of a method: a plain fit, and a contraction that is linear in each factor."""
 
     def axes(self, shape: Shape) -> Axes: ...
 
@@ -52,10 +52,10 @@ class Multilinear(Protocol):
 class Metric:
     """The norm ‖D‖² = tr(G D Σ Dᵀ) of a difference D (T × n) of kernels.
 
-    `inputs` is Σ (n × n, n = S·H·W in this order), positive definite. `outputs` is G (T × T), how much the
-    network's answer depends on the layer's outputs, or the diagonal of G (T); None stands for the identity. Kernels are
-    fitted in the precision of these matrices: float64, but for a sketch. With `is_sketch` a fit is quick rather than
-    good.
+    `inputs` is Σ (n × n, n = S·H·W in this order), positive definite. `outputs` is G (T × T), or the diagonal of G (T);
+    it says how much the network's answer depends on the layer's outputs. None means the identity. Kernels are fitted in
+    the precision of these matrices, which is float64 except for a sketch. With `is_sketch` a fit is fast and
+    approximate.
     """
 
     inputs: Tensor
@@ -64,11 +64,11 @@ class Metric:
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def roots(self, axes: Axes) -> Roots:
-        """What whitens the modes of a kernel; made once for all methods that see the same modes."""
+        """The matrices that whiten the modes of a kernel; computed once for all methods with the same modes."""
         return self._once(("roots", *axes.modes), lambda: Roots(axes, self))
 
     def whitened(self, axes: Axes) -> Metric:
-        """The same norm for kernels whose modes are whitened; made once, too, unless it is large."""
+        """The same norm for whitened kernels; computed once unless it is large."""
         if self.inputs.nbytes > LARGE:
             return self.roots(axes).whitened(self)
         return self._once(("whitened", *axes.modes), lambda: self.roots(axes).whitened(self))
@@ -90,25 +90,25 @@ class Metric:
         return Metric(self.inputs.float(), None if self.outputs is None else self.outputs.float(), is_sketch=True)
 
     def single(self) -> Metric:
-        """The same norm in float32; made once for all ranks that are fitted in it."""
+        """The same norm in float32; computed once for all ranks."""
         if self.inputs.dtype == torch.float32:
             return self
         return self._once("single", lambda: replace(self.sketch(), is_sketch=False))
 
     def squared(self, difference: Tensor) -> float:
-        """‖D‖². Rounding would leave less than nothing where the metric does not see the difference."""
+        """‖D‖². Rounding could make it negative; it is then 0."""
         return max(float((self.apply(difference) * difference).sum()), 0.0)
 
     def steps(self, outputs: int) -> int:
-        """Refining steps for a kernel with so many outputs."""
+        """The number of refining steps for a kernel with this number of outputs."""
         most, work = SKETCH if self.is_sketch else FULL
         return min(most, int(work / (INNER * outputs * self.inputs.numel())))
 
 
 def fit(method: Multilinear, weight: Tensor, rank: Rank, metric: Metric) -> list[Tensor]:
-    """Factors of a finite kernel, in the metric's precision, with a small error in it.
+    """Factors of a finite kernel, in the metric's precision, with a small error in its norm.
 
-    It is never above the plain solution's, except that a sketch does not look at that one.
+    The error is at most the error of the plain fit. A sketch does not compare with the plain fit.
     """
     weight = weight.to(metric.inputs)
     shape = tuple(weight.shape)
@@ -120,12 +120,12 @@ def fit(method: Multilinear, weight: Tensor, rank: Rank, metric: Metric) -> list
     def contract(tensors: Sequence[Tensor]) -> Tensor:
         return method.contract(tensors, shape).flatten(1)
 
-    def error(tensors: Sequence[Tensor]) -> float:
+    def squared_error(tensors: Sequence[Tensor]) -> float:
         return metric.squared(weight.flatten(1) - contract(tensors))
 
     if not metric.is_sketch:
         plain = list(method.fit(weight, rank))
-        if error(plain) < error(roots.unwhiten_factors(start, axes)):
+        if squared_error(plain) < squared_error(roots.unwhiten_factors(start, axes)):
             start = roots.whiten_factors(plain, axes)
     steps = 0 if method.is_matrix_factorisation(shape) else metric.steps(len(weight))
     if steps > 0:
@@ -135,7 +135,7 @@ def fit(method: Multilinear, weight: Tensor, rank: Rank, metric: Metric) -> list
 
 
 def whitened(method: Multilinear, weight: Tensor, metric: Metric) -> Tensor:
-    """The kernel with its modes multiplied by the roots of their covariances, as it is decomposed."""
+    """The kernel with each mode multiplied by the root of its covariance; this one is decomposed."""
     return metric.roots(method.axes(tuple(weight.shape))).whiten(weight)
 
 
@@ -181,9 +181,9 @@ class Roots:
 def _multiply(
     tensor: Tensor, modes: Sequence[Sequence[str]], sizes: Mapping[str, int], matrices: Mapping[str, Tensor]
 ) -> Tensor:
-    """Multiplies every mode by its symmetric matrix, where there is one; an axis may hold several modes or none.
+    """Multiplies every mode that has a symmetric matrix by it. An axis may hold several modes or none.
 
-    A vector stands for a diagonal matrix.
+    A vector means a diagonal matrix.
     """
     labels: list[str] = []
     split: list[int] = []
@@ -199,7 +199,7 @@ def _multiply(
 
 
 def _marginals(matrix: Tensor, modes: Mapping[str, int]) -> dict[str, Tensor]:
-    """For every mode the covariance summed over all others, of mean eigenvalue 1; of a diagonal they are diagonals."""
+    """For every mode the covariance summed over all other modes, with mean eigenvalue 1. A diagonal gives diagonals."""
     sizes = tuple(modes.values())
     result = {}
     for axis, (mode, n) in enumerate(modes.items()):
@@ -215,9 +215,9 @@ def _marginals(matrix: Tensor, modes: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a positive semidefinite matrix and its inverse, small eigenvalues lifted.
+    """The symmetric square root of a positive semidefinite matrix and its inverse; small eigenvalues are raised.
 
-    Found in float64: float32 knows nothing of eigenvalues as small as the floor.
+    Computed in float64, because float32 cannot resolve eigenvalues as small as the floor.
     """
     if matrix.ndim == 1:
         root = matrix.double().clamp(min=ROOT_FLOOR).sqrt()

@@ -1,4 +1,4 @@
-"""Kernels and their factors: shapes, ranks, and which modes the axes of a factor carry."""
+"""Kernels and their factors: shapes, ranks, and the modes on the axes of a factor."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Rank = tuple[int, ...]
 class Factors:
     """The tensors that replace one kernel.
 
-    `shape` is the kernel's own: (T, S, H, W) for a convolution, (T, S) for a dense layer, where T counts
-    output and S input channels. `rank` has one entry for each bond of the method.
+    `shape` is the shape of the kernel: (T, S, H, W) for a convolution, (T, S) for a dense layer. T is the number of
+    output channels, S of input channels. `rank` has one entry for each bond of the method.
     """
 
     tensors: tuple[Tensor, ...]
@@ -27,11 +27,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Axes:
-    """Which of a kernel's modes the axes of its factors carry.
+    """The modes of a kernel, and their places on the axes of its factors.
 
-    `outputs` and `inputs` name the modes that the T rows and the S·H·W columns of the kernel as a matrix are made of,
-    in order, with their sizes. `factors` has, for each factor, the modes that each of its axes carries: none for a
-    bond, several where an axis merges them.
+    As a matrix, the kernel has T rows and S·H·W columns. `outputs` names the modes of the rows, and `inputs` those of
+    the columns, in order, with their sizes. `factors` has, for each factor and each of its axes, the modes on that
+    axis: none for a bond, several if the axis merges them.
     """
 
     outputs: dict[str, int]
@@ -40,18 +40,18 @@ class Axes:
 
     @property
     def modes(self) -> tuple[tuple[tuple[str, int], ...], ...]:
-        """The kernel's modes, whatever the factors."""
+        """The kernel's modes alone: outputs, then inputs."""
         return tuple(self.outputs.items()), tuple(self.inputs.items())
 
 
 def double(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU if the tensor's device has no such numbers."""
+    """The tensor in float64; on the CPU if its device has no float64."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def check_finite(weight: Tensor) -> None:
     """Raises DecompositionError for a kernel with NaN or infinite entries."""
-    # A finite sum is quick proof; an infinite one may be an overflow.
+    # A finite sum is a quick proof; an infinite sum may be an overflow only.
     if not weight.sum().isfinite() and not weight.isfinite().all():
         shape = tuple(weight.shape)
         raise DecompositionError(f"the kernel of shape {shape} holds NaN or infinite values; mend the weights first")

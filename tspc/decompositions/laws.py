@@ -1,11 +1,11 @@
-"""The laws of a decomposition as a test class, for methods of this package and of others.
+"""The laws of a decomposition as a test class, for the methods of this package and of other packages.
 
     from tspc.decompositions.laws import DecompositionLaws
 
     class TestMine(DecompositionLaws):
         method = Mine()
 
-pytest finds the tests by their names; they need nothing but `assert`. `shapes` can be changed, too.
+pytest finds the tests by their names; they use only `assert`. A subclass may also change `shapes`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 class DecompositionLaws:
-    """Inherit, and set `method`. Every test goes over all `shapes`: (T, S, H, W), or (T, S) of a dense layer."""
+    """Inherit, and set `method`. Every test uses all `shapes`: (T, S, H, W), or (T, S) for a dense layer."""
 
     method: Decomposition
     shapes: ClassVar[tuple[Shape, ...]] = (*CONVOLUTIONS, *MATRICES)
 
     def cases(self) -> list[tuple[Decomposition, Shape, Tensor]]:
-        """For every shape the method that is used for it, and a kernel."""
+        """For every shape: the method that is used for it, the shape, and a kernel."""
         return [(self.method.for_shape(shape), shape, kernel(shape)) for shape in self.shapes]
 
     def test_full_rank_is_exact(self) -> None:
@@ -124,7 +124,7 @@ class DecompositionLaws:
         raise AssertionError(f"{method.name} took rank {rank} of {tuple(weight.shape)}")
 
     def test_axes_tell_where_the_modes_are(self) -> None:
-        """Multiplying the modes in the factors multiplies them in the kernel."""
+        """If the modes of the factors are multiplied by matrices, so are the modes of the kernel."""
         for method, shape, k in self.cases():
             axes, metric = (
                 method.axes(shape),

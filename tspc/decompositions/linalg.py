@@ -1,7 +1,7 @@
 """Unfoldings of a tensor, their dominant subspaces and truncated factorisations, in the tensor's own precision.
 
-A wide unfolding never needs its full singular vectors: the eigenvectors of the Gram matrix of its short side
-span the dominant subspace, and projecting the matrix on that subspace keeps the result accurate.
+The full singular vectors of a wide unfolding are never needed. The eigenvectors of the Gram matrix of its short side
+span the dominant subspace; the matrix is projected on that subspace, which keeps the result accurate.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 EXACT_SIZE = 256
-"""Up to this size LAPACK's eigensolver is as quick as any iteration."""
+"""Up to this size LAPACK's eigensolver is as fast as any iteration."""
 ITERATED_SHARE = 1 / 8
-"""Above it the eigensolver is quicker for as large a share of the eigenvectors, too."""
+"""For a larger share of the eigenvectors than this, the eigensolver is faster at any size."""
 MAX_STEPS = 24
 GAIN = 1e-3
 """The iteration stops once a step lowers the squared error by less than this share; with the oversampling below
@@ -22,14 +22,14 @@ the error is then within 0.1 % of the least possible, for flat spectra and falli
 REPEATED = 2
 """Steps of orthogonal iteration that renew a basis."""
 NOISE = 1e-5
-"""Squared relative error below which a float32 Gram matrix no longer tells a tail from rounding."""
+"""Below this squared relative error, a float32 Gram matrix cannot tell a small error from rounding."""
 
 
 def dominant_basis(matrix: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
     """Orthonormal basis (m × rank) of the dominant left singular subspace of an m × n matrix.
 
-    With `start`, a basis m × rank that is already near, the answer may instead be a few steps of orthogonal
-    iteration from it, none of which captures less of the matrix than the one before.
+    `start` is a basis (m × rank) that is already close. With it, the result may be a few steps of orthogonal iteration
+    from `start`; each step captures at least as much of the matrix as the one before.
     """
     m, n = matrix.shape
     if m > n:
@@ -47,7 +47,7 @@ def dominant_basis(matrix: Tensor, rank: int, start: Tensor | None = None) -> Te
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
-    """n × rest; a copy unless the mode is the first or the last of a contiguous tensor."""
+    """The unfolding n × rest of a mode; a copy unless the mode is the first or the last of a contiguous tensor."""
     n = tensor.shape[mode]
     return tensor.reshape(-1, n).T if mode == tensor.ndim - 1 else tensor.movedim(mode, 0).reshape(n, -1)
 
@@ -62,9 +62,10 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
 
 def projected(tensor: Tensor, sizes: Mapping[int, int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """The tensor in the dominant subspaces of some modes, one after the other, and their bases, n × size.
+    """The tensor projected on the dominant subspaces of some modes, and the bases (n × size).
 
-    The sequentially truncated HOSVD (Vannieuwenhoven, Vandebril & Meerbergen, SIAM J. Sci. Comput. 2012).
+    `sizes` maps a mode to the dimension of its subspace. The modes are projected one after the other: the sequentially
+    truncated HOSVD (Vannieuwenhoven, Vandebril & Meerbergen, SIAM J. Sci. Comput. 2012).
     """
     bases = dict[int, Tensor]()
     for mode, size in sizes.items():
@@ -74,7 +75,7 @@ def projected(tensor: Tensor, sizes: Mapping[int, int]) -> tuple[Tensor, dict[in
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-`rank` approximation as `left @ right`, singular values split evenly between the two."""
+    """The best approximation of this rank, as `left @ right`. Both hold the roots of the singular values."""
     m, n = matrix.shape
     if m > n:
         right, left = truncated_svd(matrix.T, rank)
@@ -89,7 +90,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, float]:
     """Orthonormal eigenvectors of the `rank` largest eigenvalues, largest first, with a fixed sign.
 
-    Also the share of the trace that they miss.
+    Also the share of the trace that the other eigenvalues hold.
     """
     few = len(gram) > EXACT_SIZE and rank < ITERATED_SHARE * len(gram)
     block = _iterated(gram, rank + rank // 4 + 10) if few else None
@@ -99,7 +100,7 @@ def _eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, float]:
         values, inner = torch.linalg.eigh(block.T @ (gram @ block))
         vectors = block @ inner[:, -rank:]
     vectors = vectors[:, -rank:].flip(-1)
-    # The sign of an eigenvector is arbitrary; fixing it makes results comparable between machines.
+    # The sign of an eigenvector is arbitrary; a fixed sign makes results comparable between machines.
     pivot = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     total = float(gram.diagonal().sum())
     missed = 1 - float(values[-rank:].sum()) / total if total > 0 else 0.0
@@ -109,7 +110,7 @@ def _eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, float]:
 def _iterated(gram: Tensor, size: int) -> Tensor | None:
     """Orthogonal iteration from seeded Gaussian columns (Halko, Martinsson & Tropp, SIAM Review 2011).
 
-    Answers an orthonormal n × size block, or None if the spectrum is too flat for it to converge soon.
+    Returns an orthonormal n × size block, or None if the spectrum is too flat to converge soon.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(gram), size, generator=generator, dtype=gram.dtype, device="cpu").to(gram.device)

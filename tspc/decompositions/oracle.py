@@ -1,6 +1,6 @@
-"""`solver: tensorly`: the same fits by tensorly's solvers (Kossaifi et al., JMLR 2019), to compare with.
+"""`solver: tensorly`: the same fits by tensorly's solvers (Kossaifi et al., JMLR 2019), for comparison.
 
-tensorly is imported when first asked for, and its backend is switched for the length of one call.
+tensorly is imported at the first use. Its backend is changed only during a call.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SOLVERS = ("native", "tensorly")
 
 @contextmanager
 def _tensorly() -> Iterator[None]:
-    """PyTorch as tensorly's backend; a solver that breaks down says so in our words."""
+    """PyTorch as tensorly's backend; a failure of its solver becomes a DecompositionError."""
     from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
 
     with backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
-        # It warns of ranks above a mode's size, which it then handles.
+        # It warns of ranks above a mode's size, although it handles them.
         warnings.simplefilter("ignore")
         try:
             yield
@@ -32,14 +32,14 @@ def _tensorly() -> Iterator[None]:
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """With zeros up to `shape`: tensorly leaves out columns that it finds superfluous."""
+    """The tensor padded with zeros up to `shape`: tensorly drops columns that it does not need."""
     result = tensor.new_zeros(shape)
     result[tuple(slice(n) for n in tensor.shape)] = tensor
     return result
 
 
 def svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """m × R and R × n factors, singular values split evenly between the two."""
+    """m × R and R × n factors; both hold the roots of the singular values."""
     from tensorly.tenalg import svd_interface
 
     with _tensorly():
@@ -73,7 +73,7 @@ def tensor_train(tensor: Tensor, rank: Rank) -> list[Tensor]:
 
 
 def tensor_ring(tensor: Tensor, rank: Rank) -> list[Tensor]:
-    """Cores R_{k-1} × n_k × R_k, the last bond being the first one."""
+    """Cores R_{k-1} × n_k × R_k; the last bond is the first one."""
     from tensorly import decomposition
 
     with _tensorly():

@@ -1,4 +1,4 @@
-"""All factors of a decomposition improved together, in a norm in which they do not separate."""
+"""Improves all factors of a decomposition together, in a norm that does not separate them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from tspc.decompositions.function_space import Metric
 
 INNER = 10
-"""Most conjugate gradient steps in each Levenberg-Marquardt step."""
+"""The largest number of conjugate gradient steps in a Levenberg-Marquardt step."""
 STALLED = 1e-3
-"""Relative fall of the squared error below which refining ends."""
+"""Refining ends when the squared error falls by less than this share."""
 
 
 def refine(
@@ -28,10 +28,10 @@ def refine(
 ) -> list[Tensor]:
     """Lowers ‖target − contract(tensors)‖ in `metric`; `contract` is linear in each tensor.
 
-    Levenberg-Marquardt: every step solves (JᵀMJ + μI)p = JᵀM(target − contract) by conjugate gradients; the damping μ,
-    which also holds the scales of the factors in place, falls after a success and rises after a failure.
-    The result is never worse than the start. Steps are found in float32, which is enough for a direction, and judged
-    in the tensors' own precision. One damping for all factors asks for equal norms, and for a target of norm 1.
+    Levenberg-Marquardt: every step solves (JᵀMJ + μI)p = JᵀM(target − contract) by conjugate gradients. The damping μ
+    falls after a success and rises after a failure; it also holds the scales of the factors in place. The result is
+    never worse than the start. A step is computed in float32, which is enough for a direction, and judged in the
+    precision of the tensors. All factors have the same damping, so they need equal norms and a target of norm 1.
     """
     norms = [float(torch.linalg.vector_norm(t)) for t in start]
     size = math.sqrt(metric.squared(target))
@@ -68,7 +68,7 @@ def refine(
 
 
 class _Normal:
-    """The Gauss-Newton matrix JᵀMJ of the contraction at some tensors, as an operator."""
+    """The Gauss-Newton matrix JᵀMJ of the contraction at the given tensors, as an operator."""
 
     def __init__(self, contract: Callable[[Sequence[Tensor]], Tensor], tensors: list[Tensor], metric: Metric) -> None:
         with torch.enable_grad():
@@ -97,7 +97,7 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def _conjugate_gradients(normal: _Normal, right: list[Tensor], shift: float) -> list[Tensor] | None:
-    """About (normal + shift)⁻¹ right; None where there is nothing left to solve."""
+    """An approximation of (normal + shift)⁻¹ right; None if nothing is left to solve."""
     solution = [torch.zeros_like(t) for t in right]
     residual, direction = right, right
     size = first = _dot(residual, residual)

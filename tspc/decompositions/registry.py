@@ -1,7 +1,7 @@
-"""The methods by name. A class joins by its decorator; nothing in a YAML file can add one.
+"""The methods by name. A decorator registers a class; a YAML file cannot.
 
-A method of another package is found by an entry point of the group `tspc.methods`, whose name is the method's and whose
-value is the class:
+A method of another package is found by an entry point of the group `tspc.methods`. The entry point has the name of the
+method, and its value is the class:
 
     [project.entry-points."tspc.methods"]
     mine = "package.module:Mine"
@@ -25,13 +25,13 @@ Method = TypeVar("Method", bound="type[Decomposition]")
 
 
 class Registry(Mapping[str, "Callable[..., Decomposition]"]):
-    """Name → constructor, whose keyword arguments are the method's settings; alphabetical, reshaped methods last."""
+    """Name → constructor. Its keyword arguments are the settings. In alphabetical order, reshaped methods last."""
 
     def __init__(self) -> None:
         self._made: dict[str, tuple[Callable[..., Decomposition], dict[str, Any]]] = {}
 
     def add(self, name: str, build: Callable[..., Decomposition], settings: dict[str, Any]) -> None:
-        """Raises ConfigError if another class has the name."""
+        """Registers a constructor. Raises ConfigError if another class has the name."""
         if name in self._made and self._made[name][0] is not build:
             raise ConfigError([f"a method called {name!r} is registered already; give yours another name"])
         self._made[name] = build, settings
@@ -53,11 +53,11 @@ class Registry(Mapping[str, "Callable[..., Decomposition]"]):
         return len(self._made)
 
     def _find(self, name: str) -> None:
-        """Imports the class that an installed package offers under the name, if one does."""
+        """Imports the class that an installed package offers under this name, if there is one."""
         for found in entry_points(group=ENTRY_POINTS, name=name):
             try:
                 register()(found.load())
-            except Exception as error:  # somebody else's code
+            except Exception as error:  # the code of another package
                 raise ConfigError([f"method {name!r} of {found.value} cannot be loaded: {error}"]) from error
 
 
@@ -65,10 +65,11 @@ METHODS = Registry()
 
 
 def register(reshaped: Mapping[str, Any] | None = None) -> Callable[[Method], Method]:
-    """A decorator that makes a decomposition known by its `name`; its fields are its settings.
+    """A decorator that registers a decomposition under its `name`. Its fields are its settings.
 
-    With `reshaped` a `Formatted` method is known as `r<name>`, too: applied to a kernel with split channels. `reshaped`
-    holds the defaults that differ there, `order` among them, the number of modes that the channels are split into.
+    With `reshaped` a `Formatted` method is also registered as `r<name>`: the method on a kernel with split channels.
+    `reshaped` holds the defaults that differ for `r<name>`, and `order`, the number of modes into which the channels
+    are split.
     """
 
     def add(method: Method) -> Method:

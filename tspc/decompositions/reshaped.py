@@ -1,4 +1,4 @@
-"""The reshaped methods: a tensor format applied to a kernel whose channels are split into several modes."""
+"""The reshaped methods: they split the channels of a kernel into several modes, and apply a tensor format."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tspc.decompositions.settings import require
 from tspc.system.bounds import Bounds
 
 MOST_MODES = 8
-"""Most modes that a channel count is split into: ways to split grow quickly, and 2 ** 8 has no more factors."""
+"""The largest number of modes for the channels. More have no use for 256 = 2 ** 8, and the splits would be too many."""
 
 
 def balanced_factors(number: int, count: int) -> Shape:
-    """`number` as a product of `count` integers, ascending, with the smallest possible sum.
+    """`number` as a product of `count` integers in ascending order, with the smallest possible sum.
 
-    A prime stays whole: balanced_factors(7, 2) == (1, 7).
+    A prime cannot be split: balanced_factors(7, 2) == (1, 7).
     """
     if count == 1:
         return (number,)
@@ -43,8 +43,9 @@ class Reshaped(Decomposition):
     """`inner`'s format on a kernel with S = S1·…·Sm and T = T1·…·Tm (arXiv:1805.10352, section 4).
 
     - CP: Σ_r of Kronecker products; R(Σ S_l·T_l + HW) parameters.
-    - Tucker: a matrix for every S_l and T_l, the positions stay in the core.
+    - Tucker: a matrix for every S_l and T_l; the positions stay in the core.
     - tensor train: cores R_{l-1} × S_l·T_l × R_l, then R_m × HW (Novikov et al., NIPS 2015).
+    - tensor ring: the same cores, and the last bond is the first one.
 
     A kernel without spatial extent has no H·W mode. `order` is m.
     """
@@ -63,9 +64,9 @@ class Reshaped(Decomposition):
         return self.inner.to_dict() | {"name": self.name, "order": self.order}
 
     def _channels(self, shape: Shape) -> tuple[Shape, Shape]:
-        """Splits of S and of T; opposite orders, so that the products S_l·T_l come out even."""
+        """Splits of S and of T, in opposite orders, so that the products S_l·T_l are similar."""
         t, s, *_ = kernel_dims(shape)
-        # torch.compile looks into the function anyway, and would warn of the cache.
+        # torch.compile traces the function anyway, and would warn of the cache.
         split = balanced_factors if torch.compiler.is_compiling() else _remembered
         return split(s, self.order), split(t, self.order)[::-1]
 
@@ -114,16 +115,16 @@ class Reshaped(Decomposition):
     def links(self, shape: Shape, rank: Rank) -> tuple[tuple[Shape, str], ...] | None:
         """Two chains that cost less than the dense kernel.
 
-        - Tucker: the matrices of the S_l together are one map S → ∏R_l of the channels (their Kronecker product),
-          those of the T_l another one, and the core convolves in between, as in `tk`.
-        - CP and tensor train, where fewer than HW terms R share their positions: a depthwise convolution S → S·R, the
-          same R kernels for each channel, and a map of the channels.
+        - Tucker: the matrices of the S_l together are one map S → ∏R_l of the channels (their Kronecker product), and
+          those of the T_l are another map. The core convolves between them, as in `tk`.
+        - CP and tensor train, if fewer than HW terms R share the positions: a depthwise convolution S → S·R with the
+          same R kernels for each channel, then a map of the channels.
         """
         t, s, h, w = kernel_dims(shape)
         m = self.order
         if not self.inner.format.pairs_channels:
             first, last = math.prod(rank[:m]), math.prod(rank[m:])
-            # A strided 1×1 kernel should stride at once.
+            # The first convolution takes the stride of a 1×1 kernel, so the others see fewer positions.
             axes = ("hw", "", "") if h * w == 1 else ("", "hw", "")
             return tuple(zip(((first, s, 1, 1), (last, first, h, w), (t, last, 1, 1)), axes, strict=True))
         terms = self.inner.format.terms(rank)

@@ -1,4 +1,4 @@
-"""What the settings of a method may be."""
+"""The allowed values of a method's settings."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tspc.errors import DecompositionError
 from tspc.system.bounds import Allowed, Bounds, described, shown
 
 SWEEPS = Bounds(1, 1e6)
-"""How many times a fit may be gone over or begun anew."""
+"""The allowed numbers of sweeps or starts of a fit."""
 
 
 def require(method: Any, setting: str, allowed: Allowed, unit: str = "") -> None:
-    """Raises DecompositionError where a setting of the method is not one of those allowed."""
+    """Raises DecompositionError if a setting of the method does not have an allowed value."""
     value = getattr(method, setting)
     if value not in allowed:
         raise DecompositionError(f"method.{setting}={shown(value)}: expected {described(allowed)} {unit}".rstrip())

@@ -1,4 +1,4 @@
-"""`svd`: the kernel as one matrix, a vertical and a horizontal convolution."""
+"""`svd`: the kernel as one matrix, which gives a vertical and a horizontal convolution."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SVD(Decomposition):
 
     def chain_axes(self, shape: Shape) -> tuple[str, ...]:
         *_, h, w = kernel_dims(shape)
-        # A strided 1×1 kernel should stride before the second convolution, not in the middle of it.
+        # The first convolution of a strided 1×1 kernel takes the whole stride, so the second sees fewer positions.
         return ("hw", "") if h * w == 1 else ("h", "w")
 
     def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:

@@ -17,17 +17,17 @@ from tspc.decompositions.linalg import dominant_basis
 from tspc.decompositions.registry import register
 
 RIDGE = 1e-10
-"""Added to the normal equations, relative to their mean diagonal: a ring's cores can be nearly dependent."""
+"""Added to the diagonal of the normal equations, relative to its mean; a ring's cores can be nearly dependent."""
 EXACT = 1e-14
-"""Squared relative error at which nothing is left to improve."""
+"""At this squared relative error the sweeps end."""
 
 
 @dataclass(frozen=True)
 class TensorRingFormat(TensorFormat):
-    """A core R_{k-1} × n_k × R_k for every mode, where the last bond R_m is the first one, R_0.
+    """A core R_{k-1} × n_k × R_k for every mode; the last bond R_m is the first one, R_0.
 
-    The rank is (R_0, …, R_{m-1}); with R_0 = 1 it is a tensor train. TR-SVD gives the start, TR-ALS the sweeps (Zhao,
-    Zhou, Xie, Zhang & Cichocki, "Tensor ring decomposition", arXiv:1606.05535).
+    The rank is (R_0, …, R_{m-1}). With R_0 = 1 the ring is a tensor train. TR-SVD gives the start, TR-ALS the sweeps
+    (Zhao, Zhou, Xie, Zhang & Cichocki, "Tensor ring decomposition", arXiv:1606.05535).
     """
 
     max_iterations: int
@@ -36,7 +36,7 @@ class TensorRingFormat(TensorFormat):
     pairs_channels: ClassVar[bool] = True
 
     def max_rank(self, dims: Shape, spatial: bool) -> Rank:
-        whole = min(dims[0], math.prod(dims[1:]))  # what R_0·R_1 has to reach
+        whole = min(dims[0], math.prod(dims[1:]))  # the least R_0·R_1 that is exact
         first = math.isqrt(whole)
         bonds = [first, -(-whole // first)]
         for k in range(1, len(dims) - 1):
@@ -60,7 +60,7 @@ class TensorRingFormat(TensorFormat):
         return tuple(((), mode, ()) for mode in modes)
 
     def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
-        # Two bonds cut a ring: the first one is seen together with the second.
+        # An unfolding cuts a ring at two bonds, so the first bond appears together with the second.
         cut = [tensor.flatten(0, k - 1).flatten(1) for k in range(1, tensor.ndim)]
         return cut[0], *cut
 
@@ -80,19 +80,19 @@ class TensorRingFormat(TensorFormat):
         return profiles.reshape(rank[-1], rank[0], -1).transpose(1, 2)
 
     def _alternate(self, tensor: Tensor, start: list[Tensor]) -> list[Tensor]:
-        """Solves for one core after the other, sweep by sweep; answers the cores with the least error."""
+        """Solves for one core after the other, sweep by sweep; returns the cores with the least error."""
 
-        def error(cores: Sequence[Tensor]) -> float:
+        def squared_error(cores: Sequence[Tensor]) -> float:
             return float(double(tensor - self.contract(cores)).square().sum())
 
-        best, least = start, error(start)
+        best, least = start, squared_error(start)
         if least <= EXACT * float(double(tensor).square().sum()):
             return best
         cores = list(start)
         for _ in range(self.max_iterations):
             for k in range(len(cores)):
                 cores[k] = _solved(tensor, cores, k)
-            gain = least - (now := error(cores))
+            gain = least - (now := squared_error(cores))
             if gain > 0:
                 best, least = list(cores), now
             if gain <= 2 * self.tolerance * least:
@@ -101,7 +101,7 @@ class TensorRingFormat(TensorFormat):
 
 
 def _by_svd(tensor: Tensor, rank: Rank) -> list[Tensor]:
-    """TR-SVD: the first unfolding is cut at R_0·R_1, the rest like a tensor train whose last mode is R_0."""
+    """TR-SVD: the first unfolding is truncated at R_0·R_1. The rest is a tensor train with R_0 as its last mode."""
     first, *others = tensor.shape
     start, bond = rank[:2]
     matrix = tensor.reshape(first, -1)
@@ -119,12 +119,12 @@ def _by_svd(tensor: Tensor, rank: Rank) -> list[Tensor]:
 
 
 def _middle(dims: Sequence[int]) -> int:
-    """Where to cut modes in two so that the sizes of both parts together are small."""
+    """Where to cut the modes in two, so that the sum of the sizes of both parts is small."""
     return min(range(1, len(dims)), key=lambda k: math.prod(dims[:k]) + math.prod(dims[k:]))
 
 
 def _opened(cores: Sequence[Tensor]) -> Tensor:
-    """Neighbouring cores as one: R × (all their modes) × R'."""
+    """Neighbouring cores contracted to one: R × (all their modes) × R'."""
     result = cores[0]
     for core in cores[1:]:
         result = torch.tensordot(result, core, dims=1).flatten(1, 2)
@@ -132,10 +132,10 @@ def _opened(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _solved(tensor: Tensor, cores: Sequence[Tensor], k: int) -> Tensor:
-    """The core of mode k with the least error while the others stay.
+    """The core of mode k that gives the least error with the other cores fixed.
 
-    The others together are a matrix Z with the columns (a, b) of bonds, a after the core and b before it. Its normal
-    equations are found without it, from two parts of the ring.
+    The other cores together are a matrix Z. Its columns are pairs (a, b) of bonds: a after the core, b before it. The
+    normal equations are computed from two parts of the ring, without Z.
     """
     others = [*range(k + 1, len(cores)), *range(k)]
     cut = _middle([cores[i].shape[1] for i in others]) if len(others) > 1 else 1
@@ -161,7 +161,7 @@ def _gram(core: Tensor) -> Tensor:
 
 
 def _balanced(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same ring with cores of one norm."""
+    """The same ring; all cores have the same norm."""
     norms = [float(torch.linalg.vector_norm(core)) for core in cores]
     mean = math.prod(norm ** (1 / len(norms)) for norm in norms)
     return [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)] if mean > 0 else list(cores)

@@ -23,11 +23,11 @@ def _energy(tensor: Tensor) -> float:
 
 @dataclass(frozen=True)
 class TuckerFormat(TensorFormat):
-    """A core times one n_i × R_i matrix for every mode but the spatial one.
+    """A core times an n_i × R_i matrix for every mode except the spatial one.
 
-    Factors: the matrices, then the core. Sequentially truncated HOSVD (Vannieuwenhoven, Vandebril &
-    Meerbergen, SIAM J. Sci. Comput. 2012), then HOOI sweeps (De Lathauwer, De Moor & Vandewalle, SIAM J.
-    Matrix Anal. Appl. 2000), none of which loses what the one before has captured.
+    Factors: the matrices, then the core. The fit is a sequentially truncated HOSVD (Vannieuwenhoven, Vandebril &
+    Meerbergen, SIAM J. Sci. Comput. 2012), then HOOI sweeps (De Lathauwer, De Moor & Vandewalle, SIAM J. Matrix Anal.
+    Appl. 2000). No sweep is worse than the one before.
     """
 
     max_iterations: int
@@ -50,7 +50,7 @@ class TuckerFormat(TensorFormat):
     def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
         if self.solver == "tensorly":
             return oracle.tucker(tensor, rank, self.max_iterations, self.tolerance)
-        # Outer modes need no copy to be contracted, so the mode that stays whole goes to the middle.
+        # The first and the last mode can be contracted without a copy, so the mode without a matrix is in the middle.
         count, half = len(rank), (len(rank) + 1) // 2
         layout = [*range(half), *range(count, tensor.ndim), *range(half, count)]
         axes = [layout.index(mode) for mode in range(count)]
@@ -84,9 +84,9 @@ def _outermost_first(axes: list[int], tensor: Tensor) -> list[int]:
 
 
 def _sweep(tensor: Tensor, axes: list[int], bases: dict[int, Tensor]) -> Tensor:
-    """Renews the bases of `axes` one after the other; answers the tensor projected on all but the last of them.
+    """Computes the bases of `axes` again, one after the other. Returns the tensor projected on all but the last.
 
-    Halving the modes lets each half share one projection of the whole tensor on the other.
+    The modes are halved, so that each half shares one projection of the whole tensor on the other half.
     """
     if len(axes) == 1:
         (axis,) = axes
@@ -102,7 +102,7 @@ def _sweep(tensor: Tensor, axes: list[int], bases: dict[int, Tensor]) -> Tensor:
     return rest
 
 
-# Reshaped, twice as many bases wait for each other: its sweeps converge more slowly.
+# A reshaped kernel has twice as many bases that depend on each other, so its sweeps converge more slowly.
 @register(reshaped={"order": 2, "tolerance": 2e-4})
 @dataclass(frozen=True)
 class Tucker(Swept):

@@ -1,1 +1,1 @@
-"""Factors as modules: layers that act like the dense ones they replace."""
+"""Factors as modules: layers that compute the same as the dense layers that they replace."""

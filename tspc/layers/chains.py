@@ -1,8 +1,8 @@
-"""Chains of ordinary convolutions that equal one convolution, whole or with neighbouring links merged.
+"""Chains of ordinary convolutions that equal one convolution, with or without merged links.
 
-A *path* is the way in which a tensorized layer computes: "chain" runs every link, "rebuilt" contracts the dense
-kernel and convolves once, and "1|23" (for example) runs the first link and then the second and third merged into one
-kernel. All paths of a layer give the same output up to rounding, and the same gradients.
+A *path* is how a tensorized layer computes. "chain" runs every link. "rebuilt" contracts the dense kernel and convolves
+once. "1|23", for example, runs the first link, then the second and third link merged into one kernel. All paths of a
+layer give the same output and the same gradients, up to rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHAIN, REBUILT = "chain", "rebuilt"
 
 @dataclass(frozen=True)
 class Stage:
-    """One convolution of a path: kernel (out, in of one group, height, width), and the axes that it convolves over."""
+    """One convolution of a path: the kernel's shape (out, in of one group, height, width), and its spatial axes."""
 
     shape: Shape
     covered: str
@@ -34,7 +34,7 @@ class Stage:
 
 
 def groupings(count: int) -> list[str]:
-    """All ways to merge neighbours in a chain of so many links, as names of paths; the whole chain first."""
+    """All ways to merge neighbours in a chain of `count` links, as names of paths; the whole chain comes first."""
     found = []
     for cuts in range(2 ** (count - 1) - 1, -1, -1):
         name = "".join(
@@ -51,7 +51,7 @@ def _shortened(name: str, count: int) -> str:
 
 
 def paths_of(decomposition: Decomposition, shape: Shape, rank: Rank, groups: int = 1) -> list[str]:
-    """The paths that a layer with this kernel has; "rebuilt" is always among them, and last."""
+    """The paths of a layer with this kernel. The last one is "rebuilt"; every layer has it."""
     links = decomposition.links(shape, rank) if groups == 1 else None
     return [REBUILT] if links is None or len(links) == 1 else groupings(len(links))
 
@@ -69,7 +69,7 @@ def members(path: str, count: int) -> list[range]:
 
 
 def stages_of(decomposition: Decomposition, shape: Shape, rank: Rank, path: str, groups: int = 1) -> list[Stage]:
-    """The convolutions that a path runs one after the other. `shape` has four entries, or two of a dense layer."""
+    """The convolutions of a path, in order. `shape` has four entries, or two for a dense layer."""
     t, s, *window = (*shape, 1, 1)[:4]
     if path == REBUILT:
         return [Stage((t, s, *window), "hw", groups)]
@@ -85,7 +85,7 @@ def stages_of(decomposition: Decomposition, shape: Shape, rank: Rank, path: str,
 
 
 def _merged_stage(links: list[Stage], channels: int) -> Stage:
-    """A dense kernel unless all of the links are depthwise."""
+    """Several links as one stage. Its kernel is dense, unless all links are depthwise."""
     window = [1, 1]
     for link in links:
         window = [max(a, b) for a, b in zip(window, link.shape[2:], strict=True)]
@@ -95,9 +95,10 @@ def _merged_stage(links: list[Stage], channels: int) -> Stage:
 
 
 def merged(kernels: Sequence[Tensor], channels: int) -> Tensor:
-    """The kernel of one convolution that equals several in sequence, of which no two convolve over one axis.
+    """The kernel of one convolution that equals several in sequence. No two of them convolve over the same axis.
 
-    Kernels are (out, in of one group, height, width), the first one for so many input `channels`. Differentiable.
+    Kernels are (out, in of one group, height, width). `channels` is the number of input channels of the first one.
+    Differentiable.
     """
     first, *others = kernels
     if not others:
@@ -117,7 +118,7 @@ def merged(kernels: Sequence[Tensor], channels: int) -> Tensor:
 
 
 def _ungrouped(kernel: Tensor, channels: int) -> Tensor:
-    """The kernel for all channels, with zeros between the groups; dense and depthwise ones stay as they are."""
+    """A grouped kernel for all channels, with zeros between the groups; a dense or depthwise kernel unchanged."""
     out, inputs, h, w = kernel.shape
     if inputs == channels or (inputs == 1 and out == channels):
         return kernel

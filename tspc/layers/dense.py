@@ -1,4 +1,4 @@
-"""The layers that can be tensorized: their kernels in one shape, and how to convolve like them with other kernels."""
+"""The layers that can be tensorized: their kernels, and how to run the same convolution with another kernel."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ AXES = {"conv1d": "w", "conv2d": "hw"}
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """ "linear", "transposed" (linear), "conv1d", "conv2d"; None for anything else, subclasses included."""
+    """ "linear", "transposed" (linear), "conv1d" or "conv2d"; None for other modules, also for subclasses."""
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2:
         return "transposed"
     return {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}.get(type(module))  # type: ignore[call-overload]
 
 
 def as_kernel(weight: Tensor, kind: str | None) -> Tensor:
-    """A layer's weight as a kernel: (T, S) of a dense layer, (T, S of one group, H, W) of a convolution.
+    """A layer's weight as a kernel: (T, S) for a dense layer, (T, S of one group, H, W) for a convolution.
 
-    H = 1 in a 1-d convolution.
+    In a 1-d convolution H is 1.
     """
     if kind == "transposed":
         return weight.T
@@ -47,7 +47,7 @@ def as_weight(kernel: Tensor, kind: str | None) -> Tensor:
 
 
 def kernel_of(layer: nn.Module) -> Tensor:
-    """The kernel of a dense layer, or the rebuilt one of a tensorized layer; a view of its weight."""
+    """The kernel of a dense layer, or the rebuilt kernel of a tensorized layer; a view of its weight."""
     return as_kernel(layer.weight, getattr(layer, "kind", None) or kind_of(layer))  # type: ignore[arg-type]
 
 
@@ -56,7 +56,7 @@ def kernel_shape(layer: nn.Module) -> Shape:
 
 
 def shown_by(layer: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a layer that others may read: its sizes, stride, padding, what a user has put there."""
+    """The plain attributes of a layer that other code may read: sizes, stride, padding, and a user's own."""
     return {
         key: value
         for key, value in vars(layer).items()
@@ -65,10 +65,10 @@ def shown_by(layer: nn.Module) -> dict[str, Any]:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raises DecompositionError, naming it, for a parameter with NaN or infinite values, or a buffer with NaN.
+    """Raises DecompositionError for a parameter with NaN or infinite values, or a buffer with NaN; it names it.
 
-    Negative variances, whose roots are NaN, count too.
-    Of every layer, also of one that stays dense: later ones would be blamed for it. Masks may hold infinities.
+    The same holds for negative variances, because their roots are NaN. All layers are checked, also those that stay
+    dense; otherwise the error would name a later layer. Infinite values in a buffer are allowed, as masks hold them.
     """
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         plain = value.layout == torch.strided and not value.is_meta and not is_lazy(value) and value.element_size() > 1
@@ -77,7 +77,7 @@ def check_values(model: nn.Module) -> None:
         values = value.detach()
         if name.endswith("running_var") and values.numel() and values.min() < 0:
             raise DecompositionError(f"{name} holds negative variances; mend the weights first")
-        # A finite sum is quick proof; an infinite one may be an overflow.
+        # A finite sum is a quick proof; an infinite sum may be an overflow only.
         if values.sum().isfinite():
             continue
         wrong = ~values.isfinite() if isinstance(value, nn.Parameter) else values.isnan()
@@ -87,7 +87,7 @@ def check_values(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """How a layer treats its input, apart from its kernel: the arguments of a convolution."""
+    """The arguments of a layer's convolution besides the kernel: stride, padding, dilation, groups."""
 
     kind: str
     stride: tuple[int, ...] = ()
@@ -111,7 +111,7 @@ class Form:
         return self.kind in AXES
 
     def along(self, covered: str, values: Sequence[int], neutral: int) -> tuple[int, ...]:
-        """The layer's values on the axes that are covered, the neutral one elsewhere."""
+        """The layer's values on the covered axes, and `neutral` on the other axes."""
         return tuple(v if axis in covered else neutral for axis, v in zip(AXES[self.kind], values, strict=True))
 
     def padding_along(self, covered: str) -> str | tuple[int, ...]:
@@ -120,20 +120,20 @@ class Form:
         return self.along(covered, self.padding, 0)
 
     def sides_along(self, covered: str) -> list[int]:
-        """Padding as F.pad wants it: left, right, top, bottom, of the covered axes; 0 elsewhere."""
+        """Padding of the covered axes as F.pad takes it: left, right, top, bottom; 0 on the other axes."""
         pairs = zip(reversed(AXES[self.kind]), self.explicit[::2], self.explicit[1::2], strict=True)
         return [side if axis in covered else 0 for axis, *both in pairs for side in both]
 
     def ready(self, kernel: Tensor) -> Tensor:
-        """A kernel of four axes (or two) as `run` takes it."""
+        """A kernel with four (or two) axes in the form that `run` takes."""
         if not self.is_convolution:
             return kernel.flatten(1)
         kernel = kernel.squeeze(2) if self.kind == "conv1d" else kernel
-        # An axis of length one may have any stride; PyTorch takes some for channels last, and answers in that layout.
+        # An axis of length one may have any stride; with some strides PyTorch assumes channels last for the output.
         return kernel.flatten().view(kernel.shape)
 
     def module(self, stage: Stage, bias: bool, **like: Any) -> nn.Conv1d | nn.Conv2d | nn.Linear:
-        """The ordinary layer that does what `run` does, with arbitrary weights; `like` is their device and dtype."""
+        """The ordinary layer that computes the same as `run`, with arbitrary weights; `like`: device and dtype."""
         if not self.is_convolution:
             return nn.Linear(stage.channels, stage.shape[0], bias=bias, **like)
         kind: Any = nn.Conv1d if self.kind == "conv1d" else nn.Conv2d
@@ -151,10 +151,10 @@ class Form:
         )
 
     def run(self, stage: Stage, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        """One convolution of a path, which strides, pads and dilates along the axes that it covers and no other.
+        """Runs one convolution of a path. It strides, pads and dilates only along its own axes.
 
-        That is exact for every padding mode: padding one axis commutes with a map of the channels and with a
-        convolution along the other axis, because no stage but the last has a bias.
+        This is exact for every padding mode. Only the last stage has a bias, so padding of one axis commutes with a
+        map of the channels, and with a convolution along the other axis.
         """
         if not self.is_convolution:
             return F.linear(x, kernel, bias)
@@ -167,7 +167,7 @@ class Form:
 
 
 def explicit_padding(layer: nn.Conv1d | nn.Conv2d) -> list[int]:
-    """Padding as F.pad wants it: left, right, top, bottom."""
+    """Padding as F.pad takes it: left, right, top, bottom."""
     sides: list[int] = []
     for axis in reversed(range(len(layer.kernel_size))):
         if layer.padding == "same":

@@ -1,14 +1,14 @@
-"""Factors → modules: a tensorized layer acts exactly like the dense layer with the rebuilt kernel.
+"""Factors → modules: a tensorized layer computes exactly what the dense layer with the rebuilt kernel computes.
 
-The parameters are the factors, whatever the path (see `tspc.layers.chains`). Two forms, chosen by the method:
+The parameters are the factors, on every path (see `tspc.layers.chains`). The method decides between two forms:
 
-- `Chain`: its children are ordinary convolutions (or dense layers) whose weights are the factors. On the path "chain"
-  it is but a sequence of them;
-- `Contracted`: the factors are a list of matrices, from which the kernels of the path are contracted.
+- `Chain`: its children are ordinary convolutions (or dense layers), and their weights are the factors. On the path
+  "chain" it is just a sequence of them;
+- `Contracted`: the factors are a list of matrices. The kernels of the path are contracted from them.
 
-Kernels that are contracted from factors follow them in training. In eval mode they are contracted once and kept, until
-the factors change. Both forms show `weight` (rebuilt, differentiable), `bias` and the plain attributes (`in_features`,
-`stride`, …) of the layer they replace, so that code which reads them keeps working.
+In training kernels are contracted at each call. In eval mode they are contracted once and kept until the factors
+change. Both forms have `weight` (rebuilt, differentiable), `bias` and the plain attributes (`in_features`, `stride`, …)
+of the layer that they replace, so code that reads them keeps working.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _is_ordinary(weight: Any) -> bool:
 
 
 class Chain(TensorizedLayer, nn.Sequential):
-    """Convolutions (or dense layers) in sequence, or merged ones in their stead; the last one carries the bias."""
+    """Convolutions (or dense layers) in sequence; some may be merged when it runs. The last one holds the bias."""
 
     def __init__(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> None:
         nn.Sequential.__init__(self, *_chain_links(layer, decomposition, rank))
@@ -38,7 +38,7 @@ class Chain(TensorizedLayer, nn.Sequential):
 
     @property
     def runs_factors(self) -> bool:
-        # Tensors of other kinds, such as quantised ones, may know no more than to be a layer's weight.
+        # Tensors of other kinds, such as quantised ones, may support nothing except being a layer's weight.
         return self._path == CHAIN or any(not _is_ordinary(link.weight) for link in self)
 
     def _run(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _chain_links(layer: DenseLayer, decomposition: Decomposition, rank: Rank) ->
 
 
 class Contracted(TensorizedLayer):
-    """A layer whose kernels are contracted from its factors, by default to the dense kernel."""
+    """A layer that contracts its kernels from its factors; by default to the dense kernel."""
 
     bias: nn.Parameter | None
 
@@ -74,7 +74,7 @@ class Contracted(TensorizedLayer):
         super().__init__()
         shape = kernel_shape(layer)
         self._factor_shapes = decomposition.factor_shapes(shape, rank)
-        # Stored as matrices: `model.to(memory_format=torch.channels_last)` takes any 4- or 5-way parameter for images.
+        # Stored as matrices: `model.to(memory_format=torch.channels_last)` treats any 4-d or 5-d parameter as images.
         matrices = [(math.prod(s[:-1]), s[-1]) for s in self._factor_shapes]
         self.factor_list = nn.ParameterList(torch.empty(m, **_like(layer)) for m in matrices)
         bias = layer.bias is not None
@@ -98,15 +98,15 @@ def is_chain(layer: nn.Module, decomposition: Decomposition) -> bool:
 
 
 def default_path(layer: nn.Module, decomposition: Decomposition) -> str:
-    """The path where nothing is known of the costs."""
+    """The path if the costs are unknown."""
     return CHAIN if is_chain(layer, decomposition) else REBUILT
 
 
 def untrained(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> TensorizedLayer:
-    """The tensorized form of `layer` with factors of the right shapes and arbitrary values.
+    """The tensorized form of `layer`, in training mode; the factors have the right shapes and arbitrary values.
 
-    Factors are trained if the layer's weight is, the bias if its bias is. Raises ConfigError for a path that it does
-    not have.
+    The factors take `requires_grad` from the layer's weight, the bias from its bias. Raises ConfigError for a path that
+    the layer does not have.
     """
     decomposition = decomposition.for_shape(kernel_shape(layer))
     form = Chain if is_chain(layer, decomposition) else Contracted
@@ -129,9 +129,9 @@ def tensorize(
 ) -> TensorizedLayer:
     """Decomposes the kernel of `layer` and returns the layer that runs on the factors, in the same mode.
 
-    Stride, padding (every mode), dilation, groups and bias are kept. `kernel` (see `tspc.layers.dense.as_kernel`) is
-    decomposed in the stead of the layer's own, where given, and `metric` is the norm to fit it in. Raises
-    DecompositionError as `decompose` does, ConfigError for a path that the layer does not have.
+    Stride, padding (every mode), dilation, groups and bias are kept. If `kernel` is given (see
+    `tspc.layers.dense.as_kernel`), it is decomposed instead of the layer's own. `metric` is the norm of the fit. Raises
+    DecompositionError as `decompose` does, and ConfigError for a path that the layer does not have.
     """
     decomposition = decomposition.for_shape(kernel_shape(layer))
     factors = decomposition.decompose(kernel_of(layer) if kernel is None else kernel, rank, metric)

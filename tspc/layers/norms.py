@@ -1,4 +1,4 @@
-"""Batch norms that a layer before them can take over, or at least shift: told by their class, and tried."""
+"""Finds batch norms that can be folded into the layer before them, or that can at least undo a shift of its output."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ EXACT = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def is_exact(norm: nn.Module) -> bool:
-    """Whether a module is nothing but an affine map of its channels."""
+    """Whether a module is only an affine map of its channels."""
     return type(norm) in EXACT and is_untouched(norm)
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's own `forward` and nothing else."""
+    """Whether a call of the module runs only the `forward` of its class: no hooks, no replaced methods."""
     return "forward" not in vars(module) and not any(vars(module).get(hooks) for hooks in CALL_HOOKS)
 
 
 def has_statistics(norm: nn.Module) -> bool:
-    """Whether a batch norm goes by running statistics."""
+    """Whether a batch norm uses running statistics in eval mode."""
     return isinstance(norm, BatchNorm) and not norm.training and norm.running_mean is not None
 
 
 def along_channels(layer: nn.Module, norm: nn.Module, output: Tensor) -> bool:
-    """Whether what `norm` takes for channels are the outputs of `layer`, which answered `output`.
+    """Whether the channels of `norm` are the outputs of `layer`; `output` is what the layer returned.
 
-    A batch norm's channels are the second axis; a dense layer's outputs are the last one, and a convolution's the
-    second one, unless it was given an image without a batch.
+    A batch norm's channels are the second axis. A dense layer's outputs are the last axis. A convolution's outputs are
+    the second axis, except for an image without a batch.
     """
     ndim = 2 + len(AXES.get(getattr(layer, "kind", None) or kind_of(layer) or "", ""))
     return output.ndim == ndim and cast(BatchNorm, norm).num_features == len(kernel_of(layer))
@@ -42,9 +42,9 @@ def along_channels(layer: nn.Module, norm: nn.Module, output: Tensor) -> bool:
 
 @torch.no_grad()
 def takes_shift(norm: nn.Module, output: Tensor) -> bool:
-    """Whether a constant added to each channel of `output` and to the norm's running mean leaves its answer as it is.
+    """Whether the norm's running mean can undo a constant that is added to each channel of `output`.
 
-    That is so for a plain batch norm, and tried for its subclasses.
+    This holds for a plain batch norm. Its subclasses are tried.
     """
     if is_exact(norm):
         return True

@@ -1,4 +1,4 @@
-"""A layer in another one's place: the hooks of the place stay, and so do the attributes that a network reads there."""
+"""Replaces a layer in a network; its hooks stay, and so do the attributes that the network reads."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _DEPTH = 5
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted `name`, and in the lists, tuples and dicts by which modules know the old one, too.
+    """Puts `module` at the dotted `name`, and also into the lists, tuples and dicts in which modules hold the old one.
 
-    A forward pass over a plain list of layers would go on to run the old ones.
+    Otherwise a forward pass over a plain list of layers would still run the old module.
     """
     parent, _, child = name.rpartition(".")
     old = model.get_submodule(name)
@@ -46,7 +46,7 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _exchanged(value: Any, old: nn.Module, new: nn.Module, depth: int) -> Any:
-    """`value` with `new` in the place of `old`; lists and dicts stay the objects that they are."""
+    """`value` with `new` instead of `old`; lists and dicts are changed in place."""
     if value is old:
         return new
     if type(value) not in (list, dict, tuple) or depth == 0:
@@ -65,9 +65,9 @@ def _exchanged(value: Any, old: nn.Module, new: nn.Module, depth: int) -> Any:
 
 
 def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted `name`, with the forward and backward hooks of the layer that was there.
+    """Puts `module` at the dotted `name`, and gives it the forward and backward hooks of the old layer.
 
-    The handles of these hooks still remove them.
+    The handles of these hooks still work.
     """
     old = model.get_submodule(name)
     for hooks in CALL_HOOKS:
@@ -77,29 +77,29 @@ def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def warn_of_state_hooks(layers: Mapping[str, nn.Module]) -> None:
-    """Says which of the dense layers, by name, have hooks that their replacements will not have.
+    """Warns of hooks that act on the state dict of the named dense layers; their replacements do not get these hooks.
 
-    Such hooks deal with the entries of a state dict, which are others in a tensorized layer.
+    The entries of the state dict have other names in a tensorized layer.
     """
     found = [name for name, layer in layers.items() if any(vars(layer).get(hooks) for hooks in STATE_HOOKS)]
     if found:
         warnings.warn(
-            f"hooks on the state dict of {', '.join(found)} do not act on the compressed layers, whose weights have "
-            "other names; register them anew where they are wanted",
+            f"hooks on the state dict of {', '.join(found)} do not act on the compressed layers, because the weights "
+            "have other names there; register such hooks again if you need them",
             TspcWarning,
             stacklevel=2,
         )
 
 
 def refuse_save_pretrained_(model: nn.Module) -> None:
-    """Lets `save_pretrained` of compressed networks raise: `from_pretrained` would fill their layers at random."""
+    """Makes `save_pretrained` of a compressed network raise: `from_pretrained` would fill its layers at random."""
     for module in saves_pretrained(model):
         if tensorized_layers(module):
             forbid_save_pretrained_(module)
 
 
 def saves_pretrained(model: nn.Module) -> list[nn.Module]:
-    """The networks of transformers, and others that are saved like them, in a network."""
+    """The modules of a network that have `save_pretrained`, such as networks of transformers."""
     return [module for module in model.modules() if hasattr(type(module), "save_pretrained")]
 
 

@@ -1,4 +1,4 @@
-"""What both forms of tensorized layers have in common: the path that runs, kept kernels, the attributes they show."""
+"""The base of all tensorized layers: the path that runs, kept kernels, the attributes of the dense layer."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 
 
 class TensorizedLayer(nn.Module):
-    """What all tensorized layers share: the decomposition, the dense kernel's shape, the rank, the path."""
+    """The base class of tensorized layers, with the decomposition, the dense kernel's shape, the rank and the path."""
 
     decomposition: Decomposition
     shape: Shape
     rank: Rank
     kind: str
     shown: dict[str, Any]
-    """The attributes of the dense layer, which this one has, too."""
+    """The plain attributes of the dense layer; this layer has them, too."""
     _kept: tuple[Tensor, ...] | None
-    """In eval mode: the kernels of the path's stages. Neither a parameter nor a buffer, so that it is not saved."""
+    """In eval mode the kernels of the path's stages. They are no parameters or buffers, so they are not saved."""
 
     def _prepare(self, layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str) -> None:
         self.form = Form.of(layer)
@@ -42,7 +42,7 @@ class TensorizedLayer(nn.Module):
 
     @property
     def path(self) -> str:
-        """How the layer computes; may be set to another of `paths`."""
+        """How the layer computes; it can be set to one of `paths`."""
         return self._path
 
     @path.setter
@@ -57,21 +57,21 @@ class TensorizedLayer(nn.Module):
 
     @property
     def stages(self) -> list[Stage]:
-        """The convolutions that the path runs."""
+        """The convolutions of the path, in order."""
         return list(self._stages)
 
     @property
     def runs_factors(self) -> bool:
-        """Whether the path takes the factors as they are, so that there is nothing to contract."""
+        """Whether the path uses the factors themselves, without a contraction."""
         return False
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
-        """Kernels that were contracted for inference and take memory beside the factors; may be none."""
+        """Kernels that were contracted for inference; they take memory besides the factors. Empty if there are none."""
         return self._kept or ()
 
     def forget(self) -> None:
-        """Lets go of the kept kernels, until they are wanted again."""
+        """Frees the kept kernels; they are contracted again when they are needed."""
         self._kept, self._kept_of = None, None
 
     def factor_parameters(self) -> list[nn.Parameter]:
@@ -87,13 +87,13 @@ class TensorizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that the factors stand for, in the shape that the dense layer had; differentiable."""
+        """The dense weight that the factors represent, in the shape of the dense layer's weight; differentiable."""
         return as_weight(self.decomposition.reconstruct(self.factors()), self.kind)
 
     def kernels(self) -> tuple[Tensor, ...]:
-        """Those of the path's stages: kept ones where no gradient is asked for, else contracted from the factors.
+        """The kernels of the path's stages: kept ones if no gradient is needed, else contracted from the factors.
 
-        A trace of `torch.jit` has the contraction, whatever it is made under: it is made twice and compared.
+        A trace of `torch.jit` always contains the contraction, because the tracer runs twice and compares.
         """
         if _is_tracing():
             with warnings.catch_warnings():  # of sizes that become constants: the factors' do not change
@@ -109,12 +109,12 @@ class TensorizedLayer(nn.Module):
         return self._contract() if self._kept is None else self._kept
 
     def forward(self, input: Tensor | None = None, x: Tensor | None = None) -> Tensor:
-        """The dense layer's answer. Its input goes by one name in PyTorch's layers, by the other in transformers'."""
+        """The output of the layer. PyTorch's layers call the argument `input`, those of transformers `x`."""
         x = cast(Tensor, x if input is None else input)
         return _as_one_node(self, x) if isinstance(x, torch.fx.Proxy) else self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
-        """Convolution after convolution of the path."""
+        """Runs the convolutions of the path in order."""
         last = len(self._stages) - 1
         bias = cast("Tensor | None", self.bias)
         for i, (stage, kernel) in enumerate(zip(self._stages, self.kernels(), strict=True)):
@@ -132,7 +132,7 @@ class TensorizedLayer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the kept kernels: a pickle is as small as the factors."""
+        """The state without the kept kernels, so that a pickle is as small as the factors."""
         return self.__dict__ | {"_kept": None, "_kept_of": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -140,26 +140,26 @@ class TensorizedLayer(nn.Module):
         self._keep()
 
     def _contract(self) -> tuple[Tensor, ...]:
-        # A kernel's entries are sums of products of several factors: autocast would round each of them.
+        # A kernel's entries are sums of products of several factors; autocast would round each product.
         factors = self.factors()
         with torch.autocast(factors.tensors[0].device.type, enabled=False):
             found = contracted(self.decomposition, factors, self._path)
         return tuple(self.form.ready(kernel) for kernel in found)
 
     def _keep(self) -> None:
-        """Contracts the kernels for inference; forgets them in training mode."""
+        """Contracts the kernels in eval mode; frees them in training mode."""
         self.forget()
         tensors = list(self.parameters())
         if self.training or self.runs_factors or not tensors or tensors[0].is_meta:
             return
-        # What is kept may later be used outside inference mode.
+        # The kept kernels may later be used outside inference mode.
         with torch.inference_mode(False), torch.no_grad():
             versions = self._versions()
             if versions is not None:
                 self._kept, self._kept_of = tuple(kernel.detach() for kernel in self._contract()), versions
 
     def _versions(self) -> tuple[Any, ...] | None:
-        """Changes with every change of the factors; None where that cannot be told."""
+        """A value that changes when a factor changes; None if changes cannot be detected."""
         try:
             return tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
         except RuntimeError:  # inference tensors, and those of function transforms

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,93 +13,10 @@ from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import tensorized
 from tspc.compression.curves import Curves, error_curves
 from tspc.compression.plan import LayerPlan, Plan
-from tspc.compression.planning import Outline, needs_curves, outline, plan
 from tspc.decompositions import Method, Metric
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
 from tspc.phases.spectra import Spectrum, spectra_of
-from tspc.system.bounds import NONE_OR_MORE, out_of_range
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which layers stay dense: the first convolution, the last layer, names that match wildcards in `exclude`.
-
-    Where there are wildcards in `include` also names that match none of them, and layers with fewer than
-    `min_params` parameters.
-    """
-
-    keep_first: bool = True
-    keep_last: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    min_params: int = 0
-
-    def problems(self, where: str) -> list[str]:
-        """One line for each value out of range."""
-        return out_of_range(self, where, {"min_params": NONE_OR_MORE})
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What a plan is made for, and the settings that decide it; see `tspc.plan`."""
-
-    method: Method
-    rate: float
-    target_error: float | None
-    allocation: str
-    rate_decay: str
-    rate_scope: str
-    rank_multiple: int
-    selection: Selection
-    paths: str = "model"
-    objective: str = "parameters"
-
-    @property
-    def needs_curves(self) -> bool:
-        """Whether the ranks follow from more than the rate."""
-        return needs_curves(self.method, self.allocation, self.target_error)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The settings as plain data, without the selection, which belongs to its phase."""
-        plain = (
-            "rate",
-            "rate_decay",
-            "rate_scope",
-            "target_error",
-            "allocation",
-            "rank_multiple",
-            "paths",
-            "objective",
-        )
-        return {"method": self.method.to_dict()} | {name: getattr(self, name) for name in plain}
-
-    def outline(self, model: nn.Module) -> Outline:
-        """The layers and the budget; raises what `plan` raises, before any work."""
-        options = asdict(self.selection)
-        sketch = outline(model, self.method, rate_scope=self.rate_scope, rank_multiple=self.rank_multiple, **options)
-        if self.target_error is None:
-            sketch.budget(self.rate)
-        return sketch
-
-    def plan(self, model: nn.Module, curves: Curves | None, example: Tensor | None = None) -> Plan:
-        """As `tspc.plan`; `example` shows the sizes of the layers' inputs."""
-        return plan(
-            model,
-            self.method,
-            self.rate if self.target_error is None else None,
-            target_error=self.target_error,
-            allocation=self.allocation,
-            rate_decay=self.rate_decay,
-            rate_scope=self.rate_scope,
-            rank_multiple=self.rank_multiple,
-            paths=self.paths,
-            objective=self.objective,
-            example=example,
-            curves=curves,
-            **asdict(self.selection),
-        )
 
 
 def example_input(model: nn.Module, network: NetworkSpec) -> Tensor | None:

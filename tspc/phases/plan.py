@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from tspc.compression.curves import Curves
 from tspc.compression.path_costs import calls, macs_saved
 from tspc.compression.plan import Plan
+from tspc.compression.planning import plan
+from tspc.compression.settings import PlanSettings
 from tspc.deploy import cost
 from tspc.errors import InfeasibleRateError
-from tspc.phases.decompose import PlanRequest
 from tspc.system.bounds import POSITIVE_SHARE, shown
 
 
@@ -30,7 +31,7 @@ class PlanOverview:
 
 def plans_at(
     reference: nn.Module,
-    request: PlanRequest,
+    settings: PlanSettings,
     overview: PlanOverview,
     asked: Plan,
     curves: Curves,
@@ -40,7 +41,8 @@ def plans_at(
     plans: dict[float, Plan | InfeasibleRateError] = {asked.rate: asked}
     for rate in {*overview.rates} - {asked.rate}:
         try:
-            plans[rate] = dataclasses.replace(request, rate=rate, target_error=None).plan(reference, curves, example)
+            at_rate = dataclasses.replace(settings, rate=rate, target_error=None)
+            plans[rate] = plan(reference, at_rate, curves=curves, example=example)
         except InfeasibleRateError as error:
             plans[rate] = error
     return dict(sorted(plans.items(), reverse=True))

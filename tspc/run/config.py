@@ -11,15 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tspc.calibration.samples import Calibration
-from tspc.compression.allocation import ALLOCATIONS
-from tspc.compression.path_costs import OBJECTIVES, PATHS
-from tspc.compression.planning import RATE_DECAYS, RATE_SCOPES, conflicts
+from tspc.compression.settings import PlanSettings, Selection
 from tspc.data import KINDS_IN_FOLDERS, DataSpec
 from tspc.decompositions import names
 from tspc.errors import ConfigError
 from tspc.models import NetworkSpec
 from tspc.phases.benchmark import Benchmark
-from tspc.phases.decompose import PlanRequest, Selection
 from tspc.phases.distill import Distillation
 from tspc.phases.export import Export
 from tspc.phases.finetune import Finetuning
@@ -27,7 +24,7 @@ from tspc.phases.plan import PlanOverview
 from tspc.run.effects import without_effect
 from tspc.run.reader import PHASES, Reader
 from tspc.run.trackers import TRACKERS
-from tspc.system.bounds import COUNT, NONE_OR_MORE, POSITIVE_SHARE, SEEDS, shown
+from tspc.system.bounds import COUNT, NONE_OR_MORE, SEEDS, shown
 from tspc.terminal.display import VERBOSITIES
 from tspc.training import Recipe
 
@@ -48,7 +45,7 @@ TOP_LEVEL = (
 class Config:
     """Everything that a run depends on. A phase that was not asked for is None."""
 
-    request: PlanRequest
+    planning: PlanSettings
     calibration: Calibration
     dataset: DataSpec
     data_dir: Path | None
@@ -98,13 +95,12 @@ def read_config(config: DictConfig | dict[str, Any], given: Sequence[str] = ()) 
         hint = {"phase": f"choose one or more of {', '.join(PHASES)}", "method": f"choose one of {', '.join(names())}"}
         told = [f"{key} is missing; {hint.get(key, 'every configuration needs it')}" for key in missing]
         raise ConfigError(reader.problems + told)
-    request, values = _request(reader, raw), _values(reader, raw)
-    _contradictions(reader, raw, request, values)
+    values = _values(reader, raw)
+    _contradictions(reader, raw, values)
     problems = reader.problems or without_effect(raw, given)
     if problems:
         raise ConfigError(problems)
-    selection = values["decompose"] or Selection()
-    return Config(request=PlanRequest(**request, selection=selection), **values)
+    return Config(**values)
 
 
 def _plain(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -118,23 +114,9 @@ def _plain(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
         raise ConfigError([f"{key}: {reason}" if key else reason]) from error
 
 
-def _request(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
-    """The fields of PlanRequest."""
-    return {
-        "method": reader.method(reader.mapping(raw, "method")),
-        "rate": reader.number(raw, "rate", float, POSITIVE_SHARE),
-        "target_error": reader.number(raw, "target_error", float | None, POSITIVE_SHARE),
-        "allocation": reader.choice(raw, "allocation", ALLOCATIONS),
-        "rate_decay": reader.choice(raw, "rate_decay", RATE_DECAYS),
-        "rate_scope": reader.choice(raw, "rate_scope", RATE_SCOPES),
-        "rank_multiple": reader.number(raw, "rank_multiple", int, COUNT),
-        "paths": reader.choice(raw, "paths", PATHS),
-        "objective": reader.choice(raw, "objective", OBJECTIVES),
-    }
-
-
 def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
-    """The other fields of Config."""
+    """The fields of Config."""
+    phases = reader.phases(reader.mapping(raw, "phase"))
     group = reader.mapping(raw, "dataset")
     dataset = reader.dataset(group)
     data_dir, output_dir = reader.text(raw, "data_dir"), reader.text(raw, "output_dir", str)
@@ -143,6 +125,7 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
     reader.number(raw, "batch_size", int, COUNT)
     reader.number(raw, "epochs", int, COUNT)
     return {
+        "planning": reader.planning(raw, phases["decompose"] or Selection()),
         "calibration": reader.section(Calibration, raw["calibration"], "calibration"),
         "dataset": dataset,
         "data_dir": None if data_dir is None else Path(data_dir),
@@ -163,11 +146,11 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
         "runs": reader.text(raw, "runs"),
         "verbosity": reader.choice(raw, "verbosity", VERBOSITIES),
         "settings": raw,
-        **reader.phases(reader.mapping(raw, "phase")),
+        **phases,
     }
 
 
-def _contradictions(reader: Reader, raw: dict[str, Any], request: dict[str, Any], values: dict[str, Any]) -> None:
+def _contradictions(reader: Reader, raw: dict[str, Any], values: dict[str, Any]) -> None:
     """Settings that are each in order, but not together."""
     dataset, pretrained, phases = raw["dataset"], values["pretrained"], values["phases"]
     if pretrained is None and isinstance(dataset, dict) and dataset.get("pretrain") is None:
@@ -175,7 +158,6 @@ def _contradictions(reader: Reader, raw: dict[str, Any], request: dict[str, Any]
             f"pretrained=null, but dataset {shown(dataset.get('name'))} has no recipe to train a reference; "
             "pass pretrained=FILE, default or random"
         )
-    reader.problems += conflicts(request["allocation"], request["rate_decay"])
     if "compare" in phases and len(phases) > 1:
         reader.problems.append("phase=compare looks at runs that are there already: ask for it alone")
     if values["runs"] is not None and "compare" not in phases:

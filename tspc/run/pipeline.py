@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tspc.compression.outline import outline
+from tspc.compression.planning import plan
 from tspc.data import NO_DATA, Contiguous, Data, load_data
 from tspc.decompositions import resolve
 from tspc.errors import ConfigError, DataError, RunError
@@ -120,17 +122,17 @@ def _check_batches(config: Config) -> None:
 
 def _outline(config: Config, model: nn.Module, display: Display) -> None:
     """Says what will be tensorized; raises what is wrong with the rate, the layers or the blocks."""
-    request = config.request
-    sketch = request.outline(model)
+    planning = config.planning
+    sketch = outline(model, planning)
     chosen = sketch.chosen
     if config.distill is not None:
         find_blocks(model, [layer.name for layer in chosen], config.distill.blocks)
     dense = sum(layer.dense_params for layer in chosen)
-    if request.target_error is None:
-        goal = f"at most {sketch.budget(request.rate):,} of {dense:,} parameters"
+    if planning.target_error is None:
+        goal = f"at most {sketch.budget(planning.rate):,} of {dense:,} parameters"
     else:
-        goal = f"{dense:,} parameters to an output error of {request.target_error:g}"
-    display.line(f"plan       {request.method.name}, {len(chosen)} of {len(sketch.layers)} layers: {goal}")
+        goal = f"{dense:,} parameters to an output error of {planning.target_error:g}"
+    display.line(f"plan       {planning.method.name}, {len(chosen)} of {len(sketch.layers)} layers: {goal}")
 
 
 def _show_plans(reference: Reference, config: Config, context: Context, shared: Path) -> None:
@@ -138,8 +140,8 @@ def _show_plans(reference: Reference, config: Config, context: Context, shared: 
     with calibration_samples(config.calibration, context) as samples:
         curves = reference_curves(reference, config, samples, context, shared)
     example = example_input(reference.model, network_spec(config, context.data))
-    asked = config.request.plan(reference.model, curves, example)
-    plans = plans_at(reference.model, config.request, config.plan, asked, curves, example)
+    asked = plan(reference.model, config.planning, curves=curves, example=example)
+    plans = plans_at(reference.model, config.planning, config.plan, asked, curves, example)
     size = state_bytes(reference.model)
     entry = next(p.element_size() for p in reference.model.parameters())
     after = size - entry * (asked.network_dense_params - asked.network_params)
@@ -246,16 +248,16 @@ def pick_device(name: str) -> torch.device:
 def run_path(config: Config, spec: NetworkSpec) -> Path:
     """`<output_dir>/<dataset>/<network>/<method>-<rate>/seed<seed>`; settings of the method, allocation, multiple,
     decay and scope that depart from the defaults are appended to the rate, and so is `variant`."""
-    request = config.request
-    settings = request.method.to_dict()
+    planning = config.planning
+    settings = planning.method.to_dict()
     defaults = resolve(settings["name"]).to_dict()
-    goal = f"{request.rate:g}" if request.target_error is None else f"error{request.target_error:g}"
+    goal = f"{planning.rate:g}" if planning.target_error is None else f"error{planning.target_error:g}"
     parts = [f"{settings['name']}-{goal}"]
     parts += [f"{key}{_brief(value)}" for key, value in settings.items() if value != defaults[key]]
-    parts += [request.allocation] if request.allocation != "global" else []
-    parts += [f"multiple{request.rank_multiple}"] if request.rank_multiple != 1 else []
-    parts += [request.rate_decay] if request.rate_decay != "flat" else []
-    parts += ["network"] if request.rate_scope == "network" else []
+    parts += [planning.allocation] if planning.allocation != "global" else []
+    parts += [f"multiple{planning.rank_multiple}"] if planning.rank_multiple != 1 else []
+    parts += [planning.rate_decay] if planning.rate_decay != "flat" else []
+    parts += ["network"] if planning.rate_scope == "network" else []
     parts += [config.variant] if config.variant else []
     return config.output_dir / config.dataset.name / spec.name / "-".join(parts) / f"seed{config.seed}"
 
@@ -286,7 +288,7 @@ def _data(config: Config, display: Display) -> Data | None:
 
 def _identity(config: Config, spec: NetworkSpec, reference: Reference, data: Data | None) -> dict[str, Any]:
     """What everything in the run's directory depends on, as plain data."""
-    return config.request.identity | {
+    return config.planning.identity | {
         "calibration": calibration_identity(config, data is not None),
         "dataset": data_identity(config),
         "network": spec.to_dict(),

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 from tspc import decompositions
+from tspc.compression.settings import PlanSettings, Selection
 from tspc.data import DataSpec
 from tspc.decompositions import Method
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
 from tspc.phases.benchmark import Benchmark
-from tspc.phases.decompose import Selection
 from tspc.phases.distill import Distillation
 from tspc.phases.export import Export
 from tspc.phases.finetune import Finetuning
 from tspc.phases.plan import PlanOverview
 from tspc.run.fields import Unfit, converted
-from tspc.system.bounds import Bounds, shown
+from tspc.system.bounds import Bounds, shown, unknown
 
 PHASES = ("pretrain", "plan", "decompose", "distill", "finetune", "export", "benchmark", "compare")
 """In the order in which they run."""
@@ -48,29 +47,28 @@ class Reader:
         self.problems: list[str] = []
 
     def known(self, data: dict[str, Any], names: Any, where: str) -> None:
-        names = list(names)
-        for key in data:
-            if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"did you mean {where}{near[0]}?" if near else f"known are: {', '.join(names) or 'none'}"
-                self.problems.append(f"{where}{shown(key)} is not a setting; {hint}")
+        self.problems += unknown(data, names, where)
 
-    def section(self, cls: type[T], data: Any, where: str) -> T | None:
-        """A dataclass from a mapping: unknown keys, missing keys, wrong types and values out of bounds are problems."""
+    def section(self, cls: type[T], data: Any, where: str, **made: Any) -> T | None:
+        """A dataclass from a mapping: unknown keys, missing keys, wrong types and values out of bounds are problems.
+
+        Fields that are `made` already are not read. `where` is empty at the top level.
+        """
         if not isinstance(data, dict):
             self.problems.append(f"{where}={shown(data)}: expected a group of settings")
             return None
-        fields = [field for field in dataclasses.fields(cls) if field.init]
-        self.known(data, [field.name for field in fields], f"{where}.")
-        kinds, values, before = get_type_hints(cls), {}, len(self.problems)
+        fields = [field for field in dataclasses.fields(cls) if field.init and field.name not in made]
+        prefix = f"{where}." if where else ""
+        self.known(data, [field.name for field in fields], prefix)
+        kinds, values, before = get_type_hints(cls), dict(made), len(self.problems)
         for field in fields:
             if field.name in data:
                 try:
                     values[field.name] = converted(data[field.name], kinds[field.name])
                 except Unfit as error:
-                    self.problems.append(f"{where}.{field.name}={shown(data[field.name])}: expected {error}")
+                    self.problems.append(f"{prefix}{field.name}={shown(data[field.name])}: expected {error}")
             elif field.default is field.default_factory is dataclasses.MISSING:
-                self.problems.append(f"{where}.{field.name} is missing")
+                self.problems.append(f"{prefix}{field.name} is missing")
         required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
         if not required <= set(values):
             return None
@@ -135,6 +133,12 @@ class Reader:
                 f"variant={shown(value)}: expected letters, digits and . , = + - _ only, at most {LONGEST_NAME}"
             )
         return value
+
+    def planning(self, data: dict[str, Any], selection: Selection) -> PlanSettings | None:
+        keys = {field.name for field in dataclasses.fields(PlanSettings)} - {"method", "selection"}
+        method = self.method(self.mapping(data, "method")) or PlanSettings.method
+        given = {key: data[key] for key in data if key in keys}
+        return self.section(PlanSettings, given, "", method=method, selection=selection)
 
     def method(self, data: dict[str, Any]) -> Method | None:
         try:

@@ -16,6 +16,7 @@ from tspc import __version__
 from tspc.calibration.samples import Samples
 from tspc.compression import checkpoint
 from tspc.compression.curves import Curves, ErrorCurve
+from tspc.compression.outline import outline
 from tspc.data import Data
 from tspc.errors import TrainingError, TspcError
 from tspc.models import NetworkSpec
@@ -135,10 +136,10 @@ def reference_curves(
     reference: Reference, config: Config, samples: Samples | None, context: Context, folder: Path
 ) -> Curves:
     """Error curves of the layers that can be tensorized, measured once for all runs that share them."""
-    sketch = config.request.outline(reference.model)
+    sketch = outline(reference.model, config.planning)
     identity = {
         "reference": reference.identity,
-        "method": config.request.method.to_dict(),
+        "method": config.planning.method.to_dict(),
         "network": network_spec(config, context.data).to_dict(),
         "layers": [[layer.name, *layer.shape] for layer in sketch.chosen],
         "version": __version__,
@@ -151,7 +152,7 @@ def reference_curves(
         return known
     _prepare(path, context)
     context.place(reference.model).eval()
-    curves = measure_curves(reference.model, sketch.layers, config.request.method, samples, context)
+    curves = measure_curves(reference.model, sketch.layers, config.planning.method, samples, context)
     write_json(path, {name: [curve.to_dict() for curve in of_layer] for name, of_layer in curves.items()})
     return curves
 

@@ -23,7 +23,7 @@ def result_of(
     plan = Plan.from_dict(finished["decompose"]["plan"])
     return {
         "directory": str(directory),
-        "method": config.request.method.to_dict(),
+        "method": config.planning.method.to_dict(),
         "rate": plan.rate,
         "rate_reached": plan.rate_reached,
         "rate_decay": plan.rate_decay,
@@ -31,7 +31,7 @@ def result_of(
         "allocation": plan.allocation,
         "objective": plan.objective,
         "paths": plan.paths,
-        "target_error": config.request.target_error,
+        "target_error": config.planning.target_error,
         "output_error": plan.output_error,
         "dataset": config.dataset.name,
         "network": spec.name,

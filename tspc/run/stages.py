@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tspc.compression import checkpoint
+from tspc.compression.planning import plan
 from tspc.errors import RunError, TrainingError
 from tspc.models import NetworkSpec
 from tspc.pages import made, write_report
@@ -209,13 +210,14 @@ class Stages:
 
     def _decompose(self) -> tuple[nn.Module, dict[str, Any]]:
         """The decomposed network, and its plan as plain data."""
-        request = self.config.request
+        planning = self.config.planning
         with calibration_samples(self.config.calibration, self.context) as samples:
             curves = None
-            if request.needs_curves:
+            if planning.needs_curves:
                 curves = reference_curves(self._source, self.config, samples, self.context, self._shared)
-            plan = request.plan(self.reference, curves, example_input(self.reference, self.spec))
-            model, done, spectra = decompose(self.reference, plan, samples, self.context)
+            example = example_input(self.reference, self.spec)
+            ranks = plan(self.reference, planning, curves=curves, example=example)
+            model, done, spectra = decompose(self.reference, ranks, samples, self.context)
         write_json(self.directory.file("spectra.json"), [dataclasses.asdict(spectrum) for spectrum in spectra])
         sizes = self.bytes_before, state_bytes(model)
         width = self.context.display.console.width

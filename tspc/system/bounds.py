@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,24 +57,48 @@ Allowed = Bounds | Sequence[str]
 """Numbers, or words."""
 
 
-def described(allowed: Allowed) -> str:
-    return str(allowed) if isinstance(allowed, Bounds) else f"one of {', '.join(allowed)}"
+def described(allowed: Allowed, noun: str = "") -> str:
+    if not isinstance(allowed, Bounds):
+        return f"one of {', '.join(allowed)}"
+    return allowed.of(noun) if noun else str(allowed)
 
 
 def out_of_range(settings: Any, where: str, allowed: Mapping[str, Allowed]) -> list[str]:
-    """One line for each field of `settings` that is not one of those allowed; what is None is not looked at."""
-    values = {field: getattr(settings, field) for field in allowed}
-    return [
-        f"{where}.{field}={shown(value)}: expected {described(allowed[field])}"
-        for field, value in values.items()
-        if value is not None and value not in allowed[field]
-    ]
+    """One line for each field of a dataclass that is not one of those allowed; None is allowed where its type says so.
+
+    `where` is the group of the settings, empty at the top level.
+    """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(settings)}
+    found = []
+    for name, options in allowed.items():
+        value, kind = getattr(settings, name), kinds[name]
+        if value is None and "None" in kind:
+            continue
+        is_broken = kind.startswith("int") and not isinstance(value, int)
+        if is_broken or isinstance(value, list | dict) or value not in options:
+            noun = {"int": "a whole number", "float": "a number"}.get(kind.partition(" ")[0], "")
+            key = f"{where}.{name}" if where else name
+            found.append(f"{key}={shown(value)}: expected {described(options, noun)}")
+    return found
+
+
+def unknown(given: Iterable[Any], names: Iterable[str], where: str = "") -> list[str]:
+    """One line for each key of `given` that is not one of the names, with the name that is nearest."""
+    known, found = list(names), []
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known are: {', '.join(known) or 'none'}"
+            found.append(f"{where}{shown(key)} is not a setting; {hint}")
+    return found
 
 
 def shown(value: Any) -> str:
     """A setting's value as it is written on the command line, cut where it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < MANY:
+        value = int(value)
     try:
         text = str(list(value) if isinstance(value, tuple) else value)
     except ValueError:  # Python writes no whole number of thousands of digits

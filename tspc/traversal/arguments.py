@@ -1,4 +1,4 @@
-"""With what a module of a network is called, batch by batch: kept, so that the network need not run from its start."""
+"""Keeps the arguments of a module for each batch, so that the network need not run from its start."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 class Arguments:
     """The arguments of the module `name` of `model` ("": the whole network) for each batch of `images`.
 
-    What is read is a copy, for a module may change its input in place; None where the batch does not call the module.
-    They are given by `append`, or found by `find`. With `half`, float32 is kept as float16 where that holds it.
+    Reading gives a copy, because a module may change its input in place, or None if the batch does not call the module.
+    `append` or `find` provides the arguments. With `half`, float32 is kept as float16 if its values fit.
     """
 
     def __init__(self, model: nn.Module, name: str, images: Iterable[Tensor], room: Room, half: bool) -> None:
@@ -33,11 +33,14 @@ class Arguments:
         """Whether every batch calls the module."""
 
     def append(self, call: Call) -> None:
-        """Raises UnknownValueError for what cannot be kept."""
+        """Adds the arguments of the next batch. Raises UnknownValueError if they cannot be kept."""
         self._kept.append(call)
 
     def find(self) -> None:
-        """Runs the network over all images up to the module; what cannot be kept is made anew each time it is read."""
+        """Runs the network over all images up to the module.
+
+        Arguments that cannot be kept are computed again each time they are read.
+        """
         try:
             for images in self._images if self._name else ():
                 call = self._made(images)
@@ -48,14 +51,14 @@ class Arguments:
             self._is_kept = False
             text = f"{self._name} is called with a {error.kind}, which cannot be kept"
             warnings.warn(
-                f"{text}: the network runs from its start instead, which takes longer and changes no result",
+                f"{text}: the network runs from its start instead, which takes longer; the result is the same",
                 TspcWarning,
                 stacklevel=2,
             )
 
     @torch.no_grad()
     def _made(self, images: Tensor) -> Call | None:
-        """Of a batch of images, by running the network up to the module."""
+        """The arguments for a batch of images, found by running the network up to the module."""
         if self._name == "":
             return (images.clone(),), {}
         found: list[Call] = []
@@ -69,21 +72,21 @@ class Arguments:
         return found[0] if found else None
 
     def __len__(self) -> int:
-        """How many are kept."""
+        """The number of batches that are kept."""
         return len(self._kept)
 
     def kept(self, number: int) -> Call:
-        """Of a batch, without a copy: not to be changed."""
+        """The arguments for a batch, not copied; the caller must not change them."""
         return self._kept[number]
 
     def shapes(self, number: int) -> tuple[torch.Size, ...]:
-        """Of the tensors among the arguments for a batch; of images none."""
+        """Shapes of the tensors in the arguments for a batch; empty for images."""
         if self._name == "":
             return ()
         return self._kept.shapes(number) if self._is_kept else tuple(t.shape for t in tensors_in(self[number]))
 
     def __getitem__(self, number: int) -> Call | None:
-        """Of a batch; `images` can then tell a batch by its number."""
+        """A copy of the arguments for a batch. `images` must then support indexing by the batch's number."""
         return self._copy(number) if self._is_kept else self._made(cast(Stash, self._images)[number])
 
     def __iter__(self) -> Iterator[Call | None]:
@@ -95,5 +98,5 @@ class Arguments:
         return mapped(self._kept[number], Tensor.clone)
 
     def clear(self) -> None:
-        """Gives the room back."""
+        """Frees the room."""
         self._kept.clear()

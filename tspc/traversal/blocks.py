@@ -1,4 +1,4 @@
-"""The blocks of a network, found from its module tree: the units of sequential distillation and of `rate_decay`."""
+"""Finds the blocks of a network in its module tree. Distillation and `rate_decay` work block by block."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tspc.layers.dense import kind_of
 def find_blocks(model: nn.Module, layers: Collection[str], pattern: str | None = None) -> list[str]:
     """Names of the blocks that hold at least one of the named `layers`, in module order.
 
-    Containers (`nn.Sequential`, `nn.ModuleList`) and modules with a container of repeated blocks inside are
-    opened; what remains, for example a residual or transformer block, or a lone layer, is one block.
+    Containers (`nn.Sequential`, `nn.ModuleList`) are opened, and so are modules that contain a sequence of repeated
+    blocks. Every other module is one block, for example a residual block, a transformer block or a single layer.
     `pattern` (shell wildcards over module names, such as `layer?.*`) names the blocks instead.
 
     Raises ConfigError if the pattern matches no module with such a layer.
@@ -23,7 +23,7 @@ def find_blocks(model: nn.Module, layers: Collection[str], pattern: str | None =
     modules = dict(model.named_modules())
     if pattern is not None:
         matched = [name for name in modules if name and fnmatchcase(name, pattern)]
-        # Of nested matches the outermost counts: layer?.* matches layer1.0 and layer1.0.conv1.
+        # Only the outermost of nested matches is taken: layer?.* matches layer1.0 and layer1.0.conv1.
         outer = [n for n in matched if not any(n.startswith(f"{m}.") for m in matched)]
         blocks = [name for name in outer if _holds(name, layers)]
         if not blocks:
@@ -50,12 +50,12 @@ def _leaves(name: str, module: nn.Module, is_root: bool = False) -> list[str]:
 
 
 def _is_container(module: nn.Module) -> bool:
-    # A subclass of Sequential is somebody's block; only the plain types are mere containers.
+    # A subclass of Sequential is a block; only the plain types are containers.
     return type(module) in (nn.Sequential, nn.ModuleList)
 
 
 def _has_repeated_blocks(module: nn.Module) -> bool:
-    """Whether the module is, or has inside, a sequence of two or more blocks of one class, such as residual ones."""
+    """Whether the module is or contains a sequence of two or more blocks of the same class."""
     for inner in module.modules():
         if isinstance(inner, nn.Sequential | nn.ModuleList):
             children = list(inner.children())
@@ -65,10 +65,10 @@ def _has_repeated_blocks(module: nn.Module) -> bool:
 
 
 def _is_block(module: nn.Module) -> bool:
-    # A convolution with its normalisation is not a block yet: two layers with weights at least.
+    # A block has at least two layers with weights; a convolution with its normalisation is none.
     return not _is_container(module) and sum(map(_has_kernel, module.modules())) > 1
 
 
 def _has_kernel(module: nn.Module) -> bool:
-    # Subclasses stay dense, but make up blocks as well.
+    # Layers of subclasses stay dense, but they count here.
     return kind_of(module) is not None or isinstance(module, nn.Conv2d | nn.Linear)

@@ -1,4 +1,4 @@
-"""Copies of people's networks: what `copy.deepcopy` refuses, but can be copied all the same, is copied."""
+"""Copies networks, also with parts that `copy.deepcopy` refuses."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Module = TypeVar("Module", bound=nn.Module)
 def copied(model: Module) -> Module:
     """A deep copy of `model`, in which tensors that were computed from others are constants.
 
-    Such are the weights of weight norm, spectral norm and pruning masks until the next forward pass computes them
-    anew, and activations that a module keeps. Locks are new ones, random generators go on from the same state. Raises
-    TspcError, naming the attribute, for what cannot be copied, such as an open file.
+    Such tensors are the weights of weight norm, spectral norm and pruning masks, until the next forward pass computes
+    them again, and activations that a module keeps. Locks are replaced by new ones. Random generators continue from the
+    same state. Raises TspcError if an attribute cannot be copied, such as an open file; the message names it.
     """
     try:
         return _deep_copy(model, model)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # an attribute may be anything, and so may what it raises
+    except Exception as error:  # an attribute may be anything, and may raise anything
         raise TspcError(_complaint(model, error)) from error
 
 
@@ -41,7 +41,7 @@ def _deep_copy(value: Any, owner: nn.Module) -> Any:
 
 
 class _Detaching(TorchFunctionMode):
-    """Copies tensors that are not leaves of the graph, which PyTorch refuses to do."""
+    """Copies also tensors that are not leaves of the graph, which PyTorch refuses."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -56,7 +56,7 @@ def _detached(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     base = tensor._base
     if not isinstance(base, nn.Parameter):
         return tensor.detach().clone()
-    # A view of a parameter: of the copied one then, whose changes it goes on to show.
+    # A view of a parameter becomes a view of the copied parameter, so it still shows its changes.
     copied = copy.deepcopy(base, memo).detach()
     return copied.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
@@ -74,7 +74,7 @@ _RENEWED: dict[type, Callable[[Any], Any]] = {
 
 
 def _renewed(model: nn.Module) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
-    """What is inside the modules' attributes and is made new instead of copied, and by what."""
+    """Each object inside the modules' attributes that is made new instead of copied, and the function that makes it."""
     waiting: list[Any] = [vars(module) for module in model.modules()]
     seen: set[int] = set()
     while waiting:
@@ -89,7 +89,7 @@ def _renewed(model: nn.Module) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """What a value holds, as far as a deep copy would go into it."""
+    """The parts of a value that a deep copy would copy, too."""
     if isinstance(value, dict):
         yield from value.values()
     elif isinstance(value, list | tuple | set | frozenset | deque):
@@ -103,7 +103,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _complaint(model: nn.Module, error: Exception) -> str:
-    """Names the attribute that cannot be copied, where it is a single one."""
+    """The message of the error; it names the attribute that cannot be copied, if it is only one."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     for name, module in model.named_modules():
         for key, value in vars(module).items():

@@ -1,4 +1,4 @@
-"""Forward hooks that are taken off again, and forward passes that end early."""
+"""Forward hooks that are removed again, and forward passes that end early."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Reached(Exception):
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a hook's module was given, by position or by name: of a layer, its input."""
+    """The first argument of a module's call, by position or by name; for a layer this is its input."""
     return next(iter((*args, *kwargs.values())))
 
 
 @contextmanager
 def hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Hooks that are registered already, until the end of the block."""
+    """Removes the given hooks at the end of the `with` block."""
     try:
         yield
     finally:
@@ -36,13 +36,13 @@ def run_until_reached(model: nn.Module, handles: Sequence[RemovableHandle], *arg
 
 
 def version_of(value: Any) -> int | None:
-    """What changes with every operation in place on a tensor; None where that is not told, as in inference mode."""
+    """A number that changes with every operation in place on a tensor; None if unknown, as in inference mode."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode inside, in the modes that the modules had after."""
+    """Eval mode inside the `with` block; then every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -54,7 +54,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """By name, what some modules answered in the last forward pass."""
+    """The outputs of the named modules in the last forward pass, by name."""
     found: dict[str, Any] = {}
 
     def keep(name: str) -> Callable[..., None]:

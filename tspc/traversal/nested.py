@@ -1,4 +1,4 @@
-"""Values with tensors inside, as modules exchange them: tuples, dicts, dataclasses, caches, one in the other."""
+"""Values that contain tensors, as modules exchange them: nested tuples, dicts, dataclasses, caches."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CONSTANTS = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
     nn.Module,
 )
-"""Kinds of values that are handed on as they are: no call changes them, and a module is meant as it is."""
+"""Kinds of values that are not copied: no call changes them, or, for a module, the object itself is meant."""
 
 
 class UnknownValueError(TypeError):
-    """A value of which nobody knows how to copy it: an iterator, a lock, an object with a state of its own in C."""
+    """A value that cannot be copied: an iterator, a lock, an object with its state in C."""
 
     def __init__(self, value: object) -> None:
         self.kind = type(value).__name__
@@ -32,16 +32,17 @@ class UnknownValueError(TypeError):
 
 
 def mapped(value: Any, change: Callable[[Any], Any], leaf: type = Tensor) -> Any:
-    """A copy with every tensor (or other `leaf`) changed; what was one object in `value` is one in the copy.
+    """A copy of `value`, with `change` applied to every tensor (or other `leaf`).
 
-    Containers, their subclasses (namedtuples, transformers' ModelOutput) and plain objects (dataclasses, caches) are
-    copied with what they hold, without a call of their constructors. Raises UnknownValueError.
+    An object that occurs twice in `value` is copied once. Containers, their subclasses (namedtuples, transformers'
+    ModelOutput) and plain objects (dataclasses, caches) are copied with their contents, and their constructors are not
+    called. Raises UnknownValueError for other values.
     """
     return _Copier(change, leaf).copy(value)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Each tensor once; those in values of unknown kinds are left out."""
+    """Each tensor in `value` once; tensors inside values of unknown kinds are left out."""
     found: list[Tensor] = []
     _Copier(found.append, Tensor, is_strict=False).copy(value)
     return iter(found)
@@ -64,7 +65,7 @@ class _Copier:
         if isinstance(value, tuple):
             made = self._tuple(value)
         elif isinstance(value, list | deque | dict):
-            # Noted before it is filled, for it may hold itself.
+            # Noted before it is filled, because it may contain itself.
             made = self._done[id(value)] = copy.copy(value)
             self._fill(made, value)
         elif isinstance(value, set | frozenset):
@@ -83,13 +84,13 @@ class _Copier:
         items = [self.copy(item) for item in value]
         try:
             return tuple.__new__(type(value), items)
-        except TypeError:  # what torch.max and others answer is built by the type itself
+        except TypeError:  # results of torch.max and others are built by the type itself
             return cast("Callable[..., tuple[Any, ...]]", type(value))(items)
 
     def _fill(self, made: Any, value: Any) -> None:
-        """By the methods of the built-in types: a subclass may do more than store."""
+        """Fills a container by the methods of the built-in types, because a subclass may do more than store."""
         if isinstance(value, dict):
-            # An OrderedDict keeps its order beside the dict.
+            # An OrderedDict keeps its order separately.
             store = OrderedDict.__setitem__ if isinstance(value, OrderedDict) else dict.__setitem__
             for key, item in list(value.items()):
                 store(made, key, self.copy(item))
@@ -99,7 +100,7 @@ class _Copier:
 
 
 def _is_plain(kind: type) -> bool:
-    """Whether all that an object holds are its attributes."""
+    """Whether an object holds nothing besides its attributes."""
     own = ("__new__", "__reduce__", "__reduce_ex__")
     is_ours = all(getattr(kind, name) is getattr(object, name) for name in own) and not hasattr(kind, "__del__")
     return is_ours and kind.__module__ != "builtins" and bool(kind.__dictoffset__ or hasattr(kind, "__slots__"))

@@ -1,4 +1,4 @@
-"""Room for the activations of many batches: in memory up to a limit, beyond it in temporary files."""
+"""Keeps the activations of many batches: in memory up to a limit, the rest in temporary files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tspc.store.files import why_unwritten
 from tspc.traversal.nested import mapped
 
 LEAST = 2**-13
-"""Where the largest number of a tensor is smaller, float16 keeps it with fewer digits than it has."""
+"""If the largest number of a tensor is smaller than this, float16 cannot keep its digits."""
 
 
 class Room:
-    """Memory that several stashes share; a folder of temporary files takes what does not fit.
+    """Memory that several stashes share, and a folder of temporary files for the rest.
 
     Raises RunError if that folder cannot be made.
     """
@@ -31,7 +31,7 @@ class Room:
             self._folder = tempfile.TemporaryDirectory(prefix="tspc-")
         except OSError as error:
             raise RunError(
-                f"cannot make a folder for temporary files: {error.strerror}; free some space, or name one by TMPDIR"
+                f"cannot make a folder for temporary files: {error.strerror}; free space, or name a folder by TMPDIR"
             ) from error
         self._files = 0
 
@@ -47,7 +47,7 @@ class Room:
         return True
 
     def write(self, tensors: Sequence[Tensor | None]) -> Path:
-        """Plain tensors alone, so that reading them runs nobody's code. Raises RunError if there is no space."""
+        """Writes plain tensors to a file, so that reading them runs no code. Raises RunError if there is no space."""
         self._files += 1
         path = Path(self._folder.name) / f"{self._files}.pt"
         try:
@@ -71,9 +71,9 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Item:
-    """A value without its tensors, and these: in memory, or None where they are in the file.
+    """A value without its tensors, and the tensors: in memory, or None if they are in the file.
 
-    `narrow` says which are kept with half the digits.
+    `narrow` says which ones are kept as float16.
     """
 
     value: Any
@@ -94,8 +94,8 @@ class _Item:
 class Stash:
     """One value (tensors in whatever `tspc.traversal.nested` copies) for each batch.
 
-    With `half`, float32 is kept as float16: tensors that fit into its range, the others as they are. Tensors alone are
-    written to files; what they were in stays in memory, and so do tensors of other classes.
+    With `half`, float32 tensors that fit into the range of float16 are kept as float16. Only plain tensors are written
+    to files; the values that held them stay in memory, and so do tensors of other classes.
     """
 
     def __init__(self, room: Room, half: bool = False) -> None:
@@ -104,7 +104,7 @@ class Stash:
         self._held = 0
 
     def append(self, value: Any) -> None:
-        """Raises UnknownValueError, of `tspc.traversal.nested`, for a value that cannot be kept."""
+        """Adds a value. Raises UnknownValueError, of `tspc.traversal.nested`, if it cannot be kept."""
         found: list[Tensor] = []
 
         def take(tensor: Tensor) -> _Slot:
@@ -124,7 +124,7 @@ class Stash:
         self._items.append(_Item(shell, [None if _is_plain(t) else t for t in kept], narrow, file, shapes))
 
     def shapes(self, number: int) -> tuple[torch.Size, ...]:
-        """Of the tensors of a value, without reading it."""
+        """Shapes of the tensors of a value; the value is not read."""
         return self._items[number].shapes
 
     def __getitem__(self, number: int) -> Any:
@@ -150,7 +150,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _kept(tensor: Tensor, half: bool) -> Tensor:
-    """The tensor as it is kept: not as a view, which would hold (or write) all that it is a view of."""
+    """The tensor in the form that is kept. A view is copied, because it would hold (or write) its whole base."""
     if not _is_plain(tensor):
         return tensor
     if half and tensor.dtype == torch.float32 and _fits_half(tensor):
@@ -160,7 +160,7 @@ def _kept(tensor: Tensor, half: bool) -> Tensor:
 
 
 def _fits_half(tensor: Tensor) -> bool:
-    """Whether float16 can hold the tensor: no overflow, and no number that counts becomes zero."""
+    """Whether float16 can hold the tensor: no value overflows, and no value that matters becomes zero."""
     sizes = tensor.abs()
     largest = float(sizes.where(sizes.isfinite(), 0).amax()) if tensor.numel() else 0.0
     return largest == 0 or LEAST <= largest <= torch.finfo(torch.float16).max

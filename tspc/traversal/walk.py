@@ -1,8 +1,8 @@
-"""A network as a row of segments, run one after the other over all calibration images.
+"""Runs a network segment by segment, each over all calibration images.
 
-The statistics of a layer need its inputs for every image, at a moment when the layers before it have been replaced
-already. Running the network from its start for each layer would cost as many passes as there are layers; a
-walk keeps the activations between the blocks instead, so that all layers together cost a few passes.
+The statistics of a layer need its inputs for every image, after the layers before it were replaced. To run the network
+from its start for each layer would cost as many passes as there are layers. A walk keeps the activations between the
+blocks instead, so all layers together cost a few passes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tspc.traversal.stash import Room
 class Segment:
     """A module that is called once in a forward pass, and the layers inside it in the order of their calls.
 
-    `module` is "" for the whole network. `follows` says that its one tensor is just what the segment before answered;
-    `named` are then the other arguments of the call, plain constants.
+    `module` is "" for the whole network. `follows` says that its input is exactly the output of the segment before it.
+    `named` are then the other arguments of the call, which are plain constants.
     """
 
     module: str
@@ -40,10 +40,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass showed: the segments, how often each layer was called, and its batch norm.
+    """The result of one traced forward pass: the segments, the number of calls of each layer, and its batch norm.
 
-    `batch_norms` has the layers whose output goes into a batch norm over its channels and nowhere else: a constant that
-    is added to that output is undone by the norm's running mean.
+    `batch_norms` has an entry for a layer if its output goes only into a batch norm over its channels. The norm's
+    running mean can then undo a constant that is added to the output.
     """
 
     segments: tuple[Segment, ...]
@@ -52,7 +52,7 @@ class Trace:
 
 
 class _Consumers(TorchFunctionMode):
-    """Counts the operations that take certain tensors and give tensors."""
+    """Counts the operations that take one of the watched tensors and return tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ class _Consumers(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Entry:
-    """The one tensor with which a block was called (None if there were others), and its version at that moment.
+    """The only tensor with which a block was called (None if there were others), and its version at that time.
 
-    An operation in place leaves the tensor the same object, but not the same version. `named` are constants.
+    An operation in place keeps the object, but changes the version. `named` are constants.
     """
 
     tensor: Tensor | None
@@ -87,7 +87,7 @@ class _Entry:
 
 @dataclass
 class _Record:
-    """Notes of the hooks during a traced pass."""
+    """Data that the hooks collect during a traced pass."""
 
     order: list[str] = field(default_factory=list)
     entered: dict[str, list[_Entry]] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class _Record:
 
 @torch.no_grad()
 def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: list[str] | None = None) -> Trace:
-    """Runs `model` on a few images and finds its segments: the named blocks, or those that hold the layers."""
+    """Runs `model` on a few images and finds its segments: the named blocks, or the blocks that hold the layers."""
     blocks = find_blocks(model, layers) if blocks is None else blocks
     record, consumers = _Record(), _Consumers()
 
@@ -142,7 +142,7 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: lis
 
 
 def _on_entering(model: nn.Module, blocks: list[str], record: _Record) -> list[RemovableHandle]:
-    """Hooks that note with what the blocks are called."""
+    """Hooks that record the arguments of the blocks."""
 
     def on_block(name: str) -> Callable:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -157,7 +157,7 @@ def _on_entering(model: nn.Module, blocks: list[str], record: _Record) -> list[R
 
 
 def _forget_variables_(record: _Record, model: nn.Module, blocks: list[str], images: Tensor) -> None:
-    """Blocks whose arguments beside the tensor differ for other images, or cannot be compared, follow nothing."""
+    """A block follows no other one if its further arguments depend on the images, or cannot be compared."""
     if not any(entry.named for entries in record.entered.values() for entry in entries):
         return
     other = _Record()
@@ -184,10 +184,10 @@ def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
 
 
 class Walker:
-    """A network on its way through the segments: `inputs_of` looks into the present one, `advance` leaves it.
+    """Goes through the segments of a network: `inputs_of` looks into the present one, `advance` goes to the next.
 
-    `images` gives a tensor for each batch (a Stash, where `arguments` is asked for). The network is in eval mode; its
-    layers may be replaced on the way. With `half` what is kept of float32 is float16, where that holds it.
+    `images` gives a tensor for each batch; it is a Stash if `arguments` is used. The network is in eval mode. Its
+    layers may be replaced during the walk. With `half`, float32 is kept as float16 if its values fit.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class Walker:
         self._arguments, self._next = self._of(""), self._of("")
 
     def close(self) -> None:
-        """Gives the room back."""
+        """Frees the room."""
         self._arguments.clear()
         self._next.clear()
 
@@ -209,7 +209,7 @@ class Walker:
 
     @property
     def _following(self) -> Segment | None:
-        """The next segment, if it takes just what this one answers, to every batch."""
+        """The next segment, if its input is exactly the output of this one for every batch."""
         following = self._trace.segments[self._position + 1 : self._position + 2]
         return next((s for s in following if s.follows and self._arguments.is_complete), None)
 
@@ -220,30 +220,30 @@ class Walker:
 
     @torch.no_grad()
     def answer(self) -> None:
-        """Runs the segment over all batches and keeps what it answers: for `output`, and for the way on."""
+        """Runs the segment over all batches and keeps its outputs, for `output` and for the next segment."""
         module = self.model.get_submodule(self.segment.module)
         for args, kwargs in filter(None, self._arguments):
             self._keep(module(*args, **kwargs))
 
     def _keep(self, output: Any) -> None:
-        """What the segment answered to a batch, as the arguments of the next one."""
+        """Keeps the output of the segment for a batch as the arguments of the next segment."""
         self._next.append(((output,), dict(self._following.named) if self._following else {}))
 
     def output(self, number: int) -> Any:
-        """What the segment answered to a batch; after `answer`."""
+        """The output of the segment for a batch; call `answer` first."""
         return self._next.kept(number)[0][0]
 
     def arguments(self, number: int) -> Call:
-        """With what the segment's module is called for a batch; copies, for it may change its input in place."""
+        """The arguments of the segment's module for a batch, copied, because it may change its input in place."""
         return cast(Call, self._arguments[number])
 
     def shapes(self, number: int) -> tuple[torch.Size, ...]:
-        """Of the tensors among the `arguments`."""
+        """Shapes of the tensors in `arguments`."""
         return self._arguments.shapes(number)
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Goes to the next segment (at first to the first)."""
+        """Goes to the next segment; the first call goes to the first one."""
         if self._following is None:
             self._next.clear()
             self._next = self._of(self._trace.segments[self._position + 1].module)
@@ -261,8 +261,8 @@ class Walker:
     ) -> Iterator[None]:
         """Runs the segment batch by batch, and calls `see(layer, batch, input, output)` for the named layers.
 
-        Yields after every batch. `for_the_last_time` says that no layer of the segment will change any more: what it
-        answers is then kept for the way on, instead of being computed again.
+        Yields after every batch. `for_the_last_time` says that no layer of the segment will change any more. Its
+        outputs are then kept for the next segment, and not computed again.
         """
         module = self.model.get_submodule(self.segment.module)
         expected = sum(self._trace.calls[name] for name in layers)
