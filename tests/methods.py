@@ -19,6 +19,10 @@ class Row:
     paths: tuple[int, int]
 
 
+FAMILIES = ("svd", "cp", "rcp")
+"""A chain of two links, a chain of more, and one that reshapes kernels. What does not depend on a
+method's arithmetic is tested with these; the laws, with all methods."""
+
 TABLE = {
     "svd": Row(lambda r: r * (16 * 3 + 5 * 8), (2, 2)),
     "cp": Row(lambda r: r * (16 + 15 + 8), (2, 4)),

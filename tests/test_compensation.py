@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from tests.methods import FAMILIES
 from tests.test_calibration import Twice, convs, images, resnet
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import input_patches
 from tspc.calibration.samples import Calibration, Samples, moments_of
 from tspc.compression.apply import compress, tensorized
 from tspc.compression.planning import plan
-from tspc.decompositions import METHODS, SVD, Auto, TensorTrain
+from tspc.decompositions import SVD, Auto, TensorTrain
 from tspc.errors import ConfigError, DataError, DecompositionError
 from tspc.layers.dense import kernel_of
 from tspc.layers.forms import tensorized_layers
@@ -27,7 +28,7 @@ def output_distance(model: nn.Module, small: nn.Module, x: torch.Tensor) -> floa
     return float((a - b).norm() / a.norm())
 
 
-@pytest.mark.parametrize("method", [*METHODS, Auto((SVD(), TensorTrain()))], ids=str)
+@pytest.mark.parametrize("method", [*FAMILIES, Auto((SVD(), TensorTrain()))], ids=str)
 def test_function_space_and_compensation_bring_the_answer_closer(method):
     model, x = resnet(), images(64)
     before = copy.deepcopy(model.state_dict())

@@ -1,4 +1,4 @@
-"""Every argument of a convolution × every method × every path, against the convolution with the rebuilt kernel."""
+"""Every argument of a convolution × every method and path, against the convolution with the rebuilt kernel."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.methods import TABLE
+from tests.methods import FAMILIES, TABLE
 from tspc.decompositions import METHODS
 from tspc.layers.chains import paths_of
 from tspc.layers.dense import Form, kernel_shape
 from tspc.layers.forms import untrained
 
 KERNELS = ((1, 1), (3, 3), (1, 3), (4, 2))
-MODES = ("zeros", "reflect", "replicate", "circular")
 STRIDES = (1, 2, (2, 1))
 PADDINGS = (0, (1, 2), "same")
 DILATIONS = (1, (1, 2))
 GROUPS = (1, 2)
+each_method_and_mode = pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "zeros") for name in METHODS), *product(FAMILIES, ("reflect", "replicate", "circular"))]
+)
 
 
 def expected(layer: nn.Conv2d | nn.Conv1d, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -35,9 +37,8 @@ def random_(layer: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("mode", MODES)
+@each_method_and_mode
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-@pytest.mark.parametrize("name", METHODS)
 def test_every_path_equals_the_rebuilt_convolution(name, kernel, mode):
     x = torch.randn(2, 8, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     tried = set()
@@ -67,8 +68,7 @@ def test_every_path_equals_the_rebuilt_convolution(name, kernel, mode):
     assert len(tried) == TABLE[name].paths[kernel != (1, 1)]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", METHODS)
+@each_method_and_mode
 def test_one_dimension(name, mode):
     x = torch.randn(2, 8, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for size, stride, padding, dilation, groups in product((1, 3, 4), (1, 2), (0, 2), (1, 2), GROUPS):

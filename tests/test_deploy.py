@@ -15,6 +15,7 @@ from torch import nn
 
 import tspc
 from tests.conftest import Once
+from tests.nets import Net, small_net
 from tests.small import network
 from tspc.compression.apply import compress
 from tspc.deploy import FORMATS, Comparison, Exporter, compare, cost, export, exporting, timing
@@ -80,7 +81,7 @@ def test_files_hold_factors_and_neither_images_nor_paths(small, exported):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_that_answers_otherwise_is_not_kept(small, tmp_path, format, monkeypatch):
+def test_a_file_that_answers_otherwise_is_not_kept(tmp_path, format, monkeypatch):
     path = tmp_path / f"net.{format}"
     path.write_text("older")
     # What is read back is another network's answer.
@@ -90,7 +91,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(small, tmp_path, format, monk
     wrong = lambda *args: [t + (0.01 if format == "onnx" or next(calls) > 1 else 0) for t in real(*args)]  # noqa: E731
     monkeypatch.setattr(exporting, name, wrong)
     with pytest.raises(ExportError, match=r"was not replaced, the older file stays: its answers differ .* by 0\.01"):
-        export(small, path, IMAGES)
+        export(small_net("rtk"), path, IMAGES)
     assert path.read_text() == "older"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -217,10 +218,10 @@ def test_both_networks_are_timed_by_turns(small):
     assert found.speedup is not None
 
 
-def test_a_network_is_traced_once_for_all_batch_sizes(small, monkeypatch):
+def test_a_network_is_traced_once_for_all_batch_sizes(monkeypatch):
     real, traces = timing.traced, []
     monkeypatch.setattr(timing, "traced", lambda *args: traces.append(args) or real(*args))
-    comparison = Comparison(network(), small, (IMAGES,), "onnx", 0.0)
+    comparison = Comparison(Net(), small_net("rtk"), (IMAGES,), "onnx", 0.0)
     found = [comparison.at(size) for size in (1, 4)]
     assert [(t.batch_size, t.skipped, t.dense is not None) for t in found] == [(1, None, True), (4, None, True)]
     assert len(traces) == 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.methods import FAMILIES
 from tests.nets import a_layer, dense_answer, images, small_net
 from tspc.decompositions import METHODS
 from tspc.layers.chains import REBUILT
@@ -100,7 +101,7 @@ def test_under_function_transforms():
 # --- other machinery of PyTorch ---------------------------------------------------------------------------------
 
 
-@each_method
+@pytest.mark.parametrize("name", FAMILIES)
 def test_deepcopy_pickle_channels_last_autocast(name):
     small, x = small_net(name), images()
     with torch.no_grad():
@@ -134,7 +135,7 @@ def test_compiles_into_one_graph(name):
 
 
 @pytest.mark.slow
-@each_method
+@pytest.mark.parametrize("name", FAMILIES)
 def test_compiles_with_the_default_backend(name):
     small, x = small_net(name), images()
     with torch.no_grad():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.methods import FAMILIES
 from tspc.compression.apply import compress
 from tspc.compression.planning import plan
-from tspc.decompositions import METHODS
 from tspc.errors import ConfigError
 from tspc.models import BUILTIN, NetworkSpec
 from tspc.models.weights import load_state, read_state
@@ -89,10 +89,10 @@ def test_custom_factory(tmp_path, monkeypatch):
     sys.modules.pop("mynet")
 
 
-FAMILIES = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "swin_v2_t", "googlenet"]
+TORCHVISION = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "swin_v2_t", "googlenet"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_networks_compress_and_run(name):
     torch.manual_seed(0)
     model = NetworkSpec("torchvision", name, 10).build().eval()
@@ -123,12 +123,10 @@ def test_blocks_of_torchvision_networks(name, count, first):
 @pytest.mark.parametrize("name", ["vit_b_16", "googlenet", "regnet_y_400mf"])
 def test_distillation_blocks_do_not_depend_on_the_method(name):
     """Blocks are those of the dense network: a chain is several convolutions, a rebuilt layer none."""
-    from tspc.layers.forms import tensorized_layers
-
     model = NetworkSpec("torchvision", name, 10).build()
     found = set()
     for method in ("tt", "rtt"):
-        layers = list(tensorized_layers(compress(model, method, 0.1, allocation="uniform")))
+        layers = [layer.name for layer in plan(model, method, 0.1, allocation="uniform").tensorized]
         found.add(tuple(find_blocks(model, layers)))
     assert len(found) == 1
 
@@ -144,9 +142,9 @@ def test_blocks_by_pattern():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_resnet50_runs_as_its_rebuilt_kernels(name):
-    """Every method on ResNet-50 at 0.05: the network equals the one with dense kernels rebuilt from the factors."""
+    """The network equals the one with dense kernels rebuilt from the factors."""
     from tspc.layers.forms import tensorized_layers
     from tspc.layers.replacing import set_module
 

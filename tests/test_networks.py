@@ -22,7 +22,7 @@ def test_the_sweep_has_thirty_networks_of_torchvision():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "method"), [("mnasnet0_5", "svd"), ("shufflenet_v2_x0_5", "rtk"), ("resnet18", "tt")])
+@pytest.mark.parametrize(("name", "method"), [("mnasnet0_5", "svd"), ("resnet18", "tt")])
 def test_a_network_passes_every_check(name, method, tmp_path):
     result = examine(BY_NAME[name], method, tmp_path)
     assert result["failures"] == []

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import tspc
+from tests.methods import FAMILIES
 from tspc.calibration.patches import Positions, input_patches, output_rows
 from tspc.calibration.samples import Calibration
 from tspc.decompositions import METHODS
 from tspc.errors import ConfigError
 from tspc.layers.dense import kernel_of
 from tspc.layers.forms import tensorized_layers
-
-each_method = pytest.mark.parametrize("name", METHODS)
 
 
 class Conv1D(nn.Module):
@@ -55,8 +54,9 @@ def signals() -> nn.Module:
     return Signals().eval()
 
 
-@each_method
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("name", "calibrated"), [*((name, False) for name in METHODS), *((name, True) for name in FAMILIES)]
+)
 def test_a_network_for_signals(name, calibrated, tmp_path):
     model, x = signals(), torch.randn(64, 2, 40, generator=torch.Generator().manual_seed(1))
     settings = Calibration(samples=64, batch_size=16)

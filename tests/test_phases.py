@@ -20,7 +20,7 @@ from tspc.phases.refit import adapted_layers, refit_
 from tspc.training import Progress, evaluate
 from tspc.traversal.hooks import outputs_of
 
-DISTILLATION = Distillation(20, 25, 2e-3, optimizer="adam", schedule="constant", images=200)
+DISTILLATION = Distillation(10, 25, 2e-3, optimizer="adam", schedule="constant", images=200)
 
 
 def distance(model, reference, images):

@@ -28,9 +28,14 @@ def count(model: nn.Module) -> int:
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.7, 1.0])
 @pytest.mark.parametrize("scope", ["layers", "network"])
 def test_rate_is_a_ceiling(name, rate, scope):
-    model = resnet()
-    made = plan(model, name, rate, rate_scope=scope, allocation="uniform")
+    made = plan(resnet(), name, rate, rate_scope=scope, allocation="uniform")
     assert 0.85 * rate < made.rate_reached <= rate
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_network_has_the_parameters_that_its_plan_says(name):
+    model = resnet("resnet8")
+    made = plan(model, name, 0.2, allocation="uniform")
     apply_(model, made)
     assert count(model) == made.network_params
 

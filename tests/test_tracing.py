@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from tests.methods import FAMILIES
 from tests.nets import images, small_net
-from tspc.decompositions import METHODS
 from tspc.layers.forms import tensorized_layers
 
-each_method = pytest.mark.parametrize("name", METHODS)
+each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def on_path(name: str, path: str) -> nn.Module:
@@ -24,7 +24,7 @@ def on_path(name: str, path: str) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
-@each_method
+@each_family
 def test_a_jit_trace_is_one_graph_under_every_mode(name, context):
     small = small_net(name)
     with context():
@@ -33,7 +33,7 @@ def test_a_jit_trace_is_one_graph_under_every_mode(name, context):
         torch.testing.assert_close(network(images(3)), small(images(3)))
 
 
-@each_method
+@each_family
 def test_a_graph_of_fx_has_a_node_for_every_layer(name):
     small, x = on_path(name, "chain"), images()
     graph = torch.fx.symbolic_trace(small)
@@ -45,7 +45,7 @@ def test_a_graph_of_fx_has_a_node_for_every_layer(name):
     assert all(p.grad is not None for p in graph.parameters())
 
 
-@each_method
+@each_family
 def test_the_feature_extractor_takes_the_names_of_the_dense_layers(name):
     small, x = small_net(name), images()
     found = create_feature_extractor(small, ["wide", "hidden"])(x)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.methods import FAMILIES
 from tests.small import network
 from tests.test_processes import launch
 from tspc.compression.apply import compress
-from tspc.decompositions import METHODS
 from tspc.layers.forms import tensorized_layers
 from tspc.models import NetworkSpec
 
@@ -48,17 +48,7 @@ def test_one_graph_forward_and_backward(method):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler itself
-@FORMS
-def test_compiled_code(method):
-    model = small(method)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FAMILIES)
 def test_autocast_and_channels_last(method):
     model = small(method)
     expected = model(IMAGES)
@@ -74,7 +64,7 @@ def test_autocast_and_channels_last(method):
     torch.testing.assert_close(rearranged, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FAMILIES)
 def test_copies_and_pickles_are_networks_of_their_own(method):
     model = small(method)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -92,6 +82,7 @@ WORKER = """
 import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from tests.methods import FAMILIES
 from tests.small import network
 from tspc.system import processes
 from tspc.compression.apply import compress
