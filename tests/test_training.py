@@ -148,7 +148,7 @@ def test_a_network_that_answers_nan_is_not_helped_by_a_smaller_learning_rate(con
     model = network()
     with torch.no_grad():
         model.linear.bias[0] = torch.nan
-    with pytest.raises(TrainingError, match=r"nan at step 1 of 8; the network answers so before any training: look at"):
+    with pytest.raises(TrainingError, match=r"nan at step 1 of 8; this happens before any training: look at"):
         train_classifier(model, recipe(), context, Progress(), "finetune")
 
 
@@ -200,7 +200,7 @@ def test_weights_that_end_non_finite_are_no_result(context):
     model = network().train()
     steep = recipe(steps=1, learning_rate=1e30, momentum=0.0)
     batches = Labelled(context.data, Feed(50, 0, CPU))
-    with pytest.raises(TrainingError, match="the weights stopped being finite before step 2"):
+    with pytest.raises(TrainingError, match="the weights are no longer finite before step 2"):
         fit(model, batches, lambda net, x, y: 1e20 * net(x).square().sum(), steep, Hardware(CPU), 0)
 
 

@@ -1,4 +1,4 @@
-"""What the layers see: calibration inputs and their statistics."""
+"""Calibration images, and the statistics of every layer's inputs."""
 
 from tspc.calibration.samples import Calibration, Samples
 

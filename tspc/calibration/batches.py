@@ -1,4 +1,4 @@
-"""What a data loader gives, as batches of images; and whether the rest of a batch may be left out."""
+"""Makes batches of images from a data loader, and checks whether the rest of a batch may be left out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ REMEDY = (
 
 
 class Batches:
-    """Equal batches of the first `samples` images (the last one may be smaller).
+    """Batches of `batch_size` from the first `samples` images (the last one may be smaller).
 
-    `images` is a tensor (N, …), or gives batches: tensors, or tuples whose first item is one. Iterating raises
-    DataError for anything else, and for images of several sizes.
+    `images` is a tensor (N, …), or an iterable of batches. A batch is a tensor, or a tuple that begins with a tensor.
+    Iteration raises DataError for other values, and for images of different sizes.
     """
 
     def __init__(self, images: Tensor | Iterable[Any], samples: int, batch_size: int) -> None:
@@ -65,10 +65,10 @@ def _images_of(given: Any) -> Tensor:
 
 
 def check_nothing_is_missing(model: nn.Module, given: Any) -> None:
-    """Raises DataError if the network would take more of what the loader gave first than the first tensor.
+    """Raises DataError if the network would use more of the first batch than its first tensor.
 
-    Padding, for example, would count as text without its mask. Labels may be left out: what no argument of `forward`
-    is there for, what an argument for labels is for, and one number for each input that it could do without.
+    For example, padding would be treated as text without its mask. Labels may be left out. These are items without an
+    argument of `forward`, items for an argument for labels, and one number for each input if the argument is optional.
     """
     if not isinstance(given, tuple | list) or len(given) < 2:
         return
@@ -85,7 +85,7 @@ def check_nothing_is_missing(model: nn.Module, given: Any) -> None:
 
 
 def _arguments(model: nn.Module) -> list[inspect.Parameter]:
-    """The arguments of the forward pass, of the network inside where another one is wrapped around it."""
+    """The arguments of `forward`; if the network only wraps another one, those of the inner network."""
     while isinstance(inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None), nn.Module):
         if not all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in _signature(model)):
             break
@@ -101,7 +101,7 @@ def _signature(model: nn.Module) -> list[inspect.Parameter]:
 
 
 def _taker(first: Tensor, other: Any, own: list[inspect.Parameter], arguments: list[inspect.Parameter]) -> str | None:
-    """The argument that a further item of a batch is for; `own` has the one at its place, if there is one."""
+    """The argument that takes a further item of a batch; `own` has the argument at its place, if there is one."""
     if isinstance(other, Mapping):
         named = {argument.name for argument in arguments if not _is_for_labels(argument)}
         return next((key for key in other if key in named), None)
@@ -113,13 +113,13 @@ def _taker(first: Tensor, other: Any, own: list[inspect.Parameter], arguments: l
             return argument.name
         if is_plain and argument.default is None and _suits(argument, first, other):
             return argument.name
-    # By name: masks are often passed so, in whatever order.
+    # Found by name: masks are often passed by name, in any order.
     masks = [argument for argument in arguments if "mask" in argument.name.lower()]
     return next((mask.name for mask in masks if _suits(mask, first, other)), None)
 
 
 def _suits(argument: inspect.Parameter, first: Tensor, other: Tensor) -> bool:
-    """Whether a tensor can be what an optional argument is for."""
+    """Whether a tensor can be the value of an optional argument."""
     name = argument.name.lower()
     if _is_for_labels(argument):
         return False

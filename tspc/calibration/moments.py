@@ -1,4 +1,4 @@
-"""The statistics of a layer's inputs, and what they ask of its kernel."""
+"""The statistics of a layer's inputs, and the best kernel for them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tspc.system import processes
 from tspc.system.modes import own_modes
 
 ROWS = 8
-"""Rows for each input from which on second moments are trusted as they are."""
+"""With this number of rows for each input, second moments are used without a correction."""
 LEAST_ROWS = 2
-"""Rows for each input without which the layer's own kernel is the best known."""
+"""With fewer rows for each input than this, the layer's own kernel is the target."""
 SCARCITY = 0.1
-"""Damping, relative to the mean second moment, for each input without a row to itself."""
+"""Damping for too few rows, relative to the mean second moment; in proportion to the missing rows."""
 WIDEST_OUTPUT = 4096
-"""Outputs of a layer beyond which their second moments, and their weights, are kept for each output alone."""
+"""With more outputs than this, only the diagonals of their second moments and weights are kept."""
 
 
 def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
@@ -31,15 +31,20 @@ def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one layer should do, given its inputs x: answer with y, the reference's output without its bias.
+    """The statistics of a layer's inputs x and wanted outputs y, which are the reference's outputs without bias.
 
-    With `centred`, a constant can be added to the layer's output, so that only what varies counts: the means are
-    taken off all second moments. `target` is the kernel (T × n) that answers best. All else is kept for each group of
-    the layer's channels, one for most layers, g of them with t = T/g outputs: `mean_x` (g × n), `mean_y` (g × t),
-    `inputs` is E[xxᵀ] + `damping`·I (g × n × n; `damping` g × 1 × 1), `cross` E[yxᵀ] (g × t × n), `outputs` E[yyᵀ]
-    (g × t × t), `weights` how much the outputs count (g × t × t; None: all alike). Of a layer with more than
-    `WIDEST_OUTPUT` outputs the last two are diagonals (g × t). A kernel that is decomposed as one tensor for all groups
-    is fitted in one norm, `metric`: that of the groups' mean inputs.
+    With `centred`, a constant can be added to the layer's output. The means are then subtracted from all second
+    moments. `target` is the best kernel (T × n) from x to y. The other fields have an entry for each group of the
+    layer's channels: g groups with t = T/g outputs each, and g = 1 for most layers.
+
+    - `mean_x` (g × n), `mean_y` (g × t);
+    - `inputs`: E[xxᵀ] + `damping`·I (g × n × n; `damping` is g × 1 × 1);
+    - `cross`: E[yxᵀ] (g × t × n);
+    - `outputs`: E[yyᵀ] (g × t × t);
+    - `weights`: how much the outputs matter (g × t × t; None: all the same).
+
+    For a layer with more than `WIDEST_OUTPUT` outputs the last two are diagonals (g × t). The kernels of all groups are
+    decomposed as one tensor, so they are fitted in one norm, `metric`, from the mean of the groups' inputs.
     """
 
     target: Tensor
@@ -63,7 +68,7 @@ class Statistics:
         return Metric(self.inputs[0] if len(self.inputs) == 1 else self.inputs.mean(0), outputs)
 
     def error(self, kernel: Tensor) -> float:
-        """The root of E‖y − kernel·x‖² ÷ E‖y‖², outputs weighted as in the metric; 0 answers like the reference."""
+        """The root of E‖y − kernel·x‖² ÷ E‖y‖², with outputs weighted as in the metric; 0: equal to the reference."""
         matrix = self._grouped(kernel)
         if self.weights is None or self.weights.ndim == 2:
             whole = self.outputs if self.outputs.ndim == 2 else self.outputs.diagonal(dim1=1, dim2=2)
@@ -77,7 +82,7 @@ class Statistics:
         return math.sqrt(max(lost, 0.0) / size) if size > 0 else 0.0
 
     def shift(self, kernel: Tensor) -> Tensor | None:
-        """The constant (T) that gives the layer's output the reference's mean; None where it has no place."""
+        """The constant (T) that gives the layer's output the reference's mean; None if it cannot be added."""
         if not self.centred:
             return None
         return (self.mean_y - (self._grouped(kernel) @ self.mean_x[..., None])[..., 0]).flatten()
@@ -87,10 +92,10 @@ class Statistics:
 
 
 class Moments:
-    """First and second moments of rows x (n long), and with `targets` of pairs with rows y that should be answered.
+    """First and second moments of rows x (length n); with `targets`, also of pairs with wanted rows y.
 
-    Each of the `groups` of a layer's channels has rows of its own, and answers with its share of the `targets`. What is
-    summed are differences from the first rows' mean: squares of large numbers would leave no digits for what varies.
+    Each of the `groups` of a layer's channels has its own rows and its share of the `targets`. The sums are over
+    differences from the mean of the first rows: squares of large numbers would leave no digits for the variance.
     """
 
     def __init__(self, n: int, targets: int | None, device: torch.device, groups: int = 1) -> None:
@@ -121,7 +126,7 @@ class Moments:
                 self._yy += (y.mT @ y if self._yy.ndim == 3 else y.square().sum(1)).to(self._yy)
 
     def join(self) -> None:
-        """Adds up what all processes have seen."""
+        """Adds up the sums of all processes."""
         if processes.count() == 1:
             return
         x, dx = self._x, self._x.meet()
@@ -144,17 +149,18 @@ class Moments:
     def statistics(
         self, kernel: Tensor, centred: bool, damping: float, sensitivity: Tensor | None = None, images: int = 0
     ) -> Statistics:
-        """For a layer with this kernel, whose own outputs are the targets unless there were others. Uses up the sums.
+        """The statistics for a layer with this kernel; may be called once, because it overwrites the sums.
 
-        The damping pulls the best kernel towards the layer's own, so that directions that the images did
-        not show stay as they are. `sensitivity` (T × T, or its diagonal) weighs the outputs. The rows of one of the
-        `images` resemble each other: they count for as many as the geometric mean of rows and images.
+        Without targets the layer's own outputs are the targets. The damping pulls the best kernel towards the layer's
+        own, so it does not change in directions that the images did not show. `sensitivity` (T × T, or its diagonal)
+        weights the outputs. Rows of the same image are similar. So the number of independent rows is taken as the
+        geometric mean of the numbers of rows and of `images`.
         """
         groups, n, _ = self._xx.shape
         matrix = kernel.detach().reshape(groups, -1, n).to(self._xx)
         count = max(self.count, 1)
         mean_x, off_x = self._x.means(count)
-        # In place, and the sums are used up: of a wide layer each such matrix is hundreds of megabytes.
+        # In place, because each such matrix of a wide layer takes hundreds of megabytes.
         inputs = self._xx.div_(count).baddbmm_(off_x[..., None], off_x[:, None], alpha=-1)
         if not centred:
             inputs.baddbmm_(mean_x[..., None], mean_x[:, None])
@@ -170,7 +176,7 @@ class Moments:
                 outputs.add_(_squares(mean_y, outputs.ndim))
         diagonals = inputs.diagonal(dim1=1, dim2=2)
         size = diagonals.mean(1)[:, None, None]
-        # Of fewer rows than this the moments are partly noise, which a best kernel would follow.
+        # With fewer rows than this the moments are partly noise, and the best kernel would follow the noise.
         independent = math.sqrt(count * min(images, count)) if images else count
         scarcity = max(0.0, n / independent - 1 / ROWS)
         shift = torch.where(size > 0, (damping + SCARCITY * scarcity) * size, 1.0)
@@ -183,18 +189,18 @@ class Moments:
 
 
 class _Sums:
-    """The sum of rows (`n` long), for each of several groups, seen from a centre near their mean."""
+    """The sum of rows (length `n`) for each of several groups, relative to a centre near their mean."""
 
     def __init__(self, n: int, groups: int, device: torch.device) -> None:
         self.total = double(torch.zeros(groups, n, dtype=torch.float32, device=device))
         self.centre: Tensor | None = None
 
     def square(self, n: int | None) -> Tensor:
-        """Zeros for the products with other rows (`n` long); None: with themselves, entry by entry."""
+        """Zeros for the products with other rows (length `n`); None: for the squares of the entries."""
         return torch.zeros_like(self.total) if n is None else self.total.new_zeros((*self.total.shape, n))
 
     def add(self, rows: Tensor) -> Tensor:
-        """Adds rows (groups × m × n); returns them seen from the centre."""
+        """Adds rows (groups × m × n); returns them relative to the centre."""
         if self.centre is None:
             self.centre = rows.mean(1).to(self.total)
         rows = rows - self.centre.to(rows)[:, None]
@@ -217,12 +223,12 @@ class _Sums:
 
 
 def _moved(a: Tensor, da: Tensor, b: Tensor, db: Tensor, count: int) -> Tensor:
-    """What is added to Σabᵀ over `count` rows that move by da and db; `a` and `b` are the sums of the rows."""
+    """The change of Σabᵀ over `count` rows when these move by da and db; `a` and `b` are the sums of the rows."""
     return (a + count * da)[..., None] * db[:, None] + da[..., None] * b[:, None]
 
 
 def _squares(rows: Tensor, ndim: int) -> Tensor:
-    """The products of every row's entries with each other, or with themselves where two dimensions are wanted."""
+    """The products of every row's entries with each other; with `ndim` 2, their squares."""
     return rows.square() if ndim == 2 else rows[..., None] * rows[:, None]
 
 

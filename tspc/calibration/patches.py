@@ -1,4 +1,4 @@
-"""Where a layer meets its inputs: the rows that its kernel is multiplied with, and the rows that it answers."""
+"""The input rows that a layer multiplies its kernel with, and the output rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tspc.layers.dense import AXES, DenseLayer, explicit_padding, kernel_shape, 
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a layer's output to look at: every `step`-th row and column of a map, from `offset` on.
+    """The positions of a layer's output that are used: every `step`-th row and column of a map, from `offset` on.
 
-    Of a dense layer, every `step`²-th row.
+    For a dense layer every `step`²-th row is used.
     """
 
     step: int = 1
@@ -39,8 +39,8 @@ class Positions:
 def input_patches(layer: DenseLayer, inputs: Tensor, positions: Positions | None = None) -> Tensor:
     """The rows that the layer multiplies its kernel with: groups × positions × (S·H·W of one group).
 
-    `inputs` is (N, C, H, W), or (C, H, W), for a convolution with any stride, padding, dilation and groups (without
-    H in 1-d), and (…, S) for a dense layer.
+    `inputs` is (N, C, H, W) or (C, H, W) for a convolution, (N, C, W) or (C, W) for a 1-d convolution, and (…, S) for a
+    dense layer. Stride, padding, dilation and groups are taken into account.
     """
     positions = positions or Positions()
     step, (top, left) = positions.step, positions.offset
@@ -75,7 +75,7 @@ def output_rows(layer: DenseLayer, outputs: Tensor, positions: Positions | None 
 
 
 def rows_of(layer: DenseLayer, outputs: Tensor, positions: Positions | None = None) -> Tensor:
-    """Anything of the shape of the layer's outputs in the order of `input_patches`: positions × T."""
+    """A tensor with the shape of the layer's outputs, in the order of `input_patches`: positions × T."""
     positions = positions or Positions()
     step, (top, left) = positions.step, positions.offset
     if kind_of(layer) not in AXES:

@@ -1,4 +1,4 @@
-"""Batch norm statistics taken anew on the calibration images."""
+"""Measures the statistics of batch norms again, on the calibration images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tspc.system.modes import own_modes
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 JUDGES = 128
-"""Images by whose answers the better statistics are chosen."""
+"""The number of images that decide between old and new statistics."""
 
 
 @own_modes()
 def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> None:
-    """Replaces running means and variances by those that the calibration images give, as the settings say.
+    """Replaces running means and variances by those of the calibration images, if the settings say so.
 
-    `auto` keeps the better: the statistics at which the network's answers are closer to the reference's.
+    `auto` keeps the statistics, old or new, that bring the network's answers closer to the reference's.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     choice = samples.settings.batch_norm
@@ -48,7 +48,7 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
     size = 0
     for images in samples:
         size = size or len(images)
-        if len(images) == size:  # a smaller last batch would count as much as a whole one
+        if len(images) == size:  # a smaller last batch would have the same weight as a whole one
             model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -57,7 +57,7 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
 
 @torch.no_grad()
 def _answers(model: nn.Module, samples: Samples) -> list[Any]:
-    """The network's answers to at least JUDGES images, where there are as many; batch by batch."""
+    """The network's answers to at least JUDGES images, or to all if there are fewer; batch by batch."""
     answers, count = [], 0
     for images in samples:
         if count >= JUDGES:
@@ -68,7 +68,7 @@ def _answers(model: nn.Module, samples: Samples) -> list[Any]:
 
 
 def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:
-    """Squared distance of the network's answers from those wanted, summed over the images; 0 if it is not known."""
+    """Squared distance of the network's answers from `wanted`, summed over the images; 0 if it is unknown."""
     if not all(isinstance(answer, Tensor) for answer in wanted):
         return 0.0
     pairs = zip(_answers(model, samples), wanted, strict=True)

@@ -1,8 +1,8 @@
-"""Calibration: a few hundred unlabelled images tell what the inputs of every layer look like.
+"""Calibration: a few hundred unlabelled images show the inputs of every layer.
 
-Memory does not grow with the number of images: a layer's second moments are S·H·W squared numbers (S·H·W the
-length of an input patch), of large feature maps a seeded random choice of patches stands for all, and activations
-that wait for their layer are kept in files beyond a limit.
+Memory does not grow with the number of images. A layer's second moments are (S·H·W)² numbers, where S·H·W is the length
+of an input patch. Large feature maps are represented by a seeded random choice of patches. Activations that wait for
+their layer go to files beyond a limit.
 """
 
 from __future__ import annotations
@@ -39,13 +39,15 @@ MATRICES = 1024
 class Calibration:
     """How the inputs of the layers are measured and used.
 
-    `samples` unlabelled training images are sent through the networks in batches of `batch_size`; 0 goes by the
-    weights alone. Of each layer's input at most about `patches` patches count. `damping`, as a share of the mean
-    second moment, is added to all directions, also to those that the images never showed. With `sensitivity` a
-    layer's outputs count by how much the network's answer depends on them. With `compensate` every layer is fitted
-    to the reference's outputs given the inputs that the layers compressed before it leave it. `batch_norm`
-    says whether the statistics of batch norms are then taken anew (`recalibrate`), kept (`keep`), or the better
-    of the two (`auto`). Activations beyond `memory` MB wait in temporary files.
+    - `samples`: the number of unlabelled training images; with 0 only the weights are used;
+    - `batch_size`: images in a batch;
+    - `patches`: about the largest number of patches from each layer's input;
+    - `damping`: added to the diagonal of the second moments, as a share of its mean;
+    - `sensitivity`: whether a layer's outputs are weighted by how much the network's answer depends on them;
+    - `compensate`: whether every layer corrects the errors of the layers compressed before it; it is then fitted to
+      the reference's outputs, with inputs from the compressed network;
+    - `batch_norm`: `keep` the statistics of batch norms, `recalibrate` them, or `auto`: take the better of the two;
+    - `memory`: MB of activations in memory; more of them wait in temporary files.
     """
 
     samples: int = 512
@@ -75,7 +77,7 @@ BATCH_NORMS = ("keep", "recalibrate", "auto")
 
 @dataclass(frozen=True)
 class Survey:
-    """What the images showed of an uncompressed network: its trace, and for layers the weights of their outputs."""
+    """What the images show of an uncompressed network: its trace, and the weights of the layers' outputs."""
 
     trace: Trace
     sensitivity: Mapping[str, Stash]
@@ -94,9 +96,9 @@ class Survey:
 class Samples:
     """Calibration images, kept for several walks through networks. Use as a context manager.
 
-    `images` is a tensor (N, …), or gives batches: tensors, or tuples whose first item is one. The first
-    `settings.samples` are taken, the rest of a tuple is not: a survey of a network that would take it raises DataError.
-    Raises DataError if there is no image.
+    `images` is a tensor (N, …), or an iterable of batches. A batch is a tensor, or a tuple that begins with a tensor.
+    The first `settings.samples` images are used. The rest of a tuple is ignored; `survey` raises DataError if the
+    network would use it. Raises DataError if there is no image.
     """
 
     @own_modes()
@@ -140,9 +142,9 @@ class Samples:
             yield batch if self.device is None else batch.to(self.device)
 
     def survey(self, model: nn.Module, layers: Collection[str], later: Collection[str] = ()) -> Survey:
-        """How a network calls some layers, and how its answer depends on them.
+        """How a network calls the given layers, and how its answer depends on them.
 
-        Of layers that another survey will ask for `later` the latter is measured along: the gradients come in one go.
+        `later` names layers of a later survey. Their gradients are measured now, in the same passes.
         """
         check_nothing_is_missing(model, self._first)
         images = next(iter(self))[:2]
@@ -155,7 +157,7 @@ class Samples:
             return Survey(found, self._sensitivity_of(model, [*layers, *later]))
 
     def _sensitivity_of(self, model: nn.Module, layers: Collection[str]) -> dict[str, Stash]:
-        """Measured once for each layer of a network."""
+        """The sensitivity of each layer; measured once for each layer of a network."""
         if self._sensitivity is None or self._sensitivity[0] is not model:
             for matrix in self._sensitivity[1].values() if self._sensitivity else ():
                 matrix.clear()
@@ -203,14 +205,14 @@ def is_narrow(layer: nn.Module) -> bool:
 
 
 def _entries(layer: nn.Module) -> int:
-    """Numbers in the second moments of the layer's inputs, those of each group of its channels."""
+    """The number of entries in the second moments of the layer's inputs, over all groups of its channels."""
     return getattr(layer, "groups", 1) * kernel_of(layer)[0].numel() ** 2
 
 
 def moments_of(
     model: nn.Module, layers: Collection[str], samples: Samples, trace: Trace
 ) -> Iterator[tuple[str, Moments]]:
-    """The moments of each layer's inputs in an uncompressed network, a segment at a time.
+    """The moments of each layer's inputs in an uncompressed network, one segment after the other.
 
     Layers that are never called, or whose inputs are too wide, are left out.
     """
@@ -233,7 +235,7 @@ def moments_of(
 def gather(
     walker: Walker, layers: Collection[str], samples: Samples, for_the_last_time: bool = False
 ) -> dict[str, Moments]:
-    """The moments of the inputs that the layers have in the present segment; without layers that are not called."""
+    """The moments of the layers' inputs in the present segment, without layers that are not called."""
     moments: dict[str, Moments] = {}
 
     def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:

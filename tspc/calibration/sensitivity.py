@@ -36,17 +36,17 @@ SHRINKAGE = 1e-2
 def output_sensitivity(
     model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """For each layer Σ E[ggᵀ] over its output positions (T × T), g the gradient of a random projection of the answer.
+    """For each layer G = Σ E[ggᵀ] (T × T), summed over its output positions.
 
-    An error e of the layer's outputs then changes the answer by about eᵀGe, squared (the output factor of K-FAC,
-    Martens & Grosse, ICML 2015, with Gaussian projections of the logits in place of sampled labels). Where few
-    gradients stand against many outputs the matrix is shrunk towards a multiple of the identity. Of a layer with more
-    than `WIDEST_OUTPUT` outputs it is the diagonal alone (T).
+    g is the gradient of a random projection of the network's answer. An error e of the layer's outputs changes the
+    answer by about √(eᵀGe). G is the output factor of K-FAC (Martens & Grosse, ICML 2015), with Gaussian projections of
+    the logits instead of sampled labels. With few gradients for many outputs, G is shrunk towards a multiple of the
+    identity. For a layer with more than `WIDEST_OUTPUT` outputs only the diagonal of G is returned (T).
 
-    If the answer is a plain list, tuple or dict of tensors, all of them count. In another answer with several tensors
-    the first one with a gradient counts. Inputs without one, such as token numbers, are passed over: gradients go
-    back to the first floating activations behind them. A layer on which the answer does not depend is left out. What
-    cannot be measured is left out, too, and a TspcWarning says so.
+    If the answer is a plain list, tuple or dict, all its tensors are used, else its first tensor with a gradient.
+    Inputs without a gradient, such as token numbers, are skipped: gradients stop at the first floating-point
+    activations. Layers that do not affect the answer, or cannot be measured, are left out; for the latter a TspcWarning
+    says so.
     """
     model = copied(model) if is_of_inference(model) else model
     lost: list[str] = []
@@ -57,12 +57,12 @@ def output_sensitivity(
                 images = _backward(model, batches)
         except Exception as error:  # the network may be the user's own
             why = next(iter(str(error).splitlines()), type(error).__name__)
-            _warn(f"{type(model).__name__} gives no gradients ({why}): the outputs of all layers count alike")
+            _warn(f"{type(model).__name__} gives no gradients ({why}): all outputs of a layer have the same weight")
             return
         lost += sums.lost
         yield from sums.found(images)
     if lost:
-        _warn(f"no finite gradient of the answer comes to {some(lost, 5)}: their outputs count alike")
+        _warn(f"no finite gradient of the answer comes to {some(lost, 5)}: their outputs have the same weight")
 
 
 def _warn(reason: str) -> None:
@@ -70,7 +70,7 @@ def _warn(reason: str) -> None:
 
 
 class _Sums:
-    """What is summed over the gradients of some layers' outputs."""
+    """Sums over the gradients of the layers' outputs."""
 
     def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
         self._model, self._layers = model, layers
@@ -79,7 +79,7 @@ class _Sums:
         self._called: dict[str, None] = {}
 
     def handles(self) -> list[Any]:
-        """Hooks on every module: gradients begin where there are none yet, and those of the layers are summed."""
+        """Hooks on every module. They start the gradients at the first activations, and sum those of the layers."""
         names = {self._model.get_submodule(name): name for name in self._layers}
         return [m.register_forward_hook(self._hook(names.get(m)), prepend=True) for m in _with_hooks(self._model)]
 
@@ -90,7 +90,7 @@ class _Sums:
             if not isinstance(output, Tensor) or not output.is_floating_point() or not torch.is_grad_enabled():
                 return None
             given = output
-            # Copies, for a later operation may change the output in place; of a view its gradient would then be lost.
+            # Copies: a later operation may change the output in place, and then a view would lose its gradient.
             if not output.requires_grad:
                 output = output.detach().clone().requires_grad_().clone()
             elif name is not None and output._is_view():
@@ -110,12 +110,12 @@ class _Sums:
 
     @property
     def lost(self) -> list[str]:
-        """The layers that are called, but to which no finite gradient comes."""
+        """The layers that are called, but get no finite gradient."""
         return [name for name in self._called if name not in self._sums or not self._sums[name].isfinite().all()]
 
     def found(self, images: int) -> Iterator[tuple[str, Tensor]]:
         for name in list(self._sums):
-            # In float32; widened when the layer's turn comes.
+            # Kept in float32; converted to float64 when the layer is fitted.
             total = self._sums.pop(name) / (images * PROBES)
             size = float(total.sum() if total.ndim == 1 else total.trace())
             if size > 0 and bool(total.isfinite().all()):
@@ -168,7 +168,7 @@ def _direction(answer: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _with_gradient(answer: Any) -> list[Tensor]:
-    """The tensors of a plain list, tuple or dict, as the maps of a backbone; of anything else the first one inside."""
+    """All tensors of a plain list, tuple or dict, such as the maps of a backbone; else the first tensor inside."""
     items = list(answer.values()) if type(answer) in (dict, OrderedDict) else answer
     direct = items if type(items) in (list, tuple) else ()
     found = [item for item in direct if isinstance(item, Tensor) and item.grad_fn is not None]
@@ -180,7 +180,7 @@ def _with_gradient(answer: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def _size(model: nn.Module, batch: Tensor) -> int:
-    """Numbers in one input, for the memory of a gradient; of whole numbers those in the first floating activation."""
+    """The number of entries of one input, or of the first floating activation if the input has whole numbers."""
     if batch.is_floating_point():
         return batch[0].numel()
     sizes = [batch[0].numel()]

@@ -1,4 +1,4 @@
-"""What the layers of a compressed network should answer: the rows that the reference's answer to the same images."""
+"""The wanted outputs of a compressed network's layers: the rows that the reference returns for the same images."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from tspc.traversal.walk import Trace, Walker
 
 @dataclass(frozen=True)
 class Targets:
-    """The rows that one layer answers in the reference: a value for every call.
+    """The output rows of one layer in the reference: a value for every call.
 
-    `calls` has the number of the batch and the shape of the whole answer for each of them.
+    `calls` has, for each call, the number of the batch and the shape of the whole output.
     """
 
     rows: Stash
     calls: list[tuple[int, torch.Size]] = field(default_factory=list)
 
     def is_routed(self, samples: Samples) -> bool:
-        """Whether it depends on the images which of them come to the layer, as in a mixture of experts."""
+        """Whether the network decides by the images which of them reach the layer, as in a mixture of experts."""
         whole = range(len(samples) // samples.settings.batch_size)  # the last batch may be smaller
         shapes = [[shape for batch, shape in self.calls if batch == number] for number in whole]
         return any(found != shapes[0] for found in shapes)
 
 
 def targets_of(reference: Walker, layers: Collection[str], samples: Samples) -> dict[str, Targets]:
-    """What each layer of the reference's present segment answers; the segment is then done with."""
+    """The outputs of each layer in the reference's present segment; the segment is then finished."""
     targets = {name: Targets(Stash(samples.room)) for name in layers}
 
     def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
@@ -54,8 +54,8 @@ def targets_of(reference: Walker, layers: Collection[str], samples: Samples) -> 
 def moments_towards(targets: Targets, small: Walker, name: str, samples: Samples) -> Moments | None:
     """Moments of a layer's inputs in the compressed network, with the reference's rows as targets.
 
-    The layer in `small` is still the reference's own. None if its inputs there are not those of the same images, so
-    that there is no saying which row should be answered by which.
+    The layer in `small` is still the reference's own. None if the layer gets other images there, so that its rows do
+    not correspond to the reference's rows.
     """
     if targets.is_routed(samples):
         return None
@@ -81,10 +81,10 @@ def moments_towards(targets: Targets, small: Walker, name: str, samples: Samples
 def moments_in_turn(
     model: nn.Module, work: nn.Module, layers: Collection[str], samples: Samples, trace: Trace
 ) -> Iterator[tuple[str, Moments]]:
-    """Moments of the layers' inputs, in the order of the calls: those that the layers have in `work` by then.
+    """Moments of the layers' inputs in `work`, layer by layer in the order of the calls.
 
-    The caller replaces each layer in `work` before it asks for the next one. The targets are what the layers answer in
-    `model`, the reference. Without compensation the inputs are those in the reference, too.
+    The caller replaces each layer in `work` before it asks for the next one. The targets are the outputs of the layers
+    in `model`, the reference. Without compensation the inputs are those in the reference, too.
     """
     if not samples.settings.compensate:
         yield from moments_of(model, layers, samples, trace)

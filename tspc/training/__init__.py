@@ -1,4 +1,4 @@
-"""Training and evaluation, whatever is trained."""
+"""Training and evaluation of any network."""
 
 from tspc.training.evaluation import Accuracy, accuracy, evaluate
 from tspc.training.loop import Batches, Hardware, Labelled, LossOf, Step, Watchers, fit

@@ -18,7 +18,7 @@ from tspc.traversal.hooks import evaluating
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of right answers, in [0, 1]; `top5` from 100 classes on. `images` were counted, each once."""
+    """Shares of right answers, in [0, 1]. `top5` exists from 100 classes on. `images` is the number of images."""
 
     top1: float
     top5: float | None
@@ -31,7 +31,7 @@ class Accuracy:
 def evaluate(
     model: nn.Module, data: Data, device: torch.device, *, limit: int | None = None, batch_size: int = 250
 ) -> Accuracy:
-    """Accuracy on the test split, or on a fixed random subset of `limit` images; the mode is put back after."""
+    """Accuracy on the test split, or on a fixed random subset of `limit` images; the modes of `model` are restored."""
     batches = data.test_batches(batch_size, device, limit, processes.share())
     return accuracy(model, batches, data.num_classes, device)
 
@@ -39,7 +39,7 @@ def evaluate(
 @own_modes(exact=False)
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[Batch], num_classes: int, device: torch.device) -> Accuracy:
-    """Over this process's batches and those of all others."""
+    """Accuracy over the batches of this process and of all others."""
     # Right, right among five, all: whole numbers, exact up to 16 million.
     counts = torch.zeros(3, dtype=torch.float32, device=device)
     with evaluating(model):

@@ -20,15 +20,15 @@ from tspc.training.progress import Progress
 from tspc.training.recipe import Recipe
 
 EVERY = 10
-"""Steps between two looks at the loss on an accelerator, which would otherwise wait for each; over so many steps it is
-averaged before one asks whether it still falls."""
+"""On an accelerator the loss is read only after this number of steps, because each read waits for the device. The loss
+is averaged over this number of steps before the loop checks whether it still falls."""
 
 LossOf = Callable[[nn.Module, Any, Tensor], Tensor]
 """The loss of the network on inputs and targets: a mean over the batch."""
 
 
 class Batches(Protocol):
-    """What is trained on: `per_epoch` batches a pass, any of which can be read without those before it."""
+    """The training data: `per_epoch` batches in a pass. Any batch can be read without the ones before it."""
 
     per_epoch: int
 
@@ -53,7 +53,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer step tells: 0-based number, how many there will be, loss, learning rate."""
+    """One optimizer step: its number from 0, the number of all steps, loss, learning rate."""
 
     number: int
     total: int
@@ -65,7 +65,7 @@ class Step:
 class Hardware:
     """`precision` is the dtype of autocast (None: float32 throughout); `compile` runs through torch.compile.
 
-    `layout` is the one in memory of images and of the kernels of convolutions.
+    `layout` is the memory format of images and of the kernels of convolutions.
     """
 
     device: torch.device
@@ -80,9 +80,9 @@ class Hardware:
 
 @dataclass
 class Watchers:
-    """Who follows the loop. `judge` scores the network (higher is better).
+    """Functions that the loop calls. `judge` scores the network (higher is better).
 
-    `enough` may end a stage early: it is given the losses so far, each the mean of ten steps.
+    `enough` may end a stage early. It gets the losses so far, each the mean of ten steps.
     """
 
     on_step: Callable[[Step], None] = field(default=lambda step: None)
@@ -103,15 +103,14 @@ def fit(
     watchers: Watchers | None = None,
     kept: nn.Module | None = None,
 ) -> None:
-    """Minimises `loss_of` over the parameters of `network` that ask for a gradient, in place.
+    """Minimises `loss_of` over the parameters of `network` that require a gradient, in place.
 
     The caller sets the modes of the modules. Everything random in a step follows from the seed, the stage and the
-    step's number, so that an interrupted run ends with the same weights as one that was left alone. With a judge
-    the best of its evaluations is the result. `kept` is what the saved states hold, where that is more than
-    `network`.
+    number of the step, so an interrupted run ends with the same weights as one without a stop. With a judge the result
+    is the best of its evaluations. `kept` is the module in the saved states, if it is more than `network`.
 
-    Raises TrainingError when the loss or the weights stop being finite (no such state is ever saved), Interrupted
-    after a signal.
+    Raises TrainingError when the loss or the weights are no longer finite (such a state is never saved), and
+    Interrupted after a signal.
     """
     loop = _Loop(network, batches, loss_of, recipe, hardware, seed, stage)
     loop.follow(progress or Progress(), watchers or Watchers(), kept or network)
@@ -144,7 +143,7 @@ class _Loop:
         self.recent = torch.zeros((), dtype=torch.float32, device=hardware.device)
 
     def follow(self, progress: Progress, watchers: Watchers, kept: nn.Module) -> None:
-        """Goes on from what was saved, if anything was."""
+        """Goes on from the saved state, if there is one."""
         self.progress, self.watchers, self.kept = progress, watchers, kept
         state = progress.state_of(self.stage)
         if state is not None and "step" in state:
@@ -163,7 +162,7 @@ class _Loop:
             self.averaged.load_state_dict(state["averaged"])
 
     def run(self) -> None:
-        """All steps that are left, then the result into the network."""
+        """Runs all steps that are left, then loads the result into the network."""
         with interrupts.deferred(), processes.synchronised(self.network):
             trained = processes.together(self.network)
             if self.hardware.compile:
@@ -220,7 +219,7 @@ class _Loop:
         return [(inputs, targets)] if count == 1 else list(zip(inputs.chunk(count), targets.chunk(count), strict=True))
 
     def _tell(self, loss: Tensor, rate: float) -> None:
-        """Of the loss; an accelerator is not made to wait for it more often than needed."""
+        """Reports the loss, but only as often as needed on an accelerator, which waits for each report."""
         self.recent += loss
         is_mark = (self.step + 1) % EVERY == 0
         if not self.hardware.is_cpu and not is_mark and self.step + 1 < self.total:
@@ -236,7 +235,7 @@ class _Loop:
     @property
     def _remedy(self) -> str:
         if self.step == 0:  # no step was taken yet
-            return "the network answers so before any training: look at its weights and at the data" + self._precision
+            return "this happens before any training: look at the network's weights and at the data" + self._precision
         return (
             f"lower the learning rate (learning_rate={self.recipe.learning_rate:g} in this training)" + self._precision
         )
@@ -248,10 +247,10 @@ class _Loop:
 
     def _check_weights(self) -> None:
         if not all(bool(torch.isfinite(t).all()) for t in tensor_state(self.network).values()):
-            raise TrainingError(f"the weights stopped being finite before step {self.step + 1}; {self._remedy}")
+            raise TrainingError(f"the weights are no longer finite before step {self.step + 1}; {self._remedy}")
 
     def _judge_if_due(self) -> None:
-        """Before the first step, and then at even distances; the last time is after the last step."""
+        """Judges before the first step, then at equal distances, and after the last step."""
         passed = self.step * self.recipe.evaluations
         is_due = passed // self.total > (passed - self.recipe.evaluations) // self.total
         if self.watchers.judge is not None and is_due and self.step < self.total:
@@ -275,7 +274,7 @@ class _Loop:
             raise interrupts.interruption(f"after step {self.step} of {self.total}")
 
     def _stopped(self) -> bool:
-        """Whether a signal came, to any of the processes: they look together, or they would wait for each other."""
+        """Whether a signal came to any process. All processes check together, so that none waits for the others."""
         if processes.count() == 1:
             return interrupts.received()
         if self.step % EVERY and self.step < self.total and not self.is_over:

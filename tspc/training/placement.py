@@ -1,4 +1,4 @@
-"""Where a network lies, and in which layout."""
+"""Moves a network to a device, and finds the memory layout that it works with."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from tspc.traversal.hooks import evaluating
 
 LIKE = 1e-2
-"""Answers that differ by less, as a share of the largest, differ by rounding."""
+"""A smaller difference of answers, as a share of the largest answer, is rounding."""
 
 
 def place(model: nn.Module, device: torch.device, layout: torch.memory_format = torch.channels_last) -> nn.Module:
-    """Moves the network, its convolutions' kernels channels last: on CPU and GPU alike their faster layout."""
+    """Moves the network to the device, and the kernels of its convolutions into `layout`.
+
+    Channels last is the faster one, on CPU and GPU.
+    """
     model.to(device)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -27,7 +30,7 @@ def place(model: nn.Module, device: torch.device, layout: torch.memory_format = 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of a network on some images: its answer or an error, in which layout, and why not in the other."""
+    """The result of a network on some images: its answer or an error, the layout, and what is wrong with the other."""
 
     layout: torch.memory_format
     answer: Any
@@ -36,10 +39,10 @@ class Trial:
 
 
 def tried(model: nn.Module, images: Tensor, trains: bool) -> Trial:
-    """Runs `model` on `images` (N, C, H, W) with the channels last, and contiguous where only that works.
+    """Runs `model` on `images` (N, C, H, W) with channels last, and with contiguous images if only that works.
 
-    A network may take a view of what a convolution answers, which channels last has no room for. What counts is
-    eval mode, and where it `trains` a step forward and backward in training mode too. The network is left as it was.
+    A network may call `view` on the output of a convolution, which fails with channels last. It is tried in eval mode;
+    if it `trains`, also with a forward and backward step in training mode. The network is not changed.
     """
     plain, fast = (_answer(model, images, layout) for layout in (torch.contiguous_format, torch.channels_last))
     reason = _why_not(fast, plain)
@@ -53,7 +56,7 @@ def tried(model: nn.Module, images: Tensor, trains: bool) -> Trial:
 
 
 def _why_not(fast: Trial, plain: Trial) -> str:
-    """What is wrong with the channels last; empty if nothing is, or as much with contiguous images."""
+    """What is wrong with channels last; empty if nothing is, or if the same is wrong with contiguous images."""
     if plain.error is not None:
         return ""
     if fast.error is not None:
@@ -67,7 +70,7 @@ def _text(error: Exception) -> str:
 
 def _answer(model: nn.Module, images: Tensor, layout: torch.memory_format) -> Trial:
     place(model, images.device, layout)
-    # Both layouts draw the same random numbers, and what comes later draws as if nothing had been tried.
+    # Both layouts draw the same random numbers, and later code draws as if nothing had been tried.
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
         torch.manual_seed(0)
         try:
@@ -77,7 +80,7 @@ def _answer(model: nn.Module, images: Tensor, layout: torch.memory_format) -> Tr
 
 
 def _failure(model: nn.Module, images: Tensor, layout: torch.memory_format) -> Exception | None:
-    """What a step forward and backward in training mode raises."""
+    """The error of a forward and backward step in training mode; None if it works."""
     place(model, images.device, layout)
     with torch.random.fork_rng(devices=[]), evaluating(model), _buffers_kept(model), torch.enable_grad():
         model.train()
@@ -94,7 +97,7 @@ def _failure(model: nn.Module, images: Tensor, layout: torch.memory_format) -> E
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Statistics that a training step changes are set back."""
+    """Restores the buffers, such as statistics, that a training step changes."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield

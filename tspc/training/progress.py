@@ -1,4 +1,4 @@
-"""Where a phase stands, on disk: after a kill the same command goes on from there."""
+"""The saved state of a phase, on disk; after a kill the same command goes on from there."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tspc.system import processes
 from tspc.system.launch import is_first
 
 _SAVED = {"settings": str, "stage": COUNT, "seconds": SECONDS}
-"""What a saved state has beside the tensors."""
+"""The entries of a saved state besides the tensors."""
 
 
 class Progress:
-    """The last saved state of a phase, and the one before it, which stands in for a damaged one.
+    """The last saved state of a phase, and the one before it, in case the last one is damaged.
 
-    The files belong to one set of `settings`; those of others are ignored. `interval` is the least time between two
-    saves, in seconds. `warning` says that the newest state could not be read. Nothing is kept without a path.
+    The files belong to one set of `settings`; files of other settings are ignored. `interval` is the least time between
+    two saves, in seconds. `warning` says that the newest state could not be read. Without a path nothing is saved.
     """
 
     def __init__(self, path: Path | None = None, settings: str = "", interval: float = 60.0) -> None:
@@ -47,18 +47,18 @@ class Progress:
         return self._seconds_before + time.monotonic() - self._started
 
     def state_of(self, stage: int) -> dict[str, Any] | None:
-        """What was saved last, if it lies in this stage."""
+        """The last saved state, if it belongs to this stage."""
         return self._state["state"] if self._state is not None and self._state["stage"] == stage else None
 
     def restore_(self, network: nn.Module) -> None:
-        """Puts the network's saved weights into it, if there are any. Raises RunError if they do not fit."""
+        """Loads the saved weights into the network, if there are any. Raises RunError if they do not fit."""
         if (state := self.state_of(self.stage)) is not None:
             with self.restoring():
                 network.load_state_dict(state["network"])
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Within it a state is taken over. Raises RunError if it is not one of this training."""
+        """A context in which a saved state is loaded. Raises RunError if the state is not of this training."""
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -75,7 +75,7 @@ class Progress:
         return self.path is not None and time.monotonic() - self._saved >= self.interval
 
     def save(self, stage: int, state: dict[str, Any]) -> None:
-        """Raises RunError if the disk is full or the like; what was saved before is still there then."""
+        """Saves a state. Raises RunError if that fails, for example on a full disk; the older state is then kept."""
         self._saved = time.monotonic()
         if self.path is None or not is_first():
             return

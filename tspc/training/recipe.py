@@ -1,4 +1,4 @@
-"""How to optimise: learning rates, optimizer, and what happens around a step."""
+"""The settings of the optimisation: learning rates, optimizer, clipping, averaging."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SCHEDULES = ("constant", "cosine", "step")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to optimise. `steps` (optimizer steps), where given, replaces `epochs` (passes over the data).
+    """The settings of the optimisation. `steps` (optimizer steps) replaces `epochs` (passes over the data), if given.
 
-    A step takes `batch_size` images, of all processes together, in `accumulate` parts one after the other. SGD is
-    Nesterov's wherever there is momentum; weight decay does not touch vectors (biases, batch norms). `warmup` is
-    the share of all steps over which the learning rate rises linearly from zero. The `step` schedule divides it by
-    ten after half and after three quarters of the rest. Gradients are clipped to the norm `clip`, if above 0. With
-    `average` above 0 the result is the exponential moving average of the weights at that decay.
+    A step takes `batch_size` images, all processes together, in `accumulate` parts one after the other. SGD uses
+    Nesterov's momentum if `momentum` is above 0. Weight decay does not apply to vectors (biases, batch norms). `warmup`
+    is the share of all steps in which the learning rate rises linearly from zero. The `step` schedule divides the rate
+    by ten after half and after three quarters of the other steps. Gradients are clipped to the norm `clip`, if above 0.
+    With `average` above 0 the result is the exponential moving average of the weights with that decay.
 
-    With `held_out` above 0 so many training images (at most a tenth of them) are never trained on; the network is
-    judged by them `evaluations` times, also before the first step, and the best one is the result.
+    With `held_out` above 0 this number of training images (at most a tenth) is never trained on. They judge the network
+    `evaluations` times, also before the first step, and the result is the best state.
     """
 
     epochs: int
@@ -81,7 +81,7 @@ class Recipe:
         return self.learning_rate
 
     def build(self, network: nn.Module) -> torch.optim.Optimizer:
-        """Of the parameters that ask for a gradient."""
+        """The optimizer of the parameters that require a gradient."""
         trained = [p for p in network.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
