@@ -57,12 +57,12 @@ def output_sensitivity(
                 images = _backward(model, batches)
         except Exception as error:  # the network may be the user's own
             why = next(iter(str(error).splitlines()), type(error).__name__)
-            _warn(f"{type(model).__name__} gives no gradients ({why}): all outputs of a layer have the same weight")
+            _warn(f"{type(model).__name__} gives no gradients ({why}): the outputs of all layers have equal weights")
             return
         lost += sums.lost
         yield from sums.found(images)
     if lost:
-        _warn(f"no finite gradient of the answer comes to {some(lost, 5)}: their outputs have the same weight")
+        _warn(f"no finite gradient of the answer comes to {some(lost, 5)}: their outputs have equal weights")
 
 
 def _warn(reason: str) -> None:
