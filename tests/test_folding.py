@@ -158,7 +158,7 @@ def test_a_network_that_makes_rounding_large_is_folded_with_a_word():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.sin(20_000 * super().forward(x))
 
-    with pytest.warns(TspcWarning, match="this network makes the rounding of its numbers larger"):
+    with pytest.warns(TspcWarning, match="this network amplifies rounding"):
         small = tspc.fold_batch_norms(known(Chaotic()), images())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
 

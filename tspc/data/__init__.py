@@ -36,7 +36,7 @@ KINDS: dict[str, Callable[[DataSpec, Path | None, bool], Data]] = {
 
 
 class _Key:
-    """Hashes a spec by its text, for the options inside are a dict."""
+    """Hashes a spec by its text, because its options are a dict."""
 
     def __init__(self, spec: DataSpec) -> None:
         self.spec = spec
@@ -51,9 +51,9 @@ class _Key:
 def load_data(spec: DataSpec, data_dir: str | Path | None = None, download: bool = True) -> Data:
     """The data set that `spec` describes. The jobs of a sweep in one process share it.
 
-    `download` lets those that torchvision can fetch be fetched, if they are not in `data_dir` (or ./data).
+    With `download`, torchvision may download the files if they are not in `data_dir` (or ./data).
 
-    Raises ConfigError for an unknown kind, DataError for data that is missing, damaged or unlike the spec.
+    Raises ConfigError for an unknown kind, and DataError if the data is missing, damaged or does not fit the spec.
     """
     return _load(_Key(spec), None if data_dir is None else Path(data_dir), download)
 

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of tspc: batches on the device, every test image exactly once."""
+"""The interface of data sets: batches on the device, every test image exactly once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Feed:
-    """How the training split is read: shuffled batches of `batch_size` images, those of all processes together.
+    """How the training split is read: in shuffled batches of `batch_size` images, all processes together.
 
-    `held_out` images are left out (see `Data.held_out_batches`). Everything random in a batch follows from the
-    seed, the epoch and the batch's number: any batch can be read without those before it, and an image is
-    augmented alike whichever process takes it.
+    `held_out` images are left out (see `Data.held_out_batches`). Everything random in a batch follows from the seed,
+    the epoch and the number of the batch. So any batch can be read without the ones before it, and an image is
+    augmented in the same way in every process.
     """
 
     batch_size: int
@@ -42,7 +42,7 @@ class Data(Protocol):
     train_size: int
     test_size: int
     fingerprint: str
-    """A digest of the content (of large streamed sets, of the file names), the same wherever the data lies."""
+    """A digest of the content (for streamed sets, of the file names); it does not depend on the folder."""
 
     def train_batches(self, feed: Feed, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Augmented float batches (N, C, H, W) and labels (N) of one pass, from the batch number `start` on.
@@ -77,18 +77,18 @@ def steps_per_epoch(train_size: int, feed: Feed) -> int:
 
 
 def training_order(train_size: int, feed: Feed, epoch: int) -> Tensor:
-    """Indices of the training images that a pass takes, in its order."""
+    """Indices of the training images of a pass, in order."""
     kept = _shuffled(train_size)[: train_size - feed.held_out].sort().values
     return kept[torch.randperm(len(kept), generator=generator_of(feed.seed, epoch))]
 
 
 def held_out_indices(train_size: int, count: int) -> Tensor:
-    """As far as possible from the images that `subset` takes."""
+    """Indices of the held-out training images; they overlap as little as possible with those of `subset`."""
     return _shuffled(train_size)[train_size - count :].sort().values
 
 
 def subset(size: int, limit: int | None) -> Tensor:
-    """Indices of the images of a split to use, in order; a subset does not depend on any seed of the run."""
+    """Indices of the images of a split that are used, in order; a subset does not depend on the run's seed."""
     if limit is None or limit >= size:
         return torch.arange(size)
     return _shuffled(size)[:limit].sort().values
@@ -99,7 +99,7 @@ def _shuffled(size: int) -> Tensor:
 
 
 def generator_of(*numbers: int) -> torch.Generator:
-    """Random numbers that follow from some whole numbers alone, so that a resumed run sees the same."""
+    """A generator that is seeded by the given whole numbers only, so that a resumed run draws the same numbers."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % 2**63
@@ -188,7 +188,7 @@ class InMemory:
         down, right, mirrored = drawn
         if self.spec.pad:
             padded = torch.nn.functional.pad(images, (self.spec.pad,) * 4)
-            if images.device.type == "cpu":  # slices are far quicker there than indices
+            if images.device.type == "cpu":  # slices are far faster there than indices
                 places = zip(padded, down.flatten().tolist(), right.flatten().tolist(), strict=True)
                 images = torch.stack([image[:, y : y + h, x : x + w] for image, y, x in places])
             else:
@@ -203,10 +203,10 @@ class InMemory:
 
 
 def normalised(images: Tensor, spec: DataSpec) -> Tensor:
-    """uint8 images (N, C, H, W) as the network takes them: float32, by mean and deviation, channels last."""
+    """uint8 images (N, C, H, W) as float32, normalised by mean and deviation, channels last."""
     mean, std = (255 * torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (spec.mean, spec.std))
     images = (images.float() - mean) / std
-    # Grey images for a network that takes colour.
+    # Grey images get three channels for a network that takes colour.
     if images.shape[1] == 1 and spec.channels > 1:
         images = images.expand(-1, spec.channels, -1, -1)
     return images.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Folders of images: `train/` and `val/` or `test/`, each with one folder a class."""
+"""Folders of images: `train/` and `val/` or `test/`, each with one folder for each class."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ PREFETCH = 4
 
 
 def image_folder(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory | Streaming:
-    """Decodes everything once for small images, streams large ones.
+    """The images of a folder: decoded once and kept if `spec.in_memory`, else decoded when needed.
 
-    What is left out is told in one warning. Raises DataError for missing splits, classes that differ between them or
-    from `num_classes`, and for an image that cannot be read (small images: at once; streamed ones: in their turn).
+    One warning names the files that are left out. Raises DataError for missing splits, for classes that differ between
+    the splits or from `num_classes`, and for an image that cannot be read (at once, or when it is needed).
     """
     if data_dir is None:
         raise DataError(f"dataset={spec.name} needs data_dir=FOLDER with train/ and val/ (or test/) inside")
@@ -83,7 +83,7 @@ def _decode(spec: DataSpec, samples: Samples) -> Batch:
 
 
 class _Files(Dataset):
-    """Decoded images, H×W×C uint8. With a seed, an image's augmentation follows from it and the image's index alone."""
+    """Decoded images, H×W×C uint8. With a seed, the augmentation depends only on the seed and the image's index."""
 
     def __init__(self, samples: Samples, channels: int, transform: v2.Transform, seed: int | None = None) -> None:
         self.samples, self.channels, self.transform, self.seed = samples, channels, transform, seed
@@ -118,7 +118,7 @@ class Streaming:
         """`listing` has, for each split, the class of each image and its path within the class."""
         self.spec, self.num_classes = spec, num_classes
         self.train_size, self.test_size = len(train), len(test)
-        # Of the names alone: asking a million files for their sizes takes minutes on a network drive.
+        # From the names only: the sizes of a million files take minutes on a network drive.
         self.fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
         resize = spec.resize or spec.image_size
         flip = [v2.RandomHorizontalFlip()] if spec.flip else []
@@ -167,12 +167,12 @@ class Streaming:
                 on_device = images.to(device, non_blocking=True)
                 yield normalised(on_device, self.spec), labels.to(device, non_blocking=True)
         except DataError as error:
-            # A worker's error arrives with its traceback as the message; the last line is ours.
+            # The message of a worker's error is its traceback; the last line is our message.
             raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from None
 
 
 def _collated(samples: list[tuple[np.ndarray, int]]) -> Batch:
-    """A batch of uint8 images (N, C, H, W), channels last: a quarter of the bytes to hand over, and no copy later."""
+    """A batch of uint8 images (N, C, H, W), channels last: a quarter of the bytes of float32, and no copy later."""
     images = torch.from_numpy(np.stack([pixels for pixels, _ in samples]))
     return images.permute(0, 3, 1, 2), torch.tensor([label for _, label in samples])
 

@@ -1,4 +1,4 @@
-"""Images on disk: which files of a folder are taken, and how each becomes 8 bits a channel."""
+"""Images on disk: finds the files of a folder, and converts each to 8 bits a channel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tspc.errors import DataError, TspcWarning, shortened
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 Samples = list[tuple[Path, int]]
 WIDEST = 20
-"""The longer side of an image over the shorter one, from which on only its middle is looked at."""
+"""If the longer side divided by the shorter side is above this, only the middle of the image is used."""
 _HIDDEN, _OTHERS, _SPECIAL, _LOOPS = (
     "hidden names",
     "files without an image's ending",
@@ -25,7 +25,7 @@ _HIDDEN, _OTHERS, _SPECIAL, _LOOPS = (
 
 
 class Skipped:
-    """What is left out of a data set, for one line about it."""
+    """The files that are left out of a data set, for one warning about them."""
 
     def __init__(self) -> None:
         self._found: dict[str, list[Path]] = defaultdict(list)
@@ -34,7 +34,7 @@ class Skipped:
         self._found[kind].append(path)
 
     def tell(self, root: Path) -> None:
-        """Warns once of all, with an example of each kind."""
+        """Warns once of all of them, with an example of each kind."""
         kinds = [
             f"{len(paths)} {kind} (as {shown(min(paths).relative_to(root))})" for kind, paths in self._found.items()
         ]
@@ -43,15 +43,15 @@ class Skipped:
 
 
 def shown(path: Path) -> str:
-    """A path in a message: names need not be valid text."""
+    """A path in a message; file names may be invalid text."""
     return shortened(str(path), 300)
 
 
 def scan(folder: Path, skipped: Skipped) -> tuple[list[str], Samples]:
     """Classes and images of a folder that has a folder for each class, both sorted.
 
-    As torchvision's ImageFolder, images may lie in deeper folders, and links are followed; hidden names and what is no
-    regular file are skipped. Raises DataError for a folder that cannot be read, a class without images, a broken link.
+    As in torchvision's ImageFolder, images may lie in deeper folders, and links are followed. Hidden names and special
+    files are skipped. Raises DataError for a folder that cannot be read, a class without images, or a broken link.
     """
     folders, files = _entries(folder, skipped)
     for path in files:
@@ -82,7 +82,7 @@ def _below(folder: Path, skipped: Skipped, above: tuple[tuple[int, int], ...]) -
 
 
 def _entries(folder: Path, skipped: Skipped) -> tuple[list[Path], list[Path]]:
-    """The folders and the images that lie in a folder itself."""
+    """The folders and the images directly in a folder."""
     folders, images = [], []
     try:
         with os.scandir(folder) as entries:
@@ -117,9 +117,9 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def opened(path: Path, channels: int) -> Image.Image:
-    """The image as grey (one channel) or RGB, 8 bits each; transparency is dropped, 16 bits are scaled.
+    """The image in grey (one channel) or RGB with 8 bits; transparency is dropped, and 16 bits are scaled.
 
-    Raises DataError for what cannot be read, or has numbers without a known range.
+    Raises DataError if it cannot be read, or if the range of its values is unknown.
     """
     try:
         with Image.open(path) as image:
@@ -144,13 +144,13 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _bits(image: Image.Image) -> int:
-    """Of the values of an image of 16 bits; a TIFF may use 12 of them."""
+    """The number of bits that a 16-bit image uses; in a TIFF it may be 12."""
     told = getattr(image, "tag_v2", {}).get(258, 16)  # BitsPerSample
     return int(told[0] if isinstance(told, tuple) else told)
 
 
 def middle(image: Image.Image) -> Image.Image:
-    """The image, or the middle part of a very long one: scaled by its shorter side it could fill the memory."""
+    """The image, or the middle of a very long one, which could fill the memory when its shorter side is scaled."""
     width, height = image.size
     longest = WIDEST * min(width, height)
     if max(width, height) <= longest:

@@ -1,4 +1,4 @@
-"""Images for networks that cannot take the channels last."""
+"""Images for networks that fail with channels last."""
 
 from __future__ import annotations
 

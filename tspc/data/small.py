@@ -31,7 +31,7 @@ def digits(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory:
 
 
 def synthetic(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory:
-    """Seeded, learnable: smooth random patterns, one a class, under noise."""
+    """Seeded images that a network can learn: a smooth random pattern for each class, with noise."""
     classes, size, channels = _classes(spec, spec.num_classes or 10), spec.image_size, spec.channels
     generator = torch.Generator().manual_seed(int(spec.options.get("seed", 0)))
     coarse = torch.randn(classes, channels, math.ceil(size / 4), math.ceil(size / 4), generator=generator)
@@ -81,7 +81,7 @@ def cifar10(spec: DataSpec, data_dir: Path | None, download: bool) -> InMemory:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """A failed download leaves nothing behind."""
+    """Removes the folder if it is empty, so that a failed download leaves nothing behind."""
     for path in sorted(folder.rglob("*"), reverse=True) if folder == DEFAULT_DIR and folder.is_dir() else []:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

@@ -1,4 +1,4 @@
-"""Which data set, and how its images reach the network."""
+"""The description of a data set, and of how its images are prepared for the network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from tspc.system.bounds import SEEDS, Allowed, Bounds, described, out_of_range, shown, unknown
 
 NO_DATA = "none"
-"""The kind of a data set that is not there."""
+"""The kind for a run without data."""
 KINDS_IN_FOLDERS = ("idx", "cifar10", "folder")
 """Those that read a data_dir."""
 LOADED_KINDS = ("digits", "synthetic", *KINDS_IN_FOLDERS)
@@ -16,17 +16,17 @@ OPTIONS: dict[str, dict[str, Allowed]] = {
     "idx": {"torchvision": ("MNIST", "FashionMNIST", "KMNIST", "QMNIST")},
     "synthetic": {"train": Bounds(1, 1e8), "test": Bounds(1, 1e8), "seed": SEEDS},
 }
-"""The `options` that a kind needs, and what they may be."""
+"""The `options` that a kind needs, and their allowed values."""
 PIXELS = Bounds(1, 16384)
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Which data set, and how its images reach the network.
+    """A data set, and how its images are prepared for the network.
 
-    `kind` names the loader. `num_classes` may be None where the class folders tell it. `mean` and `std` are
-    per channel, for pixel values in [0, 1]. `pad` (pixels of random shift) and `flip` are the training
-    augmentation of small images; `in_memory` keeps all of them decoded, as uint8.
+    `kind` names the loader. `num_classes` may be None if the class folders give it. `mean` and `std` are per channel,
+    for pixel values in [0, 1]. `pad` (pixels of random shift) and `flip` are the training augmentation of small images.
+    `in_memory` keeps all images decoded, as uint8.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Networks on their way out: files that run without this package, and what a forward pass costs."""
+"""Export to files that run without tspc, folding for inference, and the cost of a forward pass."""
 
 from tspc.deploy.cost import Cost, cost
 from tspc.deploy.exporting import FORMATS, Exported, Exporter, check_formats, export

@@ -1,4 +1,4 @@
-"""What a forward pass costs apart from time: operations, parameters, bytes, peak memory."""
+"""The cost of a forward pass besides time: operations, parameters, bytes, peak memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from tspc.traversal.hooks import evaluating
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward pass in eval mode. `macs` (multiply-accumulates) are for a single input.
+    """The cost of one forward pass in eval mode. `macs` (multiply-accumulates) are for a single input.
 
-    `weight_bytes` are those of parameters and buffers, `peak_bytes` adds kernels that layers keep for inference and the
-    most that the tensors of the pass took at a time, for the whole batch; on the CPU without what kernels need inside.
+    `weight_bytes` counts parameters and buffers. `peak_bytes` adds the kernels that layers keep for inference, and the
+    largest memory of the pass's tensors at one time, for the whole batch. On the CPU memory inside operations is not
+    counted.
     """
 
     macs: int
@@ -40,7 +41,7 @@ class Cost:
 
 @torch.no_grad()
 def cost(model: nn.Module, inputs: Inputs) -> Cost:
-    """What `model` costs on a batch of `inputs`."""
+    """The cost of `model` on a batch of `inputs`."""
     state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensor_state(model).values()}
     weights = sum(state.values())
     with evaluating(model), _whole_operations():
@@ -66,7 +67,7 @@ _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _a
 
 @contextmanager
 def _whole_operations() -> Iterator[None]:
-    """Encoders' fast path is one operation, of which a counter sees nothing."""
+    """Turns off the fast path of encoders, which is one operation that a counter cannot see into."""
     was = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -88,7 +89,7 @@ def _peak(model: nn.Module, inputs: Inputs) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that come and go."""
+    """Counts the bytes of the tensors that exist at each time."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files that run without this package: written, read back, run, and kept only if they answer like the network."""
+"""Files that run without tspc: written, read back, run, and kept only if they give the network's answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tspc.system.launch import is_first
 from tspc.system.modes import own_modes
 
 FORMATS = ("onnx", "pt2", "safetensors")
-"""Also the endings of the files."""
+"""The formats; they are also the endings of the files."""
 
 Answer = Callable[[Inputs], list[Tensor]]
 
@@ -45,8 +45,8 @@ Answer = Callable[[Inputs], list[Tensor]]
 class Exported:
     """A file that was written and checked.
 
-    `difference` is the largest one between its answers and the network's, `relative` that divided by the network's
-    largest answer, both over all entries of `samples` inputs.
+    `difference` is the largest difference between its answers and the network's, over all entries of `samples` inputs.
+    `relative` is this divided by the network's largest answer.
     """
 
     format: str
@@ -71,13 +71,13 @@ def export(
 ) -> Exported:
     """Writes `model` for use elsewhere: `.onnx`, `.pt2` (torch.export), or `.safetensors` (the state dict alone).
 
-    The graphs run without this package; a state dict wants a network to go into. `inputs` are what the network takes, a
-    tensor or a tuple of them, batch first; the batch size of the graph is free. They are also what the file is tried on
-    after it was read back, as a whole and one by one. The network is written as it answers in eval mode, on the CPU.
+    `.onnx` and `.pt2` run without tspc; a state dict needs a network that loads it. `inputs` is a tensor or a tuple of
+    tensors, batch first; the batch size of the graph is free. The file is read back and tried on `inputs`, as a batch
+    and one by one. The network is written in eval mode, on the CPU.
 
     Raises ExportError if the network cannot take the inputs or be traced, if the file cannot be run, or if its answers
-    differ by more than `tolerance`, relative to the network's largest answer; an older file of that name then stays.
-    Raises ConfigError for packages that are missing. Of several processes only the first one keeps its file.
+    differ by more than `tolerance`, relative to the network's largest answer. An older file of this name is then kept.
+    Raises ConfigError if packages are missing. Of several processes only the first one keeps its file.
     """
     path = Path(path)
     format = format or path.suffix.removeprefix(".")
@@ -88,7 +88,7 @@ def export(
 
 
 class Exporter:
-    """One network in several formats: it is traced once. Raises ExportError if it cannot take the inputs."""
+    """Writes one network in several formats; it is traced once. Raises ExportError if it cannot take the inputs."""
 
     @own_modes()
     def __init__(self, model: nn.Module, inputs: Tensor | Inputs, tolerance: float) -> None:
@@ -115,7 +115,7 @@ class Exporter:
 
         if is_first():
             write_atomically(path, write)
-        else:  # finds the same without leaving a file
+        else:  # comes to the same result, but leaves no file
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder, path.name))
         return found[0]
@@ -126,7 +126,7 @@ class Exporter:
         return lambda inputs: run_session(session, inputs)
 
     def _write_pt2(self, path: Path) -> Answer:
-        with path.open("wb") as file:  # by name, torch insists on the ending
+        with path.open("wb") as file:  # with a path, torch requires its own ending
             torch.export.save(self.program, file)
         with path.open("rb") as file:
             network = torch.export.load(file).module()
@@ -159,7 +159,7 @@ class Exporter:
 
     @torch.no_grad()
     def _checked(self, answer: Answer, path: Path) -> tuple[float, float]:
-        """Largest difference, absolute and relative, as a batch and alone. Raises ExportError beyond the tolerance."""
+        """Largest difference, absolute and relative, as a batch and alone. Raises ExportError above the tolerance."""
         difference = largest = 0.0
         refused = f"{path} was not {'replaced, the older file stays' if path.exists() else 'kept'}"
         for inputs, expected in self._expected:

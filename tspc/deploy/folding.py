@@ -1,4 +1,4 @@
-"""Networks for inference alone: plain modules, without the batch norms that a convolution can take over."""
+"""Networks for inference: plain modules, with batch norms folded into the layers before them."""
 
 from __future__ import annotations
 
@@ -25,41 +25,42 @@ from tspc.traversal.nested import tensors_in
 from tspc.traversal.walk import trace
 
 TOLERANCE = 1e-4
-"""How far an answer may be from the unfolded network's, relative to the largest one; more is a matter of rounding."""
+"""The allowed difference from the unfolded network's answers, relative to the largest, besides rounding."""
 UNSAID = 2e-5
 """Up to here nothing is said: for other images it is hardly ever five times as much."""
 
 Swap = dict[str, nn.Module]
-"""Modules, by name, that take their places in a network together."""
+"""Modules, by name, that are replaced together."""
 
 
 @own_modes()
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy of a network, in eval mode, that answers the same up to rounding and runs faster.
+    """A copy of a network for inference, in eval mode. It gives the same answers up to rounding, and runs faster.
 
-    Tensorized layers become the ordinary convolutions or dense layers of their paths, and every batch norm whose input
-    is just the output of one convolution or dense layer goes into that layer's kernel and bias. `images` is an input of
-    the network: one pass shows which these are. Batch norms of other classes, over other axes, or with hooks stay. The
-    copy needs tspc no more, but has no factors to train on: a layer on the path "rebuilt" is as large as the dense one.
+    Tensorized layers become the ordinary convolutions or dense layers of their paths. If the input of a batch norm is
+    exactly the output of one convolution or dense layer, it is folded into that layer's kernel and bias. `images` is an
+    input of the network; one pass finds these batch norms. Batch norms of other classes, over other axes, or with hooks
+    stay. The copy runs without tspc, but has no factors to train: a layer on the path "rebuilt" is as large as the
+    dense one.
 
-    The copy is tried on `images` before it is returned: its answers are within 1e-4 of the network's, relative to the
-    largest. They may be farther away where the network's own rounding does as much, which a TspcWarning says unless the
-    numbers have 16 bits. What would change the answers otherwise is left out, with a TspcWarning. Raises DataError if
-    the network cannot take the images, or answers nothing that can be compared.
+    The copy is tried on `images` before it is returned. Its answers differ from the network's by at most 1e-4 of the
+    largest. They may differ more if the network's own rounding is as large; a TspcWarning says so, unless the numbers
+    have 16 bits. A fold that would change the answers is left out, with a TspcWarning. Raises DataError if the network
+    cannot take the images, or returns nothing that can be compared.
     """
     require_sizes(model)
     small = copied(model).eval()
     answers = _Answers(model, small, images)
     layers = tensorized_layers(small)
-    # A network that reads the weight of a layer must find one: then its kernel is rebuilt.
+    # If the network reads the weight of a layer, there must be one, so the kernel is rebuilt.
     left = _swap_(small, [{name: plain(layer)} for name, layer in layers.items()], answers.are_the_same)
     left = _swap_(small, [{name: plain(layers[name], REBUILT)} for swap in left for name in swap], answers.are_the_same)
     folds = list(_folds(small, images))
     left += _swap_(small, folds, answers.are_the_same)
     if left:
         names = ", ".join(name for swap in left for name in swap)
-        message = f"the network answers otherwise, or not at all, with these modules folded, so they stay: {names}"
+        message = f"the network gives other answers, or fails, with these modules folded, so they stay: {names}"
         warnings.warn(message, TspcWarning, stacklevel=2)
     answers.tell_rounding()
     if layers or folds:
@@ -69,7 +70,7 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 class _Answers:
-    """What a network answers to some images, and whether its copy still does. Raises DataError if none can tell."""
+    """A network's answers to some images, compared with its copy's. Raises DataError if they cannot be compared."""
 
     def __init__(self, original: nn.Module, model: nn.Module, images: Tensor) -> None:
         self._original, self._model, self._images = original, model, images
@@ -82,7 +83,7 @@ class _Answers:
 
     @cached_property
     def _slack(self) -> list[float]:
-        """How far each answer may be; by rounding, twice as far as the network's own is from that in float64."""
+        """The allowed difference of each answer; for rounding, twice the network's own difference from float64."""
         slack = [TOLERANCE * _largest(answer) for answer in self._wanted]
         try:
             images = self._images.double() if self._images.is_floating_point() else self._images
@@ -97,10 +98,10 @@ class _Answers:
         return slack
 
     def _distances(self) -> list[float] | None:
-        """How far the copy's answers are from the network's; None if they are of another kind, or there are none."""
+        """Differences of the copy's answers from the network's; None if they are of another kind, or the copy fails."""
         try:
             given = _answers(self._model, self._images)
-        except Exception:  # it misses an attribute of what was replaced, say
+        except Exception:  # for example, an attribute of a replaced module is missing
             return None
         kinds = [[(answer.shape, answer.dtype) for answer in answers] for answers in (given, self._wanted)]
         return list(map(_distance, given, self._wanted)) if kinds[0] == kinds[1] else None
@@ -115,7 +116,7 @@ class _Answers:
         return all(d <= slack for d, slack in zip(distances, self._slack, strict=True))
 
     def tell_rounding(self) -> None:
-        """Warns if the answers of the copy are farther away than numbers of 32 bits usually are."""
+        """Warns if the answers of the copy differ more than the rounding of float32 usually explains."""
         distances = self._distances() or []
         shares = [
             distance / _largest(wanted)
@@ -124,15 +125,15 @@ class _Answers:
         ]
         if shares:
             warnings.warn(
-                f"folding changed the answers by {max(shares):.1g} of the largest: this network makes the rounding of "
-                "its numbers larger on its way",
+                f"folding changed the answers by {max(shares):.1g} of the largest: this network amplifies rounding "
+                "errors",
                 TspcWarning,
                 stacklevel=3,
             )
 
 
 def _answers(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The tensors that a network answers with; from one seed, should it draw numbers."""
+    """The tensors in a network's answer; a fixed seed is set, in case it draws random numbers."""
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -140,7 +141,7 @@ def _answers(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _largest(answer: Tensor) -> float:
-    """The largest finite magnitude; 0 where there is none."""
+    """The largest finite magnitude; 0 if there is none."""
     if not (answer.is_floating_point() or answer.is_complex()):
         return 0.0
     finite = answer[answer.isfinite()]
@@ -148,7 +149,7 @@ def _largest(answer: Tensor) -> float:
 
 
 def _distance(given: Tensor, wanted: Tensor) -> float:
-    """The largest difference of two entries; infinite where they are not finite in the same places."""
+    """The largest difference of two entries; infinite if the two are not finite in the same places."""
     if given.shape != wanted.shape:
         return float("inf")
     wide = torch.complex128 if given.is_complex() else torch.float64
@@ -161,7 +162,10 @@ def _distance(given: Tensor, wanted: Tensor) -> float:
 
 
 def _swap_(model: nn.Module, swaps: Sequence[Swap], holds: Callable[[], bool]) -> list[Swap]:
-    """Makes all the swaps after which `holds` is true; returns the others, undone. Halves those that fail together."""
+    """Makes as many swaps as possible such that `holds` is true; returns the others, which are undone.
+
+    Swaps that fail together are halved and tried again.
+    """
     before = [{name: model.get_submodule(name) for name in swap} for swap in swaps]
     _put_(model, swaps)
     if not swaps or holds():
@@ -182,7 +186,7 @@ def _put_(model: nn.Module, swaps: Sequence[Swap]) -> None:
 def plain(layer: TensorizedLayer, path: str | None = None) -> nn.Module:
     """The convolutions or dense layers that a tensorized layer's path runs, with weights of their own, in eval mode.
 
-    Several are in a Sequential, which shows the attributes of the dense layer (`in_features`, `stride`, …).
+    Several are in a Sequential, which has the attributes of the dense layer (`in_features`, `stride`, …).
     """
     layer = copied(layer).eval()
     layer.path = path or layer.path
@@ -210,13 +214,13 @@ def _showing(modules: list[nn.Module], layer: TensorizedLayer) -> nn.Module:
 
 
 def _folds(model: nn.Module, images: Tensor) -> Iterator[Swap]:
-    """For every batch norm that a layer can take over: the layer with it, and what is then left of the norm."""
+    """For every batch norm that can be folded: the layer with it, and the module that replaces the norm."""
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     linear = [name for name, module in model.named_modules() if _can_absorb(module)]
     for name, norm_name in trace(model, linear, images.clone()).batch_norms.items():
         layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
         rest = _without_norm(norm)
-        # Under a second name the modules would stay what they are.
+        # A module with a second name would not be replaced there.
         if rest is not None and names[id(layer)] == names[id(norm)] == 1:
             yield {name: _absorbed(cast("nn.Linear", layer), cast(BatchNorm, norm)), norm_name: rest}
 
@@ -227,7 +231,7 @@ def _can_absorb(module: nn.Module) -> bool:
 
 
 def _without_norm(norm: nn.Module) -> nn.Module | None:
-    """What is left of a batch norm that a layer has taken over; None if it does what is not known."""
+    """What replaces a batch norm after it was folded, such as its activation; None if its class is unknown."""
     if is_exact(norm):
         return nn.Identity()
     if type(norm).__name__ == "BatchNormAct2d" and {"drop", "act"} <= set(norm._modules):  # timm's
@@ -236,7 +240,7 @@ def _without_norm(norm: nn.Module) -> nn.Module | None:
 
 
 def _absorbed(layer: nn.Conv1d | nn.Conv2d | nn.Linear, norm: BatchNorm) -> nn.Module:
-    """The layer with outputs scaled and a bias shifted as the batch norm would; computed in float64."""
+    """The layer with the batch norm's scale and shift in its kernel and bias; computed in float64."""
     mean, variance = (cast(Tensor, t).double() for t in (norm.running_mean, norm.running_var))
     scale = (variance + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.double())
     old = cast("nn.Parameter | None", layer.bias)

@@ -1,4 +1,4 @@
-"""A network as a graph that runs elsewhere: traced once by `torch.export`, with any batch size."""
+"""A network as a graph that runs elsewhere, with any batch size: `torch.export` traces it once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tspc.traversal.copying import copied
 Inputs = tuple[Tensor, ...]
 
 PROTOBUF_LIMIT = 2**31 - 2**24
-"""Bytes of weights that one ONNX file can hold, with some room for the graph."""
+"""The largest number of bytes of weights in an ONNX file, with some room for the graph."""
 
 EXPORTERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
-"""The loggers of those who write files."""
+"""The loggers of the libraries that write files."""
 
 FOLDED = 1024
-"""Largest number of bytes that a constant computed from others may have in an ONNX file."""
+"""The largest number of bytes of a computed constant in an ONNX file."""
 
 
 def as_inputs(inputs: Tensor | Inputs) -> Inputs:
@@ -37,12 +37,12 @@ def as_inputs(inputs: Tensor | Inputs) -> Inputs:
 
 
 def take(inputs: Inputs, count: int) -> Inputs:
-    """The first `count` entries of a batch; repeated where there are fewer."""
+    """The first `count` entries of a batch; they are repeated if there are fewer."""
     return tuple(torch.cat([x] * -(-count // len(x)))[:count] for x in inputs)
 
 
 def flat(outputs: Any) -> list[Tensor]:
-    """The tensors that a network answers with, whatever they are wrapped in."""
+    """The tensors in a network's answer, however they are nested."""
     return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
 
 
@@ -56,13 +56,13 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
 
     Raises ExportError if the network's control flow depends on values or on the batch size.
     """
-    # The file will hold the example, so not the user's images; and a batch of one would be taken for a constant.
+    # The file will hold the example, so it is not the user's images. A batch of one would be taken for a constant.
     example = tuple(torch.zeros_like(x) for x in take(inputs, 2))
     model = copied(model)
     for layer in tensorized_layers(model).values():
         layer.forget()  # the file holds the factors, not the larger kernels that eval mode contracts from them
     try:
-        # Of control flow that depends on values the tracer prints the whole graph, beside the error that it raises.
+        # For control flow that depends on values the tracer prints the whole graph, besides raising the error.
         with quiet(*EXPORTERS), redirect_stderr(io.StringIO()):
             program = torch.export.export(model, example, dynamic_shapes=_as_arguments(model, _free_batch(example)))
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
@@ -79,7 +79,7 @@ def _free_batch(inputs: Inputs) -> tuple[dict[int, Dim], ...]:
 
 
 def _as_arguments(model: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A value for each argument of `forward`: what `*inputs` gathers is one argument, a tuple."""
+    """A value for each argument of `forward`. `*inputs` is one argument, a tuple."""
     return tuple(inspect.signature(model.forward).bind(*values).arguments.values())
 
 
@@ -128,7 +128,7 @@ def run_session(session: Any, inputs: Inputs) -> list[Tensor]:
 
 
 def first_line(error: BaseException) -> str:
-    """What a tracer complains of; its messages are pages long, and the cause is the innermost one."""
+    """The first line of the innermost cause; messages of a tracer are pages long."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -137,7 +137,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Without warnings, and without what the named loggers say below an error: it concerns their own authors."""
+    """No warnings, and only errors from the named loggers; other messages are for the authors of those libraries."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""Latency of two networks side by side, in the runtimes that are there."""
+"""Latency of two networks side by side, in the installed runtimes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """One runtime at one batch size. Seconds a batch, of the dense network and of the compressed one, taken by turns.
+    """One runtime at one batch size: seconds for a batch, of the dense and the compressed network, timed in turn.
 
-    `speedup` is the median over the turns of dense ÷ compressed. Where the runtime could not be used `skipped` says
-    why, and there are no numbers.
+    `speedup` is the median of dense ÷ compressed over the turns. If the runtime could not be used, `skipped` says why,
+    and there are no numbers.
     """
 
     runtime: str
@@ -47,15 +47,15 @@ class Timing:
 def compare(
     dense: nn.Module, compressed: nn.Module, inputs: Inputs, batch_size: int, runtime: str, seconds: float
 ) -> Timing:
-    """As `Comparison.at`, for a single batch size."""
+    """`Comparison.at` for a single batch size."""
     return Comparison(dense, compressed, inputs, runtime, seconds).at(batch_size)
 
 
 class Comparison:
-    """Two networks in one runtime, timed in turn for about `seconds` a batch size, five turns at least.
+    """Two networks in one runtime. Each batch size is timed in turn for about `seconds`, with at least five turns.
 
-    `inputs` are given as the networks' device wants them. Graphs for ONNX Runtime take any batch size: each network is
-    traced once.
+    `inputs` are on the device of the networks. Graphs for ONNX Runtime take any batch size, so each network is traced
+    once.
     """
 
     def __init__(self, dense: nn.Module, compressed: nn.Module, inputs: Inputs, runtime: str, seconds: float) -> None:
@@ -65,7 +65,7 @@ class Comparison:
 
     @torch.no_grad()
     def at(self, batch_size: int) -> Timing:
-        """After a warm-up. What the runtime lacks, or cannot run, is told in `Timing.skipped` rather than raised."""
+        """The timing at a batch size, after a warm-up. If the runtime cannot run it, `Timing.skipped` says why."""
         batch = take(self.inputs, batch_size)
         device = batch[0].device
         try:
@@ -103,10 +103,10 @@ class _Unusable(Exception):
 
 
 def _turns(dense: Run, compressed: Run, device: torch.device, seconds: float) -> Iterator[tuple[float, float]]:
-    """Each turn times both, so that whatever else the machine does meets both."""
+    """Times both networks in each turn, so that other work of the machine affects both."""
     end, done = time.perf_counter() + seconds, 0
     while done < LEAST_REPEATS or time.perf_counter() < end:
-        # Who goes first finds the caches as the other left them: they take it in turn.
+        # The first one finds the caches as the other left them, so the order alternates.
         if done % 2:
             later = _timed(compressed, device)
             yield _timed(dense, device), later

@@ -26,7 +26,7 @@ BUILTIN = (*CIFAR_RESNETS, "lenet5")
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Which network: enough to build it again.
+    """The description of a network, sufficient to build it again.
 
     `family` is `builtin` (this package's CIFAR ResNets and LeNet-5), `torchvision` (any of its classification
     networks), `timm`, `transformers` or `custom` (`factory` is `package.module:function`, called with `kwargs`).
@@ -48,13 +48,13 @@ class NetworkSpec:
         return cls(**data)
 
     def build(self, pretrained: bool = False, from_file: bool = False) -> nn.Module:
-        """The network with initial weights, or with the published ones; a factory gives what it gives,
-        and its lazy layers get the sizes that the images ask for.
+        """The network with initial weights, or with the published ones if `pretrained`.
 
-        `from_file` is for a description that a file of weights holds: no folder is read for it.
+        A factory decides about the weights itself; its lazy layers get sizes from the size of the images. `from_file`
+        says that the description comes from a file of weights; then no folder is read.
 
-        Raises ConfigError for an unknown network or a factory that cannot be called, WeightsError if
-        published weights cannot be had.
+        Raises ConfigError for an unknown network or a factory that cannot be called, and WeightsError if published
+        weights cannot be loaded.
         """
         if pretrained and self.family == "builtin":
             raise ConfigError(
@@ -86,7 +86,7 @@ def _custom(factory: str | None, kwargs: dict[str, Any]) -> nn.Module:
     module_name, _, function = (factory or "").partition(":")
     if not module_name or not function:
         raise ConfigError([f"model.factory={factory!r}: expected package.module:function"])
-    # A module beside the user is found by `python -m tspc`, and should be by the console script too.
+    # `python -m tspc` finds a module in the current folder; the console script should find it, too.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -46,7 +46,7 @@ class PreactBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Depth 6n + 2: three stages of n blocks with 16, 32 and 64 channels. Parameter names are the customary ones."""
+    """Depth 6n + 2: three stages of n blocks with 16, 32 and 64 channels. Parameters have the customary names."""
 
     def __init__(self, depth: int, num_classes: int, in_channels: int, preact: bool) -> None:
         super().__init__()

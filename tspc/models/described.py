@@ -1,8 +1,8 @@
-"""The network that a file describes, built from harmless arguments alone and within bounds that the file sets.
+"""Builds the network that a file describes, with harmless arguments only and within the size of the file.
 
-A file may come from anybody. Its description names a network of a library and some arguments, and nothing of it may
-make the library read another file, ask a hub or import code: only the arguments that are listed here are taken, and of
-them only numbers, truth values, short lists of numbers, and names that are listed too.
+A file may come from anybody. Its description names a network of a library and some arguments. It must not make the
+library read another file, ask a hub or import code. So only the arguments listed here are accepted. Their values must
+be numbers, truth values, short lists of numbers, or names that are also listed here.
 """
 
 from __future__ import annotations
@@ -69,24 +69,24 @@ TRANSFORMERS_NAMES = frozenset(
     "absolute relative_key relative_key_query full_attention sliding_attention chunked_attention linear_attention "
     "default linear dynamic yarn longrope llama3 cls cls_index first last mean max same valid basic bottleneck".split()
 )
-"""Names that a configuration may hold beside those of activations."""
+"""Names that a configuration may hold besides those of activations."""
 
 _LOADING = re.compile(
     "^_|backbone|_kernels|timm|pretrained$|(?<!drop_)path|file|trust|remote|hub|implementation|detectron|architecture$"
 )
-"""Fields of a configuration that make transformers load something, by their names."""
+"""Parts of the names of configuration fields that make transformers load something."""
 
 _KEPT = frozenset("architectures dtype id2label label2id num_labels return_dict transformers_version".split())
-"""Fields that are not the file's to set: they change what comes out, or are set by `NetworkSpec`."""
+"""Fields that a file may not set: they change the answer, or `NetworkSpec` sets them."""
 
 
 def described_network(spec: NetworkSpec, elements: int, tensors: int) -> nn.Module:
     """The dense network of a description in a file, with arbitrary weights.
 
-    `elements` and `tensors` count the numbers and the tensors of the file: what is far larger is not built. It is
-    tried without memory first. Disk and network are left alone, and so is the state of the random numbers.
+    `elements` and `tensors` are the numbers of entries and of tensors in the file. A far larger network is not built;
+    it is tried without memory first. Nothing is read from disk or network, and the random state does not change.
 
-    Raises WeightsError for arguments that are not taken from a file, and for what cannot be built.
+    Raises WeightsError for arguments that are not accepted from a file, and if the network cannot be built.
     """
     _check(spec)
     with torch.random.fork_rng(devices=[]), _bounded(elements, tensors):
@@ -105,13 +105,13 @@ def described_network(spec: NetworkSpec, elements: int, tensors: int) -> nn.Modu
 
 
 def room_for(elements: int) -> int:
-    """How many numbers a dense network may have whose compressed form has `elements`."""
+    """The largest number of parameters of a dense network, if its compressed form has `elements`."""
     return 1000 * elements + 10**8
 
 
 @contextmanager
 def _bounded(elements: int, tensors: int) -> Iterator[None]:
-    """Within it, modules with too many parameters or parts are stopped while they grow."""
+    """A context in which a module that grows too large, in parameters or parts, raises an error."""
     left = {"numbers": room_for(elements), "parts": 100 * tensors + 10_000}
 
     def count(module: nn.Module, name: str, value: Any) -> None:
@@ -133,7 +133,7 @@ def _bounded(elements: int, tensors: int) -> Iterator[None]:
 
 
 def _check(spec: NetworkSpec) -> None:
-    """Raises WeightsError for the first argument that is not taken from a file."""
+    """Raises WeightsError for the first argument that is not accepted from a file."""
     if spec.family == "transformers":
         _check_transformers(spec)
         return
@@ -166,7 +166,7 @@ def _check_transformers(spec: NetworkSpec) -> None:
 
 
 def _check_fields(given: Mapping[str, Any], usual: Mapping[str, Any], names: frozenset[str]) -> None:
-    """Takes the fields that the type's own configuration has too, with values of a harmless kind."""
+    """Accepts only fields that the type's own configuration has, with harmless values."""
     for key, value in given.items():
         if key not in usual or key in _KEPT or _LOADING.search(key):
             raise _refused(key, value)

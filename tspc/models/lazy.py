@@ -1,4 +1,4 @@
-"""Layers whose sizes are known once they have seen an input: they get them, or are named."""
+"""Lazy layers, which get their sizes from the first input: they get them here, or an error names them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ def unsized(model: nn.Module) -> list[str]:
 
 
 def require_sizes(model: nn.Module) -> None:
-    """Raises ConfigError, naming them, if layers have no sizes yet."""
+    """Raises ConfigError if layers have no sizes yet; it names them."""
     found = unsized(model)
     if found:
-        raise ConfigError(
-            [f"layers without sizes yet: {', '.join(found)}; run the network once on an example, then give it again"]
-        )
+        raise ConfigError([f"layers without sizes yet: {', '.join(found)}; run the network once on an example first"])
 
 
 @torch.no_grad()
 def give_sizes_(model: nn.Module, channels: int, image_size: int | None) -> None:
-    """Lets layers without sizes have those that an empty image asks for; nothing if all have sizes.
+    """Gives sizes to lazy layers by a run on an image of zeros; does nothing if all have sizes.
 
-    Raises ConfigError if the size of the images is not known, or the network does not take them.
+    Raises ConfigError if the size of the images is unknown, or the network cannot take them.
     """
     if image_size is None or not unsized(model):
         return require_sizes(model)
@@ -40,6 +38,6 @@ def give_sizes_(model: nn.Module, channels: int, image_size: int | None) -> None
         model.eval()(torch.zeros(1, channels, image_size, image_size))
     except Exception as error:  # the network is the user's own
         given = f"an image of {channels}×{image_size}×{image_size}"
-        raise ConfigError([f"the layers without sizes cannot have them from {given}: {error}"]) from error
+        raise ConfigError([f"the layers without sizes cannot get them from {given}: {error}"]) from error
     model.train()
     return require_sizes(model)

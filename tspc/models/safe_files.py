@@ -1,4 +1,4 @@
-"""Files of tensors in the safetensors format: read whole or refused, with checksums where tspc wrote them."""
+"""Files of tensors in the safetensors format: read whole or refused, with checksums if tspc wrote them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from tspc.errors import WeightsError, shortened
 
 HEADER, CHECKSUMS = "tspc", "checksums"
-"""Keys of the metadata: what tspc tells of the network, and the sums over that text and over the tensors."""
+"""Keys of the metadata: tspc's header, and the checksums of the header and of the tensors."""
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a file holds. `header` is tspc's own text, if it wrote the file; `elements` counts all numbers."""
+    """The content of a file. `header` is tspc's own text, if tspc wrote the file; `elements` counts all numbers."""
 
     header: str | None
     elements: int
@@ -76,7 +76,7 @@ def read_tensors(path: str | Path, tensors: bool = True) -> TensorFile:
 
 
 def _is_intact(sums: str | None, header: str, state: dict[str, Tensor] | None) -> bool:
-    """Whether header and tensors are as they were written; true where an older version wrote no checksums."""
+    """Whether header and tensors are as they were written; true if an older version wrote no checksums."""
     if sums is None:
         return True
     try:

@@ -14,9 +14,9 @@ from tspc.system import extras
 def timm_network(
     name: str, num_classes: int, in_channels: int, image_size: int | None, pretrained: bool, kwargs: dict[str, Any]
 ) -> nn.Module:
-    """`timm.create_model(name, …)`; networks that are built for one image size get that of the data.
+    """`timm.create_model(name, …)`. A network that is built for one image size gets the size of the data.
 
-    Raises ConfigError, also where timm is missing, or WeightsError with the likely remedy.
+    Raises ConfigError, also if timm is missing, or WeightsError, with the likely remedy.
     """
     extras.require("timm", "model=timm")
     import timm

@@ -14,7 +14,7 @@ from torchvision import models
 from tspc.errors import ConfigError, WeightsError
 
 WITH_AUXILIARY = ("googlenet", "inception_v3")
-"""Their auxiliary classifiers help early training only; they are left out, and the output is a plain tensor."""
+"""Networks with auxiliary classifiers. These help early training only, so they are left out."""
 
 
 def torchvision_network(

@@ -13,9 +13,9 @@ from tspc.system import extras
 
 
 class Classifier(nn.Module):
-    """Answers with the logits alone, as every other network does.
+    """Returns only the logits, as every other network does.
 
-    Its input is what the network's first argument is: images (N, C, H, W) or token numbers (N, L).
+    The input is the network's first argument: images (N, C, H, W) or token numbers (N, L).
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -24,7 +24,7 @@ class Classifier(nn.Module):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """What transformers itself tries the network on."""
+        """The inputs on which transformers itself tries the network."""
         return self.network.dummy_inputs  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ def transformers_network(
     kwargs: dict[str, Any],
     folders: bool = True,
 ) -> nn.Module:
-    """A classifier. `name` is a model type (`vit`, `bert`), or a folder or a hub's name with a configuration in it.
+    """A classifier. `name` is a model type (`vit`, `bert`), a folder with a configuration, or a name on a hub.
 
-    Without `folders` only types count. `kwargs` are fields of the configuration. `pretrained` reads the weights from
-    the folder or the hub; nothing that lies there is executed. Raises ConfigError, also where transformers is missing,
+    Without `folders` only model types are accepted. `kwargs` are fields of the configuration. `pretrained` reads the
+    weights from the folder or the hub; nothing there is executed. Raises ConfigError, also if transformers is missing,
     or WeightsError.
     """
     extras.require("transformers", "model=transformers")

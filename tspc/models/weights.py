@@ -1,4 +1,4 @@
-"""Reading weights from files without running anything that they contain."""
+"""Reads weights from files, and never runs code that they contain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LATER_OPERANDS = range(0x8C, 0x99)
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """A state dict from `.safetensors`, or from `.pt`, `.pth`, `.th` (tensors only).
 
-    The dict may lie under `state_dict` or `model`, and its keys may start with `module.`.
+    The dict may be under the key `state_dict` or `model`, and its keys may start with `module.`.
     Raises WeightsError for a file that is missing, damaged, foreign, or would run code.
     """
     path = Path(path)
@@ -46,7 +46,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _check_plain(path: Path, data: dict[Any, Tensor]) -> None:
-    """Raises WeightsError for the first tensor that is no plain table of numbers."""
+    """Raises WeightsError for the first tensor that is not plain, such as sparse or quantised ones."""
     for name, value in data.items():
         kinds = {
             "nested": value.is_nested,
@@ -70,7 +70,7 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _has_layers(path: Path, header: str) -> bool:
-    """Whether a header of tspc tells of tensorized layers, as far as it can be read."""
+    """Whether a header of tspc names tensorized layers, as far as it can be read."""
     try:
         return bool(parsed_json(header)["layers"])
     except (ValueError, TypeError, LookupError) as error:
@@ -80,7 +80,7 @@ def _has_layers(path: Path, header: str) -> bool:
 def _read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            # A file of an odd pickle protocol is read or refused below; either way that is all there is to say.
+            # PyTorch's warning of an unusual pickle protocol is not needed: the file is read, or refused below.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -101,10 +101,10 @@ def _read_pickle(path: Path) -> Any:
 
 
 def load_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
-    """Copies `state` into `model`, all of it or nothing.
+    """Copies `state` into `model`, all or nothing.
 
-    Raises WeightsError as `check_state`, and for numbers of a kind that the network does not have there: a network that
-    is to have complex numbers, or whole ones, is built with them.
+    Raises WeightsError as `check_state`, and if a tensor is of another kind than the network's own (whole, complex,
+    truth values).
     """
     check_state(model, state, source)
     differing = [
@@ -117,13 +117,13 @@ def load_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
             f"{source} does not fit the network: of another kind of numbers: {some(map(shortened, differing), 6)}"
         )
     whole = OrderedDict(state)
-    # Some networks (MNASNet) refuse a state that does not tell the version of its layout, as files do not.
+    # Some networks (MNASNet) refuse a state without the version of its layout, which files do not hold.
     whole._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(whole, strict=False)
 
 
 def check_state(model: nn.Module, state: dict[str, Any], source: str) -> None:
-    """Raises WeightsError, listing what is missing, unexpected, or of another shape, if `state` does not fit `model`.
+    """Raises WeightsError if `state` does not fit `model`; it lists missing, unexpected and differently shaped entries.
 
     Counters that older files lack (`num_batches_tracked`) may be missing.
     """
