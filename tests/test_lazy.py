@@ -37,7 +37,7 @@ def test_a_network_without_sizes_is_refused_by_name(tmp_path):
             run()
 
 
-@pytest.mark.parametrize(("size", "message"), [(8, None), (None, "layers without sizes yet"), (2, "cannot have them")])
+@pytest.mark.parametrize(("size", "message"), [(8, None), (None, "layers without sizes yet"), (2, "cannot get them")])
 def test_a_factory_of_lazy_layers_gets_sizes_from_the_images(size, message):
     spec = NetworkSpec("custom", "custom", in_channels=1, image_size=size, factory=f"{__name__}:build")
     if message is None:
