@@ -1,1 +1,1 @@
-"""What lies on disk: whole files, run directories, records."""
+"""Everything on disk: whole files, run directories, records."""

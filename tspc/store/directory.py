@@ -28,10 +28,10 @@ RESULTS = (
 class RunDirectory:
     """Use as a context manager: creates and locks the directory, checks its identity, opens the log.
 
-    `identity` is plain data that everything in the directory depends on. A directory whose results belong to
-    another identity is refused, or with `overwrite` emptied of them. Raises RunError for that, if the
-    directory is in use, and if it cannot be written. `on_wait`, where given, is called once and the lock
-    awaited instead of refused; `elsewhere` tells how to keep both runs.
+    `identity` is plain data on which everything in the directory depends. If the directory holds results of another
+    identity, it is refused, or with `overwrite` the results are removed. If it is in use, it is refused; with `on_wait`
+    this function is called once, and then the lock is awaited. `elsewhere` is the advice on how to keep both runs.
+    Raises RunError if the directory is refused or cannot be written.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class RunDirectory:
 
     @property
     def lines(self) -> int:
-        """How many `metrics.jsonl` has."""
+        """The number of lines in `metrics.jsonl`."""
         path = self.file("metrics.jsonl")
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def held_by_another(self) -> list[str]:
-        """How the identity of the results in the directory differs from this one's; empty if there are none.
+        """The differences between this identity and that of the results in the directory; empty without results.
 
-        Raises RunError if it cannot be read, unless all is to be overwritten.
+        Raises RunError if it cannot be read, unless `overwrite` is set.
         """
         path = self.file("run.json")
         if not os.path.exists(path) or not self._results():
@@ -151,7 +151,7 @@ class RunDirectory:
                 f"{self.path} holds another run ({'; '.join(changed)}); pass {self._elsewhere} "
                 "to keep both, or overwrite=true to redo it"
             )
-        # The results of another identity go before the new one is written: a kill in between leaves no false claim.
+        # The old results are removed before the new identity is written, so a kill between leaves no wrong identity.
         for outdated in self._results() if changed else []:
             remove(outdated)
         write_json(self.file("run.json"), self.identity)
@@ -182,7 +182,7 @@ class RunDirectory:
             self._lock_descriptor = None
 
     def _undo(self) -> None:
-        """Leaves the disk as it was found; what a run that holds the lock has made is not touched."""
+        """Removes what this run has created; files of a run that holds the lock are not touched."""
         if self._lock_descriptor is not None and self.path in self._created:
             for name in (".lock", "tspc.log", "run.json"):
                 self.file(name).unlink(missing_ok=True)

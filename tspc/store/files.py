@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write beside, sync, rename."""
+"""Files that are either whole or absent: written to a temporary file, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ DISK_FAULTS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
-"""What the system says of a disk that is full or broken, or of a folder that may not be used."""
+"""The system's error numbers for a full or broken disk, or a folder without permission."""
 
 PARTIAL = ".partial"
-"""Ending of the temporary files; one that a killed process left behind can be removed."""
+"""Ending of the temporary files; a file that a killed process left can be removed."""
 
 
 _UMASK = os.umask(0)
@@ -60,8 +60,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep_as: Path 
 def why_unwritten(error: BaseException, path: Path) -> tuple[str, bool]:
     """Why writing `path` failed with `error`, and whether for lack of space.
 
-    safetensors and torch.save wrap what the system says in exceptions of their own, torch.save without the reason: it
-    is found by writing on at the end of the file, which is to be removed after.
+    safetensors and torch.save raise exceptions of their own, torch.save without the system's reason. The reason is
+    found by writing more at the end of the file, which the caller removes afterwards.
     """
     told = re.search(r"\(os error (\d+)\)", str(error))
     code = int(told.group(1)) if told else getattr(error, "errno", None)
@@ -94,12 +94,12 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` in UTF-8, atomically; what UTF-8 has no form for, half a surrogate pair, becomes a question mark."""
+    """`text` in UTF-8, atomically; half a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
     write_atomically(path, lambda temporary: temporary.write_bytes(text.encode(errors="replace")))
 
 
 def parsed_json(text: str | bytes, schema: Any = (dict, list)) -> Any:
-    """The JSON in `text`. Raises ValueError if it is damaged, nested too deeply, or not as the schema says."""
+    """The JSON in `text`. Raises ValueError if it is damaged, nested too deeply, or does not fit the schema."""
     try:
         data = json.loads(text)
     except RecursionError as error:
@@ -111,7 +111,7 @@ def parsed_json(text: str | bytes, schema: Any = (dict, list)) -> Any:
 
 
 def read_json(path: Path, schema: Any = (dict, list)) -> Any:
-    """The JSON in `path`. Raises RunError if it is no file, damaged, or not as the schema says (see `schemas`)."""
+    """The JSON in `path`. Raises RunError if it is no file, damaged, or does not fit the schema (see `schemas`)."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
@@ -122,14 +122,14 @@ def read_json(path: Path, schema: Any = (dict, list)) -> Any:
 
 
 def intact(path: Path, schema: Any) -> Any:
-    """The JSON in `path`; None if there is none, or it is not as the schema says: then it is made anew."""
+    """The JSON in `path`; None if there is none or it does not fit the schema, so that the caller makes it anew."""
     with suppress(RunError):
         return read_json(path, schema) if path.exists() else None
     return None
 
 
 def make_folder(path: Path, remedy: str = "choose another output_dir") -> None:
-    """Makes a folder, and those above it. Raises RunError, with the remedy, if it cannot be made."""
+    """Makes a folder and its parents. Raises RunError, with the remedy, if it cannot be made."""
     if not is_first():
         return
     try:
@@ -139,7 +139,7 @@ def make_folder(path: Path, remedy: str = "choose another output_dir") -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file that may be there. Raises RunError if that cannot be done, as where a folder has its name."""
+    """Removes a file if it exists. Raises RunError if that fails, for example if it is a folder."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -147,7 +147,7 @@ def remove(path: Path) -> None:
 
 
 def remove_left_over(*folders: Path) -> None:
-    """Removes the temporary files in folders that killed processes left."""
+    """Removes the temporary files that killed processes left in these folders."""
     for path in (path for folder in folders for path in folder.glob(f".*{PARTIAL}*")):
         # Those of a living process may be about to get their names; this one has none open yet.
         writer = re.search(rf"\.(\d+){re.escape(PARTIAL)}", path.name)

@@ -1,4 +1,4 @@
-"""Plain data about a run that lies on disk: settings, fingerprints, metrics, what was stopped."""
+"""Plain data about a run, on disk: settings, fingerprints, metrics, interrupted phases."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 from tspc.store.schemas import METRICS, problem
 
 STAGES = ("decompose", "distill", "finetune")
-"""The phases that leave a network in the directory, in their order."""
+"""The phases that write a network into the directory, in order."""
 
 SHARED = "decompose.shared.safetensors"
-"""How the first of several processes gives what it decomposed to the others."""
+"""The file by which the first of several processes gives the decomposed network to the others."""
 
 FIGURES = "figures"
-"""The folder beside a page with its figures as PNG and SVG."""
+"""The folder beside a page; it holds the page's figures as PNG and SVG."""
 
 FAILED = "failed"
-"""The event in `metrics.jsonl` that ends a command which raised."""
+"""The event in `metrics.jsonl` at the end of a command that failed."""
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """A dataclass as JSON would give it back."""
+    """A dataclass as plain data, as JSON would return it."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
@@ -40,7 +40,7 @@ def file_digest(path: Path) -> str:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """One `key: old → new` for every leaf in which two plain structures differ."""
+    """`key: old → new` for every value in which two plain structures differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
@@ -48,7 +48,7 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; none where there is no such file, and without the lines that are damaged."""
+    """The records of `metrics.jsonl`, without damaged lines; empty if there is no such file."""
     path = folder / "metrics.jsonl"
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -60,7 +60,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def failure(metrics: list[dict[str, Any]]) -> str | None:
-    """Why the last command failed; None if it did not, or another one succeeded since."""
+    """Why the last command failed; None if it did not fail."""
     last = next((record for record in reversed(metrics) if "event" in record), {})
     if last.get("event") != FAILED:
         return None
@@ -68,7 +68,7 @@ def failure(metrics: list[dict[str, Any]]) -> str | None:
 
 
 def unfinished(folder: Path) -> str | None:
-    """The stage after the last finished one that has begun and saved how far it came; None if there is none."""
+    """The stage that has begun and saved its state after the last finished one; None if there is none."""
     for stage in reversed(STAGES):
         if (folder / f"{stage}.safetensors").exists():
             return None
@@ -78,7 +78,7 @@ def unfinished(folder: Path) -> str | None:
 
 
 def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of names with dots."""
+    """Nested settings as one level; the keys are names with dots."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

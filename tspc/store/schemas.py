@@ -1,8 +1,8 @@
-"""What the records that a run keeps look like, and a check that tells what is wrong with one.
+"""The schemas of a run's records, and a check that says what is wrong with a record.
 
-A schema is plain data too: a type; a `Number`; None; a list of one schema for lists; a mapping for mappings, whose
-keys are needed unless they end in `?`, and where `...` stands for keys of any name; a tuple of schemas for either.
-Further keys are allowed: another version may have written them.
+A schema is plain data, too: a type; a `Number`; None; a list of one schema for lists; a mapping for mappings; a tuple
+of schemas for alternatives. The keys of a mapping are required unless they end in `?`; `...` stands for keys of any
+name. Further keys are allowed, because another version may have written them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 DEEPEST = 50
-"""Most levels of a record; deeper ones could exhaust the stack of whoever walks over them."""
+"""The largest number of levels of a record; code that walks over deeper ones could exhaust its stack."""
 _WORDS = {str: "text", bool: "true or false", dict: "a mapping", list: "a list", None: "null"}
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number from `low` to `high`, which may be `whole`. What is not finite only passes with `any_float`."""
+    """A number from `low` to `high`; `whole` if it must be one. NaN and infinity pass only with `any_float`."""
 
     low: float = -1e300
     high: float = 1e300
@@ -106,7 +106,7 @@ _OUTCOME = {
     "parameters?": _SIZES,
 }
 JOB = {"job": COUNT, "overrides": [str], "result": (_OUTCOME, None), "error": (str, None)}
-"""What a job of a sweep leaves. One that has no result has an error."""
+"""The record of a job of a sweep. It has a result or an error."""
 
 _LAYER = {
     "name": str,
@@ -135,7 +135,7 @@ STAGE = {
     "accuracy": (ACCURACY, None),
     "plan": (PLAN, None),
 }
-"""What a finished stage tells in the header of its checkpoint."""
+"""The data of a finished stage in the header of its checkpoint."""
 
 CURVES = {...: [{"method": dict, "params": [COUNT], "errors": [Number(0)], "dense": SIZE, "weight": Number(0)}]}
 """`curves-*.json` beside a reference."""

@@ -1,4 +1,4 @@
-"""The state of a network as a file holds it: tensors by name, and as JSON what is not a tensor."""
+"""The state of a network in the form of a file: tensors by name, and everything else as JSON."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from tspc.errors import WeightsError
 
 _UNKNOWN = (torch.complex32, torch.complex128)
-"""Types of numbers that safetensors does not know."""
+"""Dtypes that safetensors does not support."""
 
 
 def tensor_state(model: nn.Module) -> dict[str, Tensor]:
-    """The entries of the state dict that are tensors: all but what a `get_extra_state` may give."""
+    """The entries of the state dict that are tensors; the results of `get_extra_state` may be none."""
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def packed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a network's state on the CPU, each with memory of its own; and what a header must say beside them.
+    """The tensors of a network's state on the CPU, each with its own memory, and data for the header.
 
-    That is `extra`, the entries of the state dict that are no tensors, as JSON, and `buffers`, the types of the
+    The data is `extra`, the entries of the state dict that are not tensors, as JSON, and `buffers`, the dtypes of
     floating buffers that the state dict leaves out. Raises WeightsError for tensors without values or of kinds that
-    safetensors does not know, and for extra state that only code could rebuild.
+    safetensors does not support, and for extra state that only code could rebuild.
     """
     extra: dict[str, Any] = {}
     found: dict[str, Tensor] = {}
@@ -34,7 +34,7 @@ def packed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             found[name] = value
         else:
             extra[name] = _encoded(value, name, found)
-    # Tied tensors share memory, which safetensors refuses: each name gets a copy of its own.
+    # Tied tensors share memory, which safetensors refuses, so each name gets its own copy.
     tensors = {name: _whole(name, value).detach().cpu().clone().contiguous() for name, value in found.items()}
     inside = {id(value) for value in model.state_dict(keep_vars=True).values()}
     left_out = {name: value for name, value in model.named_buffers() if id(value) not in inside}
@@ -60,7 +60,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Extra state as JSON; the tensors in it go into `tensors`, under names of their own."""
+    """Extra state as JSON; its tensors go into `tensors` under new names."""
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, float):
@@ -102,11 +102,11 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 @torch.no_grad()
 def take_kinds_(model: nn.Module, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Lets parameters and buffers have the types of numbers that a file has, and memory where they have none.
+    """Gives parameters and buffers the dtypes of a file, and memory if they are on the meta device.
 
-    Others stay as they are, but for the buffers that the header names. Raises WeightsError, and changes nothing, for
-    whole numbers in the place of real ones, or the other way round, and for tensors on the meta device that the file
-    has no values for.
+    Only entries of the file and the buffers that the header names are changed. Raises WeightsError, and changes
+    nothing, if whole numbers would replace real ones or the reverse, and if the file has no values for a tensor on the
+    meta device.
     """
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     wanted = [(own[name], value.dtype) for name, value in tensors.items() if name in own]
@@ -133,7 +133,7 @@ def _named_buffers(model: nn.Module, header: dict[str, Any]) -> list[tuple[Tenso
 
 
 def _materialise_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Replaces parameters and buffers on the meta device; what was one tensor stays one."""
+    """Replaces parameters and buffers on the meta device; shared tensors stay shared."""
     made: dict[int, Tensor] = {}
     places: list[tuple[dict[str, Any], str, Tensor]] = []
     lacking: list[str] = []

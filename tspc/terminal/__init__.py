@@ -1,1 +1,1 @@
-"""What a person sees while it runs."""
+"""The output that the user sees during a run."""

@@ -1,4 +1,4 @@
-"""The live view of a run on a terminal: its phases as a checklist, and how the current one is going."""
+"""The live view of a run on a terminal: its phases as a checklist, and the progress of the current one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 ALIASES = {"pretrain": "reference"}
-"""Work that shows in the row of something else."""
+"""Work that is shown in the row of another phase."""
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK = 20
-"""Losses in a sparkline."""
+"""The largest number of bars of a sparkline."""
 
 
 def sparkline(values: list[float], width: int = _SPARK) -> str:
-    """The last values as bars of eight heights, each the mean of as many as it takes to cover all of them."""
+    """The values as at most `width` bars of eight heights; each bar is the mean of several neighbours."""
     finite = [v for v in values if v == v and abs(v) != float("inf")]
     if len(finite) < 2:
         return ""
@@ -33,7 +33,7 @@ def sparkline(values: list[float], width: int = _SPARK) -> str:
 
 @dataclass
 class _Work:
-    """What the current bar tells."""
+    """The data of the current bar."""
 
     label: str
     total: int
@@ -44,7 +44,7 @@ class _Work:
 
     @property
     def left(self) -> float | None:
-        """Seconds, by the speed so far; None before there is one."""
+        """Seconds left, estimated from the speed so far; None before the first step."""
         return (time.monotonic() - self.started) / self.done * (self.total - self.done) if self.done else None
 
 
@@ -80,7 +80,7 @@ class Checklist:
         self._live.stop()
 
     def start(self, label: str, total: int) -> _Work:
-        """A piece of work, whose label begins with the name of its phase."""
+        """Starts a piece of work; its label begins with the name of its phase."""
         name, _, rest = label.partition(" ")
         row = self._row(ALIASES.get(name, name))
         row.work = _Work(rest.strip() if row.name == ALIASES.get(name, name) else f"{name} {rest.strip()}", total)

@@ -1,4 +1,4 @@
-"""What a person sees while it runs: a live checklist on a terminal, plain lines in files and pipes."""
+"""The output during a run: a live checklist on a terminal, plain lines in files and pipes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("tspc")
 VERBOSITIES = ("quiet", "normal", "debug")
 PLAIN_WIDTH = 100
 PLAIN_INTERVAL = 30.0
-"""Seconds between two lines about the same bar where there is no terminal."""
+"""Seconds between two lines about the same bar, if there is no terminal."""
 
 
 class Bar(Protocol):
@@ -35,7 +35,7 @@ class Bar(Protocol):
 class Display:
     """Lines, tables and bars on one console; lines also go to the log.
 
-    `verbosity` is one of VERBOSITIES: `quiet` prints warnings only, `debug` every piece of work and every layer.
+    `verbosity` is one of VERBOSITIES: `quiet` prints warnings only, `debug` also every piece of work and every layer.
     """
 
     def __init__(self, console: Console | None = None, is_silent: bool = False, verbosity: str = "normal") -> None:
@@ -56,7 +56,7 @@ class Display:
         logger.info(text)
 
     def warn(self, text: str) -> None:
-        """A line that `quiet` does not silence."""
+        """A line that is also printed with `quiet`."""
         self._print(text, "yellow")
         logger.warning(text)
 
@@ -64,7 +64,7 @@ class Display:
         self.line(text, style="bold")
 
     def finished(self, phase: str, text: str, top1: float | None = None) -> None:
-        """A phase is over; `top1` is the accuracy that it reached, as a share."""
+        """Reports the end of a phase; `top1` is the accuracy that it reached, as a share."""
         line = f"{phase:<9}  {text}"
         if self._checklist is None:
             self.line(line, style="bold")
@@ -73,7 +73,7 @@ class Display:
         logger.info(line)
 
     def show(self, renderable: RenderableType, logged: RenderableType | None = None) -> None:
-        """A table, printed and logged; the log can have a longer one, which `debug` prints too."""
+        """Prints and logs a table. `logged` is a longer one for the log; `debug` prints it, too."""
         if not self._is_quiet:
             self.console.print(logged if logged and self.verbosity == "debug" else renderable)
         log = Console(width=PLAIN_WIDTH, no_color=True, force_terminal=False)
@@ -83,7 +83,7 @@ class Display:
 
     @contextmanager
     def checklist(self, phases: Iterable[str]) -> Iterator[None]:
-        """On a terminal: a live view of the phases below what is printed meanwhile. Elsewhere nothing."""
+        """On a terminal: a live view of the phases, below all other output. Elsewhere nothing."""
         console = self.console
         if self._is_quiet or console.quiet or not console.is_terminal or console.is_dumb_terminal:
             yield
@@ -96,13 +96,13 @@ class Display:
                 self._checklist = None
 
     def bar(self, label: str, total: int) -> Bar:
-        """In the live view a bar; elsewhere a line at the end, and now and then before it."""
+        """A bar in the live view; elsewhere a line now and then, and a line at the end."""
         if self._checklist is None:
             return _PlainBar(self, label, total)
         return _LiveBar(self, label, total, self._checklist)
 
     def _print(self, text: str, style: str) -> None:
-        # Below a live view a line must not be longer than the terminal: it would be counted as one, and take two.
+        # With a live view a line must fit the terminal: rich counts it as one line, but it would take two.
         is_free = self._checklist is None
         self.console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=is_free)
 
@@ -164,9 +164,9 @@ class _PlainBar(_Timed):
 
 @contextmanager
 def shown_warnings(display: Display) -> Iterator[None]:
-    """Within it a warning of ours is a line, shown once. Those of libraries go to the log of the run.
+    """A context in which a TspcWarning is shown once, as a line. Warnings of libraries go to the log of the run.
 
-    With the verbosity `debug` the libraries' warnings are printed as usual.
+    With the verbosity `debug` the warnings of libraries are printed as usual.
     """
     seen: set[str] = set()
 

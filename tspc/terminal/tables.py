@@ -34,8 +34,11 @@ def versions() -> dict[str, str]:
 def plan_table(
     plan: Plan, bytes_before: int, bytes_after: int, max_rows: int | None = MAX_ROWS, width: int = 100
 ) -> Table:
-    """Every layer of the plan, and totals; of a longer list than `max_rows` the middle is left out, and below 100
-    columns of `width` what a reader misses least."""
+    """Every layer of the plan, and totals.
+
+    If there are more than `max_rows` layers, the middle ones are left out. If `width` is below 100 columns, the least
+    important columns are left out.
+    """
     table = Table(title=_title(plan), title_justify="left", caption=_totals(plan, bytes_before, bytes_after))
     table.caption_justify = "left"
     spare = {"kind", "error"} if width < 100 else set()
@@ -82,9 +85,9 @@ def _row(layer: LayerPlan) -> tuple[str, ...]:
 
 
 def rates_table(plans: dict[float, Plan | InfeasibleRateError], macs: dict[float, float]) -> Table:
-    """What each rate would cost: one row a plan, or why there is none.
+    """Size and expected error at each rate: a row for each plan, or the reason why there is none.
 
-    `macs` is the share of the network's multiply-accumulates that is left at each rate; empty where it is not known.
+    `macs` is the share of the network's multiply-accumulates that is left at each rate; empty if it is unknown.
     """
     table = Table(title="Rates, as expected before any training", title_justify="left")
     names = ("rate", "reached", "parameters", "network", *(["network MACs"] if macs else []), "output error")
@@ -103,7 +106,7 @@ def rates_table(plans: dict[float, Plan | InfeasibleRateError], macs: dict[float
 
 
 def _kinds(plan: Plan) -> str:
-    """How many of the layers that share the budget take which method."""
+    """For each method the number of layers that take it."""
     names = Counter("dense" if layer.method is None else layer.method.name for layer in plan.budgeted)
     return ", ".join(f"{count} {name}" for name, count in names.most_common())
 
@@ -133,7 +136,7 @@ def result_table(result: dict[str, Any]) -> Table:
 
 
 def result_lines(result: dict[str, Any], target: Path) -> list[str]:
-    """The rate reached, and how small the network in the file `target` has become."""
+    """The rate reached, and the size of the network in the file `target`."""
     before, after = result["parameters"]["before"], result["parameters"]["after"]
     asked = f"{result['rate']} asked"
     if result["target_error"] is not None:
@@ -145,13 +148,13 @@ def result_lines(result: dict[str, Any], target: Path) -> list[str]:
 
 
 def sweep_table(records: list[dict[str, Any]]) -> Table:
-    """One row a job of a sweep, failed ones included."""
+    """One row for each job of a sweep, failed ones included."""
     table = Table(title="Sweep", title_justify="left")
     for name in ("job", "run"):
         table.add_column(name, overflow="fold")
     for name in ("reached", "reference", "final", "parameters"):
         table.add_column(name, justify="right", no_wrap=True)
-    # What all jobs have in common says nothing about one of them.
+    # Settings that all jobs share are left out.
     common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
     told: dict[str, int] = {}
     for record in records:
