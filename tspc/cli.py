@@ -30,7 +30,7 @@ from tspc.system.launch import count, is_first
 
 FAILED, INTERRUPTED = 1, 130
 GROUPS = ("method", "dataset", "model")
-"""Those of which one option is chosen; phases are several."""
+"""Groups from which one option is chosen; of phases there may be several."""
 LONGEST_LINE = 600
 """Characters of a complaint of Hydra's."""
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _complain(message: str, error: Exception | None = None) -> None:
-    """To stderr; of several processes the first one speaks for all, but what only another can know it says itself."""
+    """Prints a line to stderr. The first process prints for all; another one prints only errors of its own."""
     if is_first():
         print(f"tspc: {message}", file=sys.stderr)
     elif isinstance(error, DataError | TrainingError):
@@ -77,7 +77,7 @@ def _config_path() -> str:
 
 
 def _job(failures: list[str]) -> Any:
-    """The function that Hydra calls for each job; it keeps errors to itself, so that a sweep's other jobs go on."""
+    """The function that Hydra calls for each job; it catches errors, so that a sweep's other jobs go on."""
 
     def job(config: DictConfig) -> None:
         settings = HydraConfig.get()
@@ -112,7 +112,7 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Raises ConfigError for what only the command line tells: a configuration always holds a rate, for example."""
+    """Raises ConfigError for mistakes that only the command line shows, such as both a rate and a target error."""
     given = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
     if "" in given:
         raise ConfigError([f"={shown(given[''])} names no setting; write KEY=VALUE, as in rate=0.1"])
@@ -122,7 +122,7 @@ def _check_arguments(arguments: list[str]) -> None:
 
 
 def _overrides() -> list[str]:
-    """What the command line sets in this job, as it was typed."""
+    """The overrides of this job, as they were typed."""
     return cast("list[str]", OmegaConf.to_container(HydraConfig.get().overrides.task))
 
 
@@ -132,7 +132,7 @@ def _given() -> list[str]:
 
 
 def _refuse_lists_of_options(config: DictConfig) -> None:
-    """Raises ConfigError for a group of which several options were merged: the last one would win, or none."""
+    """Raises ConfigError if several options of a group were given: Hydra would take the last one, or none."""
     settings = HydraConfig.get()
     lists = [override for override in _overrides() if re.match(rf"\+*({'|'.join(GROUPS)})(@\w*)?=\[", override)]
     # Hydra notes the option chosen of each group in the list of defaults, if it is one.
@@ -143,7 +143,7 @@ def _refuse_lists_of_options(config: DictConfig) -> None:
 
 
 def _command() -> str:
-    """What makes this run again; of a sweep's job, alone."""
+    """The command that makes this run again; for a job of a sweep, only this job."""
     settings = HydraConfig.get()
     folders = [s.path for s in settings.runtime.config_sources if s.provider == "command-line"]
     parts = [*(part for folder in folders for part in ("--config-dir", folder)), *_overrides()]
@@ -151,7 +151,7 @@ def _command() -> str:
 
 
 def _describe(error: Exception) -> str:
-    """One line for a mistake of the user's; anything else is ours, and its traceback is shown."""
+    """One line for a mistake of the user; other errors are faults of tspc, and their traceback is shown."""
     if isinstance(error, TspcError):
         return " ".join(str(error).split())
     if count() > 1 and "onnection" in str(error):
@@ -162,7 +162,7 @@ def _describe(error: Exception) -> str:
 
 
 def _plain_error(error: Exception) -> str:
-    """What Hydra, the YAML parser or the system complain of, in one line: what is wrong, and what there is instead."""
+    """An error of Hydra, the YAML parser or the system in one line: what is wrong, and what would be right."""
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         # Hydra makes a sweep's directory itself.
         return f"cannot write {error.filename}: {error.strerror}; choose another output_dir"
@@ -192,7 +192,7 @@ def _plain_error(error: Exception) -> str:
 
 
 def _unreadable(error: OverrideParseException) -> str:
-    """An argument that Hydra's grammar does not take, and how it is quoted: = , ( ) [ ] { } : mean something to it."""
+    """The message for an argument that Hydra cannot parse, with the right quotes: = , ( ) [ ] { } : have a meaning."""
     key, equals, value = error.override.partition("=")
     if not equals:
         return f"{shown(error.override)}: expected KEY=VALUE, as in rate=0.1"
@@ -204,7 +204,7 @@ def _unreadable(error: OverrideParseException) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    """The settings beside a key that does not exist."""
+    """The message for a key that does not exist, with the keys of its group."""
     parent, dot, name = key.rpartition(".")
     # Composed with the groups that were chosen, for each method and each phase has keys of its own.
     chosen = [re.sub(r",[^\]]*$", "", a) for a in sys.argv[1:] if re.match(r"(method|dataset|model|phase)=[\w[]", a)]

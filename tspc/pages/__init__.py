@@ -1,6 +1,6 @@
-"""Pages to look at, made from what a run left on disk: `report.html` of one run, `sweep.html` of many.
+"""Pages made from the files of runs: `report.html` of one run, `sweep.html` of many.
 
-Everything on a page comes from the files in the runs' directories, so that a page can be made again anywhere.
+Everything on a page comes from the runs' directories, so a page can be made again anywhere.
 """
 
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger("tspc")
 
 
 def made(make: Callable[[], Path], display: Display) -> Path | None:
-    """Makes a page and says where; a page that cannot be made costs a line, not the result that it is about."""
+    """Makes a page and prints its path. If that fails, a warning says so, and the run goes on."""
     try:
         page = make()
     except Exception as error:

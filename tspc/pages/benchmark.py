@@ -1,4 +1,4 @@
-"""What `phase=benchmark` measured, as the pages show it."""
+"""The measurements of `phase=benchmark`, in the form that the pages show."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Figure:
 
 
 def figures_of(benchmark: dict[str, Any]) -> list[Figure]:
-    """MACs of one input, and the median latency in the first runtime at the first batch size, where measured."""
+    """MACs of one input, and the median latency in the first runtime at the first batch size, if measured."""
     found = []
     cost = benchmark.get("cost") or {}
     if {"dense", "compressed"} <= set(cost):
@@ -36,7 +36,7 @@ def figures_of(benchmark: dict[str, Any]) -> list[Figure]:
 
 
 def readable_count(count: float) -> str:
-    """Exact up to a million."""
+    """The count as text, exact up to a million."""
     for unit, size in (("G", 1e9), ("M", 1e6)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -29,7 +29,7 @@ from tspc.store.records import FIGURES, STAGES
 
 
 def write_comparison(pattern: str) -> Path:
-    """A page of all runs below what a wildcard matches, in the folder that it starts from; returns the page's path.
+    """A page of all runs below the matches of a wildcard, in the folder where it starts; returns the page's path.
 
     Raises RunError if there are none, or the page cannot be written.
     """
@@ -42,7 +42,7 @@ def write_comparison(pattern: str) -> Path:
 
 
 def write_sweep(folder: Path) -> Path:
-    """A page of the sweep whose records `folder` holds, into it; returns the page's path."""
+    """A page of a sweep, written into the `folder` that holds its records; returns the page's path."""
     return _write(folder, "Sweep", read_sweep(folder))
 
 
@@ -78,7 +78,7 @@ def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
 
 
 def _rows(found: list[Run | Broken], folder: Path) -> list[Row]:
-    """In their order; what cannot be shown comes last, and takes nothing else along."""
+    """One row for each run, in order. Runs that cannot be shown come last; they do not affect the others."""
     order = {name: place for place, name in enumerate(names())}
     last = len(order)  # a method of another version
     placed: list[tuple[Any, Row]] = []
@@ -105,7 +105,7 @@ def _rows(found: list[Run | Broken], folder: Path) -> list[Row]:
 
 
 def _renew_report(run: Run) -> None:
-    """Makes the run's own report where there is none, or one older than its results."""
+    """Makes the run's own report if there is none, or if it is older than the result."""
     report, result = run.path / "report.html", run.path / "result.json"
     if run.status != DONE:
         return
@@ -116,7 +116,7 @@ def _renew_report(run: Run) -> None:
 
 
 def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The runs by data set and network, for only those compare."""
+    """The runs grouped by data set and network, because only runs of one group can be compared."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if any(row.group):
@@ -142,7 +142,7 @@ def _group(name: tuple[str, str], rows: list[Row], folder: Path, prefix: str) ->
 
 
 def _counts(rows: list[Row]) -> str:
-    """How many runs, and how many of them are done, still going, stopped or failed."""
+    """The number of runs, and how many of them are done, running, stopped or failed."""
     statuses = [row.status for row in rows]
     parts = [f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)]
     return f"{len(rows)} run{'s' if len(rows) != 1 else ''}: {', '.join(parts)}"

@@ -1,4 +1,4 @@
-"""Figures by matplotlib that follow a page's colours: drawn once, saved as PNG and SVG, and put into the page."""
+"""Figures by matplotlib in a page's colours: drawn once, saved as PNG and SVG, and put into the page."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, SOFT = "#1b1f24", "#5f6873", "#d9dde3", "#c7d3ea"
 SERIES = ("#1f5fd0", "#c2410c", "#15803d", "#8b2fb8", "#9a6700", "#0f7c8c", "#be185d", "#4b5563")
-"""Each is dark enough on white; a page replaces them by variables that are light enough on black."""
+"""Colours that are dark enough on white; a page in dark mode replaces them by lighter ones."""
 MARKERS = "osD^vPX*"
-"""Of the series, for readers who cannot tell the colours apart."""
+"""Markers of the series, for readers who cannot tell the colours apart."""
 GLYPHS = dict(zip(MARKERS, "●■◆▲▼✚✖★", strict=True))
 LEGEND = "legend"
-"""The gid of a legend that a narrow page hides, because it shows the drawing's `legend` instead."""
+"""The gid of a figure's legend. A narrow page hides it, and shows the drawing's `legend` instead."""
 LONGEST = 60
-"""Most characters of a name in a figure."""
+"""The largest number of characters of a name in a figure."""
 _FORMLESS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-"""Unicode's categories of characters that are no text: XML refuses some, others turn the writing's direction."""
+"""Unicode's categories of characters that are no text: XML refuses some, others change the writing direction."""
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SOFT: "--soft"} | {
     colour: f"--c{number}" for number, colour in enumerate(SERIES)
 }
@@ -68,7 +68,7 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a figure that answers when pointed at: `tip` in lines, `link` to go to (None: nowhere)."""
+    """A point of a figure: `tip` is the text that is shown when one points at it, `link` its target or None."""
 
     tip: str
     link: str | None = None
@@ -76,7 +76,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend that stands beside the figure, in words of the page."""
+    """An entry of the legend that the page shows beside the figure."""
 
     label: str
     glyph: str
@@ -89,9 +89,9 @@ class Key:
 
 @dataclass(frozen=True)
 class Drawing:
-    """`title` names the figure, `text` says in words what it shows. `marks` belong to the artists with these gids.
+    """A figure with its `title`, a `text` that describes it in words, and `marks` for the artists with these gids.
 
-    `legend` is shown by the page where the figure's own is out of sight, because the page is narrow.
+    A narrow page shows `legend` instead of the figure's own legend.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Drawing:
     legend: tuple[Key, ...] = ()
 
     def put(self, folder: Path) -> dict[str, Any]:
-        """Writes `name`.png and `name`.svg; returns what a page's template asks for."""
+        """Writes `name`.png and `name`.svg; returns the data for a page's template."""
         svg = self.save(folder)
         return {"title": self.title, "text": self.text, "legend": self.legend, "svg": self.inline(svg)}
 
@@ -119,7 +119,7 @@ class Drawing:
         return svg
 
     def inline(self, svg: str) -> Markup:
-        """The SVG as an element of a page: in the page's colours, with names of its own, titled for screen readers."""
+        """The SVG as an element of a page: in the page's colours, with unique ids and a title for screen readers."""
         ElementTree.register_namespace("", _SVG)
         ElementTree.register_namespace("xlink", _XLINK)
         root = ElementTree.fromstring(svg)
@@ -164,7 +164,7 @@ class Drawing:
 
 
 def _tidy(root: ElementTree.Element, name: str) -> None:
-    """Several figures share a page, their ids must not; a tenth of a point is as fine as anybody sees."""
+    """Makes ids unique, because several figures share a page, and rounds coordinates to a tenth of a point."""
     for element in root.iter():
         for key, value in list(element.attrib.items()):
             if key in ("d", "x", "y"):
@@ -179,7 +179,7 @@ def _tidy(root: ElementTree.Element, name: str) -> None:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within it figures are made and saved in the pages' style."""
+    """A context in which figures are made and saved in the pages' style."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
@@ -188,7 +188,7 @@ def style() -> Iterator[None]:
 
 
 def legible(name: str, most: int = LONGEST) -> str:
-    """A name as a figure can show it: on one line, without characters that have no form, shortened in its middle."""
+    """A name in a form for figures: on one line, without characters that cannot be shown, shortened in the middle."""
     text = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in _FORMLESS else c for c in name)
     if len(text) <= most:
         return text
@@ -208,10 +208,10 @@ def canvas(
     gaps: tuple[float, float] = (0.15, 0.15),
     **options: Any,
 ) -> tuple[Figure, Any]:
-    """A figure, and its axes as a grid; sizes and margins in inches, gaps in shares of an axes' width and height.
+    """A figure, and its axes as a grid. Sizes and margins are in inches, gaps in shares of an axes' width and height.
 
-    The margins are given because a layout engine measures every text, which takes longer than all the drawing. The
-    object interface leaves the user's pyplot alone.
+    Margins are fixed because a layout engine measures every text, which takes longer than the drawing. The figure is
+    made without pyplot, so the user's pyplot is not affected.
     """
     from matplotlib.figure import Figure
 
@@ -229,7 +229,7 @@ def canvas(
 
 
 def accuracy_axis(axes: Axes, values: list[float]) -> None:
-    """The vertical axis for accuracies in percent: all of `values`, and never so near that chance looks large."""
+    """The vertical axis for accuracies in percent. It shows all `values`, and a range in which chance looks small."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     low, high = min(values), max(values)
@@ -242,7 +242,7 @@ def accuracy_axis(axes: Axes, values: list[float]) -> None:
 
 
 def plain_log_axis(axis: Any, each: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
-    """Plain numbers on a logarithmic axis that may span less than a decade, at `each` multiple of the powers of 10."""
+    """Plain numbers on a logarithmic axis, at `each` multiple of a power of 10; it may span less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     axis.set_major_locator(LogLocator(subs=each, numticks=7))

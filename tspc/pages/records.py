@@ -1,4 +1,4 @@
-"""What a run left in its directory, read back for the pages: plain data, nothing computed anew."""
+"""Reads the files of a run for the pages: plain data, and nothing is computed again."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ REFERENCE = "reference"
 DONE, RUNNING, STOPPED, DAMAGED = "done", "running", "stopped", "damaged"
 
 DAMAGES = (TspcError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
-"""What a run may raise whose records were changed by hand: the schemas find nearly all of it before."""
+"""Errors of a run with records that were changed by hand; the schemas find nearly all of them before."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's directory. `identity` is `run.json`; `result` is `result.json`, None before the first phase's end.
+    """One run's directory. `identity` is `run.json`; `result` is `result.json`, None before the end of the first phase.
 
-    `status` is done, running (its directory is locked), failed (with `error`), or stopped: before it had a result, or
-    in a later phase, which it has not finished.
+    `status` is done, running (the directory is locked), failed (with `error`), or stopped (the run has no result, or a
+    later phase is not finished).
     """
 
     path: Path
@@ -46,13 +46,13 @@ class Run:
 
     @property
     def series(self) -> str:
-        """The method with the settings in the directory's name, without the rate: what a curve over rates shares."""
+        """The method and the settings in the directory's name, without the rate; runs of one curve share it."""
         head = f"{self.method}-{self.goal}"
         return self.method + self.path.parent.name.removeprefix(head)
 
     @property
     def goal(self) -> str:
-        """The rate or the target error asked for, as in the directory's name."""
+        """The rate or the target error that the user gave, as in the directory's name."""
         target = self.identity.get("target_error")
         return f"{self.identity['rate']:g}" if target is None else f"error{target:g}"
 
@@ -66,7 +66,7 @@ class Run:
 
     @cached_property
     def _found(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], list[str]]:
-        """Stages, spectra, and what could not be read: that is the run's business, a page shows what there is."""
+        """Stages, spectra, and problems of files that cannot be read; a page shows what can be read."""
         stages, spectra, problems = {}, [], []
         for stage in STAGES:
             path = self.path / f"{stage}.safetensors"
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
-        """What each finished phase wrote into the header of its checkpoint."""
+        """The data of each finished phase, from the header of its checkpoint."""
         return self._found[0]
 
     @property
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def problems(self) -> list[str]:
-        """Why something is not shown that the directory has a file for."""
+        """Why the page does not show some files of the directory."""
         return self._found[2]
 
     @cached_property
@@ -103,18 +103,18 @@ class Run:
 
     @cached_property
     def reference_metrics(self) -> list[dict[str, Any]]:
-        """How the reference was trained, where it was trained here."""
+        """The training curve of the reference, if a run trained it."""
         return read_metrics(self.path.parent.parent / REFERENCE)
 
     @property
     def benchmark(self) -> dict[str, Any]:
-        """What `phase=benchmark` measured of this state of the network; empty where it has not."""
+        """The results of `phase=benchmark` for this state of the network; empty if there are none."""
         return (self.result or {}).get("benchmark") or {}
 
 
 @dataclass(frozen=True)
 class Broken:
-    """What cannot be shown as a run, and why: a failed job that left no directory, or a run with damaged files."""
+    """A run that cannot be shown, and why: a failed job without a directory, or a run with damaged files."""
 
     label: str
     error: str
@@ -124,14 +124,14 @@ class Broken:
 
 
 def _failed(overrides: list[str], error: str) -> Broken:
-    """A job that left no directory, with what its command says of method and rate."""
+    """A job without a directory; method and rate come from its command."""
     given = dict(override.split("=", 1) for override in overrides if "=" in override)
     label = " ".join(overrides) or "(defaults)"
     return Broken(label, error, method=given.get("method", ""), goal=given.get("rate", ""))
 
 
 def damaged(path: Path, error: BaseException) -> Broken:
-    """The run in a directory whose records cannot be read; `error` is one of DAMAGES."""
+    """A run with records that cannot be read; `error` is one of DAMAGES."""
     what = str(error) if isinstance(error, TspcError) else f"{type(error).__name__}: {error}"
     return Broken(path.parent.name, f"{path} is damaged or incomplete ({what})", DAMAGED)
 
@@ -158,7 +158,7 @@ def read_run(path: Path) -> Run | None:
 
 
 def find_runs(pattern: str) -> list[Run | Broken]:
-    """All runs below what a wildcard matches (`**` for any depth), and the failed jobs of a sweep's folder.
+    """All runs below the matches of a wildcard (`**` for any depth), and the failed jobs of a sweep's folder.
 
     Raises RunError if there are none.
     """
@@ -174,12 +174,12 @@ def find_runs(pattern: str) -> list[Run | Broken]:
 
 
 def read_sweep(folder: Path) -> list[Run | Broken]:
-    """The runs of the sweep whose records `folder` holds, and its jobs that left none."""
+    """The runs of a sweep, and its jobs that left no run; `folder` holds the sweep's records."""
     return list(_read_jobs(folder).values())
 
 
 def _read_jobs(folder: Path) -> dict[Path, Run | Broken]:
-    """By the run's directory, or where there is none by the job's record."""
+    """The jobs, by the run's directory, or by the job's record if there is no directory."""
     found: dict[Path, Run | Broken] = {}
     for path in sorted(folder.glob("job-*.json")):
         try:
@@ -206,7 +206,7 @@ def _read_all(directories: Iterable[Path]) -> dict[Path, Run | Broken]:
 
 
 def split_pattern(pattern: str) -> tuple[Path, str]:
-    """The folder that a wildcard starts from, and the rest of it. What is there by that very name is no wildcard."""
+    """The folder where a wildcard starts, and the rest of it. An existing path of this name is no wildcard."""
     folder, parts = Path(), list(Path(pattern).parts)
     while parts and (not glob.has_magic(parts[0]) or (folder / parts[0]).exists()):
         folder /= parts.pop(0)
@@ -214,7 +214,7 @@ def split_pattern(pattern: str) -> tuple[Path, str]:
 
 
 def _located(directory: Path, folder: Path) -> Path:
-    """A run's directory as its record names it: from where the sweep was started, or from above its folder."""
+    """A run's directory as its record names it: relative to where the sweep started, or to a parent of its folder."""
     tops = [Path(), *folder.absolute().parents]
     return next((top / directory for top in tops if (top / directory).is_dir()), directory)
 

@@ -1,4 +1,4 @@
-"""Templates to pages: Jinja, with everything that a page needs inside it."""
+"""Makes pages from Jinja templates; a page contains everything that it needs."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def _percent(accuracy: dict[str, Any] | None, which: str = "top1") -> str:
 
 
 def render(template: str, **content: Any) -> str:
-    """The page that a template makes of its content."""
+    """The page made from a template and its content."""
     return _environment().get_template(template).render(**content)

@@ -22,7 +22,7 @@ _SPARK = (120, 26)
 
 
 def write_report(directory: Path) -> Path:
-    """Makes `report.html` and `figures/` from what a finished run left in its directory; returns the page's path.
+    """Makes `report.html` and `figures/` from the files of a finished run; returns the page's path.
 
     Raises RunError if there is no finished run, or the files are damaged or cannot be written.
     """
@@ -54,7 +54,7 @@ def _content(run: Run) -> dict[str, Any]:
 
 
 def sentence(result: dict[str, Any]) -> str:
-    """What was gained and lost, in words."""
+    """The gain in size and the loss of accuracy, in one sentence."""
     before, after = result["parameters"]["before"], result["parameters"]["after"]
     size = f"{result['network']} became {_times(before, after)} smaller: {after:,} of {before:,} parameters are left"
     reference, final = result["reference"]["accuracy"], result["accuracy"]
@@ -81,7 +81,7 @@ def _deviation(accuracy: dict[str, Any]) -> float:
 
 
 def _cards(run: Run) -> list[dict[str, str]]:
-    """Reference against compressed: what the first screen shows."""
+    """The reference against the compressed network, for the first screen."""
     assert run.result is not None
     result, cards = run.result, []
     reference, final = result["reference"]["accuracy"], result["accuracy"]
@@ -154,7 +154,7 @@ def _layers(run: Run) -> list[dict[str, Any]]:
 
 
 def _spark(spectrum: dict[str, Any]) -> dict[str, Any]:
-    """A spectrum as an SVG path, over a logarithmic axis of three decades, and where its rank cuts."""
+    """A spectrum as an SVG path, over a logarithmic axis of three decades, and the position of its rank."""
     values, (width, height) = spectrum["values"], _SPARK
     last = max(1, len(values) - 1)
     points = []
@@ -165,7 +165,7 @@ def _spark(spectrum: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """Everything that it takes to make the run again."""
+    """Everything that is needed to make the run again."""
     assert run.result is not None
     data = next((info["data"] for info in run.stages.values() if info.get("data")), None)
     return {

@@ -16,10 +16,10 @@ from tspc.pages.records import Broken, Run
 from tspc.store.records import STAGES, flattened
 
 DECISIVE = ("phase.decompose.", "phase.distill.", "phase.finetune.", "calibration.", "allocation", "eval_samples")
-"""What the keys of settings begin with that an accuracy depends on, besides method, rate and seed."""
+"""The beginnings of the keys of settings that affect the accuracy, besides method, rate and seed."""
 
 _FORMULA = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}", "\N{FULLWIDTH HYPHEN-MINUS}")
-"""What a cell begins with that a spreadsheet computes."""
+"""The first characters of a cell that a spreadsheet takes for a formula."""
 _MARKDOWN = {ord(c): f"\\{c}" for c in "\\`*|[]$<>"} | dict.fromkeys(map(ord, "\r\n"), " ")
 _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
     ord("\\"): r"\textbackslash{}",
@@ -31,10 +31,9 @@ _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Accuracies are shares, of so many test images as `judged` says for each phase; `latency` is in
-    milliseconds; None is what is not known (yet).
+    """One run. Accuracies are shares; `judged` is the number of test images for each phase. `latency` is in ms.
 
-    `settings` are those that an accuracy depends on, by their dotted keys.
+    Unknown values are None. `settings` holds the settings that affect the accuracy, by their dotted keys.
     """
 
     label: str
@@ -59,7 +58,7 @@ class Row:
 
     @property
     def rate(self) -> float | None:
-        """The rate asked for; None where a target error was."""
+        """The rate that the user gave; None if it was a target error."""
         try:
             return float(self.goal)
         except ValueError:
@@ -83,7 +82,7 @@ class Row:
 
 
 def row_of(run: Run, page: Path) -> Row:
-    """`page` is the folder of the page, for the link to the run's report."""
+    """The row of a run; `page` is the folder of the page, for the link to the run's report."""
     label = run.path.parent.name
     common: dict[str, Any] = {
         "label": label,
@@ -122,7 +121,7 @@ def row_of_broken(broken: Broken) -> Row:
 
 
 def differences_of(rows: list[Row]) -> dict[str, list[str]]:
-    """The settings in which finished runs differ that have them, with their values."""
+    """The settings in which finished runs differ, with their values."""
     found: dict[str, set[str]] = {}
     for row in rows:
         for key, value in row.settings.items():
@@ -131,7 +130,7 @@ def differences_of(rows: list[Row]) -> dict[str, list[str]]:
 
 
 def judged_by(rows: list[Row]) -> dict[int, list[str]]:
-    """The phases by the number of test images that judged them, where that is not the same for all."""
+    """The phases by the number of test images that judged them; empty if the number is the same for all."""
     found: dict[int, list[str]] = {}
     for stage in STAGES:
         for images in sorted({row.judged[stage] for row in rows if stage in row.judged}):
@@ -158,7 +157,7 @@ def csv_of(rows: list[Row]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """Text that a spreadsheet takes for text: one that begins like a formula gets an apostrophe before it."""
+    """Text that no spreadsheet takes for a formula: if it begins like one, an apostrophe is put before it."""
     if not isinstance(value, str):
         return "" if value is None else value
     text = "".join(c if c.isprintable() else " " for c in value)
@@ -167,7 +166,7 @@ def _cell(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Grid:
-    """Methods × rates, as papers print it: mean accuracy in percent over the seeds, and its deviation over several."""
+    """Methods × rates, as papers print it: mean accuracy in percent, and its deviation if there are several seeds."""
 
     title: str
     goals: list[str]
@@ -183,13 +182,13 @@ class Grid:
         return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
 
     def is_best(self, method: str, goal: str) -> bool:
-        """Whether nothing at this rate is better, as printed."""
+        """Whether no method is better at this rate, as printed."""
         column = [round(mean, 2) for (_, at), (mean, _) in self.cells.items() if at == goal]
         return (method, goal) in self.cells and round(self.cells[method, goal][0], 2) == max(column)
 
 
 def grid_of(rows: list[Row], phase: str | None = None) -> Grid | None:
-    """The accuracy after `phase`, or at the end, of every method at every rate; None where none is known."""
+    """The accuracy of every method at every rate, after `phase` or at the end; None if no accuracy is known."""
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         value = row.final if phase is None else row.phases.get(phase)
@@ -214,7 +213,7 @@ def grid_of(rows: list[Row], phase: str | None = None) -> Grid | None:
 
 
 def order_of_goal(goal: str) -> tuple[int, float]:
-    """Rates first, the largest before the others; then target errors."""
+    """A sort key: rates first, in descending order, then target errors."""
     kind = goal.startswith("error")
     return int(kind), -float(goal.removeprefix("error"))
 

@@ -10,16 +10,16 @@ from tspc.pages.records import REFERENCE, Run
 from tspc.store.records import STAGES
 
 NAMED = 40
-"""Most layers whose names fit below an axis."""
+"""The largest number of layers with names that fit below an axis."""
 SPECTRA = 24
-"""Most layers whose spectra are drawn; the others are in the page's table and in spectra.json."""
+"""The largest number of layers with drawn spectra; the others are in the page's table and in spectra.json."""
 COLUMNS = 6
 POINTS = 64
-"""Most points of a spectrum's curve."""
+"""The largest number of points of a spectrum's curve."""
 
 
 def run_drawings(run: Run) -> list[Drawing]:
-    """All that the run's files have data for."""
+    """All figures for which the run's files have data."""
     drawings = [_accuracy(run), *_training(run)]
     if run.plan is not None:
         drawings.append(_layers(run.plan))
@@ -45,7 +45,7 @@ def _accuracy(run: Run) -> Drawing | None:
     for place, (name, value) in enumerate(shown.items()):
         colour = MUTED if name == REFERENCE else SERIES[0]
         axes.plot([place], [value], "o", color=colour, markersize=7, gid=f"phase{place}")
-        # Above the reference's line where there is room, else below: a number must not be struck through.
+        # Above the reference's line if there is room, else below, so that the line does not cross the number.
         is_below = start == 1 and value < values[0]
         offset, side = (-8, "top") if is_below else (8, "bottom")
         axes.annotate(f"{value:.2f}", (place, value), (0, offset), textcoords="offset points", ha="center", va=side)
@@ -64,7 +64,7 @@ def _training(run: Run) -> list[Drawing]:
 
 
 def last_attempt(phase: str, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The steps noted of a phase: of its last beginning, with all that was gone on with after an interruption."""
+    """The recorded steps of a phase since its last start; it includes steps before and after an interruption."""
     steps: dict[tuple[str, int], dict[str, Any]] = {}
     for record in metrics:
         if record.get("phase") != phase:

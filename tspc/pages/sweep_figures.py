@@ -1,4 +1,4 @@
-"""The figures of many runs: what accuracy costs in parameters and in time, the Pareto front, method by method."""
+"""The figures of many runs: accuracy against parameters and time, with the Pareto front, for each method."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ COSTS: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
     "latency": ("Accuracy against latency", "latency in ms", lambda row: row.latency),
     "macs": ("Accuracy against operations", "multiply-accumulates of an input", lambda row: row.macs),
 }
-"""Each figure's title, its horizontal axis, and what it goes by."""
+"""Each figure's title, the label of its horizontal axis, and the function that gives its value."""
 
 
 def sweep_drawings(rows: list[Row], prefix: str = "") -> list[Drawing]:
-    """Those figures that the runs have data for; `prefix` keeps the names of several groups of runs apart."""
+    """The figures for which the runs have data; `prefix` makes their names unique for each group of runs."""
     order = list(dict.fromkeys(row.series for row in rows))
     drawings = []
     for name, (title, label, cost) in COSTS.items():
@@ -43,7 +43,7 @@ def sweep_drawings(rows: list[Row], prefix: str = "") -> list[Drawing]:
 
 
 def pareto(points: list[tuple[float, float]]) -> list[int]:
-    """Which points (cost, gain) no other one beats in both, by rising cost."""
+    """The indices of the points (cost, gain) that no other point beats in both, in order of rising cost."""
     best, front = float("-inf"), []
     for place in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if points[place][1] > best:
