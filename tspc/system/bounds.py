@@ -1,4 +1,4 @@
-"""Which numbers a setting may be, and how a wrong value is shown: short, whatever it is."""
+"""The allowed numbers of a setting, and the short form in which a message shows a wrong value."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from tspc.errors import shortened
 
 MANY = 10**9
-"""No count of images, steps, bytes or seconds needs to be larger."""
+"""The largest allowed count of images, steps, bytes or seconds."""
 LONGEST = 60
-"""Characters of a value that a message shows."""
+"""The largest number of characters of a value in a message."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Bounds:
 
 
 COUNT = Bounds(1)
-"""How many, where there must be one."""
+"""A count that must be at least one."""
 NONE_OR_MORE = Bounds(0)
 SEEDS = Bounds(0, 2**31 - 1)
 SHARE = Bounds(0, 1)
@@ -64,7 +64,7 @@ def described(allowed: Allowed, noun: str = "") -> str:
 
 
 def out_of_range(settings: Any, where: str, allowed: Mapping[str, Allowed]) -> list[str]:
-    """One line for each field of a dataclass that is not one of those allowed; None is allowed where its type says so.
+    """One line for each field of a dataclass with a value that is not allowed; None is allowed if its type says so.
 
     `where` is the group of the settings, empty at the top level.
     """
@@ -83,7 +83,7 @@ def out_of_range(settings: Any, where: str, allowed: Mapping[str, Allowed]) -> l
 
 
 def unknown(given: Iterable[Any], names: Iterable[str], where: str = "") -> list[str]:
-    """One line for each key of `given` that is not one of the names, with the name that is nearest."""
+    """One line for each key of `given` that is not one of the names; it suggests the nearest name."""
     known, found = list(names), []
     for key in given:
         if key not in known:
@@ -94,7 +94,7 @@ def unknown(given: Iterable[Any], names: Iterable[str], where: str = "") -> list
 
 
 def shown(value: Any) -> str:
-    """A setting's value as it is written on the command line, cut where it is long."""
+    """A setting's value as it is written on the command line; a long one is cut."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float) and value.is_integer() and abs(value) < MANY:

@@ -11,11 +11,11 @@ EXTRAS = {
     "timm": ("timm",),
     "transformers": ("transformers",),
 }
-"""What each extra brings, as it is imported."""
+"""For each extra the packages that it installs, by their import names."""
 
 
 def missing(extra: str) -> str | None:
-    """What to install for `extra`, as one line; None if it is there."""
+    """A line that says how to install `extra`; None if it is installed."""
     absent = [package for package in EXTRAS[extra] if find_spec(package) is None]
     return f"{', '.join(absent)} not installed: pip install 'tspc[{extra}]'" if absent else None
 

@@ -18,9 +18,9 @@ _waits = False
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Inside, a signal raises Interrupted, at once or, where `deferred`, when it is asked for.
+    """Inside this context a signal raises Interrupted: at once, or inside `deferred` when the code asks for it.
 
-    A second Ctrl-C does not wait. A second SIGTERM does: launchers send it more than once.
+    A second Ctrl-C does not wait. A second SIGTERM waits, because launchers send it more than once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers; whoever runs others handles signals there
@@ -37,7 +37,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a signal waits until somebody asks whether one was `received`."""
+    """Inside this context a signal waits until the code asks whether one was `received`."""
     global _waits
     _waits = True
     try:
@@ -52,12 +52,12 @@ def received() -> bool:
 
 
 def interruption(where: str) -> Interrupted:
-    """What to raise for the signal that waits."""
+    """The exception for the signal that waits."""
     return Interrupted(_received or signal.SIGTERM, where)
 
 
 def check(where: str) -> None:
-    """Raises Interrupted if a signal waits: one that came too late for the training to see it."""
+    """Raises Interrupted if a signal waits that came after the last check of the training."""
     if received():
         raise interruption(where)
 

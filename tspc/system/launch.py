@@ -1,4 +1,4 @@
-"""What torchrun or accelerate tell a process that they started: how many there are, and which one it is."""
+"""The number of processes that torchrun or accelerate started, and the rank of this one."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process writes and speaks; true where it is the only one."""
+    """Whether this process writes files and prints; true if it is the only one."""
     return count() == 1 or os.environ.get("RANK", "0") == "0"

@@ -1,7 +1,7 @@
-"""What PyTorch's user has switched on, switched off while the library computes.
+"""Switches off the modes of PyTorch that the user has switched on, while tspc computes.
 
-The default dtype and the default device are left as they are: the user's network may count on them. The library's own
-tensors name theirs.
+The default dtype and the default device are not changed, because the user's network may depend on them. tspc gives its
+own tensors an explicit dtype and device.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import nn
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Kinds of devices whose autocast is switched off."""
 OPERATIONS = [(backend, kind) for backend in ("cuda", "mkldnn") for kind in ("matmul", "conv", "rnn")]
-"""What can round float32 to fewer digits."""
+"""The settings that can round float32 to fewer digits."""
 
 
 @contextmanager
 def own_modes(exact: bool = True) -> Iterator[None]:
-    """Inside, PyTorch computes as it does by itself, whatever its caller has set. Also a decorator.
+    """Inside this context PyTorch has its default modes, whatever the caller has set. Also a decorator.
 
-    There is no autocast and no inference mode, gradients can be asked for, and an operation without a deterministic
-    form warns instead of raising. With `exact` no product of float32 numbers is rounded to TF32 or bfloat16.
+    Autocast and inference mode are off, gradients are possible, and an operation without a deterministic form warns
+    instead of raising. With `exact`, no product of float32 numbers is rounded to TF32 or bfloat16.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -41,12 +41,12 @@ def own_modes(exact: bool = True) -> Iterator[None]:
 
 
 def is_of_inference(model: nn.Module) -> bool:
-    """Whether a network was made in inference mode: its tensors take no part in gradients, nor change outside of it."""
+    """Whether a network was made in inference mode; its tensors have no gradients and cannot be changed outside it."""
     return any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
 
 
 class _Shared:
-    """A change to settings of the whole process: made by the first thread that wants it, undone after the last one."""
+    """A change to settings of the whole process: the first thread that needs it makes it, the last one undoes it."""
 
     def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
         self._change, self._lock, self._users = change, threading.Lock(), 0
@@ -73,7 +73,7 @@ def _tolerate() -> Callable[[], None]:
 
 
 def _compute_exactly() -> Callable[[], None]:
-    """The newer switches name every operation; the older ones are set too, for others read them."""
+    """Sets the newer switches, one for every operation, and the older ones, because other code reads them."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     switches: list[tuple[Callable[[], Any], Callable[[Any], None], Any]] = [
         (lambda: matmul.allow_tf32, lambda value: setattr(matmul, "allow_tf32", value), False),
@@ -97,7 +97,7 @@ def _compute_exactly() -> Callable[[], None]:
 
 
 def _fine_precisions() -> dict[tuple[str, str], str]:
-    """The precision of every operation; none where this PyTorch is too old to tell."""
+    """The precision of every operation; empty if this PyTorch is too old to have such switches."""
     get = getattr(torch._C, "_get_fp32_precision_getter", None)
     return {} if get is None else {operation: get(*operation) for operation in OPERATIONS}
 

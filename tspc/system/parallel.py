@@ -1,7 +1,7 @@
-"""Independent pieces of work side by side, one core each.
+"""Runs independent pieces of work in parallel, one core each.
 
-The linear algebra of one layer gains little from a second core, two layers at once do. Every piece runs on one
-thread, whatever the number of them.
+The linear algebra of one layer gains little from a second core; two layers at once gain much. Every piece runs on one
+thread, however many pieces there are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Result = TypeVar("Result")
 def side_by_side(
     function: Callable[[Item], Result], items: Sequence[Item], size: Callable[[Item], float]
 ) -> Iterator[tuple[Item, Result]]:
-    """Every item with `function` of it, as they get ready, on as many threads as PyTorch may use.
+    """Yields every item with the result of `function`, as soon as it is ready; uses as many threads as PyTorch may.
 
-    The largest `size` comes first. What `function` raises is raised here; pieces that have not begun are then
-    dropped. The gradient mode is the caller's.
+    The item with the largest `size` starts first. If `function` raises, the error is raised here, and pieces that have
+    not begun are dropped. The gradient mode is that of the caller.
     """
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     order = sorted(items, key=size, reverse=True)
@@ -36,7 +36,7 @@ def side_by_side(
         if threads == 1 or len(order) < 2:
             yield from ((item, function(item)) for item in order)
             return
-        # Threads of a pool count their own: each has to be told.
+        # PyTorch's number of threads is set for each thread of the pool.
         pool = ThreadPoolExecutor(min(threads, len(order)), initializer=torch.set_num_threads, initargs=(1,))
         try:
             futures = {pool.submit(piece, item): item for item in order}
@@ -49,7 +49,7 @@ def side_by_side(
 
 
 def in_parts(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:
-    """Neighbouring items whose sizes together are at most the limit; an item that is larger comes alone."""
+    """Groups of neighbouring items with a total size of at most the limit; a larger item comes alone."""
     part: list[Item] = []
     used = 0.0
     for item in items:

@@ -1,7 +1,7 @@
-"""Several processes that train one network together: who this one is, and what they do as one.
+"""Several processes that train one network together: the rank of this one, and what they do together.
 
-`torchrun --nproc_per_node=N -m tspc …` or `accelerate launch -m tspc …` start them; alone, everything here does
-nothing. They share the run's directory: the first process writes, the others read what it wrote.
+`torchrun --nproc_per_node=N -m tspc …` or `accelerate launch -m tspc …` start them. With one process everything here
+does nothing. They share the run's directory: the first process writes, and the others read its files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tspc.system import launch
 from tspc.system.launch import is_first
 
 PATIENCE = timedelta(hours=12)
-"""How long processes wait for each other: the first one may train a reference or decompose meanwhile."""
+"""How long processes wait for each other; meanwhile the first one may train a reference or decompose."""
 
 Result = TypeVar("Result")
 
@@ -54,7 +54,7 @@ ALONE = Share()
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Of several GPUs the one of this process."""
+    """The GPU of this process, if there are several."""
     if count() > 1 and device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
@@ -66,9 +66,9 @@ def share() -> Share:
 
 
 def join(cpu: bool) -> None:
-    """Joins the processes that the launcher started together, if it started several; `cpu` keeps off its GPUs.
+    """Connects the processes that the launcher started, if there are several; with `cpu` no GPU is used.
 
-    Once for all jobs of a sweep: a second meeting at the same place fails.
+    Called once for all jobs of a sweep, because a second connection to the same address fails.
     """
     if launch.count() == 1 or dist.is_initialized():
         return
@@ -80,13 +80,13 @@ def join(cpu: bool) -> None:
 
 
 def wait() -> None:
-    """For all to come here."""
+    """Waits until all processes have come here."""
     if count() > 1:
         dist.barrier()
 
 
 def by_first(work: Callable[[], Result]) -> Result:
-    """What `work` gives in the first process, in all of them. If it raises there, TspcError is raised in the others."""
+    """Runs `work` in the first process; all processes get its result. If it raises, the others raise TspcError."""
     if count() == 1:
         return work()
     outcome: list[Any] = [None, True]
@@ -108,10 +108,10 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def together(network: nn.Module) -> nn.Module:
-    """The network as all processes train it: its gradients are their mean."""
+    """The network for training by all processes: its gradients are the mean over them."""
     if count() == 1:
         return network
-    # The batch norms agree by themselves, so that no buffer needs to be sent.
+    # The batch norms of all processes have the same statistics, so no buffer is sent.
     buffers = [name for name, _ in network.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)
     return DistributedDataParallel(network)
@@ -119,7 +119,7 @@ def together(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def synchronised(network: nn.Module) -> Iterator[None]:
-    """Inside, batch norms in training mode take the statistics of all processes' images."""
+    """Inside this context batch norms in training mode use the statistics of the images of all processes."""
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm)] if count() > 1 else []
     classes = [type(norm) for norm in norms]
     # PyTorch's own SyncBatchNorm is for GPUs only. The class alone changes: weights, buffers and hooks stay.
@@ -133,7 +133,7 @@ def synchronised(network: nn.Module) -> Iterator[None]:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes, through which gradients flow: each process's part is in all losses."""
+    """The sum over all processes, with gradients: the part of each process is in the losses of all."""
 
     @staticmethod
     def forward(context: Any, part: Tensor) -> Tensor:
