@@ -1,4 +1,4 @@
-"""What a block is trained on: kept activations of the compressed network and of the reference."""
+"""The data on which a block is trained: kept activations of the compressed network and of the reference."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tspc.traversal.stash import Room, Stash
 from tspc.traversal.walk import Trace, Walker
 
 VIEWS = 4
-"""Most augmentations of one training image."""
+"""The largest number of augmentations of one training image."""
 JUDGES = 8
-"""One in so many of the kept batches judges, and is not trained on."""
+"""One of this number of kept batches judges, and is not trained on."""
 
 
 def augmented_images(recipe: Recipe, wanted: int, context: Context, room: Room) -> Stash:
@@ -38,7 +38,7 @@ def augmented_images(recipe: Recipe, wanted: int, context: Context, room: Room) 
 
 
 class Kept:
-    """What a block is trained on: its inputs and the reference's answers, batch by batch; the next one by `advance`."""
+    """The inputs of a block and the reference's outputs, batch by batch; `advance` goes to the next block."""
 
     def __init__(
         self, reference: nn.Module, model: nn.Module, trace: Trace, images: Stash, room: Room, inputs: str, seed: int
@@ -48,14 +48,14 @@ class Kept:
         self._walkers = [walker for walker in (self._reference, self._small) if walker is not None]
         self._inputs, self._seed, self._images = inputs, seed, images
         self.is_paired = True
-        """Whether what the one network gives the block belongs to what the other's block answers."""
+        """Whether the inputs that one network gives the block belong to the outputs of the other's block."""
         self._judging = max(1, len(images) // JUDGES)
         self.per_epoch = len(images) - self._judging
 
     def advance(self) -> None:
-        """To the next block, past one whose training is over.
+        """Goes to the next block after the training of the present one.
 
-        Raises ConfigError for a block that does not answer with one tensor.
+        Raises ConfigError for a block that does not return one tensor.
         """
         for walker in self._walkers:
             walker.advance()
@@ -86,21 +86,21 @@ class Kept:
             yield self._pair(number, from_reference=self._inputs == "mixed" and (number + epoch) % 2 == 1)
 
     def show(self, blocks: Sequence[nn.Module], batches: int) -> None:
-        """Sends the first of the kept batches through the block, and through the reference's where it is named too."""
+        """Sends the first kept batches through the block, and also through the reference's if it is given."""
         for number in range(min(batches, self.per_epoch)):
             for block, walker in zip(blocks, (self._small or self._reference, self._reference), strict=False):
                 args, named = walker.arguments(number)
                 block(*args, **named)
 
     def training(self) -> Iterator[tuple[Any, Tensor]]:
-        """All batches that are trained on."""
+        """All batches for training."""
         return (self._pair(number) for number in range(self.per_epoch))
 
     def judging_images(self) -> Iterator[Tensor]:
         return (self._images[self.per_epoch + number] for number in range(self._judging))
 
     def judging(self) -> Iterator[tuple[Any, Tensor]]:
-        """Batches that are not trained on."""
+        """All batches that judge; they are not trained on."""
         return (self._pair(self.per_epoch + number) for number in range(self._judging))
 
     def _pair(self, number: int, from_reference: bool = False) -> tuple[Any, Tensor]:

@@ -1,4 +1,4 @@
-"""How close a network is to the reference, by how often it gives the reference's class; what training made of that."""
+"""How often a network gives the reference's class, and whether training made that worse."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ Images = Callable[[], Iterable[Tensor]]
 def keep_better_(
     model: nn.Module, start: dict[str, Tensor], reference: nn.Module, images: Images, context: Context
 ) -> None:
-    """Blocks that are all closer can still be further together, where little of the network is left.
+    """Undoes the training if the network agrees with the reference less than before.
 
-    The network is set back to `start` if it gave the reference's class on more of the images then, by more than two
-    standard deviations of that difference (McNemar, 1947). What does not classify stays as it is.
+    Every block can be closer to its target and the whole network still be farther away, if little of it is left. The
+    network is set back to `start` if it gave the reference's class on more of the images then, by more than two
+    standard deviations of that difference (McNemar, 1947). A network that does not classify is not changed.
     """
     wanted = _classes(reference, images)
     if wanted is None:
@@ -65,7 +66,7 @@ def class_counts(answer: Tensor, wanted: Tensor) -> Tensor:
 def distance(counts: Sequence[Tensor]) -> float:
     """1 − κ (Cohen, 1960) from the `class_counts` of all batches of all processes: 0 agrees, 1 agrees by chance.
 
-    Where both name one class alone, nothing is known: 1.
+    If both networks always name the same single class, nothing is known, and the result is 1.
     """
     differing, *named = processes.summed(torch.stack(list(counts)).sum(0)).tolist()
     own, other = named[: len(named) // 2], named[len(named) // 2 :]

@@ -1,4 +1,4 @@
-"""Batch norms set before training: solved anew for changed inputs, or rebased to what they see."""
+"""Sets batch norms before training: solves them for changed inputs, or moves their statistics to their inputs."""
 
 from __future__ import annotations
 
@@ -31,15 +31,14 @@ def count_norms(network: nn.Module) -> int:
 @own_modes()
 @torch.no_grad()
 def refit_norms_(network: nn.Module, reference: nn.Module, run: Callable[[], object]) -> None:
-    """Sets the batch norms' scale and shift anew, one after the other: each then answers most like the reference's.
+    """Solves the batch norms' scale and shift, one after the other, so that each comes closest to the reference's.
 
-    `run` sends the same images first through the network, then through the reference, batch by batch. The least
-    squares are solved channel by channel: with x what the network's batch norm is given and y what the reference's
-    answers,
+    `run` sends the same images first through the network, then through the reference, batch by batch. Least squares
+    are solved for each channel. With x the input of the network's batch norm and y the output of the reference's,
 
         w = cov(x, y) / √(var(x) + ε),   b = E[y],   running statistics E[x] and var(x).
 
-    It costs forward passes alone, and brings back to their size activations whose inputs have become others.
+    This takes only forward passes. It restores the size of activations after their inputs have changed.
     """
     for name, norm in _fitted_norms(network).items():
         waiting: list[Tensor] = []
@@ -80,7 +79,7 @@ def _sums(x: Tensor, y: Tensor) -> Tensor:
     spread, mean = torch.var_mean(x, others, correction=0, keepdim=True)
     target = y.mean(others, keepdim=True)
     together = ((x - mean) * (y - target)).mean(others)
-    # Widened after the means, for activations are large.
+    # Converted to float64 only after the means, because activations are large.
     mean, target, spread, together = (double(value.flatten()) for value in (mean, target, spread, together))
     parts = (torch.ones_like(mean), mean, target, spread + mean.square(), together + mean * target)
     return x.numel() // x.shape[1] * torch.stack(parts)
@@ -89,17 +88,17 @@ def _sums(x: Tensor, y: Tensor) -> Tensor:
 @own_modes()
 @torch.no_grad()
 def rebase_(network: nn.Module, run: Callable[[], object]) -> None:
-    """Lets batch norms normalise by what they see now, without changing what the network answers in eval mode.
+    """Sets the running statistics of batch norms to those of their inputs; the answers in eval mode do not change.
 
-    While `run` sends images through the network, means and variances of what its batch norms are given are taken. They
-    become the running statistics, and weight and bias make up for the change:
+    `run` sends images through the network. The means and variances of the batch norms' inputs become the running
+    statistics, and weight and bias are changed to compensate:
 
         w (x − m) / s + b = w' (x − m') / s' + b'   with   w' = w s' / s,   b' = b + w (m' − m) / s
 
-    In training a batch norm goes by the batch. Compressed layers answer with less variance than the reference's, so
-    that without this the first step would meet another network than the one that was fitted: one whose activations,
-    and all that is wrong about them, are blown up to the reference's size. What has no weight or no statistics is left
-    alone.
+    In training a batch norm uses the statistics of the batch. The outputs of compressed layers have less variance than
+    the reference's. So without this function the first step would start from another network than the fitted one: its
+    activations, and their errors, would be scaled up to the reference's size. Batch norms without weight or statistics
+    are not changed.
     """
     norms = list(_fitted_norms(network).values())
     sums: dict[nn.Module, Tensor] = {}

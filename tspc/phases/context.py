@@ -1,4 +1,4 @@
-"""What every phase is given: the data, the device, the seed, and somewhere to show and note how it goes."""
+"""The objects that every phase gets: the data, the device, the seed, the display, and the metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tspc.training import Hardware, Recipe, Step, place
 
 @dataclass(frozen=True)
 class Context:
-    """`note` receives one dict a measurement, for `metrics.jsonl`."""
+    """`note` receives a dict for each measurement, for `metrics.jsonl`."""
 
     data: Data | None
     hardware: Hardware
@@ -45,7 +45,7 @@ class Context:
         return Feed(recipe.batch_size, self.seed, self.device, held_out, processes.share())
 
     def watch(self, phase: str, label: str, total: int, batch_size: int, **where: Any) -> Watch:
-        """A progress bar that also notes about fifty steps of the phase, and tells the images per second."""
+        """A progress bar that also notes about fifty steps of the phase, and shows the images per second."""
         return Watch(self, phase, label, total, batch_size, where)
 
 
@@ -78,7 +78,7 @@ class Watch:
             self._context.note(record | self._where | {key: value for key, value in more.items() if value})
 
     def _images_per_second(self, step: int) -> float | None:
-        """Since the first step that was seen, for it includes the warming up."""
+        """Images per second after the first step, which includes the warm-up."""
         now = time.monotonic()
         if self._first[1] == 0.0:
             self._first = step, now
