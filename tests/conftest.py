@@ -26,6 +26,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "slow" not in item.keywords)  # so that no worker ends with a slow one
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
