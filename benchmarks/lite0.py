@@ -90,6 +90,7 @@ def cell(reference: nn.Module, data: Data, rate: float, options: argparse.Namesp
             distillation=1.0,
             features=1.0,
             careful_below=0.0,
+            held_out=0,
         )
         finetune(model, reference, settings, context, Progress(), "finetune")
         note("finetune")

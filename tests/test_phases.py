@@ -20,7 +20,7 @@ from tspc.phases.refit import adapted_layers, refit_
 from tspc.training import Progress, evaluate
 from tspc.traversal.hooks import outputs_of
 
-DISTILLATION = Distillation(10, 25, 2e-3, optimizer="adam", schedule="constant", images=200)
+DISTILLATION = Distillation(10, 25, 2e-3, images=200, held_out=0, evaluations=5)
 
 
 def distance(model, reference, images):
@@ -213,7 +213,7 @@ def test_dropout_stays_off_in_distillation(context):
 def test_finetuning_restores_accuracy(context, reference, change):
     model = compress(reference, "tk", 0.1, allocation="uniform")
     before = evaluate(model, context.data, CPU).top1
-    settings = Finetuning(5, 50, 3e-3, optimizer="adam", held_out=20, **change)
+    settings = Finetuning(5, 50, 3e-3, **{"held_out": 20, "features": 0.0, "warmup": 0.0} | change)
     finetune(model, reference, settings, context, Progress(), "finetune")
     assert evaluate(model, context.data, CPU).top1 > before
     assert not any(m._forward_hooks for net in (model, reference) for m in net.modules())
@@ -222,7 +222,9 @@ def test_finetuning_restores_accuracy(context, reference, change):
 
 def finetuned_notes(model, reference, context, **changes):
     notes = []
-    settings = Finetuning(1, 50, 1e-3, optimizer="adam", steps=4, schedule="constant", **changes)
+    settings = Finetuning(
+        1, 50, 1e-3, steps=4, schedule="constant", **{"features": 0.0, "held_out": 0, "warmup": 0.0} | changes
+    )
     finetune(copy.deepcopy(model), reference, settings, replace(context, note=notes.append), Progress(), "finetune")
     (rate,) = {note["learning_rate"] for note in notes if "step" in note}
     return rate, [note["apart"] for note in notes if note.get("event") == "careful"]

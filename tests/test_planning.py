@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+import tspc
 from tspc.compression.apply import apply_, compress
 from tspc.compression.plan import Plan
 from tspc.compression.planning import plan
+from tspc.compression.settings import Selection
 from tspc.decompositions import METHODS
 from tspc.errors import ConfigError, DecompositionError, InfeasibleRateError
+from tspc.layers.forms import tensorized_layers
 from tspc.models import NetworkSpec
 
 
@@ -167,3 +170,65 @@ def test_a_plan_leaves_a_network_in_training_as_it_is():
     plan(model, "svd", 0.5)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_one_settings_object_says_the_same_as_keywords():
+    options = {"rate_scope": "network", "allocation": "uniform", "exclude": ["layer1*"], "rank_multiple": 2}
+    asked = tspc.PlanSettings.of("cp", 0.3, **options)
+    assert asked == tspc.PlanSettings(
+        tspc.CP(),
+        0.3,
+        rate_scope="network",
+        allocation="uniform",
+        rank_multiple=2,
+        selection=Selection(exclude=("layer1*",)),
+    )
+    model = resnet("resnet8")
+    assert plan(model, asked) == plan(model, "cp", 0.3, **options)
+    assert plan(model, asked, rate=0.4).rate == 0.4, "keywords replace"
+    with pytest.raises(ConfigError, match=r"rate=0\.3 and target_error=0\.5 are two goals"):
+        plan(model, asked, target_error=0.5)
+
+
+def test_calibration_is_taken_in_the_same_forms():
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)), torch.rand(12, 6)
+    settings = tspc.Calibration(batch_size=4)
+    expected = plan(model, "svd", 0.6, calibration=x, settings=settings)
+    assert plan(model, "svd", 0.6, calibration=x.split(3), settings=settings) == expected
+    small = compress(model, "svd", 0.6, calibration=x, settings=settings)
+    with tspc.Samples(x, settings) as samples:
+        assert plan(model, "svd", 0.6, calibration=samples) == expected
+        assert torch.equal(compress(model, "svd", 0.6, calibration=samples)(x), small(x))
+        with pytest.raises(ConfigError, match="settings of their own"):
+            plan(model, "svd", 0.6, calibration=samples, settings=tspc.Calibration(batch_size=5))
+    with pytest.raises(ConfigError, match=r"expected tspc\.Calibration"):
+        plan(model, "svd", 0.6, calibration=x, settings=tspc.PlanSettings())  # type: ignore[arg-type]
+
+
+def test_a_predicate_selects_layers():
+    model = resnet("resnet8")
+    chosen = model.get_submodule("layer2.0.conv2")
+    options = {"allocation": "uniform", "filter_fn": lambda name, module: module is chosen}
+    reasons = {row.name: row.reason for row in plan(model, "svd", 0.3, **options).layers}
+    assert [name for name, reason in reasons.items() if reason is None] == ["layer2.0.conv2"]
+    assert reasons["layer1.0.conv1"] == "left out by filter_fn"
+    assert reasons["conv1"] == "first convolution"
+    assert list(tensorized_layers(compress(model, "svd", 0.3, **options))) == ["layer2.0.conv2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"filterfn": None}, "filterfn is not a setting; did you mean filter_fn?"),
+        ({"exclud": ["a"]}, "exclud is not a setting; did you mean exclude?"),
+        ({"exclude": "conv1"}, "exclude=conv1: expected a list of wildcards"),
+        ({"rank_multiple": 1.5}, "rank_multiple=1.5: expected a whole number of at least 1"),
+        ({"min_params": -1}, "min_params=-1: expected a whole number of at least 0"),
+    ],
+)
+def test_wrong_keywords(options, message):
+    for function in (plan, compress):
+        with pytest.raises(ConfigError) as caught:
+            function(nn.Linear(2, 2), "svd", 0.3, **options)
+        assert len(caught.value.problems) == 1
+        assert caught.value.problems[0].startswith(message)

@@ -38,8 +38,9 @@ train_classifier(model, recipe(epochs=3, held_out=20), context, Progress(), "pre
 # Each phase from a start of its own: training amplifies the rounding of what came before.
 reference = network()
 small, tuned = (compress(reference, "tk", 0.3, allocation="uniform") for _ in range(2))
-distill(small, reference, Distillation(3, 50, 1e-2, images=200), context, Progress())
-finetune(tuned, reference, Finetuning(2, 50, 1e-2, features=1.0), context, Progress(), "finetune")
+sgd = {"optimizer": "sgd", "held_out": 0}
+distill(small, reference, Distillation(3, 50, 1e-2, images=200, schedule="cosine", **sgd), context, Progress())
+finetune(tuned, reference, Finetuning(2, 50, 1e-2, warmup=0.0, **sgd), context, Progress(), "finetune")
 found = evaluate(small, context.data, CPU, batch_size=7)
 if processes.is_first():
     networks = {"trained": model, "distilled": small, "tuned": tuned}

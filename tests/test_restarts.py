@@ -49,7 +49,12 @@ def test_what_is_prepared_before_training_is_not_prepared_again(context, referen
     model = compress(reference, "tk", 0.3, allocation="uniform")
     steps = {
         "finetune": lambda progress: finetune(
-            model, reference, Finetuning(1, 50, 1e-3, careful_below=0.0), context, progress, "finetune"
+            model,
+            reference,
+            Finetuning(1, 50, 1e-3, careful_below=0.0, optimizer="sgd", features=0.0, held_out=0, warmup=0.0),
+            context,
+            progress,
+            "finetune",
         ),
         "distill": lambda progress: distill(
             model, reference, replace(DISTILLATION, blocks="layer3.0", steps=6), context, progress

@@ -245,8 +245,8 @@ def test_layers_called_by_keyword_are_calibrated_and_trained_like_others(context
         torch.manual_seed(0)
         reference = Named(by_keyword).eval()
         small = compress(reference, "svd", 0.5, calibration=images, settings=Calibration(batch_size=16))
-        distill(small, reference, Distillation(1, 25, 1e-3, images=100, steps=3), context, Progress())
-        finetune(small, reference, Finetuning(1, 50, 1e-3, steps=2), context, Progress(), "finetune")
+        distill(small, reference, Distillation(1, 25, 1e-3, images=100, steps=3, held_out=0), context, Progress())
+        finetune(small, reference, Finetuning(1, 50, 1e-3, steps=2, held_out=0), context, Progress(), "finetune")
         found.append(small.state_dict())
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():

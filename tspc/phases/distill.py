@@ -60,6 +60,10 @@ class Distillation(Recipe):
     images: int = 4096
     memory: int = 1024
     least_gain: float = 0.02
+    optimizer: str = "adam"
+    schedule: str = "constant"
+    held_out: int = 1000
+    evaluations: int = 4
     # No settings here: no loss of a block has labels, and its batch is never too large.
     label_smoothing: float = field(default=0.0, init=False)
     accumulate: int = field(default=1, init=False)

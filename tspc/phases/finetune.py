@@ -42,8 +42,11 @@ class Finetuning(Recipe):
 
     distillation: float = 0.9
     temperature: float = 4.0
-    features: float = 0.0
+    features: float = 1.0
     careful_below: float = 0.3
+    optimizer: str = "adam"
+    warmup: float = 0.05
+    held_out: int = 1000
 
     @property
     def is_careful(self) -> bool:

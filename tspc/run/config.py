@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,45 +22,31 @@ from tspc.phases.finetune import Finetuning
 from tspc.phases.plan import PlanOverview
 from tspc.run.effects import without_effect
 from tspc.run.reader import PHASES, Reader
-from tspc.run.trackers import TRACKERS
-from tspc.system.bounds import COUNT, NONE_OR_MORE, SEEDS, shown
-from tspc.terminal.display import VERBOSITIES
+from tspc.run.settings import RunSettings
+from tspc.system.bounds import COUNT, shown
 from tspc.training import Recipe
 
-__all__ = ["PHASES", "PRECISIONS", "TOP_LEVEL", "Config", "read_config"]
+__all__ = ["PHASES", "TOP_LEVEL", "Config", "read_config"]
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+GROUPS = ("calibration", "dataset", "model", "phase")
+SHARED = ("batch_size", "epochs")
+"""What the YAML files of several phases refer to."""
 TOP_LEVEL = (
-    *("method", "rate", "target_error", "allocation", "rate_decay", "rate_scope", "rank_multiple", "calibration"),
-    *("paths", "objective"),
-    *("dataset", "data_dir", "model", "pretrained", "output_dir"),
-    *("batch_size", "epochs", "phase", "seed", "device", "overwrite", "variant"),
-    *("eval_samples", "checkpoint_seconds", "precision", "compile", "tracker"),
-    *("report", "runs", "verbosity"),
+    *(field.name for kind in (PlanSettings, RunSettings) for field in fields(kind) if field.name != "selection"),
+    *(*GROUPS, *SHARED),
 )
+"""The keys of a configuration."""
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings):
     """Everything that a run depends on. A phase that was not asked for is None."""
 
     planning: PlanSettings
     calibration: Calibration
     dataset: DataSpec
-    data_dir: Path | None
     network: NetworkSpec
-    pretrained: str | None
     pretrain_recipe: Recipe | None
-    output_dir: Path
-    seed: int
-    device: str
-    overwrite: bool
-    variant: str | None
-    eval_samples: int | None
-    checkpoint_seconds: float
-    precision: str
-    compile: bool
-    tracker: str
     phases: tuple[str, ...]
     plan: PlanOverview | None
     decompose: Selection | None
@@ -69,9 +54,6 @@ class Config:
     finetune: Finetuning | None
     export: Export | None
     benchmark: Benchmark | None
-    report: bool
-    runs: str | None
-    verbosity: str
     settings: dict[str, Any]
     """All of it as it was given, for the result to tell."""
     command: str = "tspc"
@@ -119,32 +101,19 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
     phases = reader.phases(reader.mapping(raw, "phase"))
     group = reader.mapping(raw, "dataset")
     dataset = reader.dataset(group)
-    data_dir, output_dir = reader.text(raw, "data_dir"), reader.text(raw, "output_dir", str)
     recipe = group.get("pretrain")
     # Those of distillation and finetuning say more where they are wrong; the phases need not use these.
     reader.number(raw, "batch_size", int, COUNT)
     reader.number(raw, "epochs", int, COUNT)
+    alone = {field.name for field in fields(RunSettings)}
+    run = reader.section(RunSettings, {key: raw[key] for key in raw if key in alone}, "")
     return {
+        **({} if run is None else vars(run)),
         "planning": reader.planning(raw, phases["decompose"] or Selection()),
         "calibration": reader.section(Calibration, raw["calibration"], "calibration"),
         "dataset": dataset,
-        "data_dir": None if data_dir is None else Path(data_dir),
         "network": reader.network(reader.mapping(raw, "model"), dataset),
-        "pretrained": reader.text(raw, "pretrained"),
         "pretrain_recipe": None if recipe is None else reader.section(Recipe, recipe, "dataset.pretrain"),
-        "output_dir": Path(output_dir or ""),
-        "seed": reader.number(raw, "seed", int, SEEDS),
-        "device": reader.text(raw, "device", str),
-        "overwrite": reader.value(raw, "overwrite", bool),
-        "variant": reader.variant(raw),
-        "eval_samples": reader.number(raw, "eval_samples", int | None, COUNT),
-        "checkpoint_seconds": reader.number(raw, "checkpoint_seconds", float, NONE_OR_MORE),
-        "precision": reader.choice(raw, "precision", PRECISIONS),
-        "compile": reader.value(raw, "compile", bool),
-        "tracker": reader.choice(raw, "tracker", TRACKERS),
-        "report": reader.value(raw, "report", bool),
-        "runs": reader.text(raw, "runs"),
-        "verbosity": reader.choice(raw, "verbosity", VERBOSITIES),
         "settings": raw,
         **phases,
     }
@@ -152,7 +121,7 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
 
 def _contradictions(reader: Reader, raw: dict[str, Any], values: dict[str, Any]) -> None:
     """Settings that are each in order, but not together."""
-    dataset, pretrained, phases = raw["dataset"], values["pretrained"], values["phases"]
+    dataset, pretrained, phases = raw["dataset"], raw["pretrained"], values["phases"]
     if pretrained is None and isinstance(dataset, dict) and dataset.get("pretrain") is None:
         reader.problems.append(
             f"pretrained=null, but dataset {shown(dataset.get('name'))} has no recipe to train a reference; "
@@ -160,12 +129,12 @@ def _contradictions(reader: Reader, raw: dict[str, Any], values: dict[str, Any])
         )
     if "compare" in phases and len(phases) > 1:
         reader.problems.append("phase=compare looks at runs that are there already: ask for it alone")
-    if values["runs"] is not None and "compare" not in phases:
+    if raw["runs"] is not None and "compare" not in phases:
         reader.problems.append(f"runs={shown(values['runs'])} has an effect with phase=compare only")
     if phases == ("pretrain",) and pretrained is not None:
         reader.problems.append(f"phase=pretrain, but pretrained={shown(pretrained)} is given: nothing to train")
     spec = values["dataset"]
-    if values["data_dir"] is not None and spec is not None and spec.kind not in KINDS_IN_FOLDERS:
+    if raw["data_dir"] is not None and spec is not None and spec.kind not in KINDS_IN_FOLDERS:
         reader.problems.append(
             f"data_dir={shown(raw['data_dir'])} has no effect: dataset {shown(spec.name)} reads no files"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -94,4 +95,10 @@ def _text(value: Any) -> str:
     raise Unfit("a text")
 
 
-_PLAIN = {bool: _flag, int: _whole, float: _number, str: _text, Any: lambda value: value}
+def _path(value: Any) -> Path:
+    if not (text := _text(value)).strip():
+        raise Unfit("the name of a file or folder")
+    return Path(text)
+
+
+_PLAIN = {bool: _flag, int: _whole, float: _number, str: _text, Path: _path, Any: lambda value: value}

@@ -18,15 +18,13 @@ from tspc.phases.export import Export
 from tspc.phases.finetune import Finetuning
 from tspc.phases.plan import PlanOverview
 from tspc.run.fields import Unfit, converted
+from tspc.run.settings import LONGEST_NAME
 from tspc.system.bounds import Bounds, shown, unknown
 
 PHASES = ("pretrain", "plan", "decompose", "distill", "finetune", "export", "benchmark", "compare")
 """In the order in which they run."""
 
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "learning_rate", "pretrain")
-
-LONGEST_NAME = 100
-"""Characters of a name that becomes a folder's."""
 
 
 class Section(Protocol):
@@ -91,13 +89,6 @@ class Reader:
             self.problems.append(f"{where}{key}={shown(data.get(key))}: expected {error}")
             return None
 
-    def text(self, data: dict[str, Any], key: str, kind: Any = str | None) -> str | None:
-        """A name or a path, or None; an empty one is a problem."""
-        found = self.value(data, key, kind)
-        if found is not None and not found.strip():
-            self.problems.append(f"{key}={found!r} is empty; leave it out")
-        return found
-
     def number(self, data: dict[str, Any], key: str, kind: Any, bounds: Bounds) -> Any:
         before = data.get(key)
         try:
@@ -125,14 +116,6 @@ class Reader:
             self.problems.append(
                 f"{setting}={shown(value)}: expected a name without slashes, of at most {LONGEST_NAME} characters"
             )
-
-    def variant(self, data: dict[str, Any]) -> str | None:
-        value = self.text(data, "variant")
-        if value is not None and (not re.fullmatch(r"[\w.,=+-]+", value) or len(value) > LONGEST_NAME):
-            self.problems.append(
-                f"variant={shown(value)}: expected letters, digits and . , = + - _ only, at most {LONGEST_NAME}"
-            )
-        return value
 
     def planning(self, data: dict[str, Any], selection: Selection) -> PlanSettings | None:
         keys = {field.name for field in dataclasses.fields(PlanSettings)} - {"method", "selection"}

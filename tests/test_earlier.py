@@ -1,0 +1,83 @@
+"""Files that an earlier version wrote are still read, and its runs go on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import tspc
+
+EARLIER = Path(__file__).parent / "earlier"
+RUN = "synthetic/resnet8/rtk-0.05/seed0"
+COMMAND = (
+    *("dataset=synthetic", "dataset.options.train=200", "dataset.options.test=100", "model=resnet8"),
+    *("pretrained=random", "phase=[decompose,finetune]", "method=rtk", "rate=0.05", "calibration.samples=32"),
+    *("phase.finetune.steps=4", "phase.finetune.batch_size=20", "report=false"),
+)
+"""It made the run."""
+ANSWERS = (
+    (
+        1.2700193,
+        -1.8290943,
+        -0.3552575,
+        0.6951215,
+        -0.5046916,
+        -0.6654643,
+        -1.7723802,
+        -0.7646199,
+        1.1545055,
+        1.1701272,
+    ),
+    (
+        2.0653024,
+        -2.7595701,
+        -0.2524805,
+        0.3017509,
+        -0.3742168,
+        -0.4746352,
+        -1.6637156,
+        -1.1814454,
+        1.0811822,
+        1.4574563,
+    ),
+)
+"""Of the earlier version."""
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Path:
+    return shutil.copytree(EARLIER, tmp_path / "outputs")
+
+
+def test_a_network_of_an_earlier_version_answers_as_it_did():
+    model = tspc.load(EARLIER / RUN / "model.safetensors").eval()
+    x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(model(x), torch.tensor(ANSWERS), atol=1e-5)
+
+
+def test_a_run_of_an_earlier_version_is_not_done_again(cli, outputs):
+    before = {path.name: path.read_bytes() for path in (outputs / RUN).glob("*.safetensors")}
+    code, out, err = cli(*COMMAND)
+    assert (code, err) == (0, "")
+    assert out.count("done before: 10.00 %") == 2
+    after = {path.name: path.read_bytes() for path in (outputs / RUN).glob("*.safetensors")}
+    for name in ("decompose.safetensors", "finetune.safetensors"):
+        assert after[name] == before[name]
+
+
+def test_another_setting_than_that_of_an_earlier_run_is_named(cli, outputs):
+    code, _, err = cli(*COMMAND, "objective=macs")
+    assert code == 1
+    assert "objective: parameters → macs" in " ".join(err.split())
+
+
+def test_comparisons_show_runs_of_an_earlier_version(cli, outputs):
+    code, _, err = cli("phase=compare")
+    assert (code, err) == (0, "")
+    page = (outputs / "sweep.html").read_text()
+    assert "rtk" in page
+    assert "5,242" in page or "10.0" in page
