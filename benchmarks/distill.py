@@ -136,8 +136,7 @@ def _classify(model: nn.Module, read: Callable[[], tuple[Tensor, Tensor]], clock
 
 def ours(reference: nn.Module, method: str, rate: float, config: Config, data: Data, clock: Clock, options: Any) -> int:
     """tspc's phases; returns the number of optimizer steps in phase 2."""
-    assert config.distill is not None
-    assert config.finetune is not None
+    distillation, finetuning = config.phases["distill"], config.phases["finetune"]
     settings = Calibration()
     images = data.calibration_batches(settings.samples, settings.batch_size, options.device)
     with Samples(images, settings, options.device) as samples:
@@ -148,12 +147,10 @@ def ours(reference: nn.Module, method: str, rate: float, config: Config, data: D
     clock.look("decompose", model)
     context = Context(data, Hardware(options.device), options.seed, Display(is_silent=True))
     if options.distill_steps:
-        short = dataclasses.replace(config.distill, steps=options.distill_steps, images=DISTILL_IMAGES)
+        short = dataclasses.replace(distillation, steps=options.distill_steps, images=DISTILL_IMAGES)
         distill(model, reference, short, context, Progress())
         clock.look("distill", model)
-    recipe = dataclasses.replace(
-        config.finetune, batch_size=options.batch, learning_rate=options.learning_rate, held_out=0
-    )
+    recipe = dataclasses.replace(finetuning, batch_size=options.batch, learning_rate=options.learning_rate, held_out=0)
 
     def trial(steps: int) -> float:
         before = clock.seconds
@@ -164,7 +161,7 @@ def ours(reference: nn.Module, method: str, rate: float, config: Config, data: D
     few, more = trial(2), trial(8)
     each = (more - few) / 6  # without what comes before the first step
     # Judging a held-out image costs about a quarter of training on one.
-    judging = (config.finetune.evaluations + 1) * config.finetune.held_out / options.batch * each / 4
+    judging = (finetuning.evaluations + 1) * finetuning.held_out / options.batch * each / 4
     recipe = dataclasses.replace(recipe, steps=max(10, int((clock.left - judging) / each)), held_out=1000)
     seen = _looking(clock, model, recipe.steps or 0, context)
     finetune(model, reference, recipe, seen, Progress(), "finetune")

@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 
 from tspc.decompositions import names, resolve
 from tspc.errors import ConfigError
-from tspc.run.config import PHASES, TOP_LEVEL, Config, read_config
+from tspc.phases.table import PHASES
+from tspc.run.config import TOP_LEVEL, Config, read_config
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -63,7 +64,7 @@ def test_models(model):
 @pytest.mark.parametrize("phase", options("phase"))
 def test_phases(phase):
     config = read(f"phase={phase}")
-    assert config.phases == (phase,)
+    assert list(config.phases) == [phase]
 
 
 def test_networks_and_data_sets_imply_each_other():
@@ -78,10 +79,9 @@ def test_networks_and_data_sets_imply_each_other():
 
 def test_epochs_and_batch_size_reach_both_training_phases():
     config = read("epochs=17", "batch_size=9", "phase.distill.epochs=3")
-    assert config.distill is not None
-    assert config.finetune is not None
-    assert (config.distill.epochs, config.finetune.epochs) == (3, 17)
-    assert (config.distill.batch_size, config.finetune.batch_size) == (9, 9)
+    distill, finetune = config.phases["distill"], config.phases["finetune"]
+    assert (distill.epochs, finetune.epochs) == (3, 17)
+    assert (distill.batch_size, finetune.batch_size) == (9, 9)
 
 
 def test_top_level_keys():

@@ -18,7 +18,7 @@ from tspc.errors import RunError
 from tspc.pages.records import Broken, Run, find_runs, read_run
 from tspc.store.files import read_json
 from tspc.store.records import failure, read_metrics
-from tspc.store.schemas import IDENTITY, JOB, METRICS, PLAN, RESULT, STAGE, problem
+from tspc.store.schemas import FINISHED, IDENTITY, JOB, METRICS, PLAN, RESULT, problem
 from tspc.training import Progress
 
 COMMAND = (*TINY, "phase=[pretrain,decompose]")
@@ -173,7 +173,7 @@ def test_progress_that_is_not_whole_gives_way_to_the_one_before(tmp_path, saved)
     path.rename(tmp_path / "previous.finetune.progress.pt")
     torch.save(saved, path)
     found = Progress(path, "s")
-    assert found.stage == 3
+    assert found.part == 3
     assert found.warning is not None
     assert not path.exists()
 
@@ -193,7 +193,7 @@ def test_a_state_of_another_training_is_one_line(tmp_path):
         torch.nn.Linear(2, 2).load_state_dict({})
 
 
-@pytest.mark.parametrize("schema", [RESULT, IDENTITY, METRICS, PLAN, STAGE, JOB, [JOB]])
+@pytest.mark.parametrize("schema", [RESULT, IDENTITY, METRICS, PLAN, FINISHED, JOB, [JOB]])
 def test_a_schema_takes_anything_and_says_what_is_wrong(schema):
     for value in VALUES:
         found = problem(value, schema)

@@ -153,8 +153,7 @@ MAY_BE_NULL = ("target_error", "eval_samples", "dataset.num_classes", "dataset.r
 def test_whole_numbers_may_be_written_with_a_point():
     numbers = {"seed": 1.0, "phase.finetune.epochs": 2.0, "method.restarts": 3.0}
     config = read_config(changed(numbers, "method=cp"))
-    assert config.finetune is not None
-    found = config.seed, config.finetune.epochs, config.planning.method.to_dict()["restarts"]
+    found = config.seed, config.phases["finetune"].epochs, config.planning.method.to_dict()["restarts"]
     assert found == (1, 2, 3)
     assert all(type(number) is int for number in found)
 

@@ -203,6 +203,7 @@ def _kind(name: str, value: Any) -> str:
     from tspc.calibration.samples import Calibration
     from tspc.compression.settings import PlanSettings
     from tspc.data import DataSpec
+    from tspc.phases.table import PHASES
     from tspc.run.config import Config
     from tspc.training import Recipe
 
@@ -210,10 +211,7 @@ def _kind(name: str, value: Any) -> str:
     section, _, field = name.rpartition(".")
     classes: dict[str, type] = {"calibration": Calibration, "dataset": DataSpec, "dataset.pretrain": Recipe}
     if section.startswith("phase."):
-        import typing
-
-        cls = typing.get_args(typing.get_type_hints(Config).get(section.removeprefix("phase."), Any | None))[:1]
-        classes[section] = cls[0] if cls and dataclasses.is_dataclass(cls[0]) else Recipe
+        classes[section] = PHASES[section.removeprefix("phase.")].settings
     if section in classes:
         hints = {f.name: f.type for f in dataclasses.fields(classes[section])}
     hint = str(hints.get(field or name, "")) if section in classes or not section else ""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tspc.calibration.samples import Calibration, Samples, kept
 from tspc.compression.allocation import Candidate, overall, uniform, without_slower
 from tspc.compression.curves import Curves, error_curves
-from tspc.compression.outline import outline
-from tspc.compression.path_costs import Costs, Size, input_sizes
+from tspc.compression.outline import Outline, outline
+from tspc.compression.path_costs import Costs, input_sizes
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.selection import FilterFn
 from tspc.compression.settings import PlanSettings
@@ -60,8 +60,20 @@ def plan(
     with kept(calibration, settings, model) as samples:
         if curves is None and asked.needs_curves:
             curves = error_curves(model, sketch.layers, asked.method, samples, on_layer=on_layer)
-        costs = Costs(asked.paths, asked.objective, _sizes(model, sketch.chosen, samples, example))
-    candidates = sketch.candidates(curves)
+        if example is None and samples is not None:
+            example = next(iter(samples))[:1]
+    return planned(model, sketch, curves, example)
+
+
+@own_modes()
+def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: Tensor | None) -> Plan:
+    """The ranks of an outline's layers, from their error curves, and the paths for inputs as large as the `example`.
+
+    Raises InfeasibleRateError if the rate cannot be met, ConfigError if the target error cannot.
+    """
+    asked = sketch.settings
+    sizes = {} if example is None else input_sizes(model, [layer.name for layer in sketch.chosen], example)
+    costs, candidates = Costs(asked.paths, asked.objective, sizes), sketch.candidates(curves)
     names = [layer.name for layer in sketch.chosen]
     weights = dict(zip(names, _weights(model, sketch.chosen, asked.rate_decay), strict=True))
 
@@ -84,14 +96,6 @@ def plan(
     if asked.target_error is None:
         return at(asked.rate)
     return _smallest_plan(at, sketch.smallest_rate, asked.target_error)
-
-
-def _sizes(
-    model: nn.Module, layers: Sequence[LayerPlan], samples: Samples | None, example: Tensor | None
-) -> dict[str, Size]:
-    if example is None and samples is not None:
-        example = next(iter(samples))[:1]
-    return {} if example is None else input_sizes(model, [layer.name for layer in layers], example)
 
 
 def _weights(model: nn.Module, layers: list[LayerPlan], rate_decay: str) -> list[float]:

@@ -24,8 +24,9 @@ from tspc.pages.rows import (
     row_of_broken,
 )
 from tspc.pages.sweep_figures import sweep_drawings
+from tspc.phases.table import NETWORK_PHASES
 from tspc.store.files import make_folder, remove_left_over, write_text
-from tspc.store.records import FIGURES, STAGES
+from tspc.store.records import FIGURES
 
 
 def write_comparison(pattern: str) -> Path:
@@ -59,7 +60,7 @@ def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
         "sweep.md": "\n".join(markdown_of(grid) for group in content for grid in group["grids"]),
         "sweep.tex": "\n".join(latex_of(grid) for group in content for grid in group["grids"]),
     }
-    stages = [stage for stage in STAGES if any(stage in row.phases for row in rows)]
+    phases = [phase for phase in NETWORK_PHASES if any(phase in row.phases for row in rows)]
     page = render(
         "sweep.html",
         title=title,
@@ -69,8 +70,8 @@ def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
         folder=FIGURES,
         files={name: text for name, text in files.items() if text},
         runs=[row for row in rows if any(row.group) or row.status == DAMAGED],
-        stages=stages,
-        stage_columns=[(stage, "number") for stage in stages],
+        phases=phases,
+        phase_columns=[(phase, "number") for phase in phases],
     )
     for name, text in (files | {"sweep.html": page}).items():
         write_text(folder / name, text)

@@ -13,9 +13,10 @@ from typing import Any
 
 from tspc.compression.plan import Plan
 from tspc.errors import RunError, TspcError
-from tspc.phases.finished import read_stage
+from tspc.phases.finished import read_record, unfinished
+from tspc.phases.table import NETWORK_PHASES
 from tspc.store.files import read_json
-from tspc.store.records import FAILED, STAGES, failure, read_metrics, unfinished
+from tspc.store.records import FAILED, failure, read_metrics
 from tspc.store.schemas import IDENTITY, JOB, RESULT, SPECTRA
 
 REFERENCE = "reference"
@@ -66,13 +67,13 @@ class Run:
 
     @cached_property
     def _found(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], list[str]]:
-        """Stages, spectra, and problems of files that cannot be read; a page shows what can be read."""
-        stages, spectra, problems = {}, [], []
-        for stage in STAGES:
-            path = self.path / f"{stage}.safetensors"
+        """Phases, spectra, and what could not be read: that is the run's business, a page shows what there is."""
+        phases, spectra, problems = {}, [], []
+        for phase in NETWORK_PHASES:
+            path = self.path / f"{phase}.safetensors"
             try:
                 if path.exists():
-                    stages[stage] = read_stage(path)
+                    phases[phase] = read_record(path)
             except DAMAGES as error:
                 problems.append(str(error))
         path = self.path / "spectra.json"
@@ -80,11 +81,11 @@ class Run:
             spectra = read_json(path, SPECTRA) if path.exists() else []
         except DAMAGES as error:
             problems.append(str(error))
-        return stages, spectra, problems
+        return phases, spectra, problems
 
     @property
-    def stages(self) -> dict[str, dict[str, Any]]:
-        """The data of each finished phase, from the header of its checkpoint."""
+    def phases(self) -> dict[str, dict[str, Any]]:
+        """What each finished phase wrote into the header of its checkpoint."""
         return self._found[0]
 
     @property
@@ -98,7 +99,7 @@ class Run:
 
     @cached_property
     def plan(self) -> Plan | None:
-        plan = self.stages.get("decompose", {}).get("plan")
+        plan = self.phases.get("decompose", {}).get("plan")
         return None if plan is None else Plan.from_dict(plan)
 
     @cached_property

@@ -167,7 +167,7 @@ def _spark(spectrum: dict[str, Any]) -> dict[str, Any]:
 def _settings(run: Run) -> dict[str, Any]:
     """Everything that is needed to make the run again."""
     assert run.result is not None
-    data = next((info["data"] for info in run.stages.values() if info.get("data")), None)
+    data = next((info["data"] for info in run.phases.values() if info.get("data")), None)
     return {
         "command": run.result.get("command"),
         "versions": run.result["versions"],
@@ -175,6 +175,6 @@ def _settings(run: Run) -> dict[str, Any]:
         "seed": run.result["seed"],
         "data": data,
         "identity": run.identity,
-        "stages": {name: info["settings"] for name, info in run.stages.items()},
+        "phases": {name: info["settings"] for name, info in run.phases.items()},
         "all": run.result.get("settings"),
     }

@@ -13,10 +13,11 @@ from urllib.parse import quote
 
 from tspc.pages.benchmark import LATENCY, MACS, figures_of
 from tspc.pages.records import Broken, Run
-from tspc.store.records import STAGES, flattened
+from tspc.phases.table import NETWORK_PHASES
+from tspc.store.records import flattened
 
-DECISIVE = ("phase.decompose.", "phase.distill.", "phase.finetune.", "calibration.", "allocation", "eval_samples")
-"""The beginnings of the keys of settings that affect the accuracy, besides method, rate and seed."""
+DECISIVE = (*(f"phase.{name}." for name in NETWORK_PHASES), "calibration.", "allocation", "eval_samples")
+"""What the keys of settings begin with that an accuracy depends on, besides method, rate and seed."""
 
 _FORMULA = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}", "\N{FULLWIDTH HYPHEN-MINUS}")
 """The first characters of a cell that a spreadsheet takes for a formula."""
@@ -95,7 +96,7 @@ def row_of(run: Run, page: Path) -> Row:
     }
     result = run.result
     if result is None:
-        done = {name: _top1(info["accuracy"]) for name, info in run.stages.items()}
+        done = {name: _top1(info["accuracy"]) for name, info in run.phases.items()}
         return Row(**common, phases=done)
     report = run.path / "report.html"
     measured = {figure.name: figure.after for figure in figures_of(run.benchmark)}
@@ -132,9 +133,9 @@ def differences_of(rows: list[Row]) -> dict[str, list[str]]:
 def judged_by(rows: list[Row]) -> dict[int, list[str]]:
     """The phases by the number of test images that judged them; empty if the number is the same for all."""
     found: dict[int, list[str]] = {}
-    for stage in STAGES:
-        for images in sorted({row.judged[stage] for row in rows if stage in row.judged}):
-            found.setdefault(images, []).append(stage)
+    for phase in NETWORK_PHASES:
+        for images in sorted({row.judged[phase] for row in rows if phase in row.judged}):
+            found.setdefault(images, []).append(phase)
     return found if len(found) > 1 else {}
 
 
@@ -147,10 +148,10 @@ def csv_of(rows: list[Row]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = "run dataset network method goal seed status rate_reached reference".split()
-    writer.writerow([*head, *STAGES, "final", "parameters", "bytes", "macs", "latency_ms", "seconds", "error"])
+    writer.writerow([*head, *NETWORK_PHASES, "final", "parameters", "bytes", "macs", "latency_ms", "seconds", "error"])
     for row in rows:
         known = [row.label, *row.group, row.series, row.goal, row.seed, row.status, row.reached, row.reference]
-        known += [row.phases.get(stage) for stage in STAGES]
+        known += [row.phases.get(phase) for phase in NETWORK_PHASES]
         known += [row.final, row.parameters, row.bytes, row.macs, row.latency, row.seconds, row.error]
         writer.writerow([_cell(value) for value in known])
     return out.getvalue()

@@ -7,7 +7,7 @@ from typing import Any
 from tspc.compression.plan import Plan
 from tspc.pages.drawing import GRID, MUTED, SERIES, SOFT, Drawing, Mark, accuracy_axis, canvas, legible, plain_log_axis
 from tspc.pages.records import REFERENCE, Run
-from tspc.store.records import STAGES
+from tspc.phases.table import NETWORK_PHASES
 
 NAMED = 40
 """The largest number of layers with names that fit below an axis."""
@@ -59,7 +59,7 @@ def _accuracy(run: Run) -> Drawing | None:
 
 
 def _training(run: Run) -> list[Drawing]:
-    found = [("pretrain", run.reference_metrics), *((phase, run.metrics) for phase in STAGES[1:])]
+    found = [("pretrain", run.reference_metrics), *((phase, run.metrics) for phase in list(NETWORK_PHASES)[1:])]
     return [drawing for phase, metrics in found if (drawing := _curve(phase, metrics)) is not None]
 
 

@@ -12,9 +12,29 @@ from torch import nn
 
 from tspc.deploy import RUNTIMES, Comparison, cost
 from tspc.deploy.programs import take
-from tspc.phases.inputs import Example
+from tspc.phases.inputs import Example, example
+from tspc.phases.phase import DeliveryPhase, Work
+from tspc.store.schemas import COUNT, POSITIVE, SIZE, Number
 from tspc.system.bounds import Bounds, out_of_range, shown
 from tspc.terminal.display import Display
+from tspc.traversal.copying import copied
+
+_SIDE = {"median": POSITIVE, "p95": POSITIVE, "throughput": Number(0)}
+_COST = dict.fromkeys(("macs", "parameters", "weight_bytes", "peak_bytes"), COUNT)
+_TIMING = {"runtime": str, "batch_size": SIZE}
+FOUND = {
+    "device": str,
+    "threads": SIZE,
+    "memory_batch": SIZE,
+    "cost": {"dense": _COST, "compressed": _COST},
+    "timings": [
+        (
+            _TIMING | {"skipped": str},
+            _TIMING | {"skipped": None, "dense": _SIDE, "compressed": _SIDE, "speedup": Number(0)},
+        )
+    ],
+}
+"""What `benchmark.json` tells."""
 
 
 @dataclass(frozen=True)
@@ -108,3 +128,13 @@ def _cost_table(found: dict[str, Any]) -> Table:
     for key, label in rows.items():
         table.add_row(label, f"{dense[key]:,}", f"{small[key]:,}", f"{small[key] / max(1, dense[key]):.3f}")
     return table
+
+
+def _run(work: Work) -> dict[str, Any]:
+    settings: Benchmark = work.settings
+    dense, small = (work.context.place(copied(network)) for network in (work.reference, work.start))
+    tried = example(small, work.network, max(settings.batch_sizes), work.context)
+    return measure(dense, small, settings, tried, work.context.display)
+
+
+PHASE = DeliveryPhase("benchmark", Benchmark, run=_run, schema=FOUND, tables=benchmark_tables)

@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tspc.calibration.samples import Calibration, Samples
+from tspc.calibration.samples import Samples
 from tspc.compression.apply import tensorized
-from tspc.compression.curves import Curves, error_curves
 from tspc.compression.plan import LayerPlan, Plan
-from tspc.decompositions import Method, Metric
-from tspc.models import NetworkSpec
+from tspc.compression.settings import Selection
+from tspc.decompositions import Metric
 from tspc.phases.context import Context
+from tspc.phases.phase import NetworkPhase, Work
+from tspc.phases.planning import calibration_samples
 from tspc.phases.spectra import Spectrum, spectra_of
-
-
-def example_input(model: nn.Module, network: NetworkSpec) -> Tensor | None:
-    """An image of the size that the network takes, empty; None if that is not known."""
-    if network.image_size is None:
-        return None
-    parameter = next(model.parameters(), torch.zeros(()))
-    return parameter.new_zeros(1, network.in_channels, network.image_size, network.image_size)
-
-
-@contextmanager
-def calibration_samples(calibration: Calibration, context: Context) -> Iterator[Samples | None]:
-    """Images of the training split; None if there is no data, or none are asked for."""
-    if context.data is None or calibration.samples == 0:
-        yield None
-        return
-    batches = context.data.calibration_batches(calibration.samples, calibration.batch_size, context.device)
-    with Samples(batches, calibration, context.device) as samples:
-        yield samples
-
-
-def measure_curves(
-    reference: nn.Module, layers: Sequence[LayerPlan], method: Method, samples: Samples | None, context: Context
-) -> Curves:
-    """What every layer would lose at any size."""
-    total = sum(layer.reason is None for layer in layers)
-    with context.display.bar(f"{'plan':<9} {total} layers", total) as bar:
-        done = 0
-
-        def on_layer(name: str) -> None:
-            nonlocal done
-            done += 1
-            bar.advance(done, name)
-
-        return error_curves(reference, layers, method, samples, on_layer=on_layer)
+from tspc.store.files import write_json
+from tspc.terminal.tables import plan_table, state_bytes
 
 
 def decompose(
@@ -75,3 +42,18 @@ def decompose(
 
         model, plan = tensorized(reference, plan, samples, on_layer)
     return model, plan, spectra
+
+
+def _run(work: Work) -> tuple[nn.Module, dict[str, Any]]:
+    planning, display = work.planning, work.context.display
+    with calibration_samples(planning.calibration, work.context) as samples:
+        plan = planning.plan(planning.curves(samples) if planning.settings.needs_curves else None)
+        model, done, spectra = decompose(work.reference, plan, samples, work.context)
+    write_json(work.folder / "spectra.json", [asdict(spectrum) for spectrum in spectra])
+    sizes = state_bytes(work.reference), state_bytes(model)
+    shown = plan_table(done, *sizes, width=display.console.width)
+    display.show(shown, logged=plan_table(done, *sizes, max_rows=None))
+    return model, done.to_dict()
+
+
+PHASE = NetworkPhase("decompose", Selection, run=_run, by_first=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from tspc.phases.agreement import keep_better_
 from tspc.phases.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
+from tspc.phases.phase import NetworkPhase, Work
 from tspc.phases.refit import adapted_layers, can_be_refitted, refit_
 from tspc.system import processes
 from tspc.system.bounds import COUNT, NONE_OR_MORE, SHARE_BELOW_ONE, out_of_range
@@ -100,7 +101,7 @@ def distill(
         kept = Kept(reference, model, found, images, room, settings.inputs, context.seed)
         for number, segment in enumerate(found.segments):
             kept.advance()
-            if number >= progress.stage:
+            if number >= progress.part:
                 label = f"block {number + 1}/{len(found.segments)} {segment.module or 'whole network'}"
                 if not kept.is_paired:
                     warnings.warn(
@@ -174,7 +175,7 @@ def _train_block(
             settings,
             context.hardware,
             context.seed,
-            stage=number,
+            part=number,
             progress=progress,
             watchers=Watchers(
                 on_step, lambda network: -_judged(network, kept), lambda losses: _stalled(losses, settings.least_gain)
@@ -234,3 +235,17 @@ def _judged(block: nn.Module, kept: Kept) -> float:
 def _stalled(losses: list[float], least_gain: float) -> bool:
     """Whether the last of the losses fell by less than that share; never, if it is 0."""
     return least_gain > 0 and len(losses) > 1 and losses[-1] > (1 - least_gain) * losses[-2]
+
+
+def _run(work: Work) -> tuple[nn.Module, None]:
+    distill(work.start, work.reference, work.settings, work.context, work.progress)
+    return work.start, None
+
+
+def _find_blocks(settings: Distillation, reference: nn.Module, layers: Sequence[str]) -> None:
+    find_blocks(reference, list(layers), settings.blocks)
+
+
+PHASE = NetworkPhase(
+    "distill", Distillation, run=_run, needs_data=True, check_network=_find_blocks, of_no_effect=("memory",)
+)

@@ -9,10 +9,21 @@ from typing import Any
 from torch import nn
 
 from tspc.deploy import FORMATS, Exporter, check_formats
-from tspc.phases.inputs import Example
+from tspc.phases.inputs import Example, example
+from tspc.phases.phase import DeliveryPhase, Work
 from tspc.store.files import make_folder
+from tspc.store.schemas import COUNT, Number
 from tspc.system.bounds import SHARE, Bounds, out_of_range, shown
 from tspc.terminal.display import Display
+
+FOLDER = "export"
+"""Where the files lie in the run's directory."""
+
+FOUND = {
+    "inputs": str,
+    "files": [{"file": str, "bytes": COUNT, "difference": Number(0, any_float=True), "samples": COUNT}],
+}
+"""What `export.json` tells."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +68,21 @@ def describe(folder: Path, file: dict[str, Any], source: str) -> str:
     """A line about an exported file."""
     difference = f"{file['difference']:.2g} at most from the network over {file['samples']} {source}"
     return f"export     {folder / file['file']}  {file['bytes']:,} bytes, {difference}"
+
+
+def _run(work: Work) -> dict[str, Any]:
+    settings: Export = work.settings
+    tried = example(work.context.place(work.start), work.network, settings.samples, work.context)
+    return export_files(work.start, settings, tried, work.folder / FOLDER, work.context.display)
+
+
+PHASE = DeliveryPhase(
+    "export",
+    Export,
+    run=_run,
+    check=Export.check,
+    schema=FOUND,
+    files=(f"{FOLDER}/model.*",),
+    made=lambda found: [f"{FOLDER}/{file['file']}" for file in found["files"]],
+    lines=lambda folder, found: [describe(folder / FOLDER, file, found["inputs"]) for file in found["files"]],
+)

@@ -14,6 +14,7 @@ from tspc.layers.forms import tensorized_layers
 from tspc.phases.agreement import class_counts, distance
 from tspc.phases.batch_norm import SHOWN, rebase_
 from tspc.phases.context import Context
+from tspc.phases.phase import NetworkPhase, Work
 from tspc.system import processes
 from tspc.system.bounds import SHARE, Bounds, out_of_range
 from tspc.system.modes import own_modes
@@ -170,3 +171,11 @@ def _train(model: nn.Module, recipe: Recipe, context: Context, progress: Progres
             watchers=watchers,
         )
     model.eval()
+
+
+def _run(work: Work) -> tuple[nn.Module, None]:
+    finetune(work.start, work.reference, work.settings, work.context, work.progress, PHASE.name)
+    return work.start, None
+
+
+PHASE = NetworkPhase("finetune", Finetuning, run=_run, needs_data=True)

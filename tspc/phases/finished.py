@@ -1,4 +1,4 @@
-"""What a finished phase tells in the header of its checkpoint, checked before anything is made of it."""
+"""What the phases of a run have left in its directory, checked before anything is made of it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,38 @@ from typing import Any
 from tspc.compression import checkpoint
 from tspc.compression.plan import Plan
 from tspc.errors import RunError, TspcError
-from tspc.store.records import STAGES
-from tspc.store.schemas import STAGE, problem
+from tspc.phases.table import FIRST, NETWORK_PHASES
+from tspc.store.schemas import FINISHED, problem
 
 
-def read_stage(path: Path) -> dict[str, Any]:
-    """What a finished stage tells in the header of its checkpoint. Raises RunError or WeightsError if it is damaged."""
-    info: Any = checkpoint.read_header(path).get("info")
-    wrong = problem(info, STAGE)
+def read_record(path: Path) -> dict[str, Any]:
+    """What a finished phase tells in the header of its network's file.
+
+    Raises RunError or WeightsError if it is damaged.
+    """
+    record: Any = checkpoint.read_header(path).get("info")
+    wrong = problem(record, FINISHED)
     if wrong is None:
         try:
-            wrong = _problem_of_plan(info["plan"], needed=path.stem == STAGES[0])
+            wrong = _problem_of_plan(record["plan"], needed=path.stem == FIRST)
         except (TspcError, TypeError, ValueError, ArithmeticError) as error:
             wrong = f"plan: {error}"
     if wrong is not None:
         raise RunError(f"the header of {path} is damaged ({wrong}); remove the file, or pass overwrite=true")
-    return info
+    return record
 
 
 def _problem_of_plan(plan: dict[str, Any] | None, needed: bool) -> str | None:
     if plan is None:
         return "plan is missing" if needed else None
     return None if Plan.from_dict(plan).rate_reached >= 0 else "plan: the rate is below 0"
+
+
+def unfinished(folder: Path) -> str | None:
+    """The phase after the last finished one that has begun and saved how far it came; None if there is none."""
+    for phase in reversed(NETWORK_PHASES):
+        if (folder / f"{phase}.safetensors").exists():
+            return None
+        if any((folder / f"{before}{phase}.progress.pt").exists() for before in ("", "previous.")):
+            return phase
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,11 +9,12 @@ from torch import Tensor, nn
 from tspc.compression.curves import Curves
 from tspc.compression.path_costs import calls, macs_saved
 from tspc.compression.plan import Plan
-from tspc.compression.planning import plan
-from tspc.compression.settings import PlanSettings
 from tspc.deploy import cost
 from tspc.errors import InfeasibleRateError
+from tspc.phases.phase import ShowingPhase, Work
+from tspc.phases.planning import Planning, calibration_samples
 from tspc.system.bounds import POSITIVE_SHARE, shown
+from tspc.terminal.tables import plan_table, rates_table, state_bytes
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,13 @@ class PlanOverview:
 
 
 def plans_at(
-    reference: nn.Module,
-    settings: PlanSettings,
-    overview: PlanOverview,
-    asked: Plan,
-    curves: Curves,
-    example: Tensor | None = None,
+    planning: Planning, overview: PlanOverview, asked: Plan, curves: Curves
 ) -> dict[float, Plan | InfeasibleRateError]:
     """The plan asked for and one for every other rate, largest first, or why there is none."""
     plans: dict[float, Plan | InfeasibleRateError] = {asked.rate: asked}
     for rate in {*overview.rates} - {asked.rate}:
         try:
-            at_rate = dataclasses.replace(settings, rate=rate, target_error=None)
-            plans[rate] = plan(reference, at_rate, curves=curves, example=example)
+            plans[rate] = planning.at(rate, curves)
         except InfeasibleRateError as error:
             plans[rate] = error
     return dict(sorted(plans.items(), reverse=True))
@@ -61,3 +55,20 @@ def macs_at(
         return {}
     before = cost(reference, (example,)).macs
     return {rate: 1 - macs_saved(reference, plan.tensorized, called) / before for rate, plan in possible.items()}
+
+
+def _run(work: Work) -> None:
+    planning, reference, display = work.planning, work.reference, work.context.display
+    with calibration_samples(planning.calibration, work.context) as samples:
+        curves = planning.curves(samples)
+    example, asked = planning.example, planning.plan(curves)
+    plans = plans_at(planning, work.settings, asked, curves)
+    size = state_bytes(reference)
+    entry = next(p.element_size() for p in reference.parameters())
+    sizes = size, size - entry * (asked.network_dense_params - asked.network_params)
+    shown = plan_table(asked, *sizes, width=display.console.width)
+    display.show(shown, logged=plan_table(asked, *sizes, max_rows=None))
+    display.show(rates_table(plans, macs_at(reference, plans, example)))
+
+
+PHASE = ShowingPhase("plan", PlanOverview, run=_run)

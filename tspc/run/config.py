@@ -15,18 +15,12 @@ from tspc.data import KINDS_IN_FOLDERS, DataSpec
 from tspc.decompositions import names
 from tspc.errors import ConfigError
 from tspc.models import NetworkSpec
-from tspc.phases.benchmark import Benchmark
-from tspc.phases.distill import Distillation
-from tspc.phases.export import Export
-from tspc.phases.finetune import Finetuning
-from tspc.phases.plan import PlanOverview
+from tspc.phases.table import FIRST, PHASES
 from tspc.run.effects import without_effect
-from tspc.run.reader import PHASES, Reader
+from tspc.run.reader import Reader
 from tspc.run.settings import RunSettings
 from tspc.system.bounds import COUNT, shown
 from tspc.training import Recipe
-
-__all__ = ["PHASES", "TOP_LEVEL", "Config", "read_config"]
 
 GROUPS = ("calibration", "dataset", "model", "phase")
 SHARED = ("batch_size", "epochs")
@@ -40,20 +34,15 @@ TOP_LEVEL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
-    """Everything that a run depends on. A phase that was not asked for is None."""
+    """Everything that a run depends on."""
 
     planning: PlanSettings
     calibration: Calibration
     dataset: DataSpec
     network: NetworkSpec
     pretrain_recipe: Recipe | None
-    phases: tuple[str, ...]
-    plan: PlanOverview | None
-    decompose: Selection | None
-    distill: Distillation | None
-    finetune: Finetuning | None
-    export: Export | None
-    benchmark: Benchmark | None
+    phases: dict[str, Any]
+    """The settings of the phases that were asked for, in the order in which they run."""
     settings: dict[str, Any]
     """All of it as it was given, for the result to tell."""
     command: str = "tspc"
@@ -61,7 +50,7 @@ class Config(RunSettings):
     @property
     def trains(self) -> bool:
         """Whether data is indispensable."""
-        return not {"plan", "decompose", "export", "benchmark"} >= set(self.phases) or self.pretrained is None
+        return self.pretrained is None or any(PHASES[name].needs_data for name in self.phases)
 
 
 def read_config(config: DictConfig | dict[str, Any], given: Sequence[str] = ()) -> Config:
@@ -109,13 +98,13 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
     run = reader.section(RunSettings, {key: raw[key] for key in raw if key in alone}, "")
     return {
         **({} if run is None else vars(run)),
-        "planning": reader.planning(raw, phases["decompose"] or Selection()),
+        "planning": reader.planning(raw, phases.get(FIRST) or Selection()),
         "calibration": reader.section(Calibration, raw["calibration"], "calibration"),
         "dataset": dataset,
         "network": reader.network(reader.mapping(raw, "model"), dataset),
         "pretrain_recipe": None if recipe is None else reader.section(Recipe, recipe, "dataset.pretrain"),
         "settings": raw,
-        **phases,
+        "phases": phases,
     }
 
 
@@ -131,7 +120,7 @@ def _contradictions(reader: Reader, raw: dict[str, Any], values: dict[str, Any])
         reader.problems.append("phase=compare looks at runs that are there already: ask for it alone")
     if raw["runs"] is not None and "compare" not in phases:
         reader.problems.append(f"runs={shown(values['runs'])} has an effect with phase=compare only")
-    if phases == ("pretrain",) and pretrained is not None:
+    if list(phases) == ["pretrain"] and pretrained is not None:
         reader.problems.append(f"phase=pretrain, but pretrained={shown(pretrained)} is given: nothing to train")
     spec = values["dataset"]
     if raw["data_dir"] is not None and spec is not None and spec.kind not in KINDS_IN_FOLDERS:

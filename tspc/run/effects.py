@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from tspc.data import KINDS_IN_FOLDERS
+from tspc.phases.table import NETWORK_PHASES
 from tspc.system.bounds import shown
 
 CALIBRATION = ("batch_size", "patches", "damping", "sensitivity", "compensate", "batch_norm", "memory")
-RECIPES = ("phase.distill", "phase.finetune", "dataset.pretrain")
+RECIPES = (*(f"phase.{name}" for name, phase in NETWORK_PHASES.items() if phase.trains), "dataset.pretrain")
 
 
 def without_effect(raw: dict[str, Any], given: Iterable[str]) -> list[str]:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from tspc.compression.outline import outline
-from tspc.compression.planning import plan
+from tspc.calibration.samples import Samples
+from tspc.compression.curves import Curves
+from tspc.compression.outline import Outline
 from tspc.data import NO_DATA, Contiguous, Data, load_data
-from tspc.decompositions import resolve
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
 from tspc.pages import write_comparison
 from tspc.phases.context import Context
-from tspc.phases.decompose import calibration_samples, example_input
-from tspc.phases.plan import macs_at, plans_at
+from tspc.phases.phase import DeliveryPhase, NetworkPhase, ShowingPhase, Work
+from tspc.phases.planning import Planning
+from tspc.phases.table import DELIVERY_PHASES, FIRST, PHASES
 from tspc.run.config import Config
-from tspc.run.delivery import RECORDS
+from tspc.run.fitting import fitted
+from tspc.run.folders import run_folder, shared_folder
+from tspc.run.job import Job
+from tspc.run.machine import hardware, pick_device
+from tspc.run.networks import Networks
 from tspc.run.reference import (
-    Reference,
+    Pretrained,
     calibration_identity,
     data_identity,
     network_spec,
@@ -32,15 +35,17 @@ from tspc.run.reference import (
     train_reference,
     untrained_reference,
 )
-from tspc.run.stages import STAGES, Stages
+from tspc.run.result import finish
 from tspc.run.trackers import tracked
 from tspc.store.directory import RunDirectory
 from tspc.store.files import DISK_FAULTS
 from tspc.system import processes
 from tspc.terminal.display import Display
-from tspc.terminal.tables import percent, plan_table, rates_table, state_bytes
-from tspc.training import Hardware, Trial, tried
-from tspc.traversal.blocks import find_blocks
+from tspc.terminal.tables import percent, state_bytes
+from tspc.training import Hardware, Recipe
+
+LEFT = tuple(name for phase in DELIVERY_PHASES.values() for name in (phase.record, *phase.files))
+"""What phases leave in the run's directory beside networks, as patterns."""
 
 
 def run(config: Config, display: Display) -> dict[str, Any]:
@@ -70,149 +75,98 @@ def _done(config: Config, display: Display) -> dict[str, Any]:
 
 def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     _check_batches(config)
-    if config.export is not None:
-        config.export.check()
+    phases = [PHASES[name] for name in config.phases]
+    for phase in phases:
+        phase.check(config.phases[phase.name])
     data = _data(config, display)
     spec = network_spec(config, data)
-    reference = untrained_reference(config, spec, data)
-    trial = _fitted(reference.model, data, spec, config, display)
+    pretrained = untrained_reference(config, spec, data)
+    trial = fitted(pretrained.model, data, spec, config, display)
     if trial is not None:
         machine = dataclasses.replace(machine, layout=trial.layout)
         data = Contiguous(data) if data is not None and trial.layout == torch.contiguous_format else data
-    if config.plan is not None or config.decompose is not None:
-        _outline(config, reference.model, display)
+    context, shared = Context(data, machine, config.seed, display), shared_folder(config, spec)
+
+    def measured(sketch: Outline, samples: Samples | None) -> Curves:
+        return reference_curves(pretrained, config, sketch, samples, context, shared)
+
+    planning = Planning(config.planning, config.calibration, pretrained.model, spec, measured)
+    if "plan" in config.phases or FIRST in config.phases:
+        _announce(planning, config, display)
         if data is None and config.calibration.samples > 0:
             display.line("plan       no data to calibrate with: the weights alone decide")
-    context = Context(data, machine, config.seed, display)
-    shared = _shared(config, spec)
-    if not set(config.phases) & {*STAGES, *RECORDS}:
-        summary = _prepare(reference, config, spec, context)
-        if config.plan is not None:
-            processes.by_first(lambda: _show_plans(reference, config, context, shared))
-        return {"directory": str(shared), "reference": summary, "phases": {}}
-    directory = RunDirectory(run_path(config, spec), _identity(config, spec, reference, data), config.overwrite)
-    if config.decompose is None:
-        processes.by_first(lambda: _require_decomposed(directory, config))
+
+    def prepared() -> dict[str, Any]:
+        """What the result says of the reference, once that is ready and what is asked of it has been shown."""
+        summary = _prepare(pretrained, config, spec, context)
+        for phase in phases:
+            if isinstance(phase, ShowingPhase):
+                work = Work(config.phases[phase.name], spec, pretrained.model, planning, context, shared)
+                processes.by_first(lambda run=phase.run, work=work: run(work))
+        return summary
+
+    if not any(isinstance(phase, NetworkPhase | DeliveryPhase) for phase in phases):
+        return {"directory": str(shared), "reference": prepared(), "phases": {}}
+    identity = _identity(config, spec, pretrained, data)
+    directory = RunDirectory(run_folder(config, spec), identity, config.overwrite, leaves=LEFT)
+    if FIRST not in config.phases:
+        processes.by_first(lambda: _require_first(directory, config))
     with directory:
-        summary = _prepare(reference, config, spec, context)
-        if config.plan is not None:
-            processes.by_first(lambda: _show_plans(reference, config, context, shared))
+        summary = prepared()
         noted_before = directory.lines
         with tracked(
             config.tracker, directory.path, directory.identity, directory.note, machine.is_cpu, noted_before
         ) as note:
+            reference = context.place(pretrained.model).eval()
             noted = dataclasses.replace(context, note=note)
-            return Stages(config, spec, reference, noted, directory, shared).execute(summary)
+            job = Job(config, spec, reference, planning, noted, directory, state_bytes(reference))
+            networks = Networks(job)
+            networks.make()
+            return processes.by_first(lambda: finish(job, networks, summary))
 
 
 def _check_batches(config: Config) -> None:
     """Raises ConfigError if a batch cannot be shared out among the processes."""
-    recipes = {"phase.distill": config.distill, "phase.finetune": config.finetune}
-    if config.pretrained is None:
+    recipes = {f"phase.{name}": found for name, found in config.phases.items() if isinstance(found, Recipe)}
+    if config.pretrained is None and config.pretrain_recipe is not None:
         recipes["dataset.pretrain"] = config.pretrain_recipe
     count = processes.count()
     problems = [
         f"{name}.batch_size={recipe.batch_size}: {count} processes share it, take a multiple of {count}"
         for name, recipe in recipes.items()
-        if recipe is not None and recipe.batch_size % count
+        if recipe.batch_size % count
     ]
     if problems:
         raise ConfigError(problems)
 
 
-def _outline(config: Config, model: nn.Module, display: Display) -> None:
+def _announce(planning: Planning, config: Config, display: Display) -> None:
     """Says what will be tensorized; raises what is wrong with the rate, the layers or the blocks."""
-    planning = config.planning
-    sketch = outline(model, planning)
+    settings, sketch = planning.settings, planning.sketch
     chosen = sketch.chosen
-    if config.distill is not None:
-        find_blocks(model, [layer.name for layer in chosen], config.distill.blocks)
+    for name, of_phase in config.phases.items():
+        PHASES[name].check_network(of_phase, planning.reference, [layer.name for layer in chosen])
     dense = sum(layer.dense_params for layer in chosen)
-    if planning.target_error is None:
-        goal = f"at most {sketch.budget(planning.rate):,} of {dense:,} parameters"
+    if settings.target_error is None:
+        goal = f"at most {sketch.budget(settings.rate):,} of {dense:,} parameters"
     else:
-        goal = f"{dense:,} parameters to an output error of {planning.target_error:g}"
-    display.line(f"plan       {planning.method.name}, {len(chosen)} of {len(sketch.layers)} layers: {goal}")
+        goal = f"{dense:,} parameters to an output error of {settings.target_error:g}"
+    display.line(f"plan       {settings.method.name}, {len(chosen)} of {len(sketch.layers)} layers: {goal}")
 
 
-def _show_plans(reference: Reference, config: Config, context: Context, shared: Path) -> None:
-    assert config.plan is not None
-    with calibration_samples(config.calibration, context) as samples:
-        curves = reference_curves(reference, config, samples, context, shared)
-    example = example_input(reference.model, network_spec(config, context.data))
-    asked = plan(reference.model, config.planning, curves=curves, example=example)
-    plans = plans_at(reference.model, config.planning, config.plan, asked, curves, example)
-    size = state_bytes(reference.model)
-    entry = next(p.element_size() for p in reference.model.parameters())
-    after = size - entry * (asked.network_dense_params - asked.network_params)
-    width = context.display.console.width
-    context.display.show(
-        plan_table(asked, size, after, width=width), logged=plan_table(asked, size, after, max_rows=None)
-    )
-    context.display.show(rates_table(plans, macs_at(reference.model, plans, example)))
-
-
-def _require_decomposed(directory: RunDirectory, config: Config) -> None:
-    """A run that starts with a later phase needs what `decompose` left; overwriting does not make it."""
-    if directory.held_by_another() or not os.path.exists(directory.file("decompose.safetensors")):
+def _require_first(directory: RunDirectory, config: Config) -> None:
+    """A run that starts with a later phase needs what the first one left; overwriting does not make it."""
+    if directory.held_by_another() or not os.path.exists(directory.file(f"{FIRST}.safetensors")):
         later = ",".join(phase for phase in config.phases if phase != "pretrain")
         raise RunError(
             f"phase={','.join(config.phases)} needs a decomposed network of these settings, and {directory.path} has "
-            f"none: run phase=[decompose,{later}]"
+            f"none: run phase=[{FIRST},{later}]"
         )
 
 
-def _fitted(model: nn.Module, data: Data | None, spec: NetworkSpec, config: Config, display: Display) -> Trial | None:
-    """Runs two images through the network, in both layouts; says where it takes one of them only.
-
-    Without data they are random ones of the size that the network takes; None if that is not known. Raises ConfigError
-    if the network cannot take the images of the data set, or answers otherwise.
-    """
-    if data is not None:
-        images, _ = next(iter(data.test_batches(2, torch.device("cpu"), limit=2)))
-        _check_size(images, config)
-    else:
-        example = example_input(model, spec)
-        if example is None or spec.family in ("builtin", "torchvision"):  # which take any layout
-            return None
-        images = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
-    trial = tried(model, images, trains=data is not None and config.trains)
-    if trial.reason:
-        display.warn(f"{spec.name} runs on contiguous images: channels last is faster, but there {trial.reason}")
-    if data is not None:
-        _check_answer(trial, images, data, spec)
-    return trial
-
-
-def _check_size(images: Tensor, config: Config) -> None:
-    """Raises ConfigError if the data's images are not as large as the settings say."""
-    size = config.dataset.image_size
-    if tuple(images.shape[-2:]) != (size, size):
-        found = "×".join(map(str, images.shape[-2:]))
-        raise ConfigError([f"dataset.image_size={size}, but {config.dataset.name} has images of {found} pixels"])
-
-
-def _check_answer(trial: Trial, images: Tensor, data: Data, spec: NetworkSpec) -> None:
-    shape = getattr(trial.answer, "shape", None)
-    if trial.error is not None or shape is None:
-        reason = trial.error or f"it answers with {type(trial.answer).__name__}, not one tensor"
-        raise ConfigError(
-            [f"{spec.name} cannot take the data set's images of shape {tuple(images.shape[1:])}: {reason}"]
-        ) from trial.error
-    if tuple(shape) != (len(images), data.num_classes):
-        raise ConfigError(
-            [f"{spec.name} answers with {tuple(shape)[1:]} values an image; the data has {data.num_classes} classes"]
-        )
-
-
-def _shared(config: Config, spec: NetworkSpec) -> Path:
-    """Where the runs of a sweep share their reference network."""
-    return config.output_dir / config.dataset.name / spec.name / "reference"
-
-
-def _prepare(reference: Reference, config: Config, spec: NetworkSpec, context: Context) -> dict[str, Any]:
+def _prepare(reference: Pretrained, config: Config, spec: NetworkSpec, context: Context) -> dict[str, Any]:
     """Trains the reference where none was given, and measures it; returns what the result says of it."""
-    folder = _shared(config, spec)
+    folder = shared_folder(config, spec)
     if config.pretrained is None:
         train_reference(reference, config, spec, context, folder)
     accuracy = reference_accuracy(reference, config, context, folder)
@@ -220,51 +174,6 @@ def _prepare(reference: Reference, config: Config, spec: NetworkSpec, context: C
     text = f"{spec.name}, {source}: top-1 {percent(accuracy)}"
     context.display.finished("reference", text, None if accuracy is None else accuracy["top1"])
     return {"accuracy": accuracy, "seconds": reference.seconds, "source": source}
-
-
-def hardware(config: Config, device: torch.device) -> Hardware:
-    """The device and the precision of training; `auto` takes bfloat16 on GPUs that have it, float32 elsewhere."""
-    if config.precision == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return Hardware(device, torch.bfloat16 if has_bfloat16 else None, config.compile)
-    return Hardware(device, None if config.precision == "float32" else getattr(torch, config.precision), config.compile)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` takes CUDA, then MPS, then the CPU. Raises ConfigError if it is absent."""
-    if name == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()  # a device that holds no values, such as meta, gives none back
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError([f"device={name} cannot be used here ({reason}); use device=auto or cpu"]) from error
-    return device
-
-
-def run_path(config: Config, spec: NetworkSpec) -> Path:
-    """`<output_dir>/<dataset>/<network>/<method>-<rate>/seed<seed>`; settings of the method, allocation, multiple,
-    decay and scope that depart from the defaults are appended to the rate, and so is `variant`."""
-    planning = config.planning
-    settings = planning.method.to_dict()
-    defaults = resolve(settings["name"]).to_dict()
-    goal = f"{planning.rate:g}" if planning.target_error is None else f"error{planning.target_error:g}"
-    parts = [f"{settings['name']}-{goal}"]
-    parts += [f"{key}{_brief(value)}" for key, value in settings.items() if value != defaults[key]]
-    parts += [planning.allocation] if planning.allocation != "global" else []
-    parts += [f"multiple{planning.rank_multiple}"] if planning.rank_multiple != 1 else []
-    parts += [planning.rate_decay] if planning.rate_decay != "flat" else []
-    parts += ["network"] if planning.rate_scope == "network" else []
-    parts += [config.variant] if config.variant else []
-    return config.output_dir / config.dataset.name / spec.name / "-".join(parts) / f"seed{config.seed}"
-
-
-def _brief(value: Any) -> str:
-    """A method's setting in a directory's name: of `auto`'s candidates their names."""
-    return "+".join(member["name"] for member in value) if isinstance(value, list) else str(value)
 
 
 def _data(config: Config, display: Display) -> Data | None:
@@ -286,7 +195,7 @@ def _data(config: Config, display: Display) -> Data | None:
         return None
 
 
-def _identity(config: Config, spec: NetworkSpec, reference: Reference, data: Data | None) -> dict[str, Any]:
+def _identity(config: Config, spec: NetworkSpec, reference: Pretrained, data: Data | None) -> dict[str, Any]:
     """What everything in the run's directory depends on, as plain data."""
     return config.planning.identity | {
         "calibration": calibration_identity(config, data is not None),

@@ -12,17 +12,11 @@ from tspc.data import DataSpec
 from tspc.decompositions import Method
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
-from tspc.phases.benchmark import Benchmark
-from tspc.phases.distill import Distillation
-from tspc.phases.export import Export
-from tspc.phases.finetune import Finetuning
-from tspc.phases.plan import PlanOverview
+from tspc.phases.phase import NoSettings, Phase
+from tspc.phases.table import PHASES
 from tspc.run.fields import Unfit, converted
 from tspc.run.settings import LONGEST_NAME
 from tspc.system.bounds import Bounds, shown, unknown
-
-PHASES = ("pretrain", "plan", "decompose", "distill", "finetune", "export", "benchmark", "compare")
-"""In the order in which they run."""
 
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "learning_rate", "pretrain")
 
@@ -163,22 +157,16 @@ class Reader:
         return NetworkSpec(family, name, *sizes, factory, kwargs)
 
     def phases(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the phases that are asked for, by name, in the order in which they run."""
         self.known(data, PHASES, "phase.")
         if not any(name in PHASES for name in data):
             self.problems.append(f"phase={shown(list(data))}: choose one or more of {', '.join(PHASES)}")
-        for name in ("pretrain", "compare"):
-            if data.get(name) is not None:
-                self.known(self.mapping(data, name, "phase."), (), f"phase.{name}.")
-        self.problems += [f"phase.{p} is empty; see conf/phase/{p}.yaml" for p in PHASES[1:] if data.get(p, 0) is None]
-        sections: dict[str, type[Any]] = {
-            "plan": PlanOverview,
-            "decompose": Selection,
-            "distill": Distillation,
-            "finetune": Finetuning,
-            "export": Export,
-            "benchmark": Benchmark,
-        }
-        return {"phases": tuple(name for name in PHASES if name in data)} | {
-            name: None if data.get(name) is None else self.section(cls, data[name], f"phase.{name}")
-            for name, cls in sections.items()
-        }
+        return {name: self._phase(phase, data[name]) for name, phase in PHASES.items() if name in data}
+
+    def _phase(self, phase: Phase, data: Any) -> Any:
+        if data is not None:
+            return self.section(phase.settings, data, f"phase.{phase.name}")
+        if phase.settings is NoSettings:
+            return NoSettings()
+        self.problems.append(f"phase.{phase.name} is empty; see conf/phase/{phase.name}.yaml")
+        return None

@@ -16,14 +16,14 @@ from tspc import __version__
 from tspc.calibration.samples import Samples
 from tspc.compression import checkpoint
 from tspc.compression.curves import Curves, ErrorCurve
-from tspc.compression.outline import outline
+from tspc.compression.outline import Outline
 from tspc.data import Data
 from tspc.errors import TrainingError, TspcError
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state, read_state
 from tspc.phases.context import Context
-from tspc.phases.decompose import measure_curves
 from tspc.phases.finetune import train_classifier
+from tspc.phases.planning import measure_curves
 from tspc.run.config import Config
 from tspc.store.directory import RunDirectory
 from tspc.store.files import intact, make_folder, remove, remove_left_over, write_json
@@ -36,8 +36,11 @@ from tspc.training import Progress, evaluate
 
 
 @dataclass
-class Reference:
-    """`identity` says where the weights come from, so that runs from other weights are told apart."""
+class Pretrained:
+    """The reference network of a run. `identity` says where its weights come from, so that others are told apart.
+
+    `seconds` is how long its training took, where it was trained here.
+    """
 
     model: nn.Module
     identity: dict[str, Any]
@@ -58,7 +61,7 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def untrained_reference(config: Config, spec: NetworkSpec, data: Data | None) -> Reference:
+def untrained_reference(config: Config, spec: NetworkSpec, data: Data | None) -> Pretrained:
     """The network with the weights that `pretrained` names; with seeded initial ones where it is null.
 
     Nothing is written. Raises WeightsError or ConfigError if the weights cannot be had or do not fit.
@@ -68,13 +71,15 @@ def untrained_reference(config: Config, spec: NetworkSpec, data: Data | None) ->
     source = config.pretrained
     if source is None:
         assert data is not None
-        return Reference(model, {"trained": _recipe_identity(config, spec, data)})
+        return Pretrained(model, {"trained": _recipe_identity(config, spec, data)})
     if source == "random":
-        return Reference(model, {"random": config.seed})
+        return Pretrained(model, {"random": config.seed})
     if source == "default":
-        return Reference(model, {"published": spec.name} if spec.family == "torchvision" else {"given": _digest(model)})
+        return Pretrained(
+            model, {"published": spec.name} if spec.family == "torchvision" else {"given": _digest(model)}
+        )
     load_state(model, read_state(source), f"pretrained={source}")
-    return Reference(model, {"file": file_digest(Path(source))})
+    return Pretrained(model, {"file": file_digest(Path(source))})
 
 
 def _recipe_identity(config: Config, spec: NetworkSpec, data: Data) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def data_identity(config: Config) -> dict[str, Any]:
     return {key: value for key, value in plain(config.dataset).items() if key != "workers"}
 
 
-def train_reference(reference: Reference, config: Config, spec: NetworkSpec, context: Context, folder: Path) -> None:
+def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, context: Context, folder: Path) -> None:
     """Trains the reference in `folder`, or reads the one that an earlier run of the sweep left there.
 
     Another process training it is waited for. Raises RunError if the folder holds a reference made
@@ -107,7 +112,7 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
     if config.overwrite and directory.held_by_another():
         display.line(f"reference  made anew in {folder}; the runs that shared the old one can no longer be continued")
     with directory as run:
-        if processes.by_first(result.exists) and not (config.overwrite and config.phases == ("pretrain",)):
+        if processes.by_first(result.exists) and not (config.overwrite and list(config.phases) == ["pretrain"]):
             checkpoint.load(result, reference.model)
             info: Any = checkpoint.read_header(result).get("info")
             reference.seconds = info["seconds"] if problem(info, {"seconds": SECONDS}) is None else None
@@ -133,10 +138,9 @@ def train_reference(reference: Reference, config: Config, spec: NetworkSpec, con
 
 
 def reference_curves(
-    reference: Reference, config: Config, samples: Samples | None, context: Context, folder: Path
+    reference: Pretrained, config: Config, sketch: Outline, samples: Samples | None, context: Context, folder: Path
 ) -> Curves:
     """Error curves of the layers that can be tensorized, measured once for all runs that share them."""
-    sketch = outline(reference.model, config.planning)
     identity = {
         "reference": reference.identity,
         "method": config.planning.method.to_dict(),
@@ -164,7 +168,7 @@ def calibration_identity(config: Config, is_used: bool) -> dict[str, Any] | None
     return {key: value for key, value in plain(config.calibration).items() if key != "memory"}
 
 
-def reference_accuracy(reference: Reference, config: Config, context: Context, folder: Path) -> dict[str, Any] | None:
+def reference_accuracy(reference: Pretrained, config: Config, context: Context, folder: Path) -> dict[str, Any] | None:
     """Accuracy on the whole test split, measured once for all runs that share the reference; None without data."""
     if context.data is None or config.pretrained == "random":
         return None

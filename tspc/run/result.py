@@ -1,14 +1,24 @@
-"""What `result.json` holds of a run, but for what was delivered."""
+"""`result.json` and `model.safetensors`: what a run has come to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from tspc.compression import checkpoint
 from tspc.compression.plan import Plan
 from tspc.models import NetworkSpec
+from tspc.pages import made, write_report
+from tspc.phases.finished import unfinished
+from tspc.phases.table import FIRST
 from tspc.run.config import Config
-from tspc.terminal.tables import versions
+from tspc.run.deliveries import Deliveries
+from tspc.run.job import Job
+from tspc.run.networks import Networks
+from tspc.store.files import intact, write_json
+from tspc.store.schemas import RESULT
+from tspc.terminal.tables import result_lines, result_table, state_bytes, versions
+from tspc.traversal.copying import copied
 
 
 def result_of(
@@ -19,8 +29,10 @@ def result_of(
     reference: dict[str, Any],
     sizes: dict[str, int],
 ) -> dict[str, Any]:
-    """Plain data. `finished` has the records of the phases, in order; `sizes` are bytes before, after, in the file."""
-    plan = Plan.from_dict(finished["decompose"]["plan"])
+    """What `result.json` holds, as plain data, but for what was delivered. `finished` has the records of the
+    phases, in order; `sizes` are the bytes before, after, and in the file.
+    """
+    plan = Plan.from_dict(finished[FIRST]["plan"])
     return {
         "directory": str(directory),
         "method": config.planning.method.to_dict(),
@@ -50,3 +62,44 @@ def result_of(
         "command": config.command,
         "settings": config.settings,
     }
+
+
+def made_with(path: Path, phases: dict[str, Any]) -> dict[str, Any]:
+    """What the result in `path` tells of the command that made its network; nothing if that is another network.
+
+    A command that only exports or measures what is there must not pass for it.
+    """
+    before = intact(path, RESULT) or {}
+    seconds = [
+        [(name, phase["seconds"]) for name, phase in found.items()] for found in (before.get("phases", {}), phases)
+    ]
+    same = seconds[0] == seconds[1]
+    return {key: before[key] for key in ("command", "settings", "device", "versions") if same and key in before}
+
+
+def finish(job: Job, networks: Networks, reference: dict[str, Any]) -> dict[str, Any]:
+    """Writes `model.safetensors` and `result.json` of the furthest network, delivers it, and draws the report.
+
+    `reference` is what the result says of the reference network.
+    """
+    last, directory, display = networks.last.name, job.directory, job.context.display
+    target, path = directory.file("model.safetensors"), directory.file("result.json")
+    model = networks.read_last(copied(job.reference).cpu())
+    checkpoint.save(model, target, network=job.network, info={"stage": last, "identity": directory.identity})
+    sizes = {"before": job.bytes_before, "after": state_bytes(model), "file": target.stat().st_size}
+    result = result_of(job.config, job.network, directory.path, networks.finished, reference, sizes)
+    result["device"] = str(job.context.device)
+    result |= made_with(path, result["phases"])
+    deliveries = Deliveries(job, networks.fingerprint)
+    write_json(path, result | deliveries.found())
+    display.show(result_table(result))
+    for line in result_lines(result, target):
+        display.line(line)
+    if stopped := unfinished(directory.path):
+        display.warn(f"{stopped} was stopped before its end; this is the network after {last}")
+    deliveries.make(model)
+    deliveries.show()
+    write_json(path, result := result | deliveries.found())
+    if job.config.report:
+        made(lambda: write_report(directory.path), display)
+    return result

@@ -6,7 +6,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -14,24 +14,22 @@ from typing import Any
 
 from tspc.errors import RunError
 from tspc.store.files import read_json, remove, remove_left_over, write_json
-from tspc.store.records import FAILED, FIGURES, SHARED, differences, failure, read_metrics
+from tspc.store.records import FAILED, FIGURES, HANDED_OVER, differences, failure, read_metrics
 from tspc.system import processes
 from tspc.system.launch import is_first
 
-RESULTS = (
-    *("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json"),
-    *("export.json", "benchmark.json", "export/model.*"),
-)
-"""What a directory holds of a run, apart from its history."""
+RESULTS = ("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json", "result.json")
+"""What a directory holds of a run, apart from its history and from what it is told of."""
 
 
 class RunDirectory:
     """Use as a context manager: creates and locks the directory, checks its identity, opens the log.
 
-    `identity` is plain data on which everything in the directory depends. If the directory holds results of another
-    identity, it is refused, or with `overwrite` the results are removed. If it is in use, it is refused; with `on_wait`
-    this function is called once, and then the lock is awaited. `elsewhere` is the advice on how to keep both runs.
-    Raises RunError if the directory is refused or cannot be written.
+    `identity` is plain data that everything in the directory depends on. A directory whose results belong to
+    another identity is refused, or with `overwrite` emptied of them. Raises RunError for that, if the
+    directory is in use, and if it cannot be written. `on_wait`, where given, is called once and the lock
+    awaited instead of refused; `elsewhere` tells how to keep both runs. `leaves` are the patterns of further files
+    that are results.
     """
 
     def __init__(
@@ -41,9 +39,11 @@ class RunDirectory:
         overwrite: bool = False,
         on_wait: Callable[[], None] | None = None,
         elsewhere: str = "variant=NAME or another output_dir",
+        leaves: Sequence[str] = (),
     ) -> None:
         self.path, self.identity, self.overwrite = path, identity, overwrite
         self._on_wait, self._elsewhere = on_wait, elsewhere
+        self._patterns = (*RESULTS, *leaves)
         self._created: list[Path] = []
         self._lock_descriptor: int | None = None
         self._handler: logging.FileHandler | None = None
@@ -121,7 +121,7 @@ class RunDirectory:
             raise
 
     def _results(self) -> list[Path]:
-        return [path for pattern in RESULTS for path in self.path.glob(pattern)]
+        return [path for pattern in self._patterns for path in self.path.glob(pattern)]
 
     def _create(self) -> list[Path]:
         """Makes the directory; returns the ones that did not exist, innermost first."""
@@ -155,8 +155,10 @@ class RunDirectory:
         for outdated in self._results() if changed else []:
             remove(outdated)
         write_json(self.file("run.json"), self.identity)
-        remove(self.file(SHARED))
-        remove_left_over(*(self.file(name) for name in ("", FIGURES, "export")))
+        for handed in self.path.glob(f"*{HANDED_OVER}"):
+            remove(handed)
+        folders = dict.fromkeys(("", FIGURES, *(os.path.dirname(pattern) for pattern in self._patterns)))
+        remove_left_over(*map(self.file, folders))
 
     def _open_log(self) -> None:
         self._handler = logging.FileHandler(self.file("tspc.log"))

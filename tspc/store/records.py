@@ -11,11 +11,8 @@ from typing import Any
 
 from tspc.store.schemas import METRICS, problem
 
-STAGES = ("decompose", "distill", "finetune")
-"""The phases that write a network into the directory, in order."""
-
-SHARED = "decompose.shared.safetensors"
-"""The file by which the first of several processes gives the decomposed network to the others."""
+HANDED_OVER = ".shared.safetensors"
+"""Ending of the file by which the first of several processes hands a network over to the others."""
 
 FIGURES = "figures"
 """The folder beside a page; it holds the page's figures as PNG and SVG."""
@@ -65,16 +62,6 @@ def failure(metrics: list[dict[str, Any]]) -> str | None:
     if last.get("event") != FAILED:
         return None
     return str(last.get("error") or "for a reason that is not noted")
-
-
-def unfinished(folder: Path) -> str | None:
-    """The stage that has begun and saved its state after the last finished one; None if there is none."""
-    for stage in reversed(STAGES):
-        if (folder / f"{stage}.safetensors").exists():
-            return None
-        if any((folder / f"{before}{stage}.progress.pt").exists() for before in ("", "previous.")):
-            return stage
-    return None
 
 
 def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

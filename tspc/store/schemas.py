@@ -126,7 +126,7 @@ PLAN = {
     "layers": [_LAYER],
     "network_dense_params": SIZE,
 }
-STAGE = {
+FINISHED = {
     "settings": dict,
     "after": str,
     "fingerprint": str,
@@ -135,35 +135,10 @@ STAGE = {
     "accuracy": (ACCURACY, None),
     "plan": (PLAN, None),
 }
-"""The data of a finished stage in the header of its checkpoint."""
+"""What a finished phase tells in the header of its network's file."""
 
 CURVES = {...: [{"method": dict, "params": [COUNT], "errors": [Number(0)], "dense": SIZE, "weight": Number(0)}]}
 """`curves-*.json` beside a reference."""
-
-_EXPORTED = {
-    "inputs": str,
-    "files": [{"file": str, "bytes": COUNT, "difference": Number(0, any_float=True), "samples": COUNT}],
-}
-_SIDE = {"median": POSITIVE, "p95": POSITIVE, "throughput": Number(0)}
-_COST = dict.fromkeys(("macs", "parameters", "weight_bytes", "peak_bytes"), COUNT)
-_TIMING = {"runtime": str, "batch_size": SIZE}
-_BENCHMARK = {
-    "device": str,
-    "threads": SIZE,
-    "memory_batch": SIZE,
-    "cost": {"dense": _COST, "compressed": _COST},
-    "timings": [
-        (
-            _TIMING | {"skipped": str},
-            _TIMING | {"skipped": None, "dense": _SIDE, "compressed": _SIDE, "speedup": Number(0)},
-        )
-    ],
-}
-DELIVERED = {
-    phase: {"state": str, "settings": dict, "found": found}
-    for phase, found in (("export", _EXPORTED), ("benchmark", _BENCHMARK))
-}
-"""`export.json` and `benchmark.json`."""
 
 
 def problem(data: Any, schema: Any) -> str | None:

@@ -82,7 +82,7 @@ class Hardware:
 class Watchers:
     """Functions that the loop calls. `judge` scores the network (higher is better).
 
-    `enough` may end a stage early. It gets the losses so far, each the mean of ten steps.
+    `enough` may end a part early. It gets the losses so far, each the mean of ten steps.
     """
 
     on_step: Callable[[Step], None] = field(default=lambda step: None)
@@ -98,21 +98,21 @@ def fit(
     hardware: Hardware,
     seed: int,
     *,
-    stage: int = 0,
+    part: int = 0,
     progress: Progress | None = None,
     watchers: Watchers | None = None,
     kept: nn.Module | None = None,
 ) -> None:
     """Minimises `loss_of` over the parameters of `network` that require a gradient, in place.
 
-    The caller sets the modes of the modules. Everything random in a step follows from the seed, the stage and the
+    The caller sets the modes of the modules. Everything random in a step follows from the seed, the part and the
     number of the step, so an interrupted run ends with the same weights as one without a stop. With a judge the result
     is the best of its evaluations. `kept` is the module in the saved states, if it is more than `network`.
 
     Raises TrainingError when the loss or the weights are no longer finite (such a state is never saved), and
     Interrupted after a signal.
     """
-    loop = _Loop(network, batches, loss_of, recipe, hardware, seed, stage)
+    loop = _Loop(network, batches, loss_of, recipe, hardware, seed, part)
     loop.follow(progress or Progress(), watchers or Watchers(), kept or network)
     loop.run()
 
@@ -126,10 +126,10 @@ class _Loop:
         recipe: Recipe,
         hardware: Hardware,
         seed: int,
-        stage: int,
+        part: int,
     ) -> None:
         self.network, self.batches, self.loss_of, self.recipe = network, batches, loss_of, recipe
-        self.hardware, self.seed, self.stage = hardware, seed, stage
+        self.hardware, self.seed, self.part = hardware, seed, part
         self.total = recipe.total_steps(batches.per_epoch)
         self.optimizer = recipe.build(network)
         # The loss of float16 is scaled, so that small gradients do not vanish.
@@ -145,7 +145,7 @@ class _Loop:
     def follow(self, progress: Progress, watchers: Watchers, kept: nn.Module) -> None:
         """Goes on from the saved state, if there is one."""
         self.progress, self.watchers, self.kept = progress, watchers, kept
-        state = progress.state_of(self.stage)
+        state = progress.state_of(self.part)
         if state is not None and "step" in state:
             with progress.restoring():
                 self._restore(state)
@@ -193,7 +193,7 @@ class _Loop:
 
     def _one(self, trained: nn.Module, inputs: Any, targets: Tensor) -> None:
         """One optimizer step."""
-        numbers = (self.seed, self.stage, self.step, processes.rank())
+        numbers = (self.seed, self.part, self.step, processes.rank())
         torch.manual_seed(generator_of(*numbers).initial_seed())
         rate = self.recipe.rate_at(self.step, self.total)
         for group in self.optimizer.param_groups:
@@ -269,7 +269,7 @@ class _Loop:
         stop = self._stopped()
         if stop or (self.step < self.total and self.progress.is_due):
             self._check_weights()
-            self.progress.save(self.stage, self._state())
+            self.progress.save(self.part, self._state())
         if stop:
             raise interrupts.interruption(f"after step {self.step} of {self.total}")
 

@@ -37,8 +37,8 @@ class Progress:
         self._seconds_before = self._state["seconds"] if self._state else 0.0
 
     @property
-    def stage(self) -> int:
-        """Number of the first stage (block, for distillation) that is not finished."""
+    def part(self) -> int:
+        """Number of the first part of the phase (block, for distillation) that is not finished."""
         return self._state["stage"] if self._state else 0
 
     @property
@@ -46,13 +46,13 @@ class Progress:
         """Time spent on the phase, earlier processes included."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def state_of(self, stage: int) -> dict[str, Any] | None:
+    def state_of(self, part: int) -> dict[str, Any] | None:
         """The last saved state, if it belongs to this stage."""
-        return self._state["state"] if self._state is not None and self._state["stage"] == stage else None
+        return self._state["state"] if self._state is not None and self._state["stage"] == part else None
 
     def restore_(self, network: nn.Module) -> None:
         """Loads the saved weights into the network, if there are any. Raises RunError if they do not fit."""
-        if (state := self.state_of(self.stage)) is not None:
+        if (state := self.state_of(self.part)) is not None:
             with self.restoring():
                 network.load_state_dict(state["network"])
 
@@ -65,21 +65,21 @@ class Progress:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(f"{self.path} holds no state of this training ({why}); remove it, and begin anew") from error
 
-    def is_under_way(self, stage: int = 0) -> bool:
-        """Whether training goes on from a saved step of this stage, with the weights of that step."""
-        return "step" in (self.state_of(stage) or {})
+    def is_under_way(self, part: int = 0) -> bool:
+        """Whether training goes on from a saved step of this part, with the weights of that step."""
+        return "step" in (self.state_of(part) or {})
 
     @property
     def is_due(self) -> bool:
         """Whether the time between two saves has passed."""
         return self.path is not None and time.monotonic() - self._saved >= self.interval
 
-    def save(self, stage: int, state: dict[str, Any]) -> None:
+    def save(self, part: int, state: dict[str, Any]) -> None:
         """Saves a state. Raises RunError if that fails, for example on a full disk; the older state is then kept."""
         self._saved = time.monotonic()
         if self.path is None or not is_first():
             return
-        found = {"settings": self.settings, "stage": stage, "seconds": self.seconds, "state": state}
+        found = {"settings": self.settings, "stage": part, "seconds": self.seconds, "state": state}
         write_atomically(self.path, lambda path: torch.save(found, path), keep_as=_previous(self.path))
 
     @staticmethod

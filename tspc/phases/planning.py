@@ -1,0 +1,89 @@
+"""How the ranks of a run are chosen: the settings, the images that it is calibrated with, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from tspc.calibration.samples import Calibration, Samples
+from tspc.compression.curves import Curves, error_curves
+from tspc.compression.outline import Outline, outline
+from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.planning import planned
+from tspc.compression.settings import PlanSettings
+from tspc.decompositions import Method
+from tspc.models import NetworkSpec
+from tspc.phases.context import Context
+
+
+def example_input(model: nn.Module, network: NetworkSpec) -> Tensor | None:
+    """An image of the size that the network takes, empty; None if that is not known."""
+    if network.image_size is None:
+        return None
+    parameter = next(model.parameters(), torch.zeros(()))
+    return parameter.new_zeros(1, network.in_channels, network.image_size, network.image_size)
+
+
+@contextmanager
+def calibration_samples(calibration: Calibration, context: Context) -> Iterator[Samples | None]:
+    """Images of the training split; None if there is no data, or none are asked for."""
+    if context.data is None or calibration.samples == 0:
+        yield None
+        return
+    batches = context.data.calibration_batches(calibration.samples, calibration.batch_size, context.device)
+    with Samples(batches, calibration, context.device) as samples:
+        yield samples
+
+
+def measure_curves(
+    reference: nn.Module, layers: Sequence[LayerPlan], method: Method, samples: Samples | None, context: Context
+) -> Curves:
+    """What every layer would lose at any size."""
+    total = sum(layer.reason is None for layer in layers)
+    with context.display.bar(f"{'plan':<9} {total} layers", total) as bar:
+        done = 0
+
+        def on_layer(name: str) -> None:
+            nonlocal done
+            done += 1
+            bar.advance(done, name)
+
+        return error_curves(reference, layers, method, samples, on_layer=on_layer)
+
+
+@dataclass(frozen=True)
+class Planning:
+    """How one run plans. `measured` gives the error curves of an outline's layers, from a file where they are known."""
+
+    settings: PlanSettings
+    calibration: Calibration
+    reference: nn.Module
+    network: NetworkSpec
+    measured: Callable[[Outline, Samples | None], Curves]
+
+    @cached_property
+    def sketch(self) -> Outline:
+        """The layers that are tensorized, looked up once a run. Raises what `outline` raises."""
+        return outline(self.reference, self.settings)
+
+    @property
+    def example(self) -> Tensor | None:
+        """An image by which the sizes of the layers' inputs are found."""
+        return example_input(self.reference, self.network)
+
+    def curves(self, samples: Samples | None) -> Curves:
+        return self.measured(self.sketch, samples)
+
+    def plan(self, curves: Curves | None) -> Plan:
+        """The ranks that the settings ask for."""
+        return planned(self.reference, self.sketch, curves, self.example)
+
+    def at(self, rate: float, curves: Curves) -> Plan:
+        """The ranks at another rate. Raises InfeasibleRateError if it cannot be met."""
+        settings = replace(self.settings, rate=rate, target_error=None)
+        return planned(self.reference, replace(self.sketch, settings=settings), curves, self.example)

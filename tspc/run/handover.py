@@ -1,0 +1,37 @@
+"""A network that the first of several processes makes, given to the others through a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tspc.compression import checkpoint
+from tspc.models import NetworkSpec
+from tspc.store.files import remove
+from tspc.system import processes
+from tspc.system.launch import is_first
+from tspc.traversal.copying import copied
+
+Made = tuple[nn.Module, Any]
+"""A network, and plain data about it."""
+
+
+def made_by_first(make: Callable[[], Made], path: Path, reference: nn.Module, network: NetworkSpec) -> Made:
+    """What `make` returns in the first process, in all of them; `path` is the file between, which is removed."""
+    if processes.count() == 1:
+        return make()
+
+    def make_and_save() -> Any:
+        model, data = make()
+        checkpoint.save(model, path, network=network)
+        return data
+
+    data = processes.by_first(make_and_save)
+    model = checkpoint.load(path, copied(reference))
+    processes.wait()
+    if is_first():
+        remove(path)
+    return model, data

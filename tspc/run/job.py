@@ -1,0 +1,47 @@
+"""What one run works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tspc.models import NetworkSpec
+from tspc.phases.context import Context
+from tspc.phases.phase import NetworkPhase, Phase, Work
+from tspc.phases.planning import Planning
+from tspc.run.config import Config
+from tspc.store.directory import RunDirectory
+from tspc.training import Progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """`reference` is the pretrained network, on the device and in eval mode; `bytes_before` is the size of its state.
+
+    `directory` is open.
+    """
+
+    config: Config
+    network: NetworkSpec
+    reference: nn.Module
+    planning: Planning
+    context: Context
+    directory: RunDirectory
+    bytes_before: int
+
+    def file(self, phase: NetworkPhase) -> Path:
+        """Where the phase leaves its network."""
+        return self.directory.file(f"{phase.name}.safetensors")
+
+    def progress_file(self, phase: NetworkPhase) -> Path:
+        """Where the phase says how far it came."""
+        return self.directory.file(f"{phase.name}.progress.pt")
+
+    def work(self, phase: Phase, model: nn.Module | None = None, progress: Progress | None = None) -> Work:
+        """What the phase is given, which starts from `model`."""
+        settings: Any = self.config.phases[phase.name]
+        folder, progress = self.directory.path, progress or Progress()
+        return Work(settings, self.network, self.reference, self.planning, self.context, folder, model, progress)

@@ -1,0 +1,182 @@
+"""The phases of one run that make networks, in its locked directory: skip what is done, do the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tspc.compression import checkpoint
+from tspc.errors import RunError, TrainingError
+from tspc.phases.finished import read_record
+from tspc.phases.phase import NetworkPhase
+from tspc.phases.table import FIRST, NETWORK_PHASES
+from tspc.run.dependencies import Dependencies, decisive_settings
+from tspc.run.handover import Made, made_by_first
+from tspc.run.job import Job
+from tspc.store.files import remove
+from tspc.store.records import HANDED_OVER
+from tspc.system import interrupts, processes
+from tspc.system.launch import is_first
+from tspc.terminal.tables import percent
+from tspc.training import Progress, evaluate
+from tspc.traversal.copying import copied
+
+
+class Networks:
+    """`finished` has the record of each phase whose network the directory holds, in their order."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._context, self._directory = job, job.context, job.directory
+        self._model: nn.Module | None = None
+        """The last one, where it is in memory."""
+        self.finished: dict[str, dict[str, Any]] = {}
+
+    def make(self) -> None:
+        """Runs the phases that are asked for, as far as they are not done."""
+        requested = [phase for name, phase in NETWORK_PHASES.items() if name in self._job.config.phases]
+        self._collect(before=requested[0] if requested else None)
+        for phase in requested:
+            needs = self._dependencies(phase)
+            if not self._skip(phase, needs):
+                self._do(phase, needs, is_last=phase is requested[-1])
+        self._collect(before=None)
+
+    @property
+    def last(self) -> NetworkPhase:
+        """The furthest phase that is finished."""
+        return NETWORK_PHASES[next(reversed(self.finished))]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the furthest network; empty where there is none yet."""
+        return self.finished[self.last.name]["fingerprint"] if self.finished else ""
+
+    def read_last(self, network: nn.Module) -> nn.Module:
+        """The furthest network from its file, in the place of `network`, a copy of the reference."""
+        return checkpoint.load(self._job.file(self.last), network)
+
+    def _dependencies(self, phase: NetworkPhase) -> Dependencies:
+        settings = decisive_settings(phase, self._job.config, self._context)
+        return Dependencies(self._directory.identity, settings, self.fingerprint)
+
+    def _collect(self, before: NetworkPhase | None) -> None:
+        """Learns which earlier phases the directory holds; those after `before` do not matter yet."""
+        self.finished = {}
+        for phase in NETWORK_PHASES.values():
+            if phase is before:
+                break
+            if self._job.file(phase).exists():
+                self.finished[phase.name] = read_record(self._job.file(phase))
+                Progress.discard(self._job.progress_file(phase))  # of a process that was killed before it did
+
+    def _skip(self, phase: NetworkPhase, needs: Dependencies) -> bool:
+        """Whether the phase's network is already there. Raises RunError if it is there with other settings."""
+        path = self._job.file(phase)
+        if self._job.config.overwrite or not path.exists():
+            return False
+        record = read_record(path)
+        if changes := needs.changes(phase, record):
+            raise RunError(
+                f"{path} was made with other settings ({'; '.join(changes)}); "
+                "pass variant=NAME or another output_dir to keep both, or overwrite=true to redo it"
+            )
+        self._model = None
+        Progress.discard(self._job.progress_file(phase))
+        self.finished[phase.name] = self._measured(phase, record)
+        self._tell(phase, "done before: ")
+        return True
+
+    def _measured(self, phase: NetworkPhase, record: dict[str, Any]) -> dict[str, Any]:
+        """With the accuracy on the data at hand: a network made without data, or with other, has none yet."""
+        data = self._context.data
+        if data is None or record["data"] == data.fingerprint or phase.needs_data:
+            return record
+        path = self._job.file(phase)
+        self._model = self._context.place(checkpoint.load(path, copied(self._job.reference)))
+        record = record | {"data": data.fingerprint, "accuracy": self._accuracy(whole=False)}
+        checkpoint.save(self._model, path, network=self._job.network, info=record)
+        return record
+
+    def _do(self, phase: NetworkPhase, needs: Dependencies, is_last: bool) -> None:
+        self._refuse_to_outdate(phase)
+        seconds = self._job.config.checkpoint_seconds
+        progress = Progress(self._job.progress_file(phase), needs.fingerprint, seconds)
+        self._directory.note({"phase": phase.name, "event": "start", "seconds_before": progress.seconds})
+        if progress.warning:
+            self._context.display.warn(f"{phase.name:<9}  {progress.warning}")
+        self._model, plan = self._run(phase, progress)
+        record = {
+            "stage": phase.name,
+            "settings": needs.settings,
+            "after": needs.after,
+            "fingerprint": needs.fingerprint,
+            "seconds": progress.seconds,
+            "data": None if self._context.data is None else self._context.data.fingerprint,
+            "accuracy": self._accuracy(is_last or not _after(phase)),
+            "plan": plan,
+        }
+        self._keep(phase, self._model, record)
+        self._directory.note(
+            {"phase": phase.name, "event": "end", "seconds": record["seconds"], "accuracy": record["accuracy"]}
+        )
+        self._tell(phase, "top-1 ")
+
+    def _run(self, phase: NetworkPhase, progress: Progress) -> Made:
+        """The phase's network, on the device, and its plan if it made one."""
+        work = self._job.work(phase, self._current(), progress)
+        try:
+            if phase.by_first:
+                path = self._directory.file(phase.name + HANDED_OVER)
+                model, plan = made_by_first(lambda: phase.run(work), path, self._job.reference, self._job.network)
+            else:
+                model, plan = phase.run(work)
+        except TrainingError as error:
+            kept = self._job.file(self.last)
+            raise TrainingError(f"{phase.name}: {error}; the network before it is kept in {kept}") from error
+        return self._context.place(model), plan
+
+    def _current(self) -> nn.Module | None:
+        """The network that the next phase starts from; None where it starts from the reference."""
+        if self._model is None and self.finished:
+            self._model = self._context.place(self.read_last(copied(self._job.reference)))
+        return self._model
+
+    def _keep(self, phase: NetworkPhase, model: nn.Module, record: dict[str, Any]) -> None:
+        # First the outdated ones go: a kill in between must not leave a chain of phases that does not hold together.
+        for later in _after(phase):
+            Progress.discard(self._job.progress_file(later))
+            if is_first():
+                remove(self._job.file(later))
+        checkpoint.save(model, self._job.file(phase), network=self._job.network, info=record)
+        Progress.discard(self._job.progress_file(phase))
+        processes.wait()
+        interrupts.check(f"after {phase.name}")
+        self.finished[phase.name] = record
+
+    def _tell(self, phase: NetworkPhase, how: str) -> None:
+        accuracy = self.finished[phase.name]["accuracy"]
+        top1 = None if accuracy is None else accuracy["top1"]
+        self._context.display.finished(phase.name, f"{how}{percent(accuracy)}", top1)
+
+    def _refuse_to_outdate(self, phase: NetworkPhase) -> None:
+        """Later phases that started from something else would be lost. Raises RunError if there are any."""
+        later = [path for path in map(self._job.file, _after(phase)) if path.exists()]
+        if later and not self._job.config.overwrite:
+            raise RunError(
+                f"{later[0]} did not start from {phase.name}, and would be outdated by it; "
+                "pass variant=NAME or another output_dir to keep both, or overwrite=true to give it up"
+            )
+
+    def _accuracy(self, whole: bool) -> dict[str, Any] | None:
+        config, data = self._job.config, self._context.data
+        if data is None or (config.pretrained == "random" and list(config.phases) == [FIRST]):
+            return None
+        assert self._model is not None
+        limit = None if whole else config.eval_samples
+        return evaluate(self._model, data, self._context.device, limit=limit).to_dict()
+
+
+def _after(phase: NetworkPhase) -> list[NetworkPhase]:
+    phases = list(NETWORK_PHASES.values())
+    return phases[phases.index(phase) + 1 :]
