@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import fcntl  # not filelock: the pages test the same lock with a shared one, on a file that may be read-only
 import json
 import logging
 import os
