@@ -47,7 +47,7 @@ class Progress:
         return self._seconds_before + time.monotonic() - self._started
 
     def state_of(self, part: int) -> dict[str, Any] | None:
-        """The last saved state, if it belongs to this stage."""
+        """The last saved state, if it belongs to this part."""
         return self._state["state"] if self._state is not None and self._state["stage"] == part else None
 
     def restore_(self, network: nn.Module) -> None:
