@@ -67,7 +67,7 @@ class Run:
 
     @cached_property
     def _found(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], list[str]]:
-        """Phases, spectra, and what could not be read: that is the run's business, a page shows what there is."""
+        """Phases, spectra, and problems of files that cannot be read; a page shows what can be read."""
         phases, spectra, problems = {}, [], []
         for phase in NETWORK_PHASES:
             path = self.path / f"{phase}.safetensors"
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def phases(self) -> dict[str, dict[str, Any]]:
-        """What each finished phase wrote into the header of its checkpoint."""
+        """The data of each finished phase, from the header of its checkpoint."""
         return self._found[0]
 
     @property

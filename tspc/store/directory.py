@@ -25,11 +25,11 @@ RESULTS = ("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json",
 class RunDirectory:
     """Use as a context manager: creates and locks the directory, checks its identity, opens the log.
 
-    `identity` is plain data that everything in the directory depends on. A directory whose results belong to
-    another identity is refused, or with `overwrite` emptied of them. Raises RunError for that, if the
-    directory is in use, and if it cannot be written. `on_wait`, where given, is called once and the lock
-    awaited instead of refused; `elsewhere` tells how to keep both runs. `leaves` are the patterns of further files
-    that are results.
+    `identity` is plain data on which everything in the directory depends. If the directory holds results of another
+    identity, it is refused, or with `overwrite` the results are removed. If it is in use, it is refused; with `on_wait`
+    this function is called once, and then the lock is awaited. `elsewhere` is the advice on how to keep both runs.
+    `leaves` are the patterns of further files that are results. Raises RunError if the directory is refused or cannot
+    be written.
     """
 
     def __init__(
