@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from tspc.system.parallel import side_by_side
+from tspc.system.parallel import in_parts, side_by_side
 
 
 @pytest.fixture(autouse=True, params=[1, 2])
@@ -59,3 +59,8 @@ def test_an_error_ends_it_and_the_threads_are_given_back(threads):
         list(side_by_side(piece, range(100), size=float))
     assert len(done) < 99
     assert torch.get_num_threads() == threads
+
+
+def test_parts_hold_neighbours_up_to_a_limit():
+    assert list(in_parts([3, 4, 9, 1, 1], size=float, limit=7)) == [[3, 4], [9], [1, 1]]
+    assert list(in_parts([], size=float, limit=7)) == []

@@ -169,11 +169,6 @@ def test_many_outputs_have_the_diagonal_alone(monkeypatch):
 def test_layers_that_do_not_fit_together_are_measured_one_after_the_other(monkeypatch):
     expected = measured(Body(), VECTORS)
     monkeypatch.setattr(sensitivity, "TOGETHER", 120)
-    assert [list(part) for part in sensitivity._fitting_together(Body(), ["one", "two", "head"])] == [
-        ["one"],
-        ["two"],
-        ["head"],
-    ]
     same(measured(Body(), VECTORS), expected)
 
 

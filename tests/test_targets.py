@@ -53,7 +53,7 @@ def test_experts_keep_to_their_own_kernels(skips):
     torch.manual_seed(0)
     model = Experts(skips).eval()
     before = model(rows())
-    with pytest.warns(TspcWarning, match=r"come to experts\.0.*mixture of experts") as found:
+    with pytest.warns(TspcWarning, match=r"decide which images reach experts\.0.*mixture of experts") as found:
         small = compress(model, "svd", 0.4, calibration=rows(), settings=Calibration(batch_size=16), keep_last=False)
     assert len([w for w in found if "mixture" in str(w.message)]) == 1
     assert all(bool(value.isfinite().all()) for value in small.state_dict().values())

@@ -46,6 +46,8 @@ def main() -> None:
     # Hydra would print its errors in a form of its own; with this set it raises them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[0] = "tspc"  # what argparse's own messages begin with, also for `python -m tspc`
+    # Hydra wants the sweep's flag before the settings; people write it anywhere.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     failures: list[str] = []
     try:
         _check_arguments(sys.argv[1:])

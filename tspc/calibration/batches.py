@@ -25,7 +25,8 @@ class Batches:
     """
 
     def __init__(self, images: Tensor | Iterable[Any], samples: int, batch_size: int) -> None:
-        self._images, self._samples, self._size = images, samples, batch_size
+        self._images = [images] if _is_one_batch(images) else images
+        self._samples, self._size = samples, batch_size
         self.first: Any = None
         """What the loader gave first."""
 
@@ -35,6 +36,8 @@ class Batches:
             self.first = given if self.first is None else self.first
             rest.append(_images_of(given)[:left])
             left -= len(rest[-1])
+            if rest[-1].dtype != rest[0].dtype:
+                raise DataError(f"the calibration images are {rest[0].dtype} and {rest[-1].dtype}; give one type")
             try:
                 joined = torch.cat(rest)
             except RuntimeError as error:
@@ -47,6 +50,16 @@ class Batches:
                 break
         if rest and len(rest[0]):
             yield rest[0]
+
+
+def _is_one_batch(images: Any) -> bool:
+    """Whether a tuple of tensors is what a loader gives once, inputs with masks or labels, and not several batches."""
+    if not isinstance(images, tuple) or len(images) < 2 or not all(isinstance(item, Tensor) for item in images):
+        return False
+    first, *others = images
+    alike = all(item.dtype == first.dtype and item.shape[1:] == first.shape[1:] for item in others)
+    is_mask = not first.is_floating_point() and all(bool((item <= 1).all()) for item in others)
+    return not alike or (is_mask and not bool((first <= 1).all()))
 
 
 def _images_of(given: Any) -> Tensor:

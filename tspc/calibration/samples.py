@@ -22,7 +22,7 @@ from tspc.calibration.patches import Positions, input_patches
 from tspc.calibration.sensitivity import output_sensitivity
 from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, kernel_of
-from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
+from tspc.system.bounds import COUNT, FLAGS, NONE_OR_MORE, Bounds, out_of_range
 from tspc.system.modes import own_modes
 from tspc.system.parallel import in_parts
 from tspc.traversal.hooks import evaluating
@@ -68,6 +68,8 @@ class Calibration:
             "patches": COUNT,
             "damping": Bounds(1e-15, 1e6),
             "memory": NONE_OR_MORE,
+            "sensitivity": FLAGS,
+            "compensate": FLAGS,
         }
         return out_of_range(self, where, allowed)
 
@@ -148,7 +150,7 @@ class Samples:
         """
         check_nothing_is_missing(model, self._first)
         images = next(iter(self))[:2]
-        with evaluating(model):
+        with evaluating(model), torch.random.fork_rng(devices=[]):  # it may draw random numbers
             try:
                 found = trace(model, layers, images)
             except (RuntimeError, ValueError, TypeError) as error:

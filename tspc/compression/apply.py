@@ -21,7 +21,7 @@ from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Method, Metric, double
 from tspc.layers.dense import DenseLayer, check_values, kernel_of, kernel_shape
 from tspc.layers.forms import TensorizedLayer, tensorize
-from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_of_state_hooks
+from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_of_parameter_hooks, warn_of_state_hooks
 from tspc.models.lazy import require_sizes
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.parallel import side_by_side
@@ -60,6 +60,7 @@ def compress(
     chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
     with kept(calibration, settings, model) as samples:
         ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=on_layer)
+        warn_of_parameter_hooks({layer.name: model.get_submodule(layer.name) for layer in ranks.tensorized})
         apply_(small, ranks, samples, lambda layer, *fitted: on_layer(layer.name))
     return small
 
@@ -100,7 +101,9 @@ def tensorized(
 def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer) -> tuple[nn.Module, Plan]:
     work = copied(model)
     done: dict[str, _Done] = {}
-    warn_of_state_hooks({layer.name: model.get_submodule(layer.name) for layer in plan.tensorized})
+    dense = {layer.name: model.get_submodule(layer.name) for layer in plan.tensorized}
+    warn_of_state_hooks(dense)
+    warn_of_parameter_hooks(dense)
     check_values(model)
 
     def keep(fitted: _Done, kernel: Tensor, metric: Metric | None) -> None:
@@ -113,11 +116,11 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
         waiting = {layer.name: layer for layer in (*plan.tensorized, *compensates)}
         survey = samples.survey(model, list(waiting))
         for name, moments in moments_in_turn(model, work, list(waiting), samples, survey.trace):
-            dense = _dense(work, name)
+            layer = _dense(work, name)
             statistics = survey.statistics(name, _dense(model, name), moments, samples)
             del moments  # room for the fit
-            kernel = statistics.target.reshape(kernel_shape(dense))
-            fitted = _fitted(dense, waiting[name], kernel, statistics)
+            kernel = statistics.target.reshape(kernel_shape(layer))
+            fitted = _fitted(layer, waiting[name], kernel, statistics)
             _shift_(fitted, statistics, work, survey.trace.batch_norms.get(name))
             keep(fitted, kernel, statistics.metric)
     # Without samples, never called, or too wide: the kernel alone is used.

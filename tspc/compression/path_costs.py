@@ -65,7 +65,7 @@ def calls(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str,
 
     called = [(model.get_submodule(name), on_call(name)) for name in names]
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in called]
-    with hooked(handles), evaluating(model), torch.no_grad():
+    with hooked(handles), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             model(images)
         except Exception:  # the network may be the user's own, with other inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -18,6 +19,10 @@ from tspc.traversal.hooks import evaluating
 
 FilterFn = Callable[[str, nn.Module], bool]
 """Whether a layer, given by its name and itself, may be tensorized."""
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types of numbers in which a kernel can be decomposed."""
 
 
 def select(model: nn.Module, selection: Selection, filter_fn: FilterFn | None = None) -> list[LayerPlan]:
@@ -70,6 +75,10 @@ def why_dense(module: nn.Module) -> str | None:
         return f"{type(module).__name__} is not supported"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed from other parameters"
+    if module.weight.dtype not in DTYPES:
+        return f"its weight has numbers of the type {str(module.weight.dtype).removeprefix('torch.')}"
+    if module._buffers or module._modules or set(module._parameters) - {"weight", "bias"}:
+        return "it holds parameters, buffers or modules of its own"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1 and module.groups == module.in_channels:
         return "depthwise convolution"
     return None

@@ -19,6 +19,8 @@ from tspc.errors import ConfigError
 if TYPE_CHECKING:
     from tspc.decompositions.base import Decomposition
 
+AUTO = "auto"
+"""The name that leaves the choice to the plan."""
 ENTRY_POINTS = "tspc.methods"
 
 Method = TypeVar("Method", bound="type[Decomposition]")
@@ -32,7 +34,7 @@ class Registry(Mapping[str, "Callable[..., Decomposition]"]):
 
     def add(self, name: str, build: Callable[..., Decomposition], settings: dict[str, Any]) -> None:
         """Registers a constructor. Raises ConfigError if another class has the name."""
-        if name in self._made and self._made[name][0] is not build:
+        if name == AUTO or (name in self._made and self._made[name][0] is not build):
             raise ConfigError([f"a method called {name!r} is registered already; give yours another name"])
         self._made[name] = build, settings
 

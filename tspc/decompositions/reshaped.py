@@ -15,7 +15,8 @@ from tspc.decompositions.base import Decomposition
 from tspc.decompositions.formats import Formatted
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, kernel_dims
 from tspc.decompositions.settings import require
-from tspc.system.bounds import Bounds
+from tspc.errors import DecompositionError
+from tspc.system.bounds import Bounds, shown
 
 MOST_MODES = 8
 """The largest number of modes for the channels. More have no use for 256 = 2 ** 8, and the splits would be too many."""
@@ -54,6 +55,8 @@ class Reshaped(Decomposition):
     order: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inner, Formatted):
+            raise DecompositionError(f"{shown(self.inner)} has no tensor format to apply to a reshaped kernel")
         require(self, "order", Bounds(2, MOST_MODES), "modes")
 
     @property

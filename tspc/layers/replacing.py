@@ -76,6 +76,10 @@ def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
     set_module(model, name, module)
 
 
+def _has_hooks(tensor: nn.Parameter | None) -> bool:
+    return tensor is not None and bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)  # pyright: ignore
+
+
 def warn_of_state_hooks(layers: Mapping[str, nn.Module]) -> None:
     """Warns of hooks that act on the state dict of the named dense layers; their replacements do not get these hooks.
 
@@ -86,6 +90,18 @@ def warn_of_state_hooks(layers: Mapping[str, nn.Module]) -> None:
         warnings.warn(
             f"hooks on the state dict of {', '.join(found)} do not act on the compressed layers, because the weights "
             "have other names there; register such hooks again if you need them",
+            TspcWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_parameter_hooks(layers: Mapping[str, nn.Module]) -> None:
+    """Warns of hooks on the parameters of the named dense layers; a copy does not have them, nor do the factors."""
+    hooked = [name for name, layer in layers.items() if any(map(_has_hooks, layer._parameters.values()))]
+    if hooked:
+        warnings.warn(
+            f"hooks on the parameters of {', '.join(hooked)} do not act on the factors of the compressed layers; "
+            "register such hooks again if you need them",
             TspcWarning,
             stacklevel=2,
         )

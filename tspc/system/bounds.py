@@ -57,6 +57,10 @@ Allowed = Bounds | Sequence[str]
 """Numbers, or words."""
 
 
+FLAGS = ("true", "false")
+"""For settings that are truth values."""
+
+
 def described(allowed: Allowed, noun: str = "") -> str:
     if not isinstance(allowed, Bounds):
         return f"one of {', '.join(allowed)}"
@@ -73,6 +77,11 @@ def out_of_range(settings: Any, where: str, allowed: Mapping[str, Allowed]) -> l
     for name, options in allowed.items():
         value, kind = getattr(settings, name), kinds[name]
         if value is None and "None" in kind:
+            continue
+        if options is FLAGS:
+            if not isinstance(getattr(settings, name), bool):
+                key = f"{where}.{name}" if where else name
+                found.append(f"{key}={shown(getattr(settings, name))}: expected true or false")
             continue
         is_broken = kind.startswith("int") and not isinstance(value, int)
         if is_broken or isinstance(value, list | dict) or value not in options:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.errors import TspcWarning
-from tspc.traversal.hooks import Reached, run_until_reached
+from tspc.traversal.hooks import Reached, run_until_reached, seeded
 from tspc.traversal.nested import UnknownValueError, mapped, tensors_in
 from tspc.traversal.stash import Room, Stash
 
@@ -42,8 +42,8 @@ class Arguments:
         Arguments that cannot be kept are computed again each time they are read.
         """
         try:
-            for images in self._images if self._name else ():
-                call = self._made(images)
+            for number, images in enumerate(self._images if self._name else ()):
+                call = self._made(number, images)
                 self.is_complete &= call is not None
                 self._kept.append(call)
         except UnknownValueError as error:
@@ -57,7 +57,7 @@ class Arguments:
             )
 
     @torch.no_grad()
-    def _made(self, images: Tensor) -> Call | None:
+    def _made(self, number: int, images: Tensor) -> Call | None:
         """The arguments for a batch of images, found by running the network up to the module."""
         if self._name == "":
             return (images.clone(),), {}
@@ -68,7 +68,8 @@ class Arguments:
             raise Reached
 
         module = self._model.get_submodule(self._name)
-        run_until_reached(self._model, [module.register_forward_pre_hook(hook, with_kwargs=True)], images)
+        with seeded(number):
+            run_until_reached(self._model, [module.register_forward_pre_hook(hook, with_kwargs=True)], images)
         return found[0] if found else None
 
     def __len__(self) -> int:
@@ -87,12 +88,12 @@ class Arguments:
 
     def __getitem__(self, number: int) -> Call | None:
         """A copy of the arguments for a batch. `images` must then support indexing by the batch's number."""
-        return self._copy(number) if self._is_kept else self._made(cast(Stash, self._images)[number])
+        return self._copy(number) if self._is_kept else self._made(number, cast(Stash, self._images)[number])
 
     def __iter__(self) -> Iterator[Call | None]:
         if self._is_kept:
             return (self._copy(number) for number in range(len(self)))
-        return (self._made(images) for images in self._images)
+        return (self._made(number, images) for number, images in enumerate(self._images))
 
     def _copy(self, number: int) -> Call | None:
         return mapped(self._kept[number], Tensor.clone)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -62,3 +63,15 @@ def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any
 
     with hooked([model.get_submodule(name).register_forward_hook(keep(name)) for name in names]):
         yield found
+
+
+@contextmanager
+def seeded(number: int) -> Iterator[None]:
+    """Random numbers on the CPU that depend on the number alone; the state before is restored.
+
+    A network may draw some in eval mode, too. The reference and the compressed network must draw the same ones for a
+    batch, or their answers do not belong together.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(number)
+        yield

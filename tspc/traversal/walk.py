@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from tspc.layers.norms import along_channels, has_statistics, is_untouched, takes_shift
 from tspc.traversal.arguments import Arguments, Call
 from tspc.traversal.blocks import block_of, find_blocks
-from tspc.traversal.hooks import Reached, first_argument, hooked, run_until_reached, version_of
+from tspc.traversal.hooks import Reached, first_argument, hooked, run_until_reached, seeded, version_of
 from tspc.traversal.nested import tensors_in
 from tspc.traversal.stash import Room
 
@@ -222,8 +222,10 @@ class Walker:
     def answer(self) -> None:
         """Runs the segment over all batches and keeps its outputs, for `output` and for the next segment."""
         module = self.model.get_submodule(self.segment.module)
-        for args, kwargs in filter(None, self._arguments):
-            self._keep(module(*args, **kwargs))
+        for number, call in enumerate(self._arguments):
+            if call is not None:
+                with seeded(number):
+                    self._keep(module(*call[0], **call[1]))
 
     def _keep(self, output: Any) -> None:
         """Keeps the output of the segment for a batch as the arguments of the next segment."""
@@ -287,9 +289,10 @@ class Walker:
                 self.model.get_submodule(name).register_forward_hook(hook(name, number), with_kwargs=True, prepend=True)
                 for name in layers
             ]
-            if keeps:
-                with hooked(handles):
-                    self._keep(module(*given, **named))
-            else:
-                run_until_reached(module, handles, *given, **named)
+            with seeded(number):
+                if keeps:
+                    with hooked(handles):
+                        self._keep(module(*given, **named))
+                else:
+                    run_until_reached(module, handles, *given, **named)
             yield
