@@ -89,3 +89,10 @@ def test_wrong_values_are_named():
         tspc.compress(Chain(), "svd", 0.5, calibration=images(), settings=tspc.Calibration(compensate=5))  # type: ignore
     with pytest.raises(DecompositionError, match="no tensor format"):
         tspc.Reshaped(tspc.SVD(), 2)  # type: ignore[arg-type]
+
+
+def test_samples_whose_block_has_ended_are_refused():
+    with tspc.Samples(images()) as samples:
+        pass
+    with pytest.raises(DataError, match="their `with` block has ended"):
+        tspc.compress(Chain(), "svd", 0.5, calibration=samples)

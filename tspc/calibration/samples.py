@@ -114,6 +114,7 @@ class Samples:
         self.room, self._matrices = Room(self.settings.memory), Room(MATRICES)
         self._sensitivity: tuple[nn.Module, dict[str, Stash]] | None = None
         self._asked = set[str]()
+        self._is_closed = False
         self._images, self._count = Stash(self.room), 0
         try:
             batches = Batches(images, self.settings.samples, self.settings.batch_size)
@@ -131,6 +132,7 @@ class Samples:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._is_closed = True
         self.room.close()
         self._matrices.close()
 
@@ -140,6 +142,8 @@ class Samples:
 
     def __iter__(self) -> Iterator[Tensor]:
         """The images, batch by batch, on the device."""
+        if self._is_closed:
+            raise DataError("these samples are used up: their `with` block has ended; make new ones")
         for batch in self._images:
             yield batch if self.device is None else batch.to(self.device)
 

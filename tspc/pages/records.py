@@ -48,8 +48,8 @@ class Run:
     @property
     def series(self) -> str:
         """The method and the settings in the directory's name, without the rate; runs of one curve share it."""
-        head = f"{self.method}-{self.goal}"
-        return self.method + self.path.parent.name.removeprefix(head)
+        head, name = f"{self.method}-{self.goal}", self.path.parent.name
+        return self.method + (name.removeprefix(head) if name.startswith(head) else "")  # a folder may be renamed
 
     @property
     def goal(self) -> str:
