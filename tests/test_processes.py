@@ -46,6 +46,7 @@ if processes.is_first():
     networks = {"trained": model, "distilled": small, "tuned": tuned}
     state = {f"{n}.{k}": v for n, net in networks.items() for k, v in net.state_dict().items()}
     torch.save({"state": state, "accuracy": [found.top1, found.images]}, sys.argv[1])
+processes.wait()
 """
 
 

@@ -100,6 +100,8 @@ for method in ("tk", "rtt"):
     gradients |= {f"{method}.{name}": p.grad for name, p in model.named_parameters()}
 if processes.is_first():
     torch.save(gradients, sys.argv[1])
+del wrapped, optimizer  # before the processes part
+processes.wait()
 """
 
 
