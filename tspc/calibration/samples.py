@@ -22,7 +22,7 @@ from tspc.calibration.patches import Positions, input_patches
 from tspc.calibration.sensitivity import output_sensitivity
 from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, kernel_of
-from tspc.system.bounds import COUNT, FLAGS, NONE_OR_MORE, Bounds, out_of_range
+from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
 from tspc.system.modes import own_modes
 from tspc.system.parallel import in_parts
 from tspc.traversal.hooks import evaluating
@@ -68,8 +68,6 @@ class Calibration:
             "patches": COUNT,
             "damping": Bounds(1e-15, 1e6),
             "memory": NONE_OR_MORE,
-            "sensitivity": FLAGS,
-            "compensate": FLAGS,
         }
         return out_of_range(self, where, allowed)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tspc.decompositions import Auto, Decomposition, Method, TensorTrain, resolve
 from tspc.errors import ConfigError
-from tspc.system.bounds import COUNT, FLAGS, NONE_OR_MORE, POSITIVE_SHARE, out_of_range, shown, unknown
+from tspc.system.bounds import COUNT, NONE_OR_MORE, POSITIVE_SHARE, out_of_range, shown, unknown
 
 ALLOCATIONS = ("global", "uniform")
 RATE_DECAYS = ("flat", "linear_inc", "linear_dec")
@@ -49,7 +49,7 @@ class Selection:
             for key, value in lists.items()
             if isinstance(value, str)
         ]
-        return texts + out_of_range(self, where, {"min_params": NONE_OR_MORE, "keep_first": FLAGS, "keep_last": FLAGS})
+        return texts + out_of_range(self, where, {"min_params": NONE_OR_MORE})
 
 
 TENSOR_TRAIN, USUAL = TensorTrain(), Selection()

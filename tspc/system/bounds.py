@@ -57,10 +57,6 @@ Allowed = Bounds | Sequence[str]
 """Numbers, or words."""
 
 
-FLAGS = ("true", "false")
-"""For settings that are truth values."""
-
-
 def described(allowed: Allowed, noun: str = "") -> str:
     if not isinstance(allowed, Bounds):
         return f"one of {', '.join(allowed)}"
@@ -70,24 +66,24 @@ def described(allowed: Allowed, noun: str = "") -> str:
 def out_of_range(settings: Any, where: str, allowed: Mapping[str, Allowed]) -> list[str]:
     """One line for each field of a dataclass with a value that is not allowed; None is allowed if its type says so.
 
-    `where` is the group of the settings, empty at the top level.
+    Truth values need no entry in `allowed`. `where` is the group of the settings, empty at the top level.
     """
     kinds = {field.name: str(field.type) for field in dataclasses.fields(settings)}
-    found = []
+    prefix = f"{where}." if where else ""
+    flags = {name: getattr(settings, name) for name, kind in kinds.items() if kind == "bool"}
+    found = [
+        f"{prefix}{name}={shown(value)}: expected true or false"
+        for name, value in flags.items()
+        if not isinstance(value, bool)
+    ]
     for name, options in allowed.items():
         value, kind = getattr(settings, name), kinds[name]
         if value is None and "None" in kind:
             continue
-        if options is FLAGS:
-            if not isinstance(getattr(settings, name), bool):
-                key = f"{where}.{name}" if where else name
-                found.append(f"{key}={shown(getattr(settings, name))}: expected true or false")
-            continue
         is_broken = kind.startswith("int") and not isinstance(value, int)
         if is_broken or isinstance(value, list | dict) or value not in options:
             noun = {"int": "a whole number", "float": "a number"}.get(kind.partition(" ")[0], "")
-            key = f"{where}.{name}" if where else name
-            found.append(f"{key}={shown(value)}: expected {described(options, noun)}")
+            found.append(f"{prefix}{name}={shown(value)}: expected {described(options, noun)}")
     return found
 
 
