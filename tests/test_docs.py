@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from tspc.decompositions import names
 from tspc.run.config import TOP_LEVEL
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,11 @@ def test_a_key_without_a_meaning_is_found(reference):
     key = reference.Key("phase", "new", "phase.new.colour", 1, "", "number")
     with pytest.raises(LookupError, match=r"phase\.new\.colour .* has no meaning"):
         reference._meaning(key, {})
+
+
+def test_the_table_of_methods_has_every_method_once():
+    rows = (ROOT / "docs/methods.md").read_text().split("| method |")[1].split("\n\n")[0].splitlines()[2:]
+    assert sorted(row.split("`")[1] for row in rows) == sorted(names())
 
 
 @pytest.mark.slow

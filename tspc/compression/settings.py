@@ -10,6 +10,8 @@ from tspc.decompositions import Auto, Decomposition, Method, TensorTrain, resolv
 from tspc.errors import ConfigError
 from tspc.system.bounds import COUNT, NONE_OR_MORE, POSITIVE_SHARE, out_of_range, shown, unknown
 
+GOALS = ("rate", "target_error")
+"""The settings of which one says how small the network becomes."""
 ALLOCATIONS = ("global", "uniform")
 RATE_DECAYS = ("flat", "linear_inc", "linear_dec")
 RATE_SCOPES = ("layers", "network")

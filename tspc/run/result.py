@@ -35,15 +35,10 @@ def result_of(
     plan = Plan.from_dict(finished[FIRST]["plan"])
     return {
         "directory": str(directory),
-        "method": config.planning.method.to_dict(),
+        **config.planning.identity,
         "rate": plan.rate,
         "rate_reached": plan.rate_reached,
-        "rate_decay": plan.rate_decay,
-        "rate_scope": plan.rate_scope,
-        "allocation": plan.allocation,
-        "objective": plan.objective,
         "paths": plan.paths,
-        "target_error": config.planning.target_error,
         "output_error": plan.output_error,
         "dataset": config.dataset.name,
         "network": spec.name,
