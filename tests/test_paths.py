@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 import tspc
 from tests.conftest import TINY
@@ -16,10 +19,11 @@ from tests.nets import Net, a_layer, images, small_net
 from tspc.compression.apply import tensorized
 from tspc.compression.path_costs import GAIN, Costs, input_sizes
 from tspc.compression.plan import SLOWER, Plan
-from tspc.decompositions import METHODS
+from tspc.decompositions import METHODS, Decomposition
 from tspc.deploy import cost
 from tspc.errors import ConfigError, DataError
-from tspc.layers.chains import CHAIN, REBUILT, groupings, members
+from tspc.layers.chains import CHAIN, REBUILT, groupings, members, merged
+from tspc.layers.dense import kernel_shape
 from tspc.layers.forms import tensorized_layers, untrained
 from tspc.phases.plan import macs_at
 
@@ -35,6 +39,51 @@ def test_names_of_paths():
     assert members("1|234", 4) == [range(0, 1), range(1, 4)]
     with pytest.raises(ConfigError, match=r"path '2\|1' does not exist here; choose one of chain, 1\|23"):
         members("2|1", 3)
+
+
+def low_ranks(method: Decomposition, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All ranks of ones and twos that the method can use."""
+    return [
+        rank
+        for rank in product(*(range(1, min(2, top) + 1) for top in method.max_rank(shape)))
+        if method.is_useful(shape, rank)
+    ]
+
+
+@each_method
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 12)], ids=["conv", "linear"])
+def test_every_path_of_every_low_rank_computes_the_rebuilt_kernel_and_costs_what_is_planned(name, layer):
+    layer, convolves = layer.double(), isinstance(layer, nn.Conv2d)
+    shape = kernel_shape(layer)
+    method = METHODS[name]().for_shape(shape)
+    x = torch.randn(1, 8, *((6, 5) if convolves else ()), dtype=torch.float64)
+    costs = Costs(objective="macs", sizes={"0": (6, 5) if convolves else (1, 1)})
+    for rank in low_ranks(method, shape):
+        small = untrained(layer, method, rank).eval()
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.normal_()
+            wanted = functional_call(layer, {"weight": small.weight, "bias": small.bias}, (x,))
+        for path in small.paths:
+            small.path = path
+            torch.testing.assert_close(small(x), wanted, rtol=1e-10, atol=1e-10, msg=f"{path} at {rank}")
+            assert [tuple(kernel.shape) for kernel in small.kernels()] == [
+                (*stage.shape, 1, 1)[:4] if convolves else stage.shape[:2] for stage in small.stages
+            ]
+            assert costs.of(layer, "0", method, rank, path) == cost(small, (x,)).macs, (path, rank)
+
+
+@pytest.mark.parametrize("widths", [(12, 6, 18, 6), (6, 6, 6, 6)], ids=str)
+def test_links_of_any_groups_merge_into_one_dense_kernel(widths):
+    x = torch.randn(2, widths[0], 5, 6, dtype=torch.float64)
+    for groups in product((1, 2, 3, 6), repeat=3):
+        kernels, wanted = [], x
+        for before, after, window, count in zip(widths, widths[1:], ((3, 1), (1, 2), (1, 1)), groups, strict=False):
+            kernels.append(torch.randn(after, before // count, *window, dtype=torch.float64))
+            wanted = F.conv2d(wanted, kernels[-1], groups=count)
+        found = merged(kernels, widths[0])
+        assert found.shape == (6, widths[0], 3, 2)
+        torch.testing.assert_close(F.conv2d(x, found), wanted, rtol=1e-10, atol=1e-10, msg=f"groups {groups}")
 
 
 @each_method

@@ -85,7 +85,7 @@ def stages_of(decomposition: Decomposition, shape: Shape, rank: Rank, path: str,
 
 
 def _merged_stage(links: list[Stage], channels: int) -> Stage:
-    """Several links as one stage. Its kernel is dense, unless all links are depthwise."""
+    """One link as a stage, or several: the kernel of several is always dense."""
     window = [1, 1]
     for link in links:
         window = [max(a, b) for a, b in zip(window, link.shape[2:], strict=True)]
@@ -97,34 +97,32 @@ def _merged_stage(links: list[Stage], channels: int) -> Stage:
 def merged(kernels: Sequence[Tensor], channels: int) -> Tensor:
     """The kernel of one convolution that equals several in sequence. No two of them convolve over the same axis.
 
-    Kernels are (out, in of one group, height, width). `channels` is the number of input channels of the first one.
-    Differentiable.
+    Kernels are (out, in of one group, height, width), and may have any number of groups. `channels` is the number of
+    input channels of the first one. The kernel of several is dense: it has one group. Differentiable.
     """
     first, *others = kernels
-    if not others:
-        return first
-    first = _ungrouped(first, channels)
     for other in others:
-        other = _ungrouped(other, len(first))
-        if first.shape[1] < channels:  # depthwise, then a map of the channels
-            product = torch.einsum("rhw,trij->trhwij", first[:, 0], other)
-        elif other.shape[1] < len(first):
-            product = torch.einsum("rshw,rij->rshwij", first, other[:, 0])
+        groups, others_groups = channels // first.shape[1], len(first) // other.shape[1]
+        if others_groups > 1:
+            first = _ungrouped(first, groups)
+            parts = first.unflatten(0, (others_groups, -1)), other.unflatten(0, (others_groups, -1))
+            product = torch.einsum("gmshw,gomij->goshwij", *parts).flatten(0, 1)
+        elif groups > 1:
+            parts = first.unflatten(0, (groups, -1)), other.unflatten(1, (groups, -1))
+            product = torch.einsum("gmshw,tgmij->tgshwij", *parts).flatten(1, 2)
         else:
-            product = torch.einsum("rshw,trij->tshwij", first, other)
+            product = torch.einsum("mshw,tmij->tshwij", first, other)
         t, s, h, w, i, j = product.shape
         first = product.permute(0, 1, 2, 4, 3, 5).reshape(t, s, h * i, w * j)
     return first
 
 
-def _ungrouped(kernel: Tensor, channels: int) -> Tensor:
-    """A grouped kernel for all channels, with zeros between the groups; a dense or depthwise kernel unchanged."""
-    out, inputs, h, w = kernel.shape
-    if inputs == channels or (inputs == 1 and out == channels):
+def _ungrouped(kernel: Tensor, groups: int) -> Tensor:
+    """A grouped kernel for all channels, with zeros between the groups."""
+    if groups == 1:
         return kernel
-    groups = channels // inputs
-    spread = torch.einsum("goihw,gk->gokihw", kernel.reshape(groups, -1, inputs, h, w), torch.eye(groups).to(kernel))
-    return spread.reshape(out, channels, h, w)
+    spread = torch.einsum("goihw,gk->gokihw", kernel.unflatten(0, (groups, -1)), torch.eye(groups).to(kernel))
+    return spread.flatten(2, 3).flatten(0, 1)
 
 
 def contracted(decomposition: Decomposition, factors: Factors, path: str) -> list[Tensor]:
