@@ -51,7 +51,7 @@ def test_a_run_is_exported_and_measured_after_it_was_made(cli, tmp_path):
     # What follows makes another network: what is known of the old one is not said of the new one.
     code, out, _ = cli(*RUN, "phase=finetune", "phase.finetune.steps=1")
     assert code == 0
-    assert "benchmark.json is of an earlier state; phase=benchmark makes it anew" in out
+    assert "benchmark.json is of an earlier network; phase=benchmark makes it anew" in out
     result = json.loads((run / "result.json").read_text())
     assert {"export", "benchmark"}.isdisjoint(result)
     assert "phase=finetune" in result["command"]
@@ -113,7 +113,7 @@ def test_what_is_missing_is_told_before_any_work(cli, tmp_path, monkeypatch):
         ("phase.benchmark.batch_sizes=[0]", r"batch_sizes=\[0\]: expected whole numbers of at least 1"),
         (
             "phase.benchmark.batch_sizes=[half]",
-            r"batch_sizes=\['half'\]: expected a list, and for each of its items a whole number",
+            r"batch_sizes=\['half'\]: expected a list in which each item is a whole number",
         ),
         ("phase.benchmark.runtimes=[tensorrt]", "phase.benchmark.runtimes=.*expected a list of eager, compile, onnx"),
     ],

@@ -158,5 +158,5 @@ def test_a_full_disk_where_a_package_writes_is_one_line(cli: Cli, monkeypatch):
     code, _, err = cli(*TINY)
     assert (code, err) == (
         1,
-        "tspc: cannot use outputs: No space left on device; mend that and run the same command again\n",
+        "tspc: cannot use outputs: No space left on device; solve this, then run the same command again\n",
     )

@@ -27,7 +27,7 @@ class Net(nn.Module):
         x = F.max_pool2d(F.relu(self.norm(self.conv2(F.relu(self.conv1(x))))), 4)
         return self.fc2(F.relu(self.fc1(x.view(x.size(0), -1))))
 """
-ONLY_CONTIGUOUS = "Net runs on contiguous images: channels last is faster, but there it fails (view size is not"
+ONLY_CONTIGUOUS = "Net runs on contiguous images: channels last would be faster, but then it fails (view size is not"
 
 
 @pytest.mark.parametrize("method", ["svd", "rcp"])

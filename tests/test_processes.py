@@ -137,7 +137,7 @@ def test_a_sweep_in_two_processes_and_a_batch_that_they_cannot_share(tmp_path):
     launch(2, "-m", "tspc", "-m", *options, "model=resnet8,resnet8_v2", folder=tmp_path)
     assert len(list(tmp_path.rglob("model.safetensors"))) == 2
     with pytest.raises(
-        AssertionError, match=r"tspc: phase\.distill\.batch_size=100: 3 processes share it, take a multiple of 3"
+        AssertionError, match=r"tspc: phase\.distill\.batch_size=100: 3 processes share a batch; give a multiple of 3"
     ):
         launch(3, "-m", "tspc", *TINY, f"output_dir={tmp_path / 'p'}", folder=tmp_path)
     assert not (tmp_path / "p").exists()

@@ -1,4 +1,4 @@
-"""The `tspc` command. The only file that knows Hydra; PyTorch is imported when a job starts, not before."""
+"""The `tspc` command. It starts Hydra; PyTorch is imported when a job starts, not before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rate → ranks over the whole network, before anything is changed."""
+"""Chooses the ranks of all layers for a rate or an error, before anything is changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tspc.system.modes import own_modes
 from tspc.traversal.blocks import block_of, find_blocks
 
 RATE_STEPS = 24
-"""Bisections of the rate that meets a target error."""
+"""The number of bisections that search for the rate of a target error."""
 
 
 @own_modes()
@@ -40,23 +40,23 @@ def plan(
 ) -> Plan:
     """Chooses the ranks of every layer of `model`; changes nothing.
 
-    What is asked for is a `PlanSettings` in the place of the method; or a method by its name or itself, a `rate` (0.2
-    where no goal is given), and `options`, which are the fields of `PlanSettings` and of its `Selection`.
-    `filter_fn`, a predicate (name, module) -> bool, keeps those layers dense for which it is false.
+    `method` is a method, its name, or a `PlanSettings` with all settings. `rate` is the share of parameters that may be
+    left (0.2 if neither it nor `target_error` is given). `options` are fields of `PlanSettings` and of its `Selection`.
+    `filter_fn(name, module)` chooses layers: a layer stays dense if it returns False.
 
-    Errors are those of the layers' outputs over the `calibration` data, without it of the kernels. The data is a tensor
-    of images (N, …), or gives batches of them, with or without labels, like a DataLoader; its `settings` say how it is
-    used. Or it is `Samples`, which are kept for several calls. `curves`, where given, are not measured again.
-    `example` (images; by default one of the samples) shows the sizes of the layers' inputs, by which the paths are
-    chosen. `on_layer` is told the name of each layer whose errors were measured.
+    With `calibration` data the errors are those of the layers' outputs, else those of the kernels. The data is a tensor
+    of images (N, …), or an iterable of batches, with or without labels, such as a DataLoader; `settings` say how it is
+    used. Or it is `Samples`, which serve several calls. If `curves` are given, the errors are not measured again.
+    `example` (images; by default one of the samples) shows the sizes of the layers' inputs. They decide which path is
+    the cheapest. `on_layer` is called with the name of each layer after its errors were measured.
 
-    Raises ConfigError for a wrong argument or a network with nothing to tensorize, InfeasibleRateError if
-    the rate cannot be met; the latter names the smallest rate that can.
+    Raises ConfigError for a wrong argument or a network with nothing to tensorize. Raises InfeasibleRateError if the
+    rate cannot be met; the error names the smallest possible rate.
     """
     asked = PlanSettings.of(method, rate, **options)
     sketch = outline(model, asked, filter_fn)
     if asked.target_error is None:
-        sketch.budget(asked.rate)  # a rate that cannot be met is refused before the work
+        sketch.budget(asked.rate)  # raises the error before the work if the rate cannot be met
     with kept(calibration, settings, model) as samples:
         if curves is None and asked.needs_curves:
             curves = error_curves(model, sketch.layers, asked.method, samples, on_layer=on_layer)
@@ -67,7 +67,7 @@ def plan(
 
 @own_modes()
 def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: Tensor | None) -> Plan:
-    """The ranks of an outline's layers, from their error curves, and the paths for inputs as large as the `example`.
+    """The ranks of an outline's layers, from their error curves, and the paths for inputs of the `example`'s size.
 
     Raises InfeasibleRateError if the rate cannot be met, ConfigError if the target error cannot.
     """
@@ -99,7 +99,7 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
 
 
 def _weights(model: nn.Module, layers: list[LayerPlan], rate_decay: str) -> list[float]:
-    """Relative rate of each layer: 1 for all, or the number of its block counted from either end."""
+    """The relative rate of each layer: 1 for all, or the number of its block, counted from the first or the last."""
     if rate_decay == "flat":
         return [1.0] * len(layers)
     blocks = find_blocks(model, [layer.name for layer in layers])
@@ -112,7 +112,9 @@ def _smallest_plan(at: Callable[[float], Plan], low: float, target_error: float)
     best, high = at(1.0), 1.0
     if _expected(best) > target_error:
         least = _expected(best)
-        message = f"target_error={target_error} cannot be met: at rate 1 it is {least:.4g}; allocation=global can"
+        message = (
+            f"target_error={target_error} cannot be met: at rate 1 the error is {least:.4g}; use allocation=global"
+        )
         raise ConfigError([message])
     if _expected(smallest := at(low)) <= target_error:
         return smallest

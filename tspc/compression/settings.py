@@ -1,4 +1,4 @@
-"""What a plan is made for: the method, the goal, and how the budget is shared out."""
+"""The settings of a plan: the method, the rate or error wanted, and how layers share the parameters."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from tspc.errors import ConfigError
 from tspc.system.bounds import COUNT, NONE_OR_MORE, POSITIVE_SHARE, out_of_range, shown, unknown
 
 GOALS = ("rate", "target_error")
-"""The settings of which one says how small the network becomes."""
+"""Settings that say how small the network becomes; a plan has one of them."""
 ALLOCATIONS = ("global", "uniform")
 RATE_DECAYS = ("flat", "linear_inc", "linear_dec")
 RATE_SCOPES = ("layers", "network")
 OBJECTIVES = ("parameters", "latency", "macs")
 PATH_COSTS = ("model", "measure")
-"""Where the costs of a layer's paths come from."""
+"""How the costs of a layer's paths are found."""
 BESIDE = ("calibration", "settings", "filter_fn", "example", "on_layer")
-"""What `tspc.plan` and `tspc.compress` take besides these settings."""
+"""Arguments of `tspc.plan` and `tspc.compress` that are not settings."""
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which layers stay dense.
 
-    These are the first convolution (`keep_first`), the last layer (`keep_last`), and layers whose name matches a
-    wildcard in `exclude`. Where there are wildcards in `include`, layers whose name matches none of them stay dense,
-    too. So do layers with fewer than `min_params` parameters.
+    These are the first convolution (`keep_first`), the last layer (`keep_last`), layers whose name matches a wildcard
+    in `exclude`, and layers with fewer than `min_params` parameters. If `include` has wildcards, layers whose name
+    matches none of them stay dense, too.
     """
 
     keep_first: bool = True
@@ -59,23 +59,23 @@ TENSOR_TRAIN, USUAL = TensorTrain(), Selection()
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a plan is made for. The fields are the keys of `conf/config.yaml`.
+    """The settings of a plan. The fields are keys of `conf/config.yaml`.
 
-    - `method`: one decomposition for all layers, or `Auto`, the best of several for each. A name will do.
-    - `rate`: a ceiling on parameters after ÷ before, in (0, 1].
-    - `target_error`: the inverse question, in the place of the rate. The plan has the smallest rate at which the root
-      mean square of the layers' output errors is expected to be at most this, in (0, 1].
+    - `method`: one decomposition for all layers, or `Auto`, which takes the best of several for each layer; or a name.
+    - `rate`: the largest parameters after ÷ before, in (0, 1].
+    - `target_error`, in the place of the rate, in (0, 1]: the plan has the smallest rate at which the root mean square
+      of the layers' output errors is expected to be at most this.
     - `allocation`: "global" spends the budget where it lowers the error most, and may keep layers dense; "uniform"
-      gives every layer the same rate. A layer whose share is below its smallest form takes that form, and the other
-      layers get less.
+      gives every layer the same rate. If a layer's share is too small for the smallest rank, the layer takes this rank,
+      and the other layers get less.
     - `rate_decay`: how a uniform rate changes with the depth of a layer's block, at the same total: "flat",
       "linear_inc" (it rises), "linear_dec" (it falls).
     - `rate_scope`: what the rate counts: the "layers" that can be tensorized, or the whole "network".
-    - `rank_multiple`: ranks are multiples of it, or a mode's whole size.
-    - `objective`: with "latency" or "macs" layers of which no path is faster stay dense, for as long as that leaves
-      the others half of their share; with "parameters" none does for that reason.
-    - `paths`: where the costs of the paths come from, of which every tensorized layer takes the cheapest: a cost
-      "model", or the clock ("measure").
+    - `rank_multiple`: every rank is a multiple of this number, or the largest possible rank.
+    - `objective`: with "latency" or "macs" a layer stays dense if no path is faster, as long as the other layers keep
+      half of their parameters; with "parameters" no layer stays dense for this reason.
+    - `paths`: every tensorized layer takes its cheapest path. The costs come from a cost "model", or from the clock
+      ("measure").
     - `selection`: which layers stay dense.
     """
 
@@ -97,8 +97,8 @@ class PlanSettings:
     def of(cls, method: str | Method | PlanSettings = "tt", rate: float | None = None, **options: Any) -> PlanSettings:
         """Settings from the arguments of `tspc.plan`.
 
-        `options` are fields of this class and of `Selection`. They replace those of settings that take the method's
-        place. Raises ConfigError, with every problem, for unknown names and wrong values.
+        `options` are fields of this class and of `Selection`. If `method` is a `PlanSettings`, they replace its fields.
+        Raises ConfigError, with every problem, for unknown names and wrong values.
         """
         start = method if isinstance(method, PlanSettings) else cls(resolve(method))
         options |= {} if rate is None else {"rate": rate}
@@ -133,7 +133,7 @@ class PlanSettings:
         if self.target_error is not None and self.rate != PlanSettings.rate:
             found.append(self._two_goals)
         if self.rate_decay in RATE_DECAYS[1:] and self.allocation == "global":
-            found.append(f"rate_decay={self.rate_decay} prescribes each layer's share: it needs allocation=uniform")
+            found.append(f"rate_decay={self.rate_decay} sets the rate of each layer, so it needs allocation=uniform")
         return found + self.selection.problems(where)
 
     @property
@@ -142,7 +142,7 @@ class PlanSettings:
 
     @property
     def needs_curves(self) -> bool:
-        """Whether the ranks follow from more than the rate."""
+        """Whether the ranks depend on the layers' errors."""
         return self.allocation == "global" or self.target_error is not None or isinstance(self.method, Auto)
 
     @property

@@ -1,4 +1,4 @@
-"""The compressed network against the dense one: latency by turns, operations, memory."""
+"""Compares the compressed network with the dense one: latency (measured in turn), operations, memory."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ FOUND = {
         )
     ],
 }
-"""What `benchmark.json` tells."""
+"""The schema of what `benchmark.json` says was found."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where and how long to measure. `seconds` are those of one runtime at one batch size, both networks together."""
+    """What and how long to measure. `seconds` is the time for one runtime and batch size, both networks together."""
 
     batch_sizes: tuple[int, ...] = (1, 32)
     runtimes: tuple[str, ...] = RUNTIMES
@@ -59,7 +59,7 @@ class Benchmark:
 def measure(
     dense: nn.Module, compressed: nn.Module, settings: Benchmark, example: Example, display: Display
 ) -> dict[str, Any]:
-    """Both networks in eval mode, in every runtime at every batch size; plain data."""
+    """Measures both networks in eval mode, in every runtime and batch size; returns plain data."""
     inputs = example.tensors
     largest = max(settings.batch_sizes)
     networks = {"dense": dense.eval(), "compressed": compressed.eval()}
@@ -87,13 +87,13 @@ def _device(device: torch.device) -> str:
 
 
 def benchmark_tables(found: dict[str, Any]) -> list[Table]:
-    """Latency, and what else a forward pass costs."""
+    """Tables of the latency and of the other costs of a forward pass."""
     return [_timing_table(found), _cost_table(found)]
 
 
 def _timing_table(found: dict[str, Any]) -> Table:
     where = found["device"] if found["device"] != "cpu" else f"cpu, {found['threads']} threads"
-    table = Table(title=f"Latency in milliseconds a batch ({where})", title_justify="left")
+    table = Table(title=f"Latency of a batch in milliseconds ({where})", title_justify="left")
     table.add_column("runtime")
     heads = ("batch", "dense\nmedian", "\np95", "compressed\nmedian", "\np95", "speedup", "compressed\ninputs/s")
     for head in heads:
@@ -108,7 +108,7 @@ def _timing_table(found: dict[str, Any]) -> Table:
         last = f"{entry['speedup']:.2f}×", f"{small['throughput']:,.0f}"
         table.add_row(entry["runtime"], str(entry["batch_size"]), *times, *last)
     notes = [f"{runtime}, batch {', '.join(sizes)}, was left out: {why}" for (runtime, why), sizes in skipped.items()]
-    # As text: an extra's brackets are no markup.
+    # As Text, because rich would read the brackets in `tspc[onnx]` as markup.
     table.caption, table.caption_justify = Text("\n".join(notes)) if notes else None, "left"
     return table
 
@@ -120,7 +120,7 @@ def _cost_table(found: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     dense, small = found["cost"]["dense"], found["cost"]["compressed"]
     rows = {
-        "macs": "multiply-accumulates an input",
+        "macs": "multiply-accumulates for one input",
         "parameters": "parameters",
         "weight_bytes": "bytes of weights",
         "peak_bytes": f"bytes at the peak, batch {found['memory_batch']}",

@@ -1,4 +1,4 @@
-"""Phase 0: dense layers out, tensorized layers in."""
+"""Phase 0: replaces dense layers by tensorized layers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Phase 1: block after block learns to reproduce the reference network's activations (arXiv:1805.10352, section 5).
 
-The paper's code runs both whole networks for every step of every block. Here a block's inputs and targets are computed
-once, when its turn comes, and kept: a step then costs one block, forward and backward.
+The paper's code runs both whole networks for every step of every block. Here the inputs and targets of a block are
+computed once, before it is trained, and kept. A step then costs one forward and backward pass of the block.
 """
 
 from __future__ import annotations
@@ -37,22 +37,21 @@ from tspc.traversal.walk import Trace, trace
 BATCH_NORMS = ("frozen", "updated")
 WAYS = ("sequential", "parallel", "mixed")
 FEW_NORMS = 8
-"""Batch norms of a block that are all set by as many images."""
+"""Up to this number of batch norms in a block, each is solved with all images that are shown."""
 
 
 @dataclass(frozen=True)
 class Distillation(Recipe):
     """A recipe for every block. `blocks` is a wildcard over module names; None finds them in the module tree.
 
-    `images` augmented training images (at most four views of each) are sent through both networks, and what they are
-    at the block's place is kept (float16 where that holds it; beyond `memory` MB in temporary files). `inputs` says
-    what a block learns from: what the compressed blocks before it make of the images (`sequential`, as in the paper),
-    what the reference's do (`parallel`), or both by turns (`mixed`). A block is done when its loss falls by less than
-    `least_gain`, as a share, over ten steps; 0 never ends it early. `held_out` images are left out: they judge the
-    network.
+    `images` augmented training images (at most four views of each) go through both networks. The activations at the
+    block are kept: in float16 if that can hold them, and beyond `memory` MB in temporary files. `inputs` says where a
+    block's inputs come from: the compressed blocks before it (`sequential`, as in the paper), the reference's blocks
+    (`parallel`), or both in turn (`mixed`). A block is done when its loss falls by less than the share `least_gain`
+    over ten steps; with 0 it takes all steps. `held_out` training images are not trained on; they judge the network.
 
-    `batch_norm` says whether the block under training normalises by its running statistics, as the reference does
-    (`frozen`), or by the batch's, updating them (`updated`).
+    `batch_norm` says which statistics the batch norms under training use: their running statistics, as the reference
+    does (`frozen`), or those of the batch, which also update the running statistics (`updated`).
     """
 
     blocks: str | None = None
@@ -65,7 +64,7 @@ class Distillation(Recipe):
     schedule: str = "constant"
     held_out: int = 1000
     evaluations: int = 4
-    # No settings here: no loss of a block has labels, and its batch is never too large.
+    # These are no settings: the loss of a block has no labels, and its batch is never too large.
     label_smoothing: float = field(default=0.0, init=False)
     accumulate: int = field(default=1, init=False)
 
@@ -81,12 +80,12 @@ def distill(
 ) -> None:
     """Trains the blocks of `model` in order, in place.
 
-    A dense layer outside every block with a tensorized layer stays as it is where it equals the reference's. Where
-    phase 0 changed it, to make up for the layers before it, it is solved anew for what these have become. A block to
-    which the two networks do not give the same rows (experts behind a router) is left alone, with a warning. A block is
-    never left worse than it was, by the images kept for judging. Nor is a network that classifies: where it gives the
-    reference's class on fewer held-out images than before, by more than chance explains, it is set back, unless the
-    blocks were named.
+    A block here contains tensorized layers. A dense layer outside these blocks stays unchanged if it equals the
+    reference's. If phase 0 changed it, to correct the errors of the layers before it, it is solved anew for its
+    present inputs. If the two networks do not give a block the same rows (experts behind a router), the block is left
+    unchanged, with a warning. A block never ends with a larger loss on the judging images. A network that classifies is
+    set back if it gives the reference's class on fewer held-out images than before, by more than chance explains. This
+    last check is left out if the blocks were named.
 
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
@@ -105,8 +104,8 @@ def distill(
                 label = f"block {number + 1}/{len(found.segments)} {segment.module or 'whole network'}"
                 if not kept.is_paired:
                     warnings.warn(
-                        f"{segment.module} is not given the same rows in both networks, as where a router chooses "
-                        "them: it is not distilled",
+                        f"{segment.module} does not get the same rows in both networks (a router may choose them); "
+                        "it is not distilled",
                         TspcWarning,
                         stacklevel=2,
                     )
@@ -123,14 +122,14 @@ def distill(
 
 
 def _trace(model: nn.Module, reference: nn.Module, adapted: list[str], images: Tensor, settings: Distillation) -> Trace:
-    """The blocks, and the adapted layers outside of them that can be solved anew as segments of their own.
+    """The blocks, and the adapted layers outside them that can be solved anew; each such layer is a segment.
 
-    Traced in the reference, for in the compressed network the factors of a layer must not count as layers of a block.
+    The reference is traced, because in the compressed network the factors of a layer would count as layers of a block.
     """
     layers = list(tensorized_layers(model))
     blocks = find_blocks(reference, layers, settings.blocks)
     found = trace(reference, layers + adapted, images, blocks)
-    # Of named blocks nothing else is touched; what the reference's inputs ask of a layer is the reference's layer.
+    # If blocks are named, nothing else is changed. With the reference's inputs its own layer is the best one.
     if settings.blocks is not None or settings.inputs == "parallel":
         return found
     alone = [name for name in adapted if block_of(name, blocks) is None and can_be_refitted(reference, name, found)]
@@ -138,7 +137,7 @@ def _trace(model: nn.Module, reference: nn.Module, adapted: list[str], images: T
 
 
 def _unseen(kept: Kept, settings: Distillation, context: Context) -> Callable[[], Iterator[Tensor]]:
-    """The training images by which finetuning judges too, as they are; without such the augmented ones that judge."""
+    """The held-out images, not augmented. If none are held out: the augmented images that judge the blocks."""
     data, feed = context.required_data, context.feed(settings)
     if feed.held_out == 0:
         return kept.judging_images
@@ -162,7 +161,7 @@ def _train_block(
     if settings.batch_norm == "updated" and not progress.is_under_way(number):
         _start_norms_(block, reference.get_submodule(name), kept, settings)
     for module in block.modules():
-        # Nothing but batch norm: dropout would only be noise against a reference that has none.
+        # Only batch norms are set to training mode: the reference runs without dropout, so here it would be noise.
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train(settings.batch_norm == "updated")
 
@@ -186,11 +185,11 @@ def _train_block(
 
 
 def _start_norms_(block: nn.Module, original: nn.Module, kept: Kept, settings: Distillation) -> None:
-    """Batch norms in closed form for the inputs that the block has by now, where that brings its answer closer."""
+    """Solves the block's batch norms in closed form for its present inputs, if its answer then comes closer."""
     norms, batches = count_norms(block), math.ceil(SHOWN / settings.batch_size)
     if norms == 0:
         return
-    # Each batch norm takes a pass: a few of them see all that is shown, many share it.
+    # Each batch norm takes a pass. A few batch norms get all images; if there are many, each gets a part.
     share = math.ceil(FEW_NORMS * batches / max(FEW_NORMS, norms))
     _if_closer_(block, kept, lambda: refit_norms_(block, original, lambda: kept.show((block, original), share)))
     rebase_(block, lambda: kept.show((block,), batches))
@@ -205,7 +204,7 @@ def _loss(block: nn.Module, call: Any, target: Tensor) -> Tensor:
 def _solve(
     model: nn.Module, reference: nn.Module, name: str, label: str, kept: Kept, settings: Distillation, context: Context
 ) -> None:
-    """In closed form, what `_train_block` does by steps: for a layer that is dense."""
+    """Solves a dense layer in closed form; a block is trained by steps instead."""
     layer, original = model.get_submodule(name), reference.get_submodule(name)
     pairs = ((next(iter((*args, *named.values()))), target) for (args, named), target in kept.training())
     loss = _if_closer_(layer, kept, lambda: refit_(layer, original, pairs, kept.per_epoch))
@@ -214,7 +213,7 @@ def _solve(
 
 
 def _if_closer_(block: nn.Module, kept: Kept, change: Callable[[], None]) -> float:
-    """Changes the block where that brings its answer closer; returns the loss that it is left with."""
+    """Keeps the change of a block only if it lowers the loss; returns the loss in the end."""
     before, state = _judged(block, kept), copy.deepcopy(block.state_dict())
     change()
     after = _judged(block, kept)
@@ -233,7 +232,7 @@ def _judged(block: nn.Module, kept: Kept) -> float:
 
 
 def _stalled(losses: list[float], least_gain: float) -> bool:
-    """Whether the last of the losses fell by less than that share; never, if it is 0."""
+    """Whether the loss last fell by less than the share `least_gain`; never if this is 0."""
     return least_gain > 0 and len(losses) > 1 and losses[-1] > (1 - least_gain) * losses[-2]
 
 

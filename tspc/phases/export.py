@@ -1,4 +1,4 @@
-"""Files for use elsewhere: each is read back, run, and compared with the network."""
+"""Writes files for use elsewhere. Each is read back, run, and compared with the network."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FOUND = {
     "inputs": str,
     "files": [{"file": str, "bytes": COUNT, "difference": Number(0, any_float=True), "samples": COUNT}],
 }
-"""What `export.json` tells."""
+"""The schema of what `export.json` says was found."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Which files to write, and how far their answers may be from the network's, relative to its largest answer.
+    """Which files to write, and how much their answers may differ from the network's.
 
-    `samples` inputs are tried.
+    The `tolerance` is relative to the network's largest answer. The comparison uses `samples` inputs.
     """
 
     formats: tuple[str, ...] = FORMATS
@@ -66,7 +66,7 @@ def export_files(
 
 def describe(folder: Path, file: dict[str, Any], source: str) -> str:
     """A line about an exported file."""
-    difference = f"{file['difference']:.2g} at most from the network over {file['samples']} {source}"
+    difference = f"differs from the network by at most {file['difference']:.2g} on {file['samples']} {source}"
     return f"export     {folder / file['file']}  {file['bytes']:,} bytes, {difference}"
 
 

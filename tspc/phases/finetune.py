@@ -1,4 +1,4 @@
-"""Training end to end: phase 2, and the making of a reference network."""
+"""Training of a whole network: phase 2, and the training of a reference."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from tspc.traversal.blocks import find_blocks
 from tspc.traversal.hooks import outputs_of
 
 LEAST_APART = 0.01
-"""Distances from the reference below it count as this: 512 images tell no smaller ones apart."""
+"""The smallest distance from the reference that counts, because 512 images cannot show a smaller one."""
 
 
 @dataclass(frozen=True)
 class Finetuning(Recipe):
     """A recipe, and what the reference network teaches.
 
-    `distillation` is the share of the loss that goes by the reference's answers at `temperature` (Hinton, Vinyals &
-    Dean, arXiv:1503.02531), the rest goes by the labels. `features` weighs how far the outputs of the blocks are
-    from the reference's: their mean squared error, relative to the variance there, mean over the blocks (Romero et
-    al., "FitNets", ICLR 2015).
+    `distillation` is the share of the loss that compares with the reference's answers at `temperature` (Hinton, Vinyals
+    & Dean, arXiv:1503.02531). The rest of the loss compares with the labels. `features` is the weight of a third part:
+    the mean squared error of the blocks' outputs, relative to the variance of the reference's outputs, mean over the
+    blocks (Romero et al., "FitNets", ICLR 2015).
 
-    The learning rate is for a network that is as far from the reference as `careful_below` or farther, where 0 gives
-    the same class to every image and 1 agrees by chance alone (1 − κ, Cohen, 1960). Nearer it is less in proportion,
-    for large steps would first lead the network away; `careful_below=0` takes it as it is, and so does a training that
-    does not go by the reference.
+    The distance from the reference is 1 − κ (Cohen, 1960): 0 if both networks give the same class to every image, 1 if
+    they agree by chance alone. If it is below `careful_below`, the learning rate is reduced in proportion, because
+    large steps would first make the network worse. The learning rate is not reduced with `careful_below=0`, nor if the
+    loss does not use the reference.
     """
 
     distillation: float = 0.9
@@ -81,7 +81,7 @@ def train_classifier(model: nn.Module, recipe: Recipe, context: Context, progres
 def finetune(
     model: nn.Module, reference: nn.Module, settings: Finetuning, context: Context, progress: Progress, phase: str
 ) -> None:
-    """Trains all parameters of `model` by the labels and by the reference network, in place.
+    """Trains all parameters of `model` on the labels and on the reference's answers, in place.
 
     Raises TrainingError if the loss stops being finite.
     """
@@ -112,26 +112,26 @@ def finetune(
                     found.append(class_counts(answer, reference(images)))
 
         recipe = settings
-        if not progress.is_under_way():  # or the saved state replaces what is prepared here
+        if not progress.is_under_way():  # else the saved state would replace what is prepared here
             rebase_(model, show)
             recipe = _careful(settings, distance(found), context, phase) if settings.is_careful else settings
         _train(model, recipe, context, progress, phase, loss_of)
 
 
 def _careful(settings: Finetuning, apart: float, context: Context, phase: str) -> Finetuning:
-    """The settings with the learning rate for a network so far from the reference."""
+    """The settings, with the learning rate for a network at the distance `apart` from the reference."""
     if not apart < settings.careful_below:
         return settings
     share = max(apart, LEAST_APART) / settings.careful_below
     careful = replace(settings, learning_rate=settings.learning_rate * min(1.0, share))
     context.note({"phase": phase, "event": "careful", "apart": apart, "learning_rate": careful.learning_rate})
     text = f"learning rate {careful.learning_rate:.2g} instead of {settings.learning_rate:.2g}"
-    context.display.line(f"{phase:<9}  {text}: as close to the reference as κ = {1 - apart:.3f} already")
+    context.display.line(f"{phase:<9}  {text}, because the network is close to the reference (κ = {1 - apart:.3f})")
     return careful
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error ÷ the target's variance over the batches of all processes."""
+    """The mean squared error ÷ the variance of the target, over the batches of all processes."""
     target = target.float()
     return F.mse_loss(output.float(), target) / _variance(target).clamp(min=1e-12)
 

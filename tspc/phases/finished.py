@@ -1,4 +1,4 @@
-"""What the phases of a run have left in its directory, checked before anything is made of it."""
+"""Reads what the phases of a run have left in its directory, and checks it first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tspc.store.schemas import FINISHED, problem
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a finished phase tells in the header of its network's file.
+    """The record of a finished phase, from the header of its network's file.
 
     Raises RunError or WeightsError if it is damaged.
     """
@@ -36,7 +36,7 @@ def _problem_of_plan(plan: dict[str, Any] | None, needed: bool) -> str | None:
 
 
 def unfinished(folder: Path) -> str | None:
-    """The phase after the last finished one that has begun and saved how far it came; None if there is none."""
+    """The phase that was stopped after it saved its state, behind the last finished phase; None if there is none."""
     for phase in reversed(NETWORK_PHASES):
         if (folder / f"{phase}.safetensors").exists():
             return None

@@ -1,4 +1,4 @@
-"""What a network is tried on: images of the data set, or random ones where there is none."""
+"""The inputs on which a network is tried: images of the data set, or random ones if there is no data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tspc.traversal.hooks import evaluating
 
 @dataclass(frozen=True)
 class Example:
-    """`tensors` are the arguments of a call, batch first; `source` names them."""
+    """`tensors` are the arguments of a call, batch first. `source` says what they are, such as "test images"."""
 
     tensors: Inputs
     source: str
 
 
 def example(model: nn.Module, spec: NetworkSpec, count: int, context: Context) -> Example:
-    """Test images; without data random ones, or what a network of transformers names as its own example.
+    """Test images. Without data: random images, or the example inputs that a network of transformers provides.
 
     Raises ConfigError if the network cannot take them.
     """

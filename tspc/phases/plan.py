@@ -1,4 +1,4 @@
-"""What rates would cost, before anything is replaced."""
+"""Shows the size and the expected error at several rates, before anything is replaced."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tspc.terminal.tables import plan_table, rates_table, state_bytes
 
 @dataclass(frozen=True)
 class PlanOverview:
-    """The rates to compare, beside the one asked for."""
+    """The rates to compare, besides the run's own rate."""
 
     rates: tuple[float, ...] = (0.4, 0.2, 0.1, 0.05)
 
@@ -32,7 +32,7 @@ class PlanOverview:
 def plans_at(
     planning: Planning, overview: PlanOverview, asked: Plan, curves: Curves
 ) -> dict[float, Plan | InfeasibleRateError]:
-    """The plan asked for and one for every other rate, largest first, or why there is none."""
+    """A plan for the run's own rate and for each other rate, or the error if it cannot be met; largest rate first."""
     plans: dict[float, Plan | InfeasibleRateError] = {asked.rate: asked}
     for rate in {*overview.rates} - {asked.rate}:
         try:
@@ -47,7 +47,7 @@ def macs_at(
 ) -> dict[float, float]:
     """The network's multiply-accumulates in eval mode, after ÷ before, at each rate that can be met.
 
-    Empty without an example that the network takes.
+    The result is empty without an example, or if the network cannot take it.
     """
     possible = {rate: plan for rate, plan in plans.items() if isinstance(plan, Plan)}
     names = {row.name for plan in possible.values() for row in plan.budgeted}

@@ -1,4 +1,4 @@
-"""How the ranks of a run are chosen: the settings, the images that it is calibrated with, what was measured."""
+"""How a run chooses its ranks: from its settings, its calibration images, and the measured error curves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tspc.phases.context import Context
 
 
 def example_input(model: nn.Module, network: NetworkSpec) -> Tensor | None:
-    """An image of the size that the network takes, empty; None if that is not known."""
+    """An image of zeros, of the size that the network takes; None if the size is not known."""
     if network.image_size is None:
         return None
     parameter = next(model.parameters(), torch.zeros(()))
@@ -31,7 +31,7 @@ def example_input(model: nn.Module, network: NetworkSpec) -> Tensor | None:
 
 @contextmanager
 def calibration_samples(calibration: Calibration, context: Context) -> Iterator[Samples | None]:
-    """Images of the training split; None if there is no data, or none are asked for."""
+    """Calibration images, from the training images; None if there is no data, or `samples` is 0."""
     if context.data is None or calibration.samples == 0:
         yield None
         return
@@ -43,7 +43,7 @@ def calibration_samples(calibration: Calibration, context: Context) -> Iterator[
 def measure_curves(
     reference: nn.Module, layers: Sequence[LayerPlan], method: Method, samples: Samples | None, context: Context
 ) -> Curves:
-    """What every layer would lose at any size."""
+    """The error curves of the layers: the error of each layer at any size."""
     total = sum(layer.reason is None for layer in layers)
     with context.display.bar(f"{'plan':<9} {total} layers", total) as bar:
         done = 0
@@ -58,7 +58,7 @@ def measure_curves(
 
 @dataclass(frozen=True)
 class Planning:
-    """How one run plans. `measured` gives the error curves of an outline's layers, from a file where they are known."""
+    """How one run plans. `measured` returns the error curves of an outline's layers: from a file, or measured now."""
 
     settings: PlanSettings
     calibration: Calibration
@@ -68,12 +68,12 @@ class Planning:
 
     @cached_property
     def sketch(self) -> Outline:
-        """The layers that are tensorized, looked up once a run. Raises what `outline` raises."""
+        """The layers of the network, and which can be tensorized; found once in a run. Raises what `outline` raises."""
         return outline(self.reference, self.settings)
 
     @property
     def example(self) -> Tensor | None:
-        """An image by which the sizes of the layers' inputs are found."""
+        """An image that shows the sizes of the layers' inputs."""
         return example_input(self.reference, self.network)
 
     def curves(self, samples: Samples | None) -> Curves:

@@ -1,4 +1,4 @@
-"""A dense layer solved anew for the inputs that it has by now."""
+"""Solves a dense layer anew, for its present inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tspc.traversal.walk import Trace
 
 
 def adapted_layers(model: nn.Module, reference: nn.Module) -> list[str]:
-    """The dense layers whose weights are no longer the reference's: they make up for the layers before them."""
+    """The dense layers that differ from the reference's, because they correct the errors of the layers before them."""
     ours = dict(model.named_modules())
     dense = [(name, layer) for name, layer in reference.named_modules() if kind_of(layer) is not None]
     return [name for name, layer in dense if kind_of(ours[name]) is not None and not _are_equal(ours[name], layer)]
@@ -30,9 +30,9 @@ def _are_equal(layer: nn.Module, other: nn.Module) -> bool:
 
 
 def can_be_refitted(model: nn.Module, name: str, found: Trace) -> bool:
-    """Whether a layer is called once, and what its output is shifted by belongs to itself.
+    """Whether a layer is called once, and holds the shift of its output itself.
 
-    Without a bias phase 0 puts that into the batch norm.
+    If a layer has a batch norm behind it but no bias, phase 0 puts the shift into the batch norm.
     """
     return found.calls[name] == 1 and (name not in found.batch_norms or model.get_submodule(name).bias is not None)
 
@@ -40,10 +40,11 @@ def can_be_refitted(model: nn.Module, name: str, found: Trace) -> bool:
 @own_modes()
 @torch.no_grad()
 def refit_(layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], batches: int) -> None:
-    """Gives the layer the kernel and the bias whose answers to x are closest to y in the mean square.
+    """Gives the layer the kernel and the bias with the least mean squared error of its outputs.
 
-    `pairs` are so many `batches` of (x, y), y what the `original` answers in the reference. A small damping pulls the
-    kernel towards the original's, as in `apply_`. A layer with too many inputs for their second moments stays as it is.
+    `pairs` gives (x, y) for each of the `batches`: the layer's input, and the output of the `original` layer in the
+    reference. A small damping pulls the kernel towards the original's, as in `apply_`. A layer with too many inputs for
+    their second moments is not changed.
     """
     if not is_narrow(layer):
         return

@@ -1,4 +1,4 @@
-"""The singular values that a rank cuts off, layer by layer, as data; `pages` draws them."""
+"""The singular values of each layer's unfoldings, as data; `tspc.pages` draws them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tspc.decompositions.function_space import whitened
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values, relative to the largest, of the unfolding that one entry of a layer's rank cuts at `rank`.
+    """The singular values of one unfolding of a layer's kernel, relative to the largest.
 
-    Of the kernel that was decomposed: in function space, whitened.
+    The `entry` of the layer's rank belongs to this unfolding; its value is `rank`, the number of values that are kept.
+    In function space the kernel is whitened first.
     """
 
     layer: str
@@ -30,7 +31,7 @@ def spectra_of(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> tuple
     """One spectrum for every entry of the layer's rank."""
     assert layer.method is not None
     assert layer.rank is not None
-    # A picture of the kernels themselves needs no more than float32.
+    # Without a metric the values are only drawn, so float32 is enough.
     weight = kernel.detach().float() if metric is None else whitened(layer.method, double(kernel.detach()), metric)
     return tuple(
         Spectrum(layer.name, layer.method.name, entry, rank, _singular_values(matrix))

@@ -1,4 +1,4 @@
-"""Hydra's untyped configuration → one frozen, checked object. Nothing else here or below knows OmegaConf."""
+"""Turns Hydra's untyped configuration into one frozen, checked object that needs no OmegaConf."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tspc.training import Recipe
 
 GROUPS = ("calibration", "dataset", "model", "phase")
 SHARED = ("batch_size", "epochs")
-"""What the YAML files of several phases refer to."""
+"""Keys that the YAML files of several phases refer to."""
 TOP_LEVEL = (
     *(field.name for kind in (PlanSettings, RunSettings) for field in fields(kind) if field.name != "selection"),
     *(*GROUPS, *SHARED),
@@ -44,25 +44,26 @@ class Config(RunSettings):
     phases: dict[str, Any]
     """The settings of the phases that were asked for, in the order in which they run."""
     settings: dict[str, Any]
-    """All of it as it was given, for the result to tell."""
+    """The whole configuration as plain data; the result holds a copy."""
     command: str = "tspc"
 
     @property
     def trains(self) -> bool:
-        """Whether data is indispensable."""
+        """Whether the run cannot do without data."""
         return self.pretrained is None or any(PHASES[name].needs_data for name in self.phases)
 
 
 def read_config(config: DictConfig | dict[str, Any], given: Sequence[str] = ()) -> Config:
     """Checks a composed configuration. Raises ConfigError with every problem found, not just the first.
 
-    `given` are the keys that somebody asked for, as `phase.finetune.momentum`: one that has no effect is a problem too.
+    `given` are the keys that the user set, such as `phase.finetune.momentum`. A key of these that has no effect is a
+    problem, too.
     """
     reader, raw = Reader(), _plain(config)
     reader.known(raw, TOP_LEVEL, "")
     missing = [key for key in TOP_LEVEL if key not in raw]
     if missing:
-        # Of the groups the options are known: a list that names none leaves the group out.
+        # A group is missing if the list of defaults names no option of it. The message names the options.
         hint = {"phase": f"choose one or more of {', '.join(PHASES)}", "method": f"choose one of {', '.join(names())}"}
         told = [f"{key} is missing; {hint.get(key, 'every configuration needs it')}" for key in missing]
         raise ConfigError(reader.problems + told)
@@ -91,7 +92,7 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
     group = reader.mapping(raw, "dataset")
     dataset = reader.dataset(group)
     recipe = group.get("pretrain")
-    # Those of distillation and finetuning say more where they are wrong; the phases need not use these.
+    # Distillation and finetuning check their own values. These are checked because a phase may not use them.
     reader.number(raw, "batch_size", int, COUNT)
     reader.number(raw, "epochs", int, COUNT)
     alone = {field.name for field in fields(RunSettings)}
@@ -109,7 +110,7 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _contradictions(reader: Reader, raw: dict[str, Any], values: dict[str, Any]) -> None:
-    """Settings that are each in order, but not together."""
+    """Finds settings that are right alone, but not together."""
     dataset, pretrained, phases = raw["dataset"], raw["pretrained"], values["phases"]
     if pretrained is None and isinstance(dataset, dict) and dataset.get("pretrain") is None:
         reader.problems.append(
@@ -117,9 +118,9 @@ def _contradictions(reader: Reader, raw: dict[str, Any], values: dict[str, Any])
             "pass pretrained=FILE, default or random"
         )
     if "compare" in phases and len(phases) > 1:
-        reader.problems.append("phase=compare looks at runs that are there already: ask for it alone")
+        reader.problems.append("phase=compare shows runs that exist already: give it alone, without other phases")
     if raw["runs"] is not None and "compare" not in phases:
-        reader.problems.append(f"runs={shown(values['runs'])} has an effect with phase=compare only")
+        reader.problems.append(f"runs={shown(values['runs'])} has an effect only with phase=compare")
     if list(phases) == ["pretrain"] and pretrained is not None:
         reader.problems.append(f"phase=pretrain, but pretrained={shown(pretrained)} is given: nothing to train")
     spec = values["dataset"]

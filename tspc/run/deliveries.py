@@ -1,4 +1,4 @@
-"""The phases that make something of a run's finished network: files for use elsewhere, and measurements."""
+"""Runs the phases that use a run's finished network: they export files and measure."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from tspc.store.records import plain
 
 
 class Deliveries:
-    """`state` is the fingerprint of the network: what was found of another one is not found of it."""
+    """`state` is the fingerprint of the finished network. What a phase found of another network does not count."""
 
     def __init__(self, job: Job, state: str) -> None:
         self._job, self._display, self._state = job, job.context.display, state
 
     def found(self) -> dict[str, Any]:
-        """By phase, what is known of this network."""
+        """What each phase has found of this network; a phase that has found nothing is left out."""
         records = {name: self._record(phase) for name, phase in DELIVERY_PHASES.items()}
         return {name: record["found"] for name, record in records.items() if record is not None}
 
     def make(self, model: nn.Module) -> None:
-        """Runs the phases that are asked for, as far as they are not done. Raises ExportError, RunError."""
+        """Runs the phases that were asked for and are not done yet. Raises ExportError, RunError."""
         for phase in self._requested:
             if not self._skip(phase):
                 self._keep(phase, phase.run(self._job.work(phase, model)))
 
     def show(self) -> None:
-        """Tables, and what belongs to an earlier state of the network."""
+        """Shows the tables. Also names records that are damaged or belong to an earlier network."""
         found = self.found()
         for name, phase in DELIVERY_PHASES.items():
             path = self._job.directory.file(phase.record)
             if name not in found and path.exists():
-                why = "damaged" if intact(path, phase.record_schema) is None else "of an earlier state"
+                why = "damaged" if intact(path, phase.record_schema) is None else "of an earlier network"
                 self._display.line(f"{name:<9}  {phase.record} is {why}; phase={name} makes it anew")
         for phase in self._requested:
             for table in phase.tables(found[phase.name]):
@@ -54,7 +54,7 @@ class Deliveries:
         return record if record is not None and record["state"] == self._state else None
 
     def _skip(self, phase: DeliveryPhase) -> bool:
-        """Whether the phase was done before, with these settings, and its files are there."""
+        """Whether the phase was done before with these settings, and its files still exist."""
         record = self._record(phase)
         if record is None or self._job.config.overwrite or record["settings"] != self._settings(phase):
             return False
@@ -66,7 +66,7 @@ class Deliveries:
         return True
 
     def _keep(self, phase: DeliveryPhase, found: dict[str, Any]) -> None:
-        if self._record(phase) is None:  # what lies there is of another state of the network
+        if self._record(phase) is None:  # the files in the folder belong to another network
             folder = self._job.directory.path
             made = {folder / name for name in phase.made(found)}
             for outdated in {path for pattern in phase.files for path in folder.glob(pattern)} - made:

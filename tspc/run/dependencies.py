@@ -1,4 +1,4 @@
-"""What the network of a phase depends on: by it is known what is done before, and what was made otherwise."""
+"""What the network of a phase depends on. It shows whether a phase is done already, or was done with other settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tspc.store.records import differences, fingerprint
 
 @dataclass(frozen=True)
 class Dependencies:
-    """The identity of the run, what of the phase's settings counts, and the fingerprint of the phase before."""
+    """The run's identity, the settings of the phase that matter, and the fingerprint of the network before it."""
 
     identity: dict[str, Any]
     settings: dict[str, Any]
@@ -24,17 +24,17 @@ class Dependencies:
         return fingerprint([self.identity, self.settings, self.after])
 
     def changes(self, phase: NetworkPhase, record: dict[str, Any]) -> list[str]:
-        """How a network with this record was made otherwise; empty if it was not."""
+        """What was different when the network with this record was made; empty if nothing was."""
         found = differences(record["settings"], self.settings, f"phase.{phase.name}")
         if record["after"] != self.after:
-            found.append(f"what {phase.name} started from")
+            found.append(f"the network that {phase.name} started from")
         elif not found and record["fingerprint"] != self.fingerprint:
             found.append("the run that it belongs to")
         return found
 
 
 def decisive_settings(phase: NetworkPhase, config: Config, context: Context) -> dict[str, Any]:
-    """What the phase's network depends on, beside the run's identity and the phase before."""
+    """What the phase's network depends on, besides the run's identity and the network before it."""
     settings = phase.decisive(config.phases[phase.name])
     if phase.trains and context.hardware.precision is not None:
         settings["precision"] = str(context.hardware.precision).removeprefix("torch.")

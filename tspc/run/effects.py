@@ -1,4 +1,4 @@
-"""Settings that somebody asked for, and that do nothing beside others."""
+"""Finds settings that the user gave, but that have no effect together with other settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECIPES = (*(f"phase.{name}" for name, phase in NETWORK_PHASES.items() if phase.
 
 
 def without_effect(raw: dict[str, Any], given: Iterable[str]) -> list[str]:
-    """One line for each of the `given` keys of the configuration that has no effect, with the reason."""
+    """One line for each of the `given` keys that has no effect, with the reason."""
     wanted = set(given)
     return [
         f"{key}={shown(_at(raw, key))} has no effect with {reason}; leave it out"
@@ -24,7 +24,7 @@ def without_effect(raw: dict[str, Any], given: Iterable[str]) -> list[str]:
 
 
 def _idle(raw: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """The keys that do nothing in this configuration, and beside which setting."""
+    """The keys that have no effect in this configuration, each with the setting that is the reason."""
     if _at(raw, "calibration.samples") == 0:
         yield from ((f"calibration.{key}", "calibration.samples=0") for key in CALIBRATION)
     for recipe in RECIPES:

@@ -1,4 +1,4 @@
-"""Plain values → the types that the fields of a dataclass ask for."""
+"""Converts plain values to the types of a dataclass's fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Unfit(Exception):
 
 
 def converted(value: Any, kind: Any) -> Any:
-    """`value` as the type `kind`: a whole number may be written 1.0, a number or a truth value may be text.
+    """`value` as the type `kind`. A whole number may be written 1.0; a number or a truth value may be text.
 
     Raises Unfit for anything else.
     """
@@ -48,7 +48,7 @@ def _several(value: Any, inner: Any) -> tuple[Any, ...]:
     try:
         return tuple(converted(item, inner) for item in value)
     except Unfit as error:
-        raise Unfit(f"a list, and for each of its items {error}") from None
+        raise Unfit(f"a list in which each item is {error}") from None
 
 
 def _flag(value: Any) -> bool:
@@ -77,7 +77,7 @@ def _number(value: Any) -> float:
 
 
 def _from_text(value: Any, kind: type[int] | type[float]) -> Any:
-    """Text comes from environment variables, for example."""
+    """A number from text, if it is one. Environment variables, for example, are text."""
     if not isinstance(value, str):
         return value
     try:

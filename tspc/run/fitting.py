@@ -1,4 +1,4 @@
-"""Whether the network takes the images of the data set, and answers as the data asks."""
+"""Checks that the network takes the images of the data set, and gives a value for each class."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from tspc.training import Trial, tried
 
 
 def fitted(model: nn.Module, data: Data | None, spec: NetworkSpec, config: Config, display: Display) -> Trial | None:
-    """Runs two images through the network, in both layouts; says where it takes one of them only.
+    """Runs two images through the network, in both memory layouts. If only one layout works, a warning says so.
 
-    Without data they are random ones of the size that the network takes; None if that is not known. Raises ConfigError
-    if the network cannot take the images of the data set, or answers otherwise.
+    Without data the images are random, of the size that the network takes; the result is None if this is not known.
+    Raises ConfigError if the network cannot take the images of the data set, or its answer has another shape.
     """
     if data is not None:
         images, _ = next(iter(data.test_batches(2, torch.device("cpu"), limit=2)))
         _check_size(images, config)
     else:
         example = example_input(model, spec)
-        if example is None or spec.family in ("builtin", "torchvision"):  # which take any layout
+        if example is None or spec.family in ("builtin", "torchvision"):  # these take any layout
             return None
         images = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
     trial = tried(model, images, trains=data is not None and config.trains)
     if trial.reason:
-        display.warn(f"{spec.name} runs on contiguous images: channels last is faster, but there {trial.reason}")
+        display.warn(f"{spec.name} runs on contiguous images: channels last would be faster, but then {trial.reason}")
     if data is not None:
         _check_answer(trial, images, data, spec)
     return trial
@@ -47,11 +47,11 @@ def _check_size(images: Tensor, config: Config) -> None:
 def _check_answer(trial: Trial, images: Tensor, data: Data, spec: NetworkSpec) -> None:
     shape = getattr(trial.answer, "shape", None)
     if trial.error is not None or shape is None:
-        reason = trial.error or f"it answers with {type(trial.answer).__name__}, not one tensor"
+        reason = trial.error or f"its answer is {type(trial.answer).__name__}, not one tensor"
         raise ConfigError(
             [f"{spec.name} cannot take the data set's images of shape {tuple(images.shape[1:])}: {reason}"]
         ) from trial.error
     if tuple(shape) != (len(images), data.num_classes):
         raise ConfigError(
-            [f"{spec.name} answers with {tuple(shape)[1:]} values an image; the data has {data.num_classes} classes"]
+            [f"{spec.name} gives {tuple(shape)[1:]} values for an image; the data has {data.num_classes} classes"]
         )

@@ -1,4 +1,4 @@
-"""Where the files of a run lie."""
+"""The folders of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tspc.run.config import Config
 
 
 def shared_folder(config: Config, spec: NetworkSpec) -> Path:
-    """Where the runs of a sweep share their reference network."""
+    """The folder of a reference that was trained, and of measurements of it; runs share it."""
     return config.output_dir / config.dataset.name / spec.name / "reference"
 
 
@@ -26,16 +26,17 @@ LABELS = {
     "paths": "",
     "selection": "",
 }
-"""How a planning setting that departs from its default appears in the folder's name; others as `<key><value>`.
+"""How a planning setting that differs from its default is written in the folder's name.
 
-For an empty one the user names a `variant`."""
+A key that is not in this table is written as `<key><value>`. A key with an empty text is left out; to vary it, the user
+names a `variant`."""
 
 
 def run_folder(config: Config, spec: NetworkSpec) -> Path:
     """`<output_dir>/<dataset>/<network>/<method>-<rate>/seed<seed>`.
 
-    Settings of the method and of the planning that depart from the defaults are appended to the rate (`LABELS`), and so
-    is `variant`.
+    Settings of the method and of the planning are appended to the rate if they differ from the default (`LABELS`), and
+    so is `variant`.
     """
     planning = config.planning
     settings = planning.method.to_dict()
@@ -52,5 +53,5 @@ def run_folder(config: Config, spec: NetworkSpec) -> Path:
 
 
 def _brief(value: Any) -> str:
-    """A method's setting in a directory's name: of `auto`'s candidates their names."""
+    """A setting of a method in a directory's name. Of the candidates of `auto` only the names are used."""
     return "+".join(member["name"] for member in value) if isinstance(value, list) else str(value)

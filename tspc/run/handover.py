@@ -1,4 +1,4 @@
-"""A network that the first of several processes makes, given to the others through a file."""
+"""Hands a network over, through a file: the first of several processes makes it, the others read it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Made = tuple[nn.Module, Any]
 
 
 def made_by_first(make: Callable[[], Made], path: Path, reference: nn.Module, network: NetworkSpec) -> Made:
-    """What `make` returns in the first process, in all of them; `path` is the file between, which is removed."""
+    """What `make` returns in the first process, for all processes. `path` is the file between them; it is removed."""
     if processes.count() == 1:
         return make()
 

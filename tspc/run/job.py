@@ -1,4 +1,4 @@
-"""What one run works with."""
+"""What the phases of one run work with."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tspc.training import Progress
 
 @dataclass(frozen=True)
 class Job:
-    """`reference` is the pretrained network, on the device and in eval mode; `bytes_before` is the size of its state.
+    """`reference` is the pretrained network, on the device and in eval mode. `bytes_before` is the size of its state.
 
-    `directory` is open.
+    `directory` is the run's directory; it is open and locked.
     """
 
     config: Config
@@ -33,15 +33,15 @@ class Job:
     bytes_before: int
 
     def file(self, phase: NetworkPhase) -> Path:
-        """Where the phase leaves its network."""
+        """The file for the network of a phase."""
         return self.directory.file(f"{phase.name}.safetensors")
 
     def progress_file(self, phase: NetworkPhase) -> Path:
-        """Where the phase says how far it came."""
+        """The file for the state of a phase that is not finished."""
         return self.directory.file(f"{phase.name}.progress.pt")
 
     def work(self, phase: Phase, model: nn.Module | None = None, progress: Progress | None = None) -> Work:
-        """What the phase is given, which starts from `model`."""
+        """What the phase gets when it runs. It starts from `model`."""
         settings: Any = self.config.phases[phase.name]
         folder, progress = self.directory.path, progress or Progress()
         return Work(settings, self.network, self.reference, self.planning, self.context, folder, model, progress)

@@ -1,4 +1,4 @@
-"""The phases of one run that make networks, in its locked directory: skip what is done, do the rest."""
+"""Runs the phases that make networks, in the run's locked directory. It skips the phases that are done."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tspc.traversal.copying import copied
 
 
 class Networks:
-    """`finished` has the record of each phase whose network the directory holds, in their order."""
+    """`finished` has the record of each phase whose network is in the directory, in the order of the phases."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._context, self._directory = job, job.context, job.directory
         self._model: nn.Module | None = None
-        """The last one, where it is in memory."""
+        """The last network, if it is in memory."""
         self.finished: dict[str, dict[str, Any]] = {}
 
     def make(self) -> None:
-        """Runs the phases that are asked for, as far as they are not done."""
+        """Runs the phases that were asked for and are not done yet."""
         requested = [phase for name, phase in NETWORK_PHASES.items() if name in self._job.config.phases]
         self._collect(before=requested[0] if requested else None)
         for phase in requested:
@@ -44,16 +44,16 @@ class Networks:
 
     @property
     def last(self) -> NetworkPhase:
-        """The furthest phase that is finished."""
+        """The last phase that is finished."""
         return NETWORK_PHASES[next(reversed(self.finished))]
 
     @property
     def fingerprint(self) -> str:
-        """Of the furthest network; empty where there is none yet."""
+        """The fingerprint of the last network; empty if there is none yet."""
         return self.finished[self.last.name]["fingerprint"] if self.finished else ""
 
     def read_last(self, network: nn.Module) -> nn.Module:
-        """The furthest network from its file, in the place of `network`, a copy of the reference."""
+        """The last network, read from its file. `network` is a copy of the reference; it is changed in place."""
         return checkpoint.load(self._job.file(self.last), network)
 
     def _dependencies(self, phase: NetworkPhase) -> Dependencies:
@@ -61,17 +61,17 @@ class Networks:
         return Dependencies(self._directory.identity, settings, self.fingerprint)
 
     def _collect(self, before: NetworkPhase | None) -> None:
-        """Learns which earlier phases the directory holds; those after `before` do not matter yet."""
+        """Reads the records of the phases whose networks are in the directory, up to the phase `before`."""
         self.finished = {}
         for phase in NETWORK_PHASES.values():
             if phase is before:
                 break
             if self._job.file(phase).exists():
                 self.finished[phase.name] = read_record(self._job.file(phase))
-                Progress.discard(self._job.progress_file(phase))  # of a process that was killed before it did
+                Progress.discard(self._job.progress_file(phase))  # left over if a process was killed
 
     def _skip(self, phase: NetworkPhase, needs: Dependencies) -> bool:
-        """Whether the phase's network is already there. Raises RunError if it is there with other settings."""
+        """Whether the phase's network exists already. Raises RunError if it was made with other settings."""
         path = self._job.file(phase)
         if self._job.config.overwrite or not path.exists():
             return False
@@ -88,7 +88,7 @@ class Networks:
         return True
 
     def _measured(self, phase: NetworkPhase, record: dict[str, Any]) -> dict[str, Any]:
-        """With the accuracy on the data at hand: a network made without data, or with other, has none yet."""
+        """The record with the accuracy on this run's data; measured now if the network was made without this data."""
         data = self._context.data
         if data is None or record["data"] == data.fingerprint or phase.needs_data:
             return record
@@ -123,7 +123,7 @@ class Networks:
         self._tell(phase, "top-1 ")
 
     def _run(self, phase: NetworkPhase, progress: Progress) -> Made:
-        """The phase's network, on the device, and its plan if it made one."""
+        """The phase's network, on the device, and its plan if the phase made one."""
         work = self._job.work(phase, self._current(), progress)
         try:
             if phase.by_first:
@@ -137,13 +137,13 @@ class Networks:
         return self._context.place(model), plan
 
     def _current(self) -> nn.Module | None:
-        """The network that the next phase starts from; None where it starts from the reference."""
+        """The network that the next phase starts from; None if it starts from the reference."""
         if self._model is None and self.finished:
             self._model = self._context.place(self.read_last(copied(self._job.reference)))
         return self._model
 
     def _keep(self, phase: NetworkPhase, model: nn.Module, record: dict[str, Any]) -> None:
-        # First the outdated ones go: a kill in between must not leave a chain of phases that does not hold together.
+        # First the outdated networks are removed: after a kill no phase may stand beside an older one that it needs.
         for later in _after(phase):
             Progress.discard(self._job.progress_file(later))
             if is_first():
@@ -160,12 +160,12 @@ class Networks:
         self._context.display.finished(phase.name, f"{how}{percent(accuracy)}", top1)
 
     def _refuse_to_outdate(self, phase: NetworkPhase) -> None:
-        """Later phases that started from something else would be lost. Raises RunError if there are any."""
+        """Raises RunError if there are networks of later phases, which started from another one and would be lost."""
         later = [path for path in map(self._job.file, _after(phase)) if path.exists()]
         if later and not self._job.config.overwrite:
             raise RunError(
-                f"{later[0]} did not start from {phase.name}, and would be outdated by it; "
-                "pass variant=NAME or another output_dir to keep both, or overwrite=true to give it up"
+                f"{later[0]} was made without {phase.name}, and would be outdated; "
+                "pass variant=NAME or another output_dir to keep both, or overwrite=true to remove it"
             )
 
     def _accuracy(self, whole: bool) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Which phases run, in which order, from which state: a run from its configuration to `result.json`."""
+"""One run, from its configuration to `result.json`: which phases run, in which order, and from which state."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ from tspc.terminal.tables import percent, state_bytes
 from tspc.training import Hardware, Recipe
 
 LEFT = tuple(name for phase in DELIVERY_PHASES.values() for name in (phase.record, *phase.files))
-"""What phases leave in the run's directory beside networks, as patterns."""
+"""Patterns of the files that phases leave in the run's directory, besides networks."""
 
 
 def run(config: Config, display: Display) -> dict[str, Any]:
-    """Does what the configuration asks for; returns what `result.json` holds.
+    """Does what the configuration asks for; returns the content of `result.json`.
 
-    Everything that can be wrong is checked before anything is written. Raises TspcError.
+    All settings are checked before anything is written. Raises TspcError.
     """
     try:
         return _done(config, display)
-    except OSError as error:  # of a package that writes by itself, as trackers do
+    except OSError as error:  # from a package that writes files itself, such as a tracker
         if error.errno not in DISK_FAULTS:
             raise
         where = error.filename or config.output_dir
-        raise RunError(f"cannot use {where}: {error.strerror}; mend that and run the same command again") from error
+        raise RunError(f"cannot use {where}: {error.strerror}; solve this, then run the same command again") from error
 
 
 def _done(config: Config, display: Display) -> dict[str, Any]:
@@ -94,10 +94,10 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     if "plan" in config.phases or FIRST in config.phases:
         _announce(planning, config, display)
         if data is None and config.calibration.samples > 0:
-            display.line("plan       no data to calibrate with: the weights alone decide")
+            display.line("plan       no images for the calibration: only the weights are used")
 
     def prepared() -> dict[str, Any]:
-        """What the result says of the reference, once that is ready and what is asked of it has been shown."""
+        """Prepares the reference and runs the showing phases; returns the result's part on the reference."""
         summary = _prepare(pretrained, config, spec, context)
         for phase in phases:
             if isinstance(phase, ShowingPhase):
@@ -126,13 +126,13 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
 
 
 def _check_batches(config: Config) -> None:
-    """Raises ConfigError if a batch cannot be shared out among the processes."""
+    """Raises ConfigError if a batch cannot be divided among the processes."""
     recipes = {f"phase.{name}": found for name, found in config.phases.items() if isinstance(found, Recipe)}
     if config.pretrained is None and config.pretrain_recipe is not None:
         recipes["dataset.pretrain"] = config.pretrain_recipe
     count = processes.count()
     problems = [
-        f"{name}.batch_size={recipe.batch_size}: {count} processes share it, take a multiple of {count}"
+        f"{name}.batch_size={recipe.batch_size}: {count} processes share a batch; give a multiple of {count}"
         for name, recipe in recipes.items()
         if recipe.batch_size % count
     ]
@@ -141,7 +141,7 @@ def _check_batches(config: Config) -> None:
 
 
 def _announce(planning: Planning, config: Config, display: Display) -> None:
-    """Says what will be tensorized; raises what is wrong with the rate, the layers or the blocks."""
+    """Says what will be tensorized. Raises an error if the rate, the layers or the blocks are wrong."""
     settings, sketch = planning.settings, planning.sketch
     chosen = sketch.chosen
     for name, of_phase in config.phases.items():
@@ -155,7 +155,7 @@ def _announce(planning: Planning, config: Config, display: Display) -> None:
 
 
 def _require_first(directory: RunDirectory, config: Config) -> None:
-    """A run that starts with a later phase needs what the first one left; overwriting does not make it."""
+    """Raises RunError if a later phase is asked for without the network of the first phase."""
     if directory.held_by_another() or not os.path.exists(directory.file(f"{FIRST}.safetensors")):
         later = ",".join(phase for phase in config.phases if phase != "pretrain")
         raise RunError(
@@ -165,7 +165,7 @@ def _require_first(directory: RunDirectory, config: Config) -> None:
 
 
 def _prepare(reference: Pretrained, config: Config, spec: NetworkSpec, context: Context) -> dict[str, Any]:
-    """Trains the reference where none was given, and measures it; returns what the result says of it."""
+    """Trains the reference if none was given, and measures it; returns the result's part on the reference."""
     folder = shared_folder(config, spec)
     if config.pretrained is None:
         train_reference(reference, config, spec, context, folder)
@@ -177,8 +177,8 @@ def _prepare(reference: Pretrained, config: Config, spec: NetworkSpec, context: 
 
 
 def _data(config: Config, display: Display) -> Data | None:
-    """The data set; None where only the weights matter and there is none."""
-    # Random weights ask for no data; a folder that is named is read.
+    """The data set; None if there is none, and the run does not need one."""
+    # With random weights data is read only if the user names a folder.
     unasked = config.pretrained == "random" and config.data_dir is None
     if not config.trains and (unasked or config.dataset.kind == NO_DATA):
         return None
@@ -196,7 +196,7 @@ def _data(config: Config, display: Display) -> Data | None:
 
 
 def _identity(config: Config, spec: NetworkSpec, reference: Pretrained, data: Data | None) -> dict[str, Any]:
-    """What everything in the run's directory depends on, as plain data."""
+    """The settings on which everything in the run's directory depends, as plain data."""
     return config.planning.identity | {
         "calibration": calibration_identity(config, data is not None),
         "dataset": data_identity(config),

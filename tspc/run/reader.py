@@ -1,4 +1,4 @@
-"""Reads sections of a configuration and remembers what is wrong with them."""
+"""Reads sections of a configuration, and collects their problems."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "learning_rate"
 
 
 class Section(Protocol):
-    """A dataclass of settings, which knows the bounds of its fields."""
+    """A dataclass of settings that checks its own values."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -33,7 +33,7 @@ T = TypeVar("T", bound=Section)
 
 
 class Reader:
-    """What was read, and `problems`: one line for each."""
+    """`problems` has one line for each problem found so far."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -44,7 +44,7 @@ class Reader:
     def section(self, cls: type[T], data: Any, where: str, **made: Any) -> T | None:
         """A dataclass from a mapping: unknown keys, missing keys, wrong types and values out of bounds are problems.
 
-        Fields that are `made` already are not read. `where` is empty at the top level.
+        The fields in `made` have their values already and are not read. `where` is empty at the top level.
         """
         if not isinstance(data, dict):
             self.problems.append(f"{where}={shown(data)}: expected a group of settings")
@@ -76,7 +76,7 @@ class Reader:
         return {}
 
     def value(self, data: dict[str, Any], key: str, kind: Any, where: str = "") -> Any:
-        """One value of a type; None, and a problem, if it is of another."""
+        """One value of a type; None, and a problem, if it has another type."""
         try:
             return converted(data.get(key), kind)
         except Unfit as error:
@@ -141,15 +141,15 @@ class Reader:
         if family == "custom" and not factory:
             self.problems.append("model=custom needs model.factory=package.module:function")
         if family != "custom" and factory:
-            self.problems.append(f"model.factory={shown(factory)} has an effect with model=custom only")
+            self.problems.append(f"model.factory={shown(factory)} has an effect only with model=custom")
         if family != "custom" and not name:
             self.problems.append(f"model.name={shown(name)}: expected the name of a network")
         if not all(isinstance(key, str) for key in kwargs):
             self.problems.append(f"model.kwargs={shown(kwargs)}: expected names of arguments")
         if family == "builtin" and kwargs:
-            self.problems.append(f"model.kwargs={shown(kwargs)}: the networks that are built in take none")
+            self.problems.append(f"model.kwargs={shown(kwargs)}: the built-in networks take no arguments")
         name = name or str(factory).rpartition(":")[2]
-        if family != "transformers":  # whose networks may be folders
+        if family != "transformers":  # its networks may be folders
             self.folder_name(name, "model.name")
         if dataset is None:
             return None

@@ -37,9 +37,9 @@ from tspc.training import Progress, evaluate
 
 @dataclass
 class Pretrained:
-    """The reference network of a run. `identity` says where its weights come from, so that others are told apart.
+    """The reference network of a run. `identity` says where its weights come from, and tells references apart.
 
-    `seconds` is how long its training took, where it was trained here.
+    `seconds` is how long its training took; None if tspc did not train it.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Pretrained:
 
 
 def network_spec(config: Config, data: Data | None) -> NetworkSpec:
-    """The network to build; the number of classes comes from the data where the configuration leaves it open."""
+    """The network to build. If the configuration gives no number of classes, it comes from the data."""
     if config.network.num_classes is None and data is not None:
         return dataclasses.replace(config.network, num_classes=data.num_classes)
     return config.network
@@ -62,9 +62,9 @@ def _digest(model: nn.Module) -> str:
 
 
 def untrained_reference(config: Config, spec: NetworkSpec, data: Data | None) -> Pretrained:
-    """The network with the weights that `pretrained` names; with seeded initial ones where it is null.
+    """The network with the weights that `pretrained` names; if it is null, with seeded initial weights.
 
-    Nothing is written. Raises WeightsError or ConfigError if the weights cannot be had or do not fit.
+    Nothing is written. Raises WeightsError or ConfigError if the weights cannot be read or do not fit.
     """
     torch.manual_seed(config.seed if config.pretrained == "random" else 0)
     model = spec.build(pretrained=config.pretrained == "default")
@@ -93,15 +93,15 @@ def _recipe_identity(config: Config, spec: NetworkSpec, data: Data) -> dict[str,
 
 
 def data_identity(config: Config) -> dict[str, Any]:
-    """What of the data set's settings changes a result."""
+    """The settings of the data set that change a result."""
     return {key: value for key, value in plain(config.dataset).items() if key != "workers"}
 
 
 def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, context: Context, folder: Path) -> None:
     """Trains the reference in `folder`, or reads the one that an earlier run of the sweep left there.
 
-    Another process training it is waited for. Raises RunError if the folder holds a reference made
-    otherwise and `overwrite` is not set.
+    If another process trains it, this one waits. Raises RunError if the folder holds a reference with other settings
+    and `overwrite` is not set.
     """
     assert config.pretrain_recipe is not None
     result = folder / "model.safetensors"
@@ -110,7 +110,7 @@ def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, co
     waiting = lambda: display.line(f"waiting for another run to finish the reference network in {folder}")  # noqa: E731
     directory = RunDirectory(folder, identity, config.overwrite, waiting, "another output_dir")
     if config.overwrite and directory.held_by_another():
-        display.line(f"reference  made anew in {folder}; the runs that shared the old one can no longer be continued")
+        display.line(f"reference  trained anew in {folder}; runs that used the old one can no longer go on")
     with directory as run:
         if processes.by_first(result.exists) and not (config.overwrite and list(config.phases) == ["pretrain"]):
             checkpoint.load(result, reference.model)
@@ -140,7 +140,7 @@ def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, co
 def reference_curves(
     reference: Pretrained, config: Config, sketch: Outline, samples: Samples | None, context: Context, folder: Path
 ) -> Curves:
-    """Error curves of the layers that can be tensorized, measured once for all runs that share them."""
+    """The error curves of the layers that can be tensorized. They are measured once; later runs read them."""
     identity = {
         "reference": reference.identity,
         "method": config.planning.method.to_dict(),
@@ -162,14 +162,14 @@ def reference_curves(
 
 
 def calibration_identity(config: Config, is_used: bool) -> dict[str, Any] | None:
-    """What of the calibration's settings changes a result; None where there is no calibration."""
+    """The settings of the calibration that change a result; None without calibration."""
     if not is_used or config.calibration.samples == 0:
         return None
     return {key: value for key, value in plain(config.calibration).items() if key != "memory"}
 
 
 def reference_accuracy(reference: Pretrained, config: Config, context: Context, folder: Path) -> dict[str, Any] | None:
-    """Accuracy on the whole test split, measured once for all runs that share the reference; None without data."""
+    """The accuracy on all test images; None without data. It is measured once; later runs read it."""
     if context.data is None or config.pretrained == "random":
         return None
     identity = {"reference": reference.identity, "dataset": data_identity(config), "data": context.data.fingerprint}
@@ -185,7 +185,7 @@ def reference_accuracy(reference: Pretrained, config: Config, context: Context, 
 
 
 def _prepare(path: Path, context: Context) -> None:
-    """For what is measured now and kept in a file."""
+    """Makes the folder of a file that will hold a measurement; says so if the old file is damaged."""
     make_folder(path.parent)
     if is_first():
         remove_left_over(path.parent)
@@ -194,7 +194,7 @@ def _prepare(path: Path, context: Context) -> None:
 
 
 def _known_curves(path: Path, layers: list[str]) -> Curves | None:
-    """What an earlier run measured of these layers; None if that is not there, or damaged."""
+    """The curves of these layers that an earlier run measured; None if there are none, or they are damaged."""
     found = intact(path, CURVES)
     if found is None or sorted(found) != sorted(layers):
         return None

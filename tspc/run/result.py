@@ -1,4 +1,4 @@
-"""`result.json` and `model.safetensors`: what a run has come to."""
+"""Writes `result.json` and `model.safetensors`, the results of a run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def result_of(
     reference: dict[str, Any],
     sizes: dict[str, int],
 ) -> dict[str, Any]:
-    """What `result.json` holds, as plain data, but for what was delivered. `finished` has the records of the
-    phases, in order; `sizes` are the bytes before, after, and in the file.
+    """The content of `result.json`, as plain data, without what export and benchmark found.
+
+    `finished` has the records of the phases, in order. `sizes` are the bytes before, after, and in the file.
     """
     plan = Plan.from_dict(finished[FIRST]["plan"])
     return {
@@ -60,9 +61,9 @@ def result_of(
 
 
 def made_with(path: Path, phases: dict[str, Any]) -> dict[str, Any]:
-    """What the result in `path` tells of the command that made its network; nothing if that is another network.
+    """What the result in `path` says of the command that made this network; empty if it is about another network.
 
-    A command that only exports or measures what is there must not pass for it.
+    So the result keeps this command if a later one only exports or measures.
     """
     before = intact(path, RESULT) or {}
     seconds = [
@@ -73,9 +74,9 @@ def made_with(path: Path, phases: dict[str, Any]) -> dict[str, Any]:
 
 
 def finish(job: Job, networks: Networks, reference: dict[str, Any]) -> dict[str, Any]:
-    """Writes `model.safetensors` and `result.json` of the furthest network, delivers it, and draws the report.
+    """Writes `model.safetensors` and `result.json`, exports and measures if asked for, and makes the report.
 
-    `reference` is what the result says of the reference network.
+    All of this is about the last network. `reference` is the result's part on the reference.
     """
     last, directory, display = networks.last.name, job.directory, job.context.display
     target, path = directory.file("model.safetensors"), directory.file("result.json")

@@ -1,4 +1,4 @@
-"""The settings of a run that stand alone: the top-level keys of `conf/config.yaml` that belong to no group."""
+"""The settings of a run that belong to no group: top-level keys of `conf/config.yaml`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tspc.terminal.display import VERBOSITIES
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 LONGEST_NAME = 100
-"""Characters of a name that becomes a folder's."""
+"""The largest number of characters in a name that becomes a folder's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class RunSettings:
         ]
         if self.variant and (not re.fullmatch(r"[\w.,=+-]+", self.variant) or len(self.variant) > LONGEST_NAME):
             found.append(
-                f"variant={shown(self.variant)}: expected letters, digits and . , = + - _ only, at most {LONGEST_NAME}"
+                f"variant={shown(self.variant)}: expected letters, digits and . , = + - _ only, {LONGEST_NAME} at most"
             )
         allowed = {
             "seed": SEEDS,

@@ -1,4 +1,4 @@
-"""The end of a sweep: a table of all its jobs. Imports nothing heavy, for Hydra loads it before any job."""
+"""The end of a sweep: a table of all its jobs. Imports nothing heavy, because Hydra loads it before any job."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from omegaconf import DictConfig
 from tspc.system.launch import is_first
 
 _FOLDER = "TSPC_SWEEP_DIR"
-"""Environment variable that tells the jobs of a sweep, also in other processes, where its records are."""
+"""The environment variable with the folder for the sweep's records. Jobs in other processes read it, too."""
 
 _made_by_sweep: list[Path] = []
 """The folders that Hydra makes for the sweep, innermost first."""
 
 
 def sweep_folder(default: str) -> Path:
-    """Where the jobs leave their records: one place, also if the sweep runs over `output_dir` itself."""
+    """The folder for the records of the jobs. It is one folder, also if the sweep varies `output_dir`."""
     return Path(os.environ.get(_FOLDER, default))
 
 
 def write_record(
     folder: Path, job: int, overrides: list[str], result: dict[str, Any] | None, error: str | None
 ) -> None:
-    """Leaves what a job did where the end of the sweep finds it, whichever process ran it."""
+    """Writes a record of what a job did. The end of the sweep reads the records of all jobs."""
     from tspc.store.files import write_json
 
     record = {"job": job, "overrides": overrides, "result": result, "error": error}
@@ -36,7 +36,7 @@ def write_record(
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Those that can be read: another sweep may have left half a one in the folder."""
+    """The records that can be read. A record may be incomplete, for example of another sweep in the same folder."""
     from tspc.store.files import intact
     from tspc.store.schemas import JOB
 
@@ -49,14 +49,14 @@ def forget_empty_sweep() -> None:
     folder = Path(os.environ.pop(_FOLDER, ""))
     if not _made_by_sweep or read_records(folder):
         return
-    with suppress(OSError):  # until a folder that was never made, or holds something else
+    with suppress(OSError):  # stops at a folder that does not exist or is not empty
         (folder / "multirun.yaml").unlink(missing_ok=True)
         for path in _made_by_sweep:
             path.rmdir()
 
 
 class SweepTable(Callback):
-    """Prints one row a job when a sweep ends; the process then fails if a job did."""
+    """When a sweep ends, prints a row for each job. If a job failed, the process then fails, too."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).absolute()
@@ -75,7 +75,7 @@ class SweepTable(Callback):
         del os.environ[_FOLDER]
         display = Display(is_silent=not is_first(), verbosity=config.verbosity)
         display.show(sweep_table(records))
-        display.line(f"records in {os.path.relpath(folder)}")
+        display.line(f"records of the jobs in {os.path.relpath(folder)}")
         if is_first():
             made(lambda: write_sweep(folder), display)
         if any(record["error"] for record in records):

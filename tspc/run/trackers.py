@@ -1,4 +1,4 @@
-"""Experiment trackers, through accelerate's: what goes into `metrics.jsonl` goes there too."""
+"""Sends the numbers that go into `metrics.jsonl` to an experiment tracker, through accelerate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Note = Callable[[dict[str, Any]], None]
 def tracked(
     tracker: str, folder: Path, settings: dict[str, Any], note: Note, cpu: bool, start: int = 0
 ) -> Iterator[Note]:
-    """`note`, which also tells the tracker, numbering what it tells from `start`; the run is named by its folder.
+    """`note`, but it also sends the record to the tracker. The records are numbered from `start`.
 
     Raises ConfigError if the tracker's package is not installed.
     """

@@ -25,7 +25,7 @@ class Recipe:
     With `average` above 0 the result is the exponential moving average of the weights with that decay.
 
     With `held_out` above 0 this number of training images (at most a tenth) is never trained on. They judge the network
-    `evaluations` times, also before the first step, and the result is the best state.
+    before the first step and `evaluations` times after it, and the result is the best state.
     """
 
     epochs: int
