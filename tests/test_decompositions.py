@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint
 from itertools import product
-from typing import ClassVar
 
 import pytest
 import tensorly
 import torch
 from tensorly.decomposition import parafac, partial_tucker, tensor_train
 
-import tspc
 from tests.methods import TABLE
 from tspc import decompositions
-from tspc.decompositions import CP, METHODS, SVD, Decomposition, Tucker, from_dict, registry
+from tspc.decompositions import CP, METHODS, SVD, Tucker, from_dict, names
 from tspc.decompositions.als import khatri_rao
 from tspc.decompositions.cp import CPFormat
-from tspc.decompositions.kernels import Axes
 from tspc.decompositions.laws import DecompositionLaws, kernel, relative
-from tspc.decompositions.registry import ENTRY_POINTS
 from tspc.decompositions.reshaped import Reshaped, balanced_factors
 from tspc.decompositions.tensor_ring import TensorRingFormat
 from tspc.decompositions.tensor_train import TensorTrainFormat
@@ -191,9 +185,11 @@ def test_variants_compose():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"name": "tucker"}, "method 'tucker' is unknown; choose one of cp, svd"),
+        ({"name": "tucker"}, f"^method 'tucker' is unknown; choose one of {', '.join(names())}; a package offers one"),
+        ({"name": "rtx"}, f"^method 'rtx' is unknown; choose one of {', '.join(names())}$"),
         ({"name": "cp", "iterations": 3}, "method.iterations is unknown for cp"),
         ({"name": "cp", "max_iterations": "many"}, "expected a whole number"),
+        ({"name": "cp", "max_iterations": True}, "method.max_iterations=true: expected a whole number"),
     ],
 )
 def test_registry_errors_list_the_options(data, message):
@@ -205,66 +201,3 @@ def test_registry_errors_list_the_options(data, message):
 def test_settings_out_of_range_are_refused(name, setting):
     with pytest.raises(DecompositionError, match=f"method.{setting}=-1: expected"):
         from_dict({"name": name, setting: -1})
-
-
-# --- a method of somebody else's --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Projected(Decomposition):
-    """The kernel on the R largest directions of its inputs: a method with the least that a method needs."""
-
-    name: ClassVar[str] = "projected"
-    scale: float = 1.0
-
-    def max_rank(self, shape):
-        return (math.prod(shape[1:]),)
-
-    def factor_shapes(self, shape, rank):
-        return ((shape[0], *rank), (*rank, math.prod(shape[1:])))
-
-    def axes(self, shape):
-        modes = dict(zip("shw", shape[1:], strict=False))
-        return Axes({"t": shape[0]}, modes, ((("t",), ()), ((), tuple(modes))))
-
-    def fit(self, weight, rank):
-        matrix = weight.flatten(1)
-        basis = torch.linalg.svd(matrix, full_matrices=False).Vh[: rank[0]]
-        basis = torch.cat((basis, basis.new_zeros(rank[0] - len(basis), basis.shape[1])))
-        return matrix @ basis.T, basis
-
-    def contract(self, tensors, shape):
-        return (tensors[0] @ tensors[1]).reshape(shape)
-
-    def unfoldings(self, weight):
-        return (weight.flatten(1),)
-
-
-class TestLawsOfAStrangersMethod(DecompositionLaws):
-    method = Projected()
-
-
-@pytest.fixture
-def installed(monkeypatch):
-    """A package that offers the method by an entry point."""
-    found = EntryPoint("projected", "tests.test_decompositions:Projected", ENTRY_POINTS)
-    monkeypatch.setattr(registry, "entry_points", lambda group, name: [found] if name == "projected" else [])
-    yield
-    METHODS._made.pop("projected", None)
-
-
-@pytest.mark.usefixtures("installed")
-def test_a_method_of_another_package_is_found_by_its_name():
-    assert from_dict({"name": "projected", "scale": 2.0}) == Projected(2.0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 30), torch.nn.Linear(30, 2))
-    assert tspc.compress(model, "projected", 0.5)[1].decomposition == Projected()
-
-
-def test_a_yaml_file_cannot_name_a_class():
-    with pytest.raises(ConfigError, match="method 'tests.test_decompositions:Projected' is unknown"):
-        from_dict({"name": "tests.test_decompositions:Projected"})
-
-
-def test_two_methods_of_one_name_are_refused():
-    with pytest.raises(ConfigError, match="'svd' is registered already"):
-        registry.METHODS.add("svd", Projected, {})

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from tspc import decompositions
-from tspc.decompositions import Decomposition
-from tspc.errors import TspcError, WeightsError, shortened
+from tspc.decompositions import METHODS, Auto, Decomposition
+from tspc.errors import ConfigError, TspcError, WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.models import FAMILIES, NetworkSpec
 from tspc.models.described import room_for
 from tspc.store.files import parsed_json
 from tspc.store.schemas import SIZE, problem
+from tspc.system.bounds import shown
 
 FORMAT = 1
 """Version of the header's layout; raised when a reader of the old one would fail."""
@@ -81,6 +82,7 @@ def _layer_size(where: str, layer: dict[str, Any], elements: int) -> int:
     shape, rank, path = tuple(layer["shape"]), tuple(layer["rank"]), layer.get("path")
     fits = len(shape) in (2, 4) and math.prod(shape) <= room_for(elements)
     _require(where != "layers.", where, layer, "the name of a layer")
+    _require_registered(layer["method"]["name"])
     _require(fits, f"{where}.shape", layer["shape"], "two or four sizes of a kernel that suits the file's weights")
     try:
         method = method_of(layer)
@@ -92,6 +94,18 @@ def _layer_size(where: str, layer: dict[str, Any], elements: int) -> int:
     known = paths_of(method, shape, rank)
     _require(path is None or path in known, f"{where}.path", path, f"one of {', '.join(known)}")
     return method.num_params(shape, rank)
+
+
+def _require_registered(method: str) -> None:
+    try:
+        known = method == Auto.name or method in METHODS
+    except ConfigError as error:  # of the package that offers it
+        raise WeightsError(str(error)) from error
+    if not known:
+        raise WeightsError(
+            f"it was made with method {shown(repr(method))}, which is not registered: install its package, or call "
+            "tspc.decompositions.register()(CLASS) first"
+        )
 
 
 def _check_network(network: dict[str, Any], elements: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pkgutil
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,10 +12,11 @@ from tspc.decompositions.auto import CANDIDATES, Auto
 from tspc.decompositions.base import Decomposition
 from tspc.decompositions.cp import CP
 from tspc.decompositions.function_space import Metric
-from tspc.decompositions.kernels import Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
-from tspc.decompositions.registry import METHODS, register
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
+from tspc.decompositions.registry import ENTRY_POINTS, KINDS, METHODS, register
 from tspc.decompositions.reshaped import Reshaped
 from tspc.decompositions.svd import SVD
+from tspc.decompositions.tensor_ring import TensorRing
 from tspc.decompositions.tensor_train import TensorTrain
 from tspc.decompositions.tucker import Tucker
 from tspc.errors import ConfigError
@@ -28,6 +30,7 @@ __all__ = [
     "METHODS",
     "SVD",
     "Auto",
+    "Axes",
     "Decomposition",
     "Factors",
     "Method",
@@ -35,6 +38,7 @@ __all__ = [
     "Rank",
     "Reshaped",
     "Shape",
+    "TensorRing",
     "TensorTrain",
     "Tucker",
     "check_finite",
@@ -87,7 +91,7 @@ def decomposition_from_dict(data: Mapping[str, Any]) -> Decomposition:
     settings = dict(data)
     name = settings.pop("name", None)
     if not isinstance(name, str) or name not in METHODS:
-        raise ConfigError([f"method {shown(repr(name))} is unknown; choose one of {', '.join(names())}"])
+        raise ConfigError([_unknown(name)])
     known = settings_of(name)
     problems = [
         f"method.{shown(key)} is unknown for {name}; its settings are: {', '.join(known) or 'none'}"
@@ -98,19 +102,29 @@ def decomposition_from_dict(data: Mapping[str, Any]) -> Decomposition:
         if key in known:
             kind = type(known[key])
             settings[key] = value = int(value) if _is_whole(value, kind) else value
-            if isinstance(value, bool) or not isinstance(value, kind | int if kind is float else kind):
-                problems.append(f"method.{key}={shown(value)}: expected {_KINDS[kind]}")
+            if not _is_of(value, kind):
+                problems.append(f"method.{key}={shown(value)}: expected {KINDS[kind]}")
     if problems:
         raise ConfigError(problems)
     return METHODS[name](**settings)
 
 
-_KINDS = {int: "a whole number", float: "a number", str: "a text"}
+def _unknown(name: Any) -> str:
+    message = f"method {shown(repr(name))} is unknown; choose one of {', '.join(names())}"
+    is_slip = not isinstance(name, str) or difflib.get_close_matches(name, names(), n=1)
+    return message if is_slip else f"{message}; a package offers one by an entry point of the group {ENTRY_POINTS}"
 
 
 def _is_whole(value: Any, kind: type) -> bool:
     """Whether the value of a whole-number setting is written as a float, such as 20.0."""
     return kind is int and isinstance(value, float) and value.is_integer()
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    """Whether a value is of a setting's kind. A whole number is a number, too; a truth value is no number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def resolve(method: str | Method) -> Method:

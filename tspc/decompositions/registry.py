@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 """The name that leaves the choice to the plan."""
 ENTRY_POINTS = "tspc.methods"
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+"""The kinds of settings; the kind of a setting is that of its default."""
 
 Method = TypeVar("Method", bound="type[Decomposition]")
 
@@ -58,9 +60,15 @@ class Registry(Mapping[str, "Callable[..., Decomposition]"]):
         """Imports the class that an installed package offers under this name, if there is one."""
         for found in entry_points(group=ENTRY_POINTS, name=name):
             try:
-                register()(found.load())
+                method = found.load()
+                if (own := method.name) == name:
+                    register()(method)
             except Exception as error:  # the code of another package
                 raise ConfigError([f"method {name!r} of {found.value} cannot be loaded: {error}"]) from error
+            if name not in self._made:  # a reshaped method is registered when its file is loaded
+                raise ConfigError(
+                    [f"the entry point {name!r} gives {found.value}, whose name is {own!r}; make both names equal"]
+                )
 
 
 METHODS = Registry()
@@ -69,19 +77,31 @@ METHODS = Registry()
 def register(reshaped: Mapping[str, Any] | None = None) -> Callable[[Method], Method]:
     """A decorator that registers a decomposition under its `name`. Its fields are its settings.
 
+    Each setting has a default, which is a whole number, a number, a text or a truth value. The decorator raises
+    ConfigError for any other field.
+
     With `reshaped` a `Formatted` method is also registered as `r<name>`: the method on a kernel with split channels.
     `reshaped` holds the defaults that differ for `r<name>`, and `order`, the number of modes into which the channels
     are split.
     """
 
     def add(method: Method) -> Method:
-        defaults = {field.name: field.default for field in dataclasses.fields(method)}
+        defaults = _defaults(method)
         METHODS.add(method.name, method, defaults)
         if reshaped is not None:
             METHODS.add(f"r{method.name}", *_reshaped(method, {**defaults, **reshaped}))
         return method
 
     return add
+
+
+def _defaults(method: Any) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in dataclasses.fields(method)}
+    expected = "a setting has a default that is a whole number, a number, a text or a truth value"
+    wrong = [key for key, default in defaults.items() if type(default) not in KINDS]
+    if wrong:
+        raise ConfigError([f"method.{key} of {method.name}: {expected}" for key in wrong])
+    return defaults
 
 
 def _reshaped(method: Any, defaults: dict[str, Any]) -> tuple[Callable[..., Decomposition], dict[str, Any]]:

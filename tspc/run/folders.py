@@ -10,6 +10,7 @@ from tspc.compression.settings import GOALS
 from tspc.decompositions import resolve
 from tspc.models import NetworkSpec
 from tspc.run.config import Config
+from tspc.system.bounds import shown
 
 
 def shared_folder(config: Config, spec: NetworkSpec) -> Path:
@@ -54,4 +55,6 @@ def run_folder(config: Config, spec: NetworkSpec) -> Path:
 
 def _brief(value: Any) -> str:
     """A setting of a method in a directory's name. Of the candidates of `auto` only the names are used."""
+    if isinstance(value, bool):
+        return shown(value)
     return "+".join(member["name"] for member in value) if isinstance(value, list) else str(value)
