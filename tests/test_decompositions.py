@@ -153,6 +153,14 @@ def test_a_ring_with_a_bond_of_one_is_a_tensor_train():
     assert relative(found, x) <= 1.0001 * relative(wanted, x)
 
 
+@pytest.mark.parametrize("name", ["tr", "rtr"])
+def test_an_unfolding_of_a_ring_cuts_two_bonds(name):
+    method, shape, rank = METHODS[name](), (9, 8, 5, 4), (2, 2, 3, 2)
+    cores = [kernel(core, i) for i, core in enumerate(method.factor_shapes(shape, rank))]
+    found = method.unfoldings(method.contract(cores, shape))
+    assert method.cuts(rank) == (4, 4, 6, 4) == tuple(int(torch.linalg.matrix_rank(matrix)) for matrix in found)
+
+
 @pytest.mark.usefixtures("pytorch_backend")
 def test_cp_against_tensorly():
     x = decaying(24, 9, 20)

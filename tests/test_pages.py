@@ -8,15 +8,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.browser import Browser, browser  # noqa: F401
 from tests.conftest import TINY, Cli, Once
+from tspc.compression.plan import LayerPlan
+from tspc.decompositions import METHODS
 from tspc.errors import RunError
 from tspc.pages import write_report
 from tspc.pages.records import DONE, STOPPED, read_run
+from tspc.pages.report import _SPARK, _spark
 from tspc.pages.rows import Row, grid_of, latex_of, markdown_of
 from tspc.pages.run_figures import last_attempt, thinned
 from tspc.pages.sweep_figures import pareto
+from tspc.phases.spectra import spectra_of
 
 QUICK = tuple(argument for argument in TINY if argument != "report=false")
 RUN = Path("outputs/synthetic/resnet8/tt-0.2/seed0")
@@ -250,6 +255,21 @@ def test_thinning_keeps_both_ends():
     assert len(chosen) <= 64
     assert (chosen[0], chosen[-1]) == (0, 4999)
     assert chosen[:10] == list(range(10))
+
+
+def test_the_mark_of_a_spectrum_is_at_the_last_value_that_is_kept():
+    spectrum = {"layer": "a", "method": "tr", "entry": 0, "rank": 2, "values": [1.0, 0.8, 0.6, 0.4, 0.2]}
+    assert _spark(spectrum | {"kept": 4})["x"] == 0.75 * _SPARK[0]
+    assert _spark(spectrum)["x"] == 0.25 * _SPARK[0], "a file of an earlier version"
+
+
+@pytest.mark.parametrize(("name", "rank", "kept"), [("tr", (2, 2, 3, 2), (4, 4, 6, 4)), ("cp", (40,), (9,))])
+def test_spectra_tell_how_many_values_a_rank_can_keep(name, rank, kept):
+    torch.manual_seed(0)
+    row = LayerPlan("a", "Conv2d", (9, 6, 3, 3), 9 * 6 * 9, 9 * 6 * 9, METHODS[name](), rank)
+    found = spectra_of(row, torch.randn(row.shape), None)
+    assert tuple(spectrum.rank for spectrum in found) == rank
+    assert tuple(spectrum.kept for spectrum in found) == kept
 
 
 def test_tables_for_papers():

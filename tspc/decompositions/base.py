@@ -166,7 +166,11 @@ class Decomposition(ABC):
 
     @abstractmethod
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """For every entry of the rank a matrix: the decomposition loses its singular values beyond that entry."""
+        """For every entry of the rank a matrix: the decomposition loses its singular values beyond `cuts`."""
+
+    def cuts(self, rank: Rank) -> Rank:
+        """How many singular values of each of `unfoldings` a decomposition of this rank can keep."""
+        return rank
 
     def diagnose(self, factors: Factors) -> str | None:
         """A problem of a fit other than its error, in words; None if there is none."""

@@ -46,6 +46,10 @@ class TensorFormat(ABC):
     def unfoldings(self, tensor: Tensor, spatial: bool) -> tuple[Tensor, ...]:
         """As `Decomposition.unfoldings`."""
 
+    def cuts(self, rank: Rank) -> Rank:
+        """As `Decomposition.cuts`."""
+        return rank
+
     @abstractmethod
     def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """`Axes.factors`, where each mode of the tensor carries the kernel modes in `modes`."""

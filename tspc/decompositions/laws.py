@@ -24,6 +24,8 @@ from tspc.errors import DecompositionError
 CONVOLUTIONS = ((16, 16, 3, 3), (24, 3, 7, 7), (24, 12, 5, 5), (32, 16, 3, 1), (9, 6, 1, 3), (13, 7, 3, 3))
 MATRICES = ((64, 32, 1, 1), (100, 48), (10, 64), (31, 17))
 
+LINEAR = "contract must be linear in each factor; stack the terms of a sum in one factor"
+
 
 def kernel(shape: Shape, seed: int = 0) -> Tensor:
     """A Gaussian kernel in float64."""
@@ -134,7 +136,15 @@ class DecompositionLaws:
             factors = method.decompose(k, method.rank_for(shape, k.numel() // 2))
             white = roots.whiten_factors(factors.tensors, axes)
             wanted = roots.whiten(method.reconstruct(factors))
-            assert relative(method.contract(white, shape), wanted) < 1e-9, shape
+            assert relative(method.contract(white, shape), wanted) < 1e-9, (shape, LINEAR)
+
+    def test_the_unfoldings_keep_no_more_singular_values_than_the_cuts(self) -> None:
+        for method, shape, k in self.cases():
+            rank = method.rank_for(shape, k.numel() // 3)
+            found = method.unfoldings(method.reconstruct(method.decompose(k, rank)))
+            for matrix, most in zip(found, method.cuts(rank), strict=True):
+                values = torch.linalg.svdvals(matrix)
+                assert int((values > 1e-9 * values[0]).sum()) <= most, f"rank {rank} of {shape} keeps more than `cuts`"
 
     def test_in_function_space_it_is_never_worse(self) -> None:
         for method, shape, k in self.cases():
@@ -152,4 +162,4 @@ class DecompositionLaws:
             whole = method.contract(tensors, shape)
             for i, tensor in enumerate(tensors):
                 doubled = method.contract([*tensors[:i], 2 * tensor, *tensors[i + 1 :]], shape)
-                assert relative(doubled, 2 * whole) < 1e-9, (shape, i)
+                assert relative(doubled, 2 * whole) < 1e-9, (shape, i, LINEAR)

@@ -167,6 +167,9 @@ class Reshaped(Decomposition):
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return self.inner.format.unfoldings(self._split(weight), self._dims(tuple(weight.shape))[1])
 
+    def cuts(self, rank: Rank) -> Rank:
+        return self.inner.format.cuts(rank)
+
     def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         return self._join(self.inner.format.contract(tensors), shape)
 

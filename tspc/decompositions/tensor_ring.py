@@ -64,6 +64,10 @@ class TensorRingFormat(TensorFormat):
         cut = [tensor.flatten(0, k - 1).flatten(1) for k in range(1, tensor.ndim)]
         return cut[0], *cut
 
+    def cuts(self, rank: Rank) -> Rank:
+        first, *others = rank
+        return first * others[0], *(first * bond for bond in others)
+
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         dims = [core.shape[1] for core in tensors]
         half = _middle(dims)
@@ -217,6 +221,9 @@ class TensorRing(Swept):
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return self.format.unfoldings(weight.permute(1, 2, 3, 0), True)
+
+    def cuts(self, rank: Rank) -> Rank:
+        return self.format.cuts(rank)
 
     def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         return self.format.contract(tensors).permute(3, 0, 1, 2)

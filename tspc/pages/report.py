@@ -13,7 +13,7 @@ from tspc.pages.benchmark import LATENCY, MACS, figures_of, readable_count
 from tspc.pages.drawing import style
 from tspc.pages.records import REFERENCE, Run, read_run
 from tspc.pages.render import render
-from tspc.pages.run_figures import run_drawings, thinned
+from tspc.pages.run_figures import kept, run_drawings, thinned
 from tspc.store.files import make_folder, write_text
 from tspc.store.records import FIGURES
 
@@ -154,14 +154,14 @@ def _layers(run: Run) -> list[dict[str, Any]]:
 
 
 def _spark(spectrum: dict[str, Any]) -> dict[str, Any]:
-    """A spectrum as an SVG path, over a logarithmic axis of three decades, and the position of its rank."""
+    """A spectrum as an SVG path, over a logarithmic axis of three decades, and where the values that are kept end."""
     values, (width, height) = spectrum["values"], _SPARK
     last = max(1, len(values) - 1)
     points = []
     for place in thinned(len(values), 40):
         depth = min(1.0, -math.log10(max(values[place], 1e-3)) / 3)
         points.append(f"{round(place / last * width)} {round(1 + depth * (height - 2))}")
-    return {"d": Markup("M" + "L".join(points)), "x": round((spectrum["rank"] - 1) / last * width)}
+    return {"d": Markup("M" + "L".join(points)), "x": round((kept(spectrum) - 1) / last * width)}
 
 
 def _settings(run: Run) -> dict[str, Any]:

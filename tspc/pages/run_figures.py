@@ -177,6 +177,11 @@ def thinned(count: int, most: int = POINTS) -> list[int]:
     return sorted({min(count - 1, max(place, round(ratio**place) - 1)) for place in range(most)})
 
 
+def kept(spectrum: dict[str, Any]) -> int:
+    """How many singular values the rank can keep; in files of earlier versions as many as the rank says."""
+    return spectrum.get("kept", spectrum["rank"])
+
+
 def _spectra(run: Run) -> Drawing:
     grouped: dict[str, list[dict[str, Any]]] = {}
     for spectrum in run.spectra:
@@ -199,7 +204,7 @@ def _spectra(run: Run) -> Drawing:
             values = [max(spectrum["values"][i], 1e-4) for i in chosen]
             colour = SERIES[number % len(SERIES)]
             place.plot([i + 1 for i in chosen], values, color=colour, linewidth=1.1)
-            place.axvline(spectrum["rank"], color=colour, linestyle="--", linewidth=0.8)
+            place.axvline(kept(spectrum), color=colour, linestyle="--", linewidth=0.8)
         place.set_yscale("log")
         place.set_ylim(0.8e-3 if min(s["values"][-1] for s in run.spectra) > 1e-3 else 0.8e-4, 1.3)
         plain_log_axis(place.yaxis, each=(1.0,))
@@ -209,6 +214,6 @@ def _spectra(run: Run) -> Drawing:
     which = f"The {len(shown)} largest of {len(grouped)} layers" if len(shown) < len(grouped) else "All layers"
     text = (
         f"{which}: singular values, relative to the largest, over their number, on a logarithmic axis; "
-        "a dashed line marks the rank chosen. Methods with several ranks have a curve for each."
+        "a dashed line marks how many the rank can keep. Methods with several ranks have a curve for each."
     )
     return Drawing("spectra", "Spectra and the ranks chosen", text, figure)

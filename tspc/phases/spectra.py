@@ -16,14 +16,15 @@ from tspc.decompositions.function_space import whitened
 class Spectrum:
     """The singular values of one unfolding of a layer's kernel, relative to the largest.
 
-    The `entry` of the layer's rank belongs to this unfolding; its value is `rank`, the number of values that are kept.
-    In function space the kernel is whitened first.
+    The `entry` of the layer's rank belongs to this unfolding; its value is `rank`. At most `kept` of the values can be
+    kept. In function space the kernel is whitened first.
     """
 
     layer: str
     method: str
     entry: int
     rank: int
+    kept: int
     values: tuple[float, ...]
 
 
@@ -33,9 +34,10 @@ def spectra_of(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> tuple
     assert layer.rank is not None
     # Without a metric the values are only drawn, so float32 is enough.
     weight = kernel.detach().float() if metric is None else whitened(layer.method, double(kernel.detach()), metric)
+    unfoldings, cuts = layer.method.unfoldings(weight), layer.method.cuts(layer.rank)
     return tuple(
-        Spectrum(layer.name, layer.method.name, entry, rank, _singular_values(matrix))
-        for entry, (rank, matrix) in enumerate(zip(layer.rank, layer.method.unfoldings(weight), strict=True))
+        Spectrum(layer.name, layer.method.name, entry, rank, min(cut, *matrix.shape), _singular_values(matrix))
+        for entry, (rank, cut, matrix) in enumerate(zip(layer.rank, cuts, unfoldings, strict=True))
     )
 
 

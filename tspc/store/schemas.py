@@ -97,7 +97,7 @@ RESULT = {
 }
 """`result.json`."""
 
-SPECTRA = [{"layer": str, "method": str, "rank": SIZE, "values": [Number(0)]}]
+SPECTRA = [{"layer": str, "method": str, "rank": SIZE, "kept?": SIZE, "values": [Number(0)]}]
 _OUTCOME = {
     "directory": str,
     "rate_reached?": Number(0),
