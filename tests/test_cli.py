@@ -12,6 +12,7 @@ import torch
 
 import tspc
 from tests.conftest import TINY
+from tspc.decompositions import names
 from tspc.store.directory import RunDirectory
 
 
@@ -142,7 +143,7 @@ def test_own_configs_and_own_network(cli, tmp_path, monkeypatch):
 
 
 MISTAKES = {
-    "method=tucker": "method=tucker does not exist; choose one of auto, cp, rcp",
+    "method=tucker": f"method=tucker does not exist; choose one of {', '.join(sorted(names()))} (or",
     "dataset=cifar": "choose one of cifar10",
     "phase=train": "phase=train does not exist; choose one of",
     "rat=0.1": "did you mean rate?",

@@ -97,6 +97,8 @@ def test_public_names_exist():
     for name in tspc.__all__:
         assert getattr(tspc, name) is not None
     assert set(tspc.__all__) <= set(dir(tspc))
+    # The attribute is set already if something else has imported the folder.
+    assert tspc.__getattr__("decompositions") is sys.modules["tspc.decompositions"]
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         tspc.nothing  # noqa: B018
 

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tspc import decompositions as decompositions
     from tspc.calibration import Calibration as Calibration
     from tspc.calibration import Samples as Samples
     from tspc.compression.apply import apply_ as apply_
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tspc.decompositions import CP as CP
     from tspc.decompositions import SVD as SVD
     from tspc.decompositions import Reshaped as Reshaped
+    from tspc.decompositions import TensorRing as TensorRing
     from tspc.decompositions import TensorTrain as TensorTrain
     from tspc.decompositions import Tucker as Tucker
     from tspc.deploy import export as export
@@ -44,6 +46,7 @@ _HOMES = {
     "CP": "decompositions",
     "SVD": "decompositions",
     "Reshaped": "decompositions",
+    "TensorRing": "decompositions",
     "TensorTrain": "decompositions",
     "Tucker": "decompositions",
     "export": "deploy",
@@ -63,6 +66,7 @@ __all__ = [
     "PlanSettings",
     "Reshaped",
     "Samples",
+    "TensorRing",
     "TensorTrain",
     "TspcError",
     "TspcWarning",
@@ -70,6 +74,7 @@ __all__ = [
     "__version__",
     "apply_",
     "compress",
+    "decompositions",
     "export",
     "fold_batch_norms",
     "load",
@@ -79,6 +84,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "decompositions":  # for methods of other packages
+        return importlib.import_module("tspc.decompositions")
     if name not in _HOMES:
         raise AttributeError(f"module 'tspc' has no attribute {name!r}")
     return getattr(importlib.import_module(f"tspc.{_HOMES[name]}"), name)
