@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import tspc
 from tests.conftest import TINY
+from tests.test_tutorial import DOCS, blocks
 from tspc.decompositions import METHODS, Axes, Decomposition, from_dict, register, registry
 from tspc.decompositions.laws import DecompositionLaws
 from tspc.decompositions.registry import ENTRY_POINTS
 from tspc.errors import ConfigError, WeightsError
-from tspc.layers.forms import tensorized_layers
+from tspc.layers.forms import tensorize, tensorized_layers
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,47 @@ class Projected(Decomposition):
 
 class TestLawsOfAStrangersMethod(DecompositionLaws):
     method = Projected()
+
+
+def in_the_guide() -> dict[str, Any]:
+    """What the code in the guide defines, as it stands there."""
+    found: dict[str, Any] = {}
+    for block in blocks("methods.md"):
+        exec(compile(block, "docs/methods.md", "exec", dont_inherit=True), found)
+    return found
+
+
+GUIDE = in_the_guide()
+
+
+class TestLawsOfTheMethodInTheGuide(DecompositionLaws):
+    method = GUIDE["TestMine"].method
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_method_in_the_guide_is_the_truncated_svd_and_runs_as_a_chain(balanced):
+    method = GUIDE["Mine"](balanced)
+    layer = torch.nn.Conv2d(6, 9, (3, 2), padding=1).double()
+    small = tensorize(layer, method, (4,))
+    matrix = layer.weight.detach().flatten(1)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    torch.testing.assert_close(small.weight.flatten(1), left[:, :4] * values[:4] @ right[:4])
+    assert [factor.shape for factor in small.factor_tensors()] == [(4, 6, 3, 2), (9, 4, 1, 1)]
+    assert small.paths == ["chain", "rebuilt"]
+    norms = [float(factor.detach().norm()) for factor in small.factor_tensors()]
+    assert (norms[0] == pytest.approx(norms[1])) == balanced
+
+
+def test_the_run_in_the_guide(cli, tmp_path, monkeypatch):
+    (command,) = re.findall(r"^    tspc --config-dir DIR (method=.*)$", (DOCS / "methods.md").read_text(), re.MULTILINE)
+    monkeypatch.setitem(METHODS._made, "mine", (GUIDE["Mine"], {"balanced": True}))
+    (tmp_path / "DIR/method").mkdir(parents=True)
+    (tmp_path / "DIR/method/mine.yaml").write_text("name: mine\nbalanced: true\n")
+    small = [word for word in TINY if not word.startswith("dataset.pretrain")]
+    code, _, err = cli("--config-dir", "DIR", *small, *command.split())
+    assert code == 0, err
+    (result,) = Path("try").glob("synthetic/resnet8/mine-0.2/seed0/result.json")
+    assert list(json.loads(result.read_text())["phases"]) == ["decompose", "distill", "finetune"]
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ class Decomposition(ABC):
     - `reconstruct(decompose(K, max_rank(K.shape))) == K`;
     - `num_params(K.shape, rank_for(K.shape, budget)) <= budget`, and a higher value of any single entry of that rank
       exceeds the budget, or is useless (`is_useful`);
-    - the same arguments give the same factors, bit for bit, on the same machine.
+    - the same arguments give the same factors, bit for bit, on the same machine;
+    - `contract` is linear in each factor; the terms of a sum are stacked in one factor.
 
     A float32 kernel is decomposed in float32, and the laws hold to that precision. Badly conditioned parts are
     computed in float64: small normal equations, and spectra that reach below the noise of float32.
