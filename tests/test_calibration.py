@@ -153,17 +153,18 @@ def test_the_trace_finds_batch_norms_and_blocks_that_follow_each_other():
         trace = samples.survey(model, convs(model)).trace
     assert trace.batch_norms["layer1.0.conv1"] == "layer1.0.bn1"
     assert [s.module for s in trace.segments] == ["conv1", "layer1.0", "layer2.0", "layer3.0"]
-    assert [s.follows for s in trace.segments] == [False, False, True, True]
+    assert [s.call is not None for s in trace.segments] == [False, False, True, True]
 
 
 def test_blocks_called_with_constants_follow_each_other():
     model = Scaled().eval()
     with Samples(images(), Calibration(batch_size=8)) as samples:
         trace = samples.survey(model, convs(model)).trace
-    assert [(s.module, s.follows, dict(s.named)) for s in trace.segments] == [
-        ("blocks.0", False, {}),
-        ("blocks.1", True, {"scale": 1.5}),
-    ]
+    first, second = trace.segments
+    assert (first.module, first.call, second.module) == ("blocks.0", None, "blocks.1")
+    answer = torch.ones(2)
+    assert second.call is not None
+    assert second.call.made([], answer) == ((answer,), {"scale": 1.5})
 
 
 def test_an_argument_that_depends_on_the_batch_is_no_constant():
@@ -176,7 +177,7 @@ def test_an_argument_that_depends_on_the_batch_is_no_constant():
     model = Counted().eval()
     with Samples(images(), Calibration(batch_size=8)) as samples:
         trace = samples.survey(model, convs(model)).trace
-    assert [s.follows for s in trace.segments] == [False, False]
+    assert [s.call for s in trace.segments] == [None, None]
 
 
 def test_an_output_that_is_used_twice_has_no_batch_norm_of_its_own():

@@ -17,7 +17,7 @@ from tspc.deploy.folding import plain
 from tspc.errors import DataError, TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.norms import takes_shift
-from tspc.traversal.walk import trace
+from tspc.traversal.tracing import trace
 
 
 class Activated(nn.BatchNorm2d):

@@ -22,7 +22,7 @@ from tspc.models.lazy import require_sizes
 from tspc.system.modes import own_modes
 from tspc.traversal.copying import copied
 from tspc.traversal.nested import tensors_in
-from tspc.traversal.walk import trace
+from tspc.traversal.tracing import trace
 
 TOLERANCE = 1e-4
 """The allowed difference from the unfolded network's answers, relative to the largest, besides rounding."""

@@ -16,7 +16,8 @@ from tspc.system import processes
 from tspc.training import Recipe
 from tspc.traversal.nested import UnknownValueError
 from tspc.traversal.stash import Room, Stash
-from tspc.traversal.walk import Trace, Walker
+from tspc.traversal.tracing import Trace
+from tspc.traversal.walk import Walker
 
 VIEWS = 4
 """The largest number of augmentations of one training image."""

@@ -32,7 +32,7 @@ from tspc.training import Progress, Recipe, Step, Watchers, fit
 from tspc.traversal.blocks import block_of, find_blocks
 from tspc.traversal.hooks import evaluating
 from tspc.traversal.stash import Room
-from tspc.traversal.walk import Trace, trace
+from tspc.traversal.tracing import Trace, trace
 
 BATCH_NORMS = ("frozen", "updated")
 WAYS = ("sequential", "parallel", "mixed")

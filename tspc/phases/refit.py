@@ -14,7 +14,7 @@ from tspc.calibration.samples import Calibration, is_narrow
 from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape, kind_of
 from tspc.system import processes
 from tspc.system.modes import own_modes
-from tspc.traversal.walk import Trace
+from tspc.traversal.tracing import Trace
 
 
 def adapted_layers(model: nn.Module, reference: nn.Module) -> list[str]:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.traversal.hooks import evaluating
-
-LIKE = 1e-2
-"""A smaller difference of answers, as a share of the largest answer, is rounding."""
+from tspc.traversal.layouts import alike
 
 
 def place(model: nn.Module, device: torch.device, layout: torch.memory_format = torch.channels_last) -> nn.Module:
@@ -61,7 +59,7 @@ def _why_not(fast: Trial, plain: Trial) -> str:
         return ""
     if fast.error is not None:
         return _text(fast.error)
-    return "" if _alike(fast.answer, plain.answer) else "its answers differ"
+    return "" if alike(fast.answer, plain.answer) else "its answers differ"
 
 
 def _text(error: Exception) -> str:
@@ -104,12 +102,3 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in before:
             buffer.copy_(value)
-
-
-def _alike(first: Any, second: Any) -> bool:
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor) or not first.is_floating_point():
-        return True
-    if first.shape != second.shape:
-        return False
-    largest = float(first.abs().max()) if first.numel() else 0.0
-    return bool(torch.isclose(first, second, rtol=0.0, atol=LIKE * largest, equal_nan=True).all())

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tspc.errors import TspcWarning
+from tspc.traversal.handing import Call
 from tspc.traversal.hooks import Reached, run_until_reached, seeded
 from tspc.traversal.nested import UnknownValueError, mapped, tensors_in
 from tspc.traversal.stash import Room, Stash
-
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Arguments by position and by name."""
 
 
 class Arguments:

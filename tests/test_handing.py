@@ -1,0 +1,93 @@
+"""Blocks that take more than the output of the block before: they are run from what is kept, not from the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_walk import assert_seen, seen_by_the_whole
+from tspc.calibration.samples import Calibration, Samples, moments_of
+from tspc.compression.apply import compress
+
+WIDTH = 6
+
+
+class Attending(nn.Module):
+    """Takes hidden states, a mask and a table; gives back a tuple. `spoils` changes the mask in place."""
+
+    def __init__(self, spoils: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.spoils = spoils
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, tables: Any = None, scale: float = 1.0) -> tuple:
+        positions, _ = tables
+        h = x + positions
+        if self.spoils:
+            mask += 0.1
+        scores = self.q(h) @ self.k(h).mT * scale + mask
+        return x + self.out(scores.softmax(-1) @ h), scores
+
+
+class Encoder(nn.Module):
+    def __init__(self, depth: int, spoils: bool = False, varies: bool = False) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, WIDTH)
+        self.blocks = nn.ModuleList(Attending(spoils) for _ in range(depth))
+        self.head, self.varies = nn.Linear(WIDTH, 3), varies
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        mask = torch.zeros(len(ids), 1, ids.shape[1]).masked_fill(ids[:, None] == 0, -1e9)
+        tables = torch.linspace(-1, 1, ids.shape[1])[:, None], None
+        for block in self.blocks:
+            x, _ = block(x, mask, tables=tables, scale=1.0 / len(ids) if self.varies else 0.5)
+        return self.head(x.mean(1))
+
+
+def words(count: int = 40) -> torch.Tensor:
+    ids = torch.randint(1, 20, (count, 7), generator=torch.Generator().manual_seed(0))
+    return ids.masked_fill(torch.arange(7) > torch.arange(count)[:, None] % 5 + 2, 0)
+
+
+SETTINGS = Calibration(batch_size=8, patches=10**9, sensitivity=False)
+
+
+@pytest.mark.parametrize("memory", [0, 64])
+@pytest.mark.parametrize("kind", ["kept", "spoils", "varies"])
+def test_every_layer_sees_what_it_sees_in_the_whole_network(kind, memory):
+    torch.manual_seed(0)
+    model, x = Encoder(3, kind == "spoils", kind == "varies").eval(), words()
+    names = [f"blocks.{i}.{layer}" for i in range(3) for layer in ("q", "k", "out")]
+    settings = Calibration(batch_size=8, patches=10**9, memory=memory)
+    with Samples(x, settings) as samples:
+        trace = samples.survey(model, names).trace
+        follows = [segment.call is not None for segment in trace.segments]
+        assert follows == [False, *([kind == "kept"] * 2)], "only what is handed on unchanged can be kept"
+        found = dict(moments_of(model, names, samples, trace))
+    for name in names:
+        wanted = torch.cat([seen_by_the_whole(model, name, part).flatten(0, -2) for part in x.split(8)])
+        assert_seen(found[name], wanted, model.get_submodule(name))
+
+
+def test_passes_over_the_network_do_not_grow_with_its_depth():
+    def passes(depth: int) -> int:
+        torch.manual_seed(0)
+        model = Encoder(depth).eval()
+        count = [0]
+        model.words.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+        compress(model, "svd", 0.5, calibration=words(), settings=SETTINGS)
+        return count[0]
+
+    assert passes(3) == passes(9) > 0
+
+
+def test_layers_with_the_same_input_share_a_pass():
+    torch.manual_seed(0)
+    model = Encoder(2).eval()
+    with Samples(words(), SETTINGS) as samples:
+        trace = samples.survey(model, [f"blocks.0.{layer}" for layer in ("q", "k", "out")]).trace
+    assert trace.same_input == {"blocks.0.q": "blocks.0.q", "blocks.0.k": "blocks.0.q", "blocks.0.out": "blocks.0.out"}
