@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tspc.decompositions import METHODS, SVD, Decomposition, Metric
-from tspc.decompositions.function_space import refine
+from tspc.decompositions.function_space import refine, spectra
 
 SHAPES = [(12, 10, 3, 3), (8, 6, 3, 1), (14, 12, 1, 1), (20, 15)]
 
@@ -90,6 +90,17 @@ def test_error_falls_as_the_rank_grows(name):
 
 
 @each_method
+@pytest.mark.parametrize("shape", [(12, 1, 1, 5), (12, 1, 5, 1), (1, 10, 3, 3), (9, 1, 3, 3), (6, 1)], ids=str)
+def test_kernels_with_a_single_channel(name, shape):
+    method, k, n = kernel_and_size(name, shape)
+    metric = Metric(covariance(n, "full"))
+    rank = method.rank_for(shape, max(k.numel() // 2, method.min_params(shape)))
+    fitted, plain = (error(method, k, rank, metric, is_fitted) for is_fitted in (True, False))
+    assert fitted <= plain * (1 + 1e-9) + 1e-12
+    assert len(spectra(method, k, metric)) == len(rank)
+
+
+@each_method
 @each_shape
 def test_full_rank_is_exact(name, shape):
     method, k, n = kernel_and_size(name, shape)
@@ -132,7 +143,7 @@ def test_whitening_factors_whitens_the_kernel(name, shape):
     white = roots.whiten_factors(factors.tensors, axes)
     torch.testing.assert_close(method.contract(white, shape), roots.whiten(rebuilt))
     torch.testing.assert_close(method.contract(roots.unwhiten_factors(white, axes), shape), rebuilt)
-    assert metric.whitened(axes).squared(roots.whiten(k).flatten(1)) == pytest.approx(metric.squared(k.flatten(1)))
+    assert roots.whitened(metric, {}).squared(roots.whiten(k).flatten(1)) == pytest.approx(metric.squared(k.flatten(1)))
 
 
 @torch.no_grad()

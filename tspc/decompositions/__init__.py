@@ -11,8 +11,8 @@ from typing import Any
 from tspc.decompositions.auto import CANDIDATES, Auto
 from tspc.decompositions.base import Decomposition
 from tspc.decompositions.cp import CP
-from tspc.decompositions.function_space import Metric
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
+from tspc.decompositions.metric import Metric
 from tspc.decompositions.registry import ENTRY_POINTS, KINDS, METHODS, register
 from tspc.decompositions.reshaped import Reshaped
 from tspc.decompositions.svd import SVD

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions import function_space
-from tspc.decompositions.function_space import Metric
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, check_finite
+from tspc.decompositions.metric import Metric
 from tspc.errors import DecompositionError
 from tspc.system.modes import own_modes
 
@@ -72,9 +72,14 @@ class Decomposition(ABC):
         """The position of the kernel's modes in the factors."""
 
     def is_matrix_factorisation(self, shape: Shape) -> bool:
-        """Whether the kernel has only one input and one output mode. The truncated SVD is then the optimum."""
-        modes = self.axes(shape)
-        return math.prod(modes.inputs.values()) == max(modes.inputs.values()) and len(modes.outputs) == 1
+        """Whether the factors are an n × R and an R × T matrix. The truncated SVD is then the optimum."""
+        rank = tuple(1 for _ in self.max_rank(shape))
+        factors = [math.prod(factor) for factor in self.factor_shapes(shape, rank)]
+        return len(rank) == 1 and factors == [math.prod(shape[1:]), shape[0]] and len(self.axes(shape).outputs) == 1
+
+    def of_product(self, outputs: Tensor, inputs: Tensor, shape: Shape) -> Sequence[Tensor]:
+        """The factors of the kernel `outputs @ inputs` (T × R times R × n), for a matrix factorisation."""
+        return self.fit((outputs @ inputs).reshape(shape), (len(inputs),))
 
     def chain_axes(self, shape: Shape) -> tuple[str, ...] | None:
         """For each factor the spatial axes over which it convolves: "", "h", "w" or "hw".
@@ -164,6 +169,11 @@ class Decomposition(ABC):
         else:
             tensors = function_space.fit(self, kernel, rank, metric)
         return Factors(tuple(t.to(weight).contiguous() for t in tensors), shape, rank)
+
+    @property
+    def is_spectral(self) -> bool:
+        """Whether the squared error is about the sum of the squared singular values that `unfoldings` lose."""
+        return False
 
     @abstractmethod
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:

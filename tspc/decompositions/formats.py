@@ -26,6 +26,8 @@ class TensorFormat(ABC):
 
     pairs_channels: ClassVar[bool]
     """Whether input and output sub-modes are merged pairwise (S_l·T_l) or stay separate modes."""
+    is_spectral: ClassVar[bool] = False
+    """As `Decomposition.is_spectral`."""
 
     @abstractmethod
     def max_rank(self, dims: Shape, spatial: bool) -> Rank: ...
@@ -83,6 +85,10 @@ class Formatted(Decomposition):
     @abstractmethod
     def format(self) -> TensorFormat:
         """The format, with the method's settings."""
+
+    @property
+    def is_spectral(self) -> bool:
+        return self.format.is_spectral
 
     def for_shape(self, shape: Shape) -> Decomposition:
         """`svd` for a kernel without spatial extent, because that is a matrix; else the method itself."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions.base import Decomposition
-from tspc.decompositions.function_space import Metric
 from tspc.decompositions.kernels import Rank, Shape
+from tspc.decompositions.metric import Metric
 from tspc.errors import DecompositionError
 
 CONVOLUTIONS = ((16, 16, 3, 3), (24, 3, 7, 7), (24, 12, 5, 5), (32, 16, 3, 1), (9, 6, 1, 3), (13, 7, 3, 3))

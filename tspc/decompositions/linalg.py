@@ -39,10 +39,10 @@ def dominant_basis(matrix: Tensor, rank: int, start: Tensor | None = None) -> Te
         for _ in range(REPEATED):
             basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
         return basis
-    basis, error2 = _eigenvectors(matrix @ matrix.T, rank)
+    basis, error2 = eigenvectors(matrix @ matrix.T, rank)
     if matrix.dtype == torch.float32 and error2 < NOISE:
         wide = matrix.double()
-        basis = _eigenvectors(wide @ wide.T, rank)[0].to(matrix.dtype)
+        basis = eigenvectors(wide @ wide.T, rank)[0].to(matrix.dtype)
     return basis
 
 
@@ -74,6 +74,16 @@ def projected(tensor: Tensor, sizes: Mapping[int, int]) -> tuple[Tensor, dict[in
     return tensor, bases
 
 
+def squared_singular_values(matrix: Tensor) -> Tensor:
+    """The squares of the singular values, largest first."""
+    return eigenvalues(matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix)
+
+
+def eigenvalues(gram: Tensor) -> Tensor:
+    """The eigenvalues of a positive semidefinite matrix, largest first."""
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+
+
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of this rank, as `left @ right`. Both hold the roots of the singular values."""
     m, n = matrix.shape
@@ -87,7 +97,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return basis * scale, projected / scale[:, None]
 
 
-def _eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, float]:
+def eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, float]:
     """Orthonormal eigenvectors of the `rank` largest eigenvalues, largest first, with a fixed sign.
 
     Also the share of the trace that the other eigenvalues hold.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tspc.decompositions.function_space import Metric
+    from tspc.decompositions.metric import Metric
 
 INNER = 10
 """The largest number of conjugate gradient steps in a Levenberg-Marquardt step."""
@@ -25,6 +25,7 @@ def refine(
     metric: Metric,
     steps: int,
     stalled: float = STALLED,
+    offset: float = 0.0,
 ) -> list[Tensor]:
     """Lowers ‖target − contract(tensors)‖ in `metric`; `contract` is linear in each tensor.
 
@@ -32,6 +33,7 @@ def refine(
     falls after a success and rises after a failure; it also holds the scales of the factors in place. The result is
     never worse than the start. A step is computed in float32, which is enough for a direction, and judged in the
     precision of the tensors. All factors have the same damping, so they need equal norms and a target of norm 1.
+    `offset` is a part of the squared error that no tensors can lower; it counts in the gain at which refining ends.
     """
     norms = [float(torch.linalg.vector_norm(t)) for t in start]
     size = math.sqrt(metric.squared(target))
@@ -40,7 +42,7 @@ def refine(
     share = size ** (1 / len(norms))
     mean = math.prod(norm / share for norm in norms) ** (1 / len(norms))
     tensors = [t.detach() * (mean / norm) for t, norm in zip(start, norms, strict=True)]
-    target = target / size
+    target, offset = target / size, offset / size**2
     rest = target - contract(tensors)
     pulled = metric.apply(rest)
     loss = max(float((pulled * rest).sum()), 0.0)
@@ -60,7 +62,7 @@ def refine(
         if not loss_now < loss:
             damping *= 8
             continue
-        fall, tensors, pulled, loss = (loss - loss_now) / loss, tried, pulled_now, loss_now
+        fall, tensors, pulled, loss = (loss - loss_now) / (loss + offset), tried, pulled_now, loss_now
         damping = max(damping / 4, 1e-8)
         if fall < stalled:
             break

@@ -149,6 +149,10 @@ class Reshaped(Decomposition):
         maps = self._join(self.inner.format.contract([*others, unit]), (t, s, terms, 1))
         return [profiles.repeat(s, 1, 1)[:, None], maps.reshape(t, s * terms, 1, 1)]
 
+    @property
+    def is_spectral(self) -> bool:
+        return self.inner.format.is_spectral
+
     def sketch(self) -> Reshaped:
         return replace(self, inner=self.inner.sketch())
 

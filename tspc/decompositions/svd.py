@@ -32,6 +32,10 @@ class SVD(Decomposition):
     def __post_init__(self) -> None:
         require(self, "solver", oracle.SOLVERS)
 
+    @property
+    def is_spectral(self) -> bool:
+        return True
+
     def max_rank(self, shape: Shape) -> Rank:
         t, s, h, w = kernel_dims(shape)
         return (min(s * h, w * t),)
@@ -63,6 +67,10 @@ class SVD(Decomposition):
         first = left.T
         second = right.reshape(r, w, t).permute(2, 0, 1)
         return [f.reshape(k) for f, k in zip((first, second), self.factor_shapes(shape, rank), strict=True)]
+
+    def of_product(self, outputs: Tensor, inputs: Tensor, shape: Shape) -> Sequence[Tensor]:
+        shapes = self.factor_shapes(shape, (len(inputs),))
+        return [f.reshape(k) for f, k in zip((inputs, outputs), shapes, strict=True)]
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         t, s, h, w = kernel_dims(tuple(weight.shape))

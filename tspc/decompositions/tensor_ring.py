@@ -18,6 +18,8 @@ from tspc.decompositions.registry import register
 
 RIDGE = 1e-10
 """Added to the diagonal of the normal equations, relative to its mean; a ring's cores can be nearly dependent."""
+WIDEST = 4096
+"""With more pairs of bonds than this at a core, the normal equations take too much memory: the start is the result."""
 EXACT = 1e-14
 """At this squared relative error the sweeps end."""
 
@@ -90,7 +92,8 @@ class TensorRingFormat(TensorFormat):
             return float(double(tensor - self.contract(cores)).square().sum())
 
         best, least = start, squared_error(start)
-        if least <= EXACT * float(double(tensor).square().sum()):
+        widest = max(core.shape[0] * core.shape[2] for core in start)
+        if widest > WIDEST or least <= EXACT * float(double(tensor).square().sum()):
             return best
         cores = list(start)
         for _ in range(self.max_iterations):

@@ -24,6 +24,7 @@ class TensorTrainFormat(TensorFormat):
 
     solver: str = "native"
     pairs_channels: ClassVar[bool] = True
+    is_spectral: ClassVar[bool] = True
 
     def max_rank(self, dims: Shape, spatial: bool) -> Rank:
         return tuple(min(math.prod(dims[:k]), math.prod(dims[k:])) for k in range(1, len(dims)))

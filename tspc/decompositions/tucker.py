@@ -34,6 +34,7 @@ class TuckerFormat(TensorFormat):
     tolerance: float
     solver: str = "native"
     pairs_channels: ClassVar[bool] = False
+    is_spectral: ClassVar[bool] = True
 
     def max_rank(self, dims: Shape, spatial: bool) -> Rank:
         size = math.prod(dims)

@@ -25,6 +25,7 @@ STATE_HOOKS = (
 
 _PYTORCH = frozenset(vars(nn.Module()))
 """Attributes that every module has; what a network keeps besides may be anywhere else."""
+_HOLDERS = frozenset((list, dict, tuple))
 _DEPTH = 5
 """How deep lists in lists may be that know a layer; one may hold itself."""
 
@@ -39,8 +40,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
     for owner in model.modules():
         own = vars(owner)
-        for key in own.keys() - _PYTORCH:
-            value = _exchanged(own[key], old, module, _DEPTH)
+        for key in [key for key, value in own.items() if type(value) in _HOLDERS or value is old]:
+            value = own[key] if key in _PYTORCH else _exchanged(own[key], old, module, _DEPTH)
             if value is not own[key]:
                 own[key] = value
 
@@ -49,9 +50,11 @@ def _exchanged(value: Any, old: nn.Module, new: nn.Module, depth: int) -> Any:
     """`value` with `new` instead of `old`; lists and dicts are changed in place."""
     if value is old:
         return new
-    if type(value) not in (list, dict, tuple) or depth == 0:
+    if type(value) not in _HOLDERS or depth == 0:
         return value
-    items = value.values() if isinstance(value, dict) else value
+    items = list(value.values() if isinstance(value, dict) else value)
+    if not any(item is old or type(item) in _HOLDERS for item in items):  # most hold numbers
+        return value
     changed = [_exchanged(item, old, new, depth - 1) for item in items]
     if all(one is other for one, other in zip(changed, items, strict=True)):
         return value

@@ -1,0 +1,274 @@
+"""The norm of a kernel's error in function space, and the matrices that whiten the kernel's modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tspc.decompositions.kernels import Axes, double
+
+FLOOR, GROWTH = 1e-6, 100.0
+"""Added to the diagonal of a mode's covariance, as a share of its mean; raised by this factor until a root exists."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Σ = XᵀX + λI of a few rows X (m × n), where the n × n matrix would be too large."""
+
+    rows: Tensor
+    damping: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
+
+    def __len__(self) -> int:
+        return self.rows.shape[1]
+
+    def after(self, matrix: Tensor) -> Tensor:
+        """The matrix (T × n) times Σ."""
+        return (matrix @ self.rows.mT) @ self.rows + self.damping * matrix
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The norm ‖D‖² = tr(G D Σ Dᵀ) of a difference D (T × n) of kernels.
+
+    `inputs` is Σ (n × n, n = S·H·W in this order), positive definite, or the rows that it comes from. `outputs` is G
+    (T × T), or the diagonal of G (T); it says how much the network's answer depends on the layer's outputs. None means
+    the identity. With `is_sketch` a fit is fast and approximate.
+    """
+
+    inputs: Tensor | Rows
+    outputs: Tensor | None = None
+    is_sketch: bool = False
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def roots(self, axes: Axes) -> Roots:
+        """The matrices that whiten the modes of a kernel; computed once for all methods with the same modes."""
+        return self._once(("roots", *axes.modes), lambda: Roots(axes, self))
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def apply(self, difference: Tensor) -> Tensor:
+        """G D Σ: half the gradient of the squared norm."""
+        return self.weighted(self.after(difference))
+
+    def after(self, matrix: Tensor) -> Tensor:
+        """A matrix (T × n) times Σ."""
+        return matrix @ self.inputs if isinstance(self.inputs, Tensor) else self.inputs.after(matrix)
+
+    def weighted(self, rows: Tensor) -> Tensor:
+        """G times a matrix with T rows."""
+        if self.outputs is None:
+            return rows
+        return self.outputs @ rows if self.outputs.ndim == 2 else self.outputs[:, None] * rows
+
+    @property
+    def input_root(self) -> Tensor:
+        """R (n × n) with Σ = R·Rᵀ."""
+        inputs = cast(Tensor, self.inputs)
+        return self._once("input root", lambda: _factor(inputs).to(inputs))
+
+    @property
+    def _output_root(self) -> Tensor:
+        """L (T × T, or the diagonal of L) with G = L·Lᵀ."""
+        return self._once("output root", lambda: _root(cast(Tensor, self.outputs)).to(self.inputs.dtype))
+
+    def scaled(self, rows: Tensor, transposed: bool = False) -> Tensor:
+        """L times a matrix with T rows, where G = L·Lᵀ; with `transposed` Lᵀ times it."""
+        if self.outputs is None:
+            return rows
+        root = self._output_root
+        if root.ndim == 1:
+            return root[:, None] * rows
+        return (root.mT if transposed else root) @ rows
+
+    def unscaled(self, rows: Tensor) -> Tensor:
+        """L⁻ᵀ times a matrix with T rows."""
+        if self.outputs is None:
+            return rows
+        root = self._output_root
+        if root.ndim == 1:
+            return rows / root[:, None]
+        return torch.linalg.solve_triangular(root.mT, rows, upper=True)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """The inverse of `apply`, in float64; both matrices are positive definite."""
+        solved = torch.cholesky_solve(double(gradient).T, _factor(cast(Tensor, self.inputs))).T
+        if self.outputs is None:
+            return solved
+        if self.outputs.ndim == 1:
+            return solved / double(self.outputs)[:, None]
+        return torch.cholesky_solve(solved, _factor(self.outputs))
+
+    def sketch(self) -> Metric:
+        """The same norm in float32, for quick fits."""
+        return replace(self.single(), is_sketch=True)
+
+    def single(self) -> Metric:
+        """The same norm in float32; computed once for all ranks."""
+        if isinstance(self.inputs, Rows) or self.inputs.dtype == torch.float32:
+            return self
+        narrow = None if self.outputs is None else self.outputs.float()
+        inputs = self.inputs
+        return self._once("single", lambda: Metric(inputs.float(), narrow, self.is_sketch))
+
+    def squared(self, difference: Tensor) -> float:
+        """‖D‖². Rounding could make it negative; it is then 0."""
+        return max(float((self.apply(difference) * difference).sum()), 0.0)
+
+
+class Roots:
+    """Roots R of the modes' marginal covariances, C = R·Rᵀ, and their inverses.
+
+    A root times any rotation is a root, too, and no decomposition depends on a rotation of a mode. So these are
+    Cholesky factors, which cost a small part of a symmetric root.
+    """
+
+    def __init__(self, axes: Axes, metric: Metric) -> None:
+        self._outputs, self._inputs = tuple(axes.outputs), tuple(axes.inputs)
+        self._sizes = axes.outputs | axes.inputs
+        inputs = metric.inputs
+        is_dense = isinstance(inputs, Tensor)
+        marginals = _marginals(inputs, axes.inputs) if is_dense else _marginals_of_rows(inputs, axes.inputs)
+        if metric.outputs is not None:
+            marginals |= _marginals(metric.outputs, axes.outputs)
+        self._root = {mode: _root(matrix) for mode, matrix in marginals.items()}
+
+    @cached_property
+    def _inverse(self) -> dict[str, Tensor]:
+        return {mode: _inverse(root) for mode, root in self._root.items()}
+
+    @property
+    def _transposed(self) -> dict[str, Tensor]:
+        return {mode: root.mT if root.ndim == 2 else root for mode, root in self._inverse.items()}
+
+    def whitened(self, metric: Metric, bases: Mapping[str, Tensor]) -> Metric:
+        """The same norm for whitened kernels; `bases` (n × q, orthonormal) restrict modes to subspaces."""
+        moved = self._transposed
+        for mode, basis in bases.items():
+            root = moved.get(mode, basis.new_ones(len(basis)))
+            wide = basis.to(root)
+            moved[mode] = root @ wide if root.ndim == 2 else root[:, None] * wide
+        outer = metric.outputs
+        if outer is not None and outer.ndim == 1 and any(mode in bases for mode in self._outputs):
+            outer = outer.diag()
+        inner = self._on_matrix(cast(Tensor, metric.inputs), self._inputs, moved)
+        return Metric(inner, None if outer is None else self._on_matrix(outer, self._outputs, moved))
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        flat = multiplied(weight.flatten(1), (self._outputs, self._inputs), self._sizes, self._root)
+        return flat.reshape(weight.shape)
+
+    def whiten_factors(self, tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        return on_factors(tensors, axes, self._root)
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """The gradient (T × n) with respect to a kernel as the gradient with respect to the whitened kernel."""
+        return multiplied(gradient, (self._outputs, self._inputs), self._sizes, self._transposed)
+
+    def unwhiten_factors(self, tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        return on_factors(tensors, axes, self._inverse)
+
+    def _on_matrix(self, matrix: Tensor, modes: tuple[str, ...], moved: Mapping[str, Tensor]) -> Tensor:
+        if matrix.ndim == 1:  # a diagonal: both sides at once
+            squares = {mode: moved[mode].square() for mode in modes if mode in moved}
+            return multiplied(matrix, (modes,), self._sizes, squares)
+        return multiplied(matrix, (modes, modes), self._sizes, moved)
+
+
+def on_factors(tensors: Sequence[Tensor], axes: Axes, matrices: Mapping[str, Tensor]) -> list[Tensor]:
+    """The factors of a kernel whose modes are multiplied by matrices (n × q; a vector means a diagonal)."""
+    sizes = axes.outputs | axes.inputs
+    return [multiplied(t, modes, sizes, matrices) for t, modes in zip(tensors, axes.factors, strict=True)]
+
+
+def multiplied(
+    tensor: Tensor, modes: Sequence[Sequence[str]], sizes: Mapping[str, int], matrices: Mapping[str, Tensor]
+) -> Tensor:
+    """Multiplies every mode that has a matrix (n × q) by it. An axis may hold several modes or none.
+
+    A vector means a diagonal matrix.
+    """
+    split: list[int] = []
+    labels: list[str] = []
+    for names, n in zip(modes, tensor.shape, strict=True):
+        labels += names or ("",)
+        split += [sizes[name] for name in names] or [n]
+    result = tensor.reshape(split)
+    for axis, label in enumerate(labels):
+        if label in matrices:
+            matrix, last = matrices[label].to(result), result.movedim(axis, -1)
+            result = (last @ matrix if matrix.ndim == 2 else last * matrix).movedim(-1, axis)
+    found, joined = iter(result.shape), []
+    for names in modes:
+        joined.append(math.prod(next(found) for _ in names or ("",)))
+    return result.reshape(joined)
+
+
+def _marginals(matrix: Tensor, modes: Mapping[str, int]) -> dict[str, Tensor]:
+    """For every mode the covariance summed over all other modes, with mean eigenvalue 1. A diagonal gives diagonals."""
+    sizes = tuple(modes.values())
+    result = {}
+    for axis, (mode, n) in enumerate(modes.items()):
+        before, after = math.prod(sizes[:axis]), math.prod(sizes[axis + 1 :])
+        if matrix.ndim == 1:
+            marginal = matrix.reshape(before, n, after).sum((0, 2))
+            trace, unit = marginal.sum(), torch.ones_like(marginal)
+        else:
+            whole = matrix.reshape(before, n, after, before, n, after)
+            marginal = whole.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).sum((-1, -2))
+            trace, unit = marginal.trace(), _identity(marginal)
+        result[mode] = marginal * (n / trace) if trace > 0 else unit
+    return result
+
+
+def _marginals_of_rows(matrix: Rows, modes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The same for a matrix that is given by rows."""
+    sizes = tuple(modes.values())
+    result = {}
+    for axis, (mode, n) in enumerate(modes.items()):
+        slices = matrix.rows.reshape(-1, n, math.prod(sizes[axis + 1 :])).movedim(1, 0).flatten(1)
+        marginal = slices @ slices.mT + matrix.damping * (len(matrix) // n) * _identity(slices)
+        result[mode] = marginal * (n / marginal.trace())
+    return result
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """A lower triangular root of a positive semidefinite matrix, in float64; of a diagonal its square root."""
+    wide = double(matrix)
+    if wide.ndim == 1:
+        return wide.clamp(min=max(FLOOR * float(wide.mean()), torch.finfo(wide.dtype).tiny)).sqrt()
+    return _factor(wide, FLOOR)
+
+
+def _inverse(root: Tensor) -> Tensor:
+    if root.ndim == 1:
+        return 1 / root
+    return torch.linalg.solve_triangular(root, _identity(root), upper=False)
+
+
+def _factor(matrix: Tensor, floor: float = 0.0) -> Tensor:
+    """The Cholesky factor in float64, with `floor` × the mean of the diagonal added to it, or as much as is needed."""
+    wide = double(matrix)
+    wide = (wide + wide.mT) / 2
+    mean = max(float(wide.diagonal().mean()), torch.finfo(torch.float64).tiny)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(wide + floor * mean * _identity(wide))
+        if not int(failed) or not bool(wide.isfinite().all()):
+            return root
+        floor = max(floor * GROWTH, 1e-12)
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
