@@ -81,7 +81,7 @@ def test_auto_takes_the_best_method_of_each_layer():
     for name in names:
         single = plan(model, name, 0.2, curves=curves_of(model, name)).output_error
         assert single is not None
-        assert made.output_error <= single * 1.001
+        assert made.output_error <= single * 1.005  # sizes are sampled
     done = apply_(model, made)
     assert Plan.from_dict(done.to_dict()) == done
 

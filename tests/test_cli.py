@@ -36,7 +36,7 @@ def test_a_whole_run_and_what_it_leaves(cli, tmp_path):
     model = tspc.load(run / "model.safetensors")
     assert sum(p.numel() for p in model.parameters()) == result["parameters"]["after"]
     assert result["bytes"]["file"] == (run / "model.safetensors").stat().st_size
-    for text in ("layer1.0.conv1", "dense: first convolution", "layer3.0", "0.4 asked"):
+    for text in ("layer1.0.conv1", "dense: first", "layer3.0", "0.4 asked"):
         assert text in out
     assert "\x1b" not in out, "no colour codes in a pipe"
     assert "finetune" in (run / "tspc.log").read_text()

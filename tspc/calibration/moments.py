@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ LEAST_ROWS = 2
 """With fewer rows for each input than this, the layer's own kernel is the target."""
 SCARCITY = 0.1
 """Damping for too few rows, relative to the mean second moment; in proportion to the missing rows."""
+NARROW, BLOCKS = 1024, 8
+"""Up to this number of columns a product xᵀx is computed as a whole; else in about so many blocks."""
 WIDEST_OUTPUT = 4096
 """With more outputs than this, only the diagonals of their second moments and weights are kept."""
 
@@ -119,11 +122,14 @@ class Moments:
                 return
             self.count += rows
             x = self._x.add(x)
-            self._xx += (x.mT @ x).to(self._xx)
+            _add_gram_(self._xx, x)
             if self._y is not None and self._yx is not None and self._yy is not None and y is not None:
                 y = self._y.add(y.to(x).reshape(rows, groups, -1).transpose(0, 1))
                 self._yx += (y.mT @ x).to(self._yx)
-                self._yy += (y.mT @ y if self._yy.ndim == 3 else y.square().sum(1)).to(self._yy)
+                if self._yy.ndim == 3:
+                    _add_gram_(self._yy, y)
+                else:
+                    self._yy += y.square().sum(1).to(self._yy)
 
     def join(self) -> None:
         """Adds up the sums of all processes."""
@@ -176,16 +182,30 @@ class Moments:
                 outputs.add_(_squares(mean_y, outputs.ndim))
         diagonals = inputs.diagonal(dim1=1, dim2=2)
         size = diagonals.mean(1)[:, None, None]
-        # With fewer rows than this the moments are partly noise, and the best kernel would follow the noise.
-        independent = math.sqrt(count * min(images, count)) if images else count
-        scarcity = max(0.0, n / independent - 1 / ROWS)
-        shift = torch.where(size > 0, (damping + SCARCITY * scarcity) * size, 1.0)
+        shift = torch.where(size > 0, (damping + SCARCITY * scarcity(n, count, images)) * size, 1.0)
         diagonals.add_(shift[..., 0])
         target = matrix
         if self._y is not None and count >= LEAST_ROWS * n:
             target = torch.linalg.solve(inputs, (cross + shift * matrix).mT).mT
         weights = None if sensitivity is None else _by_groups(sensitivity.to(inputs), groups)
         return Statistics(target.flatten(0, 1), centred, mean_x, mean_y, shift, inputs, cross, outputs, weights)
+
+
+def scarcity(n: int, count: int, images: int) -> float:
+    """How much is missing of enough rows. Else the moments are partly noise, and the best kernel follows the noise."""
+    independent = math.sqrt(count * min(images, count)) if images else count
+    return max(0.0, n / independent - 1 / ROWS)
+
+
+def _add_gram_(total: Tensor, x: Tensor) -> None:
+    """Adds xᵀx (groups × n × n) to `total`. Of a wide one only the blocks up to the diagonal are computed."""
+    n = x.shape[2]
+    edges = [*list(range(0, n, max(NARROW, -(-n // BLOCKS)))), n]
+    for start, end in pairwise(edges):
+        strip = (x[..., start:end].mT @ x[..., :end]).to(total)
+        total[:, start:end, :end] += strip
+        if start:
+            total[:, :start, start:end] += strip[..., :start].mT
 
 
 class _Sums:

@@ -58,6 +58,8 @@ def input_patches(layer: DenseLayer, inputs: Tensor, positions: Positions | None
         return _grouped(columns, layer.groups)
     down, right = layer.stride
     images = images[..., top * down :, left * right :]
+    if layer.kernel_size == (1, 1):  # a view instead of a copy
+        return _grouped(images[..., :: down * step, :: right * step].flatten(2), layer.groups)
     columns = F.unfold(images, layer.kernel_size, dilation=layer.dilation, stride=(down * step, right * step))
     return _grouped(columns, layer.groups)
 

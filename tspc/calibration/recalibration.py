@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Samples
+from tspc.calibration.sensitivity import IMAGES, enough
 from tspc.decompositions import double
 from tspc.system.modes import own_modes
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-JUDGES = 128
-"""The number of images that decide between old and new statistics."""
 
 
 @own_modes()
@@ -57,10 +56,10 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
 
 @torch.no_grad()
 def _answers(model: nn.Module, samples: Samples) -> list[Any]:
-    """The network's answers to at least JUDGES images, or to all if there are fewer; batch by batch."""
+    """The network's answers to enough images, or to all if there are fewer; batch by batch."""
     answers, count = [], 0
     for images in samples:
-        if count >= JUDGES:
+        if count >= min(IMAGES, enough(images)):
             break
         answers.append(model(images))
         count += len(images)

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from tspc.calibration.batches import Batches, check_nothing_is_missing
 from tspc.calibration.moments import Moments, Statistics
 from tspc.calibration.patches import Positions, input_patches
-from tspc.calibration.sensitivity import output_sensitivity
+from tspc.calibration.sensitivity import enough, output_sensitivity
 from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, kernel_of
 from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
 from tspc.system.modes import own_modes
 from tspc.system.parallel import in_parts
 from tspc.traversal.hooks import evaluating
+from tspc.traversal.layouts import takes_channels_last
 from tspc.traversal.stash import Room, Stash
-from tspc.traversal.walk import Trace, Walker, trace
+from tspc.traversal.tracing import Trace, trace
+from tspc.traversal.walk import Walker
 
 WIDEST = 8192
 """Longest input patch whose second moments are kept (half a gigabyte in float64)."""
@@ -86,11 +88,33 @@ class Survey:
         """Whether a constant can be added to the layer's output: by its bias, or by its batch norm."""
         return layer.bias is not None or name in self.trace.batch_norms
 
-    def statistics(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples) -> Statistics:
+    def statistics(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples | Part) -> Statistics:
         weights = self.sensitivity[name][0] if name in self.sensitivity else None
         return moments.statistics(
             kernel_of(layer), self.is_centred(name, layer), samples.settings.damping, weights, len(samples)
         )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The first batches of some samples: as many images as show well enough how a network behaves."""
+
+    samples: Samples
+
+    @property
+    def settings(self) -> Calibration:
+        return self.samples.settings
+
+    def __len__(self) -> int:
+        return sum(map(len, self))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = 0
+        for batch in self.samples:
+            yield batch
+            count += len(batch)
+            if count >= enough(batch):
+                return
 
 
 class Samples:
@@ -113,6 +137,7 @@ class Samples:
         self._sensitivity: tuple[nn.Module, dict[str, Stash]] | None = None
         self._asked = set[str]()
         self._is_closed = False
+        self._layout: torch.memory_format | None = None
         self._images, self._count = Stash(self.room), 0
         try:
             batches = Batches(images, self.settings.samples, self.settings.batch_size)
@@ -143,7 +168,8 @@ class Samples:
         if self._is_closed:
             raise DataError("these samples are used up: their `with` block has ended; make new ones")
         for batch in self._images:
-            yield batch if self.device is None else batch.to(self.device)
+            own = batch if self.device is None else batch.to(self.device)
+            yield own if self._layout is None else own.contiguous(memory_format=self._layout)
 
     def survey(self, model: nn.Module, layers: Collection[str], later: Collection[str] = ()) -> Survey:
         """How a network calls the given layers, and how its answer depends on them.
@@ -154,6 +180,8 @@ class Samples:
         images = next(iter(self))[:2]
         with evaluating(model), torch.random.fork_rng(devices=[]):  # it may draw random numbers
             try:
+                self._layout = torch.channels_last if takes_channels_last(model, images) else None
+                images = next(iter(self))[:2]
                 found = trace(model, layers, images)
             except (RuntimeError, ValueError, TypeError) as error:
                 given = f"{tuple(images.shape[1:])}, {images.dtype}"
@@ -178,8 +206,8 @@ class Samples:
     def patches_of_a_batch(self) -> int:
         return max(1, self.settings.patches // len(self._images))
 
-    def walk(self, model: nn.Module, trace: Trace) -> Walker:
-        return Walker(model, trace, self, self.room)
+    def walk(self, model: nn.Module, trace: Trace, images: Part | None = None) -> Walker:
+        return Walker(model, trace, images or self, self.room)
 
 
 @contextmanager
@@ -213,20 +241,25 @@ def _entries(layer: nn.Module) -> int:
     return getattr(layer, "groups", 1) * kernel_of(layer)[0].numel() ** 2
 
 
+def megabytes(model: nn.Module, name: str) -> float:
+    """The memory of the second moments of the layer's inputs."""
+    return 8 * _entries(model.get_submodule(name)) / 2**20
+
+
 def moments_of(
-    model: nn.Module, layers: Collection[str], samples: Samples, trace: Trace
+    model: nn.Module, layers: Collection[str], samples: Samples, trace: Trace, images: Part | None = None
 ) -> Iterator[tuple[str, Moments]]:
-    """The moments of each layer's inputs in an uncompressed network, one segment after the other.
+    """The moments of each layer's inputs in an uncompressed network, over all samples or a part of them.
 
     Layers that are never called, or whose inputs are too wide, are left out.
     """
-    walker = samples.walk(model, trace)
+    walker = samples.walk(model, trace, images)
     try:
         for segment in trace.segments:
             walker.advance()
             inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
-            size = lambda name: 8 * _entries(model.get_submodule(name)) / 2**20  # noqa: E731
-            parts = list(in_parts(inside, size, samples.settings.memory))  # as many as fit into memory together
+            # As many as fit into memory together.
+            parts = list(in_parts(inside, lambda name: megabytes(model, name), samples.settings.memory))
             for part in parts:
                 found = gather(walker, part, samples, for_the_last_time=part is parts[-1])
                 for name in part:

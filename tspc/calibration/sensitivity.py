@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -22,13 +23,18 @@ from tspc.traversal.copying import copied
 from tspc.traversal.hooks import Reached, hooked, run_until_reached
 from tspc.traversal.nested import tensors_in
 
-IMAGES = 128
-"""Images of which the gradients are taken."""
+IMAGES, FEWEST, NUMBERS = 128, 32, 2**21
+"""The most images whose gradients are taken; the fewest that stand for all, and how many numbers in them are enough."""
 AT_ONCE = 640_000
 """Numbers in the images whose gradients are taken at once, at least one image: they need the memory of training."""
 TOGETHER = 2**28
 """Numbers that the matrices of layers measured in one go may have (a gigabyte); other layers take another go."""
-PROBES = 2
+TOKEN = 256
+"""A token stands for about so many numbers, as a vector."""
+PROBES, LARGE = 2, 2**16
+"""Projections of an answer; one for an image with so many numbers, whose layers have many positions."""
+ROWS = 8192
+"""About so many positions of the gradients that are taken at once are enough, or as many as there are outputs."""
 SHRINKAGE = 1e-2
 """Least share of the mean added to all outputs alike."""
 
@@ -54,13 +60,13 @@ def output_sensitivity(
         sums = _Sums(model, part)
         try:
             with _without_parameters(model), hooked(sums.handles()):
-                images = _backward(model, batches)
+                projections = _backward(model, batches)
         except Exception as error:  # the network may be the user's own
             why = next(iter(str(error).splitlines()), type(error).__name__)
             _warn(f"{type(model).__name__} gives no gradients ({why}): the outputs of all layers have equal weights")
             return
         lost += sums.lost
-        yield from sums.found(images)
+        yield from sums.found(projections)
     if lost:
         _warn(f"no finite gradient of the answer comes to {some(lost, 5)}: their outputs have equal weights")
 
@@ -77,6 +83,7 @@ class _Sums:
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
         self._called: dict[str, None] = {}
+        self._generator = torch.Generator().manual_seed(0)
 
     def handles(self) -> list[Any]:
         """Hooks on every module. They start the gradients at the first activations, and sum those of the layers."""
@@ -104,6 +111,10 @@ class _Sums:
     def _add(self, name: str, layer: DenseLayer, gradient: Tensor) -> None:
         with own_modes(), torch.no_grad():
             g = rows_of(layer, gradient).float()
+            few = max(ROWS, g.shape[1])
+            if len(g) > few:  # neighbouring positions tell the same; a fixed step could always meet the same column
+                chosen = torch.randint(len(g), (few,), generator=self._generator, device="cpu").to(g.device)
+                g = g[chosen] * math.sqrt(len(g) / few)
             found = g.T @ g if g.shape[1] <= WIDEST_OUTPUT else g.square().sum(0)
             self._sums[name] = self._sums[name] + found if name in self._sums else found
             self._rows[name] = self._rows.get(name, 0) + len(g)
@@ -113,10 +124,10 @@ class _Sums:
         """The layers that are called, but get no finite gradient."""
         return [name for name in self._called if name not in self._sums or not self._sums[name].isfinite().all()]
 
-    def found(self, images: int) -> Iterator[tuple[str, Tensor]]:
+    def found(self, projections: int) -> Iterator[tuple[str, Tensor]]:
         for name in list(self._sums):
             # Kept in float32; converted to float64 when the layer is fitted.
-            total = self._sums.pop(name) / (images * PROBES)
+            total = self._sums.pop(name) / projections
             size = float(total.sum() if total.ndim == 1 else total.trace())
             if size > 0 and bool(total.isfinite().all()):
                 yield name, _shrunk(total, self._rows[name])
@@ -142,21 +153,29 @@ def _numbers(layer: nn.Module) -> int:
 
 
 def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Sends random projections of the answers back; returns the number of images."""
+    """Sends random projections of the answers back; returns their number."""
     generator = torch.Generator().manual_seed(0)
-    images = 0
+    images = projections = 0
     for batch in batches:
+        probes = 1 if batch[0].numel() >= LARGE else PROBES
         for part in batch.split(max(1, AT_ONCE // _size(model, batch))):
             inputs = part.detach().clone()
             answers = _with_gradient(model(inputs.requires_grad_() if inputs.is_floating_point() else inputs))
-            for probe in range(PROBES):
+            for probe in range(probes):
                 projected = sum((answer * _direction(answer, generator)).sum() for answer in answers)
                 # Not by `grad`, which reentrant checkpoints refuse.
-                torch.autograd.backward(cast(Tensor, projected), retain_graph=probe + 1 < PROBES)
+                torch.autograd.backward(cast(Tensor, projected), retain_graph=probe + 1 < probes)
             images += len(part)
-        if images >= IMAGES:
+            projections += probes * len(part)
+        if images >= min(IMAGES, enough(batch)):
             break
-    return images
+    return projections
+
+
+def enough(images: Tensor) -> int:
+    """How many images of this size show well enough how a network works; of large images fewer."""
+    numbers = images[0].numel() * (1 if images.is_floating_point() else TOKEN)
+    return max(FEWEST, NUMBERS // max(1, numbers))
 
 
 def _direction(answer: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import input_patches, output_rows
-from tspc.calibration.samples import Samples, gather, is_narrow, moments_of, positions_of
+from tspc.calibration.samples import Samples, gather, is_narrow, megabytes, moments_of, positions_of
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_of
+from tspc.system.parallel import in_parts
 from tspc.traversal.stash import Stash
-from tspc.traversal.walk import Trace, Walker
+from tspc.traversal.tracing import Trace
+from tspc.traversal.walk import Walker
 
 
 @dataclass(frozen=True)
@@ -51,31 +53,29 @@ def targets_of(reference: Walker, layers: Collection[str], samples: Samples) -> 
     return targets
 
 
-def moments_towards(targets: Targets, small: Walker, name: str, samples: Samples) -> Moments | None:
-    """Moments of a layer's inputs in the compressed network, with the reference's rows as targets.
+def moments_towards(targets: Mapping[str, Targets], small: Walker, samples: Samples) -> dict[str, Moments]:
+    """Moments of some layers' inputs in the compressed network, with the reference's rows as targets.
 
-    The layer in `small` is still the reference's own. None if the layer gets other images there, so that its rows do
-    not correspond to the reference's rows.
+    The layers in `small` are still the reference's own. A layer is left out if it gets other images there, so that its
+    rows do not correspond to the reference's rows.
     """
-    if targets.is_routed(samples):
-        return None
-    layer = cast(DenseLayer, small.model.get_submodule(name))
-    moments: list[Moments] = []
-    calls: list[tuple[int, torch.Size]] = []
+    targets = {name: of for name, of in targets.items() if not of.is_routed(samples)}
+    moments: dict[str, Moments] = {}
+    calls: dict[str, list[tuple[int, torch.Size]]] = {name: [] for name in targets}
 
-    def see(_: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        number = len(calls)
-        calls.append((batch, outputs.shape))
-        if calls[number:] != targets.calls[number : number + 1]:
+    def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
+        layer, number = cast(DenseLayer, small.model.get_submodule(name)), len(calls[name])
+        calls[name].append((batch, outputs.shape))
+        if calls[name][number:] != targets[name].calls[number : number + 1]:
             return
         x = input_patches(layer, inputs, positions_of(layer, name, batch, outputs, samples))
-        if not moments:
-            moments.append(Moments(x.shape[-1], len(kernel_of(layer)), x.device, len(x)))
-        moments[0].add(x, targets.rows[number])
+        if name not in moments:
+            moments[name] = Moments(x.shape[-1], len(kernel_of(layer)), x.device, len(x))
+        moments[name].add(x, targets[name].rows[number])
 
-    for _ in small.inputs_of([name], see):
+    for _ in small.inputs_of(targets, see) if targets else ():
         pass
-    return moments[0] if calls == targets.calls and moments else None
+    return {name: found for name, found in moments.items() if calls[name] == targets[name].calls}
 
 
 def moments_in_turn(
@@ -97,14 +97,23 @@ def moments_in_turn(
             small.advance()
             inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
             targets = targets_of(reference, inside, samples) if inside else {}
+            seen: dict[str, Moments | None] = {}
             for name in inside:
-                found = moments_towards(targets[name], small, name, samples)
-                if found is None:
+                if name not in seen:
+                    # No layer before them feeds those with the same input, so one pass is enough for all.
+                    group = [other for other in targets if trace.same_input[other] == trace.same_input[name]]
+                    group = next(in_parts(group, lambda one: megabytes(model, one), samples.settings.memory))
+                    found = moments_towards({one: targets[one] for one in group}, small, samples)
+                    seen |= {one: found.get(one) for one in group}
+                    for one in group:
+                        targets.pop(one).rows.clear()
+                moments = seen.pop(name)
+                if moments is None:
                     routed.append(name)
-                    found = gather(small, [name], samples).get(name)
-                if found is not None:
-                    yield name, found
-                targets.pop(name).rows.clear()
+                    moments = gather(small, [name], samples).get(name)
+                if moments is not None:
+                    yield name, moments
+                del moments  # given away, so that its memory can be freed
     finally:
         reference.close()
         small.close()

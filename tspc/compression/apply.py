@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from tspc.calibration.moments import Statistics
 from tspc.calibration.recalibration import recalibrate_
 from tspc.calibration.samples import Calibration, Samples, kept
+from tspc.calibration.sketches import Sketch, sketches_of
 from tspc.calibration.targets import moments_in_turn
 from tspc.compression.curves import naming
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import plan
+from tspc.compression.progress import progress_bar
 from tspc.compression.selection import FilterFn, why_dense
 from tspc.compression.settings import PlanSettings
-from tspc.decompositions import Method, Metric, double
-from tspc.layers.dense import DenseLayer, check_values, kernel_of, kernel_shape
+from tspc.decompositions import Method, Metric
+from tspc.layers.dense import DenseLayer, check_values, kernel_of, kernel_shape, kind_of
 from tspc.layers.forms import TensorizedLayer, tensorize
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_of_parameter_hooks, warn_of_state_hooks
 from tspc.models.lazy import require_sizes
@@ -45,9 +47,10 @@ def compress(
     filter_fn: FilterFn | None = None,
     example: Tensor | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
+    progress: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """A compressed copy of `model`; the arguments are those of `tspc.plan`.
+    """A compressed copy of `model`; the arguments are those of `tspc.plan`. `progress` shows a bar with the time left.
 
     With `calibration` data layers are fitted to their outputs, else to their weights. `on_layer` is called with the
     name of a layer after its errors were measured for the plan, and again after it was fitted. A layer with thousands
@@ -58,10 +61,16 @@ def compress(
     small = copied(model)
     # The predicate is asked about the caller's modules, which it may know.
     chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
-    with kept(calibration, settings, model) as samples:
-        ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=on_layer)
+    pieces = (1 + asked.needs_curves) * sum(kind_of(module) is not None for module in small.modules())
+    with kept(calibration, settings, model) as samples, progress_bar(pieces, progress) as shown:
+
+        def done(name: str) -> None:
+            shown(name)
+            on_layer(name)
+
+        ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=done)
         warn_of_parameter_hooks({layer.name: model.get_submodule(layer.name) for layer in ranks.tensorized})
-        apply_(small, ranks, samples, lambda layer, *fitted: on_layer(layer.name))
+        apply_(small, ranks, samples, lambda layer, *fitted: done(layer.name))
     return small
 
 
@@ -119,11 +128,18 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
             layer = _dense(work, name)
             statistics = survey.statistics(name, _dense(model, name), moments, samples)
             del moments  # room for the fit
-            kernel = statistics.target.reshape(kernel_shape(layer))
+            # Fitted in the precision of the layer, but at least in float32.
+            kernel = statistics.target.to(torch.promote_types(kernel_of(layer).dtype, torch.float32))
+            kernel = kernel.reshape(kernel_shape(layer))
             fitted = _fitted(layer, waiting[name], kernel, statistics)
             _shift_(fitted, statistics, work, survey.trace.batch_norms.get(name))
             keep(fitted, kernel, statistics.metric)
-    # Without samples, never called, or too wide: the kernel alone is used.
+        wide = [layer.name for layer in plan.tensorized if layer.name not in done]
+        for name, sketch in sketches_of(work, wide, samples, survey):
+            layer = _dense(work, name)
+            kernel = sketch.kernel.reshape(kernel_shape(layer))
+            keep(_fitted(layer, waiting[name], kernel, sketch), kernel, sketch.metric)
+    # Without samples, or never called: the kernel alone is used.
     rest = [layer for layer in plan.tensorized if layer.name not in done]
     layers = {layer.name: _dense(work, layer.name) for layer in rest}
 
@@ -154,7 +170,7 @@ def _compensates(layer: LayerPlan, model: nn.Module) -> bool:
     return layer.method is None and layer.compensates and why_dense(model.get_submodule(layer.name)) is None
 
 
-def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | None) -> _Done:
+def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | Sketch | None) -> _Done:
     """The layer's replacement: tensorized, or dense with a kernel that corrects the errors of earlier layers."""
     with naming(layer.name):
         if layer.method is None or layer.rank is None:
@@ -183,9 +199,9 @@ def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Sta
 @torch.no_grad()
 def relative_error(kernel: Tensor, rebuilt: Tensor) -> float:
     """‖K − K̂‖ ÷ ‖K‖ in the Frobenius norm; 0 if both kernels are zero."""
-    kernel = double(kernel)
-    difference = torch.linalg.vector_norm(kernel - double(rebuilt))
-    norm = torch.linalg.vector_norm(kernel)
+    # The difference of two close numbers is exact. Only the sums need more digits.
+    wide = torch.float32 if kernel.device.type == "mps" else torch.float64
+    difference, norm = (torch.linalg.vector_norm(part, dtype=wide) for part in (kernel - rebuilt.to(kernel), kernel))
     return float(difference / norm) if norm > 0 else float(difference)
 
 

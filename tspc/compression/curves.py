@@ -10,23 +10,31 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from tspc import decompositions
-from tspc.calibration.samples import Samples, moments_of
+from tspc.calibration.samples import Part, Samples, moments_of
+from tspc.calibration.sketches import sketches_of
 from tspc.compression.plan import LayerPlan
-from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape
+from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
+from tspc.decompositions.function_space import spectra
 from tspc.errors import DecompositionError
 from tspc.layers.dense import DenseLayer, check_values, kernel_of
 from tspc.system.modes import own_modes
 from tspc.system.parallel import side_by_side
 from tspc.traversal.hooks import evaluating
 
-SHARES = (0.03, 0.08, 0.2, 0.5)
-"""A curve is sampled at these sizes, relative to the dense kernel, and at the smallest rank."""
+FITTED = (0.03, 0.08, 0.2, 0.5)
+"""In function space quick fits give these points of a curve, relative to the dense kernel, and the smallest rank."""
+COARSE, COARSEST = (0.05, 0.25), (0.08,)
+"""The same for kernels with more than WIDE inputs, and without function space; the second, where spectra show more."""
+ESTIMATED = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.5)
+"""The sizes of a curve that follows from spectra; where there are fits, they correct it. All their sizes are here."""
 WIDE = 1024
-"""With more inputs than this, the points of a curve are measured one after the other. Each takes the memory of several
-second moments, and its products are large enough for all threads."""
+"""With more inputs than this, the points of a curve are few, and measured one after the other. Each takes the memory of
+several second moments, and its products are large enough for all threads."""
 LEAST = 1e-12
 """A smaller squared relative error counts as zero."""
 
@@ -100,24 +108,30 @@ def error_curves(
 
     check_values(model)
 
-    def measure(name: str, metric: Metric | None) -> None:
+    def measured(name: str, metric: Metric | None = None) -> list[ErrorCurve]:
         weight = kernel_of(model.get_submodule(name)).detach()
         with naming(name):
-            curves[name] = _curves(method.candidates(tuple(weight.shape)), weight, metric)
-        waiting.pop(name)
-        on_layer(name)
+            return _curves(method.candidates(tuple(weight.shape)), weight, metric)
 
     if samples is not None:
         survey = samples.survey(model, list(waiting), [layer.name for layer in layers if layer.compensates])
+        part = Part(samples)
         with evaluating(model):
-            for name, moments in moments_of(model, list(waiting), samples, survey.trace):
+            for name, moments in moments_of(model, list(waiting), samples, survey.trace, part):
                 dense = cast(DenseLayer, model.get_submodule(name))
-                metric = survey.statistics(name, dense, moments, samples).metric.sketch()
+                metric = survey.statistics(name, dense, moments, part).metric.sketch()
                 del moments  # room for the fits
-                measure(name, metric)
-    for name in list(waiting):  # never called, or too wide: the kernel alone is used
-        measure(name, None)
-    return curves
+                curves[name] = measured(name, metric)
+                on_layer(name)
+            for name, sketch in sketches_of(model, [n for n in waiting if n not in curves], samples, survey):
+                curves[name] = measured(name, sketch.metric.sketch())
+                on_layer(name)
+    # Without samples, or never called: the kernel alone is used.
+    rest = [name for name in waiting if name not in curves]
+    for name, found in side_by_side(measured, rest, size=lambda name: waiting[name].dense_params):
+        curves[name] = found
+        on_layer(name)
+    return {name: curves[name] for name in waiting}
 
 
 @contextmanager
@@ -131,37 +145,83 @@ def naming(layer: str) -> Iterator[None]:
 
 def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | None) -> list[ErrorCurve]:
     """One curve for each method."""
-    shape, size = tuple(weight.shape), weight.numel()
-    # Without a metric the kernel's own precision is enough.
-    kernel = weight if metric is None else weight.to(metric.inputs)
+    # Without a metric the kernel's own precision is enough, but it is at least float32.
+    own = torch.promote_types(weight.dtype, torch.float32)
+    kernel = weight.to(own if metric is None else metric.inputs.dtype)
     squared = (lambda matrix: float(matrix.square().sum())) if metric is None else metric.squared
     whole = squared(kernel.flatten(1))
     # `whole` is the layer's share in the squared change of the answer. It comes from a linear model, which is wrong
     # where errors are large. So the weight is the geometric mean of 1 and `whole`.
     importance = math.sqrt(whole) if metric is not None and metric.outputs is not None else 1.0
 
-    def squared_error(point: tuple[Decomposition, Rank]) -> float:
+    def fitted(point: tuple[Decomposition, Rank]) -> float:
         method, rank = point
         rebuilt = method.reconstruct(method.sketch().decompose(kernel, rank, metric))
         return squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
 
-    points = [(method, rank) for method in methods for rank in _sampled_ranks(method, shape)]
+    shape = tuple(weight.shape)
+    estimates = {method: _estimate(method, kernel, metric) for method in methods if method.is_spectral}
+    points = {method: _fitted_ranks(method, shape, metric) for method in methods}
+    tried = [(method, rank) for method, ranks in points.items() for rank in ranks]
     if metric is not None and len(metric.inputs) > WIDE:
-        found = {point: squared_error(point) for point in points}
+        found = {point: fitted(point) for point in tried}
     else:
-        found = dict(side_by_side(squared_error, points, size=lambda point: point[0].num_params(shape, point[1])))
+        found = dict(side_by_side(fitted, tried, size=lambda point: point[0].num_params(shape, point[1])))
     curves = []
     for method in methods:
-        own = {method.num_params(shape, rank): e for (m, rank), e in found.items() if m == method}
-        params = sorted(own)
-        falling = accumulate((own[p] for p in params), min)
-        curves.append(ErrorCurve(method, tuple(params), tuple(falling), size, importance))
+        errors = {method.num_params(shape, rank): found[method, rank] for rank in points[method]}
+        if method in estimates:
+            errors = _corrected(method, shape, estimates[method], errors)
+        sizes = sorted(errors)
+        falling = accumulate((errors[size] for size in sizes), min)
+        curves.append(ErrorCurve(method, tuple(sizes), tuple(falling), weight.numel(), importance))
     return curves
 
 
-def _sampled_ranks(method: Decomposition, shape: Shape) -> list[Rank]:
-    """The smallest rank, and the largest rank within each of the SHARES, without duplicates of a size."""
+def _fitted_ranks(method: Decomposition, shape: Shape, metric: Metric | None) -> list[Rank]:
+    """The ranks at which the error is that of a fit."""
+    is_wide = metric is None or len(metric.inputs) > WIDE
+    if method.is_spectral and (metric is None or method.is_matrix_factorisation(shape)):
+        return []
+    coarse = COARSEST if method.is_spectral else COARSE
+    return _ranks(method, shape, coarse if is_wide else FITTED)
+
+
+def _estimate(method: Decomposition, kernel: Tensor, metric: Metric | None) -> Callable[[Rank], float]:
+    """The squared relative error at any rank, from what each entry of the rank cuts off.
+
+    It takes the shares of the squared norm that the entries keep as independent.
+    """
+    parts = [_cut_off(squares) for squares in spectra(method, kernel, metric)]
+    return lambda rank: 1 - math.prod(1 - float(part[r]) for part, r in zip(parts, rank, strict=True))
+
+
+def _cut_off(squares: Tensor) -> Tensor:
+    """For every rank from 0 on, the share of the sum of squares beyond it."""
+    wide = double(squares).cpu().flip(0)
+    left = torch.cat([wide.new_zeros(1), wide.cumsum(0)]).flip(0)
+    return left / left[0] if left[0] > 0 else left
+
+
+def _corrected(
+    method: Decomposition, shape: Shape, estimate: Callable[[Rank], float], measured: Mapping[int, float]
+) -> dict[int, float]:
+    """Size → error. The estimates are multiplied by measured ÷ estimated, interpolated between the measured sizes."""
+    estimates = {method.num_params(shape, rank): estimate(rank) for rank in _ranks(method, shape, ESTIMATED)}
+    if not measured:
+        return estimates
+    known = sorted(measured)
+    ratios = [math.log(max(measured[size], LEAST) / max(estimates[size], LEAST)) for size in known]
+    corrections = np.exp(np.interp(np.log(list(estimates)), np.log(known), ratios))
+    return {
+        size: min(1.0, error * float(factor))
+        for (size, error), factor in zip(estimates.items(), corrections, strict=True)
+    }
+
+
+def _ranks(method: Decomposition, shape: Shape, shares: Sequence[float]) -> list[Rank]:
+    """The smallest rank, and the largest rank within each of the shares, without duplicates of a size."""
     smallest, size = method.min_params(shape), math.prod(shape)
     ranks = [tuple(1 for _ in method.max_rank(shape))]
-    ranks += [method.rank_for(shape, int(size * share)) for share in SHARES if size * share > smallest]
+    ranks += [method.rank_for(shape, int(size * share)) for share in shares if size * share > smallest]
     return list({method.num_params(shape, rank): rank for rank in ranks}.values())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tspc.compression.plan import LayerPlan
-from tspc.decompositions import Metric, double
-from tspc.decompositions.function_space import whitened
+from tspc.decompositions import Metric
+from tspc.decompositions.function_space import spectra
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,16 @@ def spectra_of(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> tuple
     """One spectrum for every entry of the layer's rank."""
     assert layer.method is not None
     assert layer.rank is not None
-    # Without a metric the values are only drawn, so float32 is enough.
-    weight = kernel.detach().float() if metric is None else whitened(layer.method, double(kernel.detach()), metric)
-    unfoldings, cuts = layer.method.unfoldings(weight), layer.method.cuts(layer.rank)
+    # The values are only drawn, so float32 is enough.
+    found = spectra(layer.method, kernel.detach().float(), None if metric is None else metric.single())
+    cuts = layer.method.cuts(layer.rank)
     return tuple(
-        Spectrum(layer.name, layer.method.name, entry, rank, min(cut, *matrix.shape), _singular_values(matrix))
-        for entry, (rank, cut, matrix) in enumerate(zip(layer.rank, cuts, unfoldings, strict=True))
+        Spectrum(layer.name, layer.method.name, entry, rank, min(cut, len(squares)), _relative(squares))
+        for entry, (rank, cut, squares) in enumerate(zip(layer.rank, cuts, found, strict=True))
     )
 
 
-def _singular_values(matrix: Tensor) -> tuple[float, ...]:
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
-    largest = float(values[0])
-    return tuple(round(float(v) / largest, 6) if largest > 0 else 0.0 for v in values)
+def _relative(squares: Tensor) -> tuple[float, ...]:
+    """Singular values from their squares, relative to the largest."""
+    values = squares.sqrt().tolist()
+    return tuple(round(value / values[0], 6) if values[0] > 0 else 0.0 for value in values)
