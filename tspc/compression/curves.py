@@ -27,7 +27,8 @@ from tspc.system.parallel import side_by_side
 from tspc.traversal.hooks import evaluating
 
 FITTED = (0.03, 0.08, 0.2, 0.5)
-"""In function space quick fits give these points of a curve, relative to the dense kernel, and the smallest rank."""
+"""In function space quick fits give the points of a curve: at these sizes, relative to the dense kernel, and at the
+smallest rank. For a matrix the spectrum gives the whole curve."""
 COARSE, COARSEST = (0.05, 0.25), (0.08,)
 """The same for kernels with more than WIDE inputs, and without function space; the second, where spectra show more."""
 ESTIMATED = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.5)
@@ -160,7 +161,12 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
         return squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
 
     shape = tuple(weight.shape)
-    estimates = {method: _estimate(method, kernel, metric) for method in methods if method.is_spectral}
+    is_narrow = metric is not None and len(metric.inputs) <= WIDE
+    estimates = {
+        method: _estimate(method, kernel, metric)
+        for method in methods
+        if method.is_spectral and (not is_narrow or method.is_matrix_factorisation(shape))
+    }
     points = {method: _fitted_ranks(method, shape, metric) for method in methods}
     tried = [(method, rank) for method, ranks in points.items() for rank in ranks]
     if metric is not None and len(metric.inputs) > WIDE:

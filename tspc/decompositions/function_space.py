@@ -36,8 +36,9 @@ from tspc.decompositions.refinement import INNER, STALLED, refine
 FULL, SKETCH = (12, 6e10, STALLED), (3, 1.5e10, 0.3)
 """The largest number of Levenberg-Marquardt steps, and of their multiply-adds with the metric. Refining ends when the
 squared error falls by less than the last of the numbers; most sketches need one step."""
-MORE, WORTHWHILE = 1.5, 0.8
-"""A subspace has so many times the directions of the factors; it is used if these are at most this share of all."""
+MORE, WORTHWHILE, SMALL = 1.5, 0.8, 1e8
+"""A subspace has so many times the directions of the factors. It is used if these are at most this share of all, and a
+product with the whole norm takes more than so many multiply-adds."""
 
 
 class Multilinear(Protocol):
@@ -202,7 +203,7 @@ class _Problem:
             n = start[number].shape[axis]
             own = min(n, start[number].numel() // n)
             size = min(max(int(MORE * own), own + 8), 2 * own)
-            if size <= WORTHWHILE * n:
+            if size <= WORTHWHILE * n and math.prod(self.shape) * math.prod(self.shape[1:]) > SMALL:
                 found[mode] = size
         return found
 
