@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tspc.decompositions import METHODS, SVD, Decomposition, Metric
+from tspc.decompositions import METHODS, SVD, Decomposition, Metric, function_space
 from tspc.decompositions.function_space import refine, spectra
 
 SHAPES = [(12, 10, 3, 3), (8, 6, 3, 1), (14, 12, 1, 1), (20, 15)]
@@ -87,6 +87,19 @@ def test_error_falls_as_the_rank_grows(name):
     ranks = [method.rank_for(shape, int(k.numel() * rate)) for rate in (0.1, 0.2, 0.4, 0.8)]
     errors = [error(method, k, rank, metric, True) for rank in ranks]
     assert errors == sorted(errors, reverse=True)
+
+
+@each_method
+def test_refining_in_subspaces_is_nearly_as_good(name, monkeypatch):
+    shape = (40, 36, 3, 3)
+    method, k, n = kernel_and_size(name, shape)
+    metric = Metric(covariance(n, "full"), torch.diag(torch.linspace(1, 3, 40, dtype=k.dtype)))
+    rank = method.rank_for(shape, k.numel() // 20)
+    whole, plain = (error(method, k, rank, metric, is_fitted) for is_fitted in (True, False))
+    monkeypatch.setattr(function_space, "SMALL", 0)
+    inside = error(method, k, rank, metric, True)
+    assert inside <= plain * (1 + 1e-9)
+    assert inside <= 1.02 * whole
 
 
 @each_method
