@@ -72,20 +72,16 @@ def tensorly(method: str, options: argparse.Namespace) -> dict[str, Any]:
     """The time of tensorly's solvers alone, for the ranks that tspc chooses."""
     model = resnet()
     made = tspc.plan(model, method, 0.1)
-    oracle = dict.fromkeys(layer.method for layer in made.tensorized if layer.method is not None)
-    solvers = {own: tspc.plan(model, _with_tensorly(own), 0.1, allocation="uniform").method for own in oracle}
     started = time.monotonic()
     for layer in made.tensorized:
         kernel = model.get_submodule(layer.name).get_parameter("weight").detach()
         if layer.method is not None and layer.rank is not None:
-            solvers[layer.method].for_shape(layer.shape).decompose(kernel, layer.rank)  # type: ignore[union-attr]
+            _with_tensorly(layer.method).decompose(kernel, layer.rank)
     return {"seconds": time.monotonic() - started}
 
 
-def _with_tensorly(method: Any) -> Any:
-    from tspc import decompositions
-
-    return decompositions.decomposition_from_dict(method.to_dict() | {"solver": "tensorly"})
+def _with_tensorly(method: tspc.decompositions.Decomposition) -> tspc.decompositions.Decomposition:
+    return tspc.decompositions.decomposition_from_dict(method.to_dict() | {"solver": "tensorly"})
 
 
 def images(method: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -207,7 +203,7 @@ def measured(case: str, method: str, tree: Path, options: argparse.Namespace) ->
     return json.loads(lines[-1].removeprefix(MARK)) if lines else {"error": done.stderr.strip()[-300:]}
 
 
-def shown(found: dict[str, Any], unit: str = "seconds") -> str:
+def shown(found: dict[str, Any]) -> str:
     if "error" in found:
         return "failed: " + found["error"].splitlines()[-1][:60]
     return f"{found['seconds']:.1f} s, {found['peak']:.1f} GB" + (

@@ -161,15 +161,14 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
         return squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
 
     shape = tuple(weight.shape)
-    is_narrow = metric is not None and len(metric.inputs) <= WIDE
     estimates = {
         method: _estimate(method, kernel, metric)
         for method in methods
-        if method.is_spectral and (not is_narrow or method.is_matrix_factorisation(shape))
+        if method.is_spectral and (metric is None or _is_wide(metric) or method.is_matrix_factorisation(shape))
     }
     points = {method: _fitted_ranks(method, shape, metric) for method in methods}
     tried = [(method, rank) for method, ranks in points.items() for rank in ranks]
-    if metric is not None and len(metric.inputs) > WIDE:
+    if metric is not None and _is_wide(metric):
         found = {point: fitted(point) for point in tried}
     else:
         found = dict(side_by_side(fitted, tried, size=lambda point: point[0].num_params(shape, point[1])))
@@ -186,11 +185,14 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
 
 def _fitted_ranks(method: Decomposition, shape: Shape, metric: Metric | None) -> list[Rank]:
     """The ranks at which the error is that of a fit."""
-    is_wide = metric is None or len(metric.inputs) > WIDE
     if method.is_spectral and (metric is None or method.is_matrix_factorisation(shape)):
         return []
     coarse = COARSEST if method.is_spectral else COARSE
-    return _ranks(method, shape, coarse if is_wide else FITTED)
+    return _ranks(method, shape, coarse if metric is None or _is_wide(metric) else FITTED)
+
+
+def _is_wide(metric: Metric) -> bool:
+    return len(metric.inputs) > WIDE
 
 
 def _estimate(method: Decomposition, kernel: Tensor, metric: Metric | None) -> Callable[[Rank], float]:

@@ -12,9 +12,9 @@ E‖(K − K̂)x‖² = ‖(K − K̂)Σ^½‖² with Σ = E[xxᵀ]. Three steps
 
 For a matrix the whitened truncated SVD is already the optimum, and nothing is refined.
 
-The factors span few of the directions of the input and output channels. Refining stays in these and the directions
-into which the first step would go. The norm is projected on them first, which makes it many times smaller (as
-CANDELINC does for the plain norm: Carroll, Pruzansky & Kruskal, Psychometrika 1980).
+The factors span few of the directions of the input and output channels. For large kernels, refining stays in these and
+the directions into which the first step would go. The norm is projected on them first, which makes it many times
+smaller (as CANDELINC does for the plain norm: Carroll, Pruzansky & Kruskal, Psychometrika 1980).
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
     for owner in model.modules():
         own = vars(owner)
-        for key in [key for key, value in own.items() if type(value) in _HOLDERS or value is old]:
-            value = own[key] if key in _PYTORCH else _exchanged(own[key], old, module, _DEPTH)
+        for key in own.keys() - _PYTORCH:
+            value = _exchanged(own[key], old, module, _DEPTH)
             if value is not own[key]:
                 own[key] = value
 

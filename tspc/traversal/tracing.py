@@ -121,11 +121,12 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: lis
 
 
 def _same_inputs(record: _Record, calls: Mapping[str, int]) -> dict[str, str]:
+    """For each layer the first one with the same input; itself if it is called again, or a version is unknown."""
     firsts: dict[tuple[int, int], str] = {}
-    found = {}
+    found = {name: name for name in record.given}
     for name, (tensor, version) in record.given.items():
-        is_known = version is not None and calls[name] == 1
-        found[name] = firsts.setdefault((id(tensor), version), name) if version is not None and is_known else name
+        if version is not None and calls[name] == 1:
+            found[name] = firsts.setdefault((id(tensor), version), name)
     return found
 
 
