@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tspc.calibration.gathering import moments_of
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions, input_patches, output_rows
-from tspc.calibration.samples import Calibration, Samples, moments_of
+from tspc.calibration.samples import Calibration, Samples
 from tspc.layers.dense import kernel_of
 from tspc.models import NetworkSpec
 

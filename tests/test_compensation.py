@@ -11,9 +11,10 @@ from torch import nn
 
 from tests.methods import FAMILIES
 from tests.test_calibration import Twice, convs, images, resnet
+from tspc.calibration.gathering import moments_of
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import input_patches
-from tspc.calibration.samples import Calibration, Samples, moments_of
+from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import compress, tensorized
 from tspc.compression.planning import plan
 from tspc.decompositions import SVD, Auto, TensorTrain

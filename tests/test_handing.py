@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tests.test_walk import assert_seen, seen_by_the_whole
-from tspc.calibration.samples import Calibration, Samples, moments_of
+from tspc.calibration.gathering import moments_of
+from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import compress
 
 WIDTH = 6

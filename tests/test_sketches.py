@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tspc
-from tspc.calibration import samples as samples_module
+from tspc.calibration import gathering
 from tspc.calibration.samples import Calibration, Samples
 from tspc.calibration.sketches import sketches_of
 from tspc.decompositions import METHODS, SVD, Metric
@@ -53,7 +53,7 @@ def test_every_method_is_fitted_in_the_norm_of_rows(name):
 
 
 def test_a_wide_layer_is_fitted_to_its_inputs(monkeypatch):
-    monkeypatch.setattr(samples_module, "WIDEST", 16)
+    monkeypatch.setattr(gathering, "WIDEST", 16)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
     x = torch.randn(200, 12) * torch.logspace(0, -2, 12)
@@ -80,7 +80,7 @@ def test_a_wide_layer_is_fitted_to_its_inputs(monkeypatch):
 @pytest.mark.parametrize("method", ["svd", "rtt"])
 def test_wide_layers_of_any_shape_and_precision(method, dtype, monkeypatch):
     """Also with more outputs than inputs, and where a later operation changes the layer's input in place."""
-    monkeypatch.setattr(samples_module, "WIDEST", 8)
+    monkeypatch.setattr(gathering, "WIDEST", 8)
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.small import CPU
 from tests.test_stash import Cache, Frozen, Pair, Slots
-from tspc.calibration.samples import Calibration, Samples, moments_of
+from tspc.calibration.gathering import moments_of
+from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import compress
 from tspc.compression.path_costs import input_sizes
 from tspc.errors import TspcWarning

@@ -1,16 +1,18 @@
-"""The statistics of a layer's inputs, and the best kernel for them."""
+"""Sums over the inputs of a layer, and over the outputs that are wanted of it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
+from copy import copy
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from tspc.decompositions import Metric, double
+from tspc.calibration.statistics import Statistics
+from tspc.decompositions import double
 from tspc.system import processes
 from tspc.system.modes import own_modes
 
@@ -32,68 +34,6 @@ def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
     return matrix.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """The statistics of a layer's inputs x and wanted outputs y, which are the reference's outputs without bias.
-
-    With `centred`, a constant can be added to the layer's output. The means are then subtracted from all second
-    moments. `target` is the best kernel (T × n) from x to y. The other fields have an entry for each group of the
-    layer's channels: g groups with t = T/g outputs each, and g = 1 for most layers.
-
-    - `mean_x` (g × n), `mean_y` (g × t);
-    - `inputs`: E[xxᵀ] + `damping`·I (g × n × n; `damping` is g × 1 × 1);
-    - `cross`: E[yxᵀ] (g × t × n);
-    - `outputs`: E[yyᵀ] (g × t × t);
-    - `weights`: how much the outputs matter (g × t × t; None: all the same).
-
-    For a layer with more than `WIDEST_OUTPUT` outputs the last two are diagonals (g × t). The kernels of all groups are
-    decomposed as one tensor, so they are fitted in one norm, `metric`, from the mean of the groups' inputs.
-    """
-
-    target: Tensor
-    centred: bool
-    mean_x: Tensor
-    mean_y: Tensor
-    damping: Tensor
-    inputs: Tensor
-    cross: Tensor
-    outputs: Tensor
-    weights: Tensor | None
-
-    @cached_property
-    def metric(self) -> Metric:
-        if self.weights is None:
-            outputs = None
-        elif self.weights.ndim == 2:
-            outputs = self.weights.flatten()
-        else:
-            outputs = self.weights[0] if len(self.weights) == 1 else torch.block_diag(*self.weights)
-        return Metric(self.inputs[0] if len(self.inputs) == 1 else self.inputs.mean(0), outputs)
-
-    def error(self, kernel: Tensor) -> float:
-        """The root of E‖y − kernel·x‖² ÷ E‖y‖², with outputs weighted as in the metric; 0: equal to the reference."""
-        matrix = self._grouped(kernel)
-        if self.weights is None or self.weights.ndim == 2:
-            whole = self.outputs if self.outputs.ndim == 2 else self.outputs.diagonal(dim1=1, dim2=2)
-            answers = (matrix * (matrix @ self.inputs - self.damping * matrix)).sum(2)
-            rest = whole - 2 * (matrix * self.cross).sum(2) + answers
-        else:
-            whole, product = self.outputs, matrix @ self.cross.mT
-            answers = matrix @ self.inputs @ matrix.mT - self.damping * (matrix @ matrix.mT)
-            rest = whole - product - product.mT + answers
-        lost, size = (float((part if self.weights is None else part * self.weights).sum()) for part in (rest, whole))
-        return math.sqrt(max(lost, 0.0) / size) if size > 0 else 0.0
-
-    def shift(self, kernel: Tensor) -> Tensor | None:
-        """The constant (T) that gives the layer's output the reference's mean; None if it cannot be added."""
-        if not self.centred:
-            return None
-        return (self.mean_y - (self._grouped(kernel) @ self.mean_x[..., None])[..., 0]).flatten()
-
-    def _grouped(self, kernel: Tensor) -> Tensor:
-        return kernel.detach().reshape(self.cross.shape).to(self.cross)
-
-
 class Moments:
     """First and second moments of rows x (length n); with `targets`, also of pairs with wanted rows y.
 
@@ -102,93 +42,163 @@ class Moments:
     """
 
     def __init__(self, n: int, targets: int | None, device: torch.device, groups: int = 1) -> None:
-        self.count, self.device = 0, device
-        self._x = _Sums(n, groups, device)
-        self._y = None if targets is None else _Sums(targets // groups, groups, device)
-        self._xx, self._yx, self._yy = self._x.square(n), None, None
-        if targets is not None and self._y is not None:
-            self._yx = self._y.square(n)
-            self._yy = self._y.square(targets // groups if targets <= WIDEST_OUTPUT else None)
+        self._inputs, self.device = _Inputs(n, groups, device), device
+        self._pairs = None if targets is None else _Pairs(n, targets, groups, device)
 
-    def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Adds rows x (groups × m × n), and their targets y (m × T).
+    def beside(self, targets: int | None) -> Moments:
+        """Moments of the same rows with other targets. `add` of this object adds to both."""
+        found = copy(self)
+        found._pairs = None if targets is None else _Pairs(self._inputs.n, targets, self._inputs.groups, self.device)
+        return found
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return self._inputs.count
+
+    def add(self, x: Tensor, y: Tensor | None = None, others: Iterable[tuple[Moments, Tensor]] = ()) -> None:
+        """Adds rows x (groups × m × n), and their targets y (m × T); for moments beside these, their own targets.
 
         Products are taken in the rows' own precision (at least float32) and summed in float64.
         """
         with own_modes(), torch.no_grad():  # also where a network has switched on others for itself
             x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-            groups, rows, _ = x.shape
-            if rows == 0:  # an expert that none of these images came to
+            if x.shape[1] == 0:  # an expert that none of these images came to
                 return
-            self.count += rows
-            x = self._x.add(x)
-            _add_gram_(self._xx, x)
-            if self._y is not None and self._yx is not None and self._yy is not None and y is not None:
-                y = self._y.add(y.to(x).reshape(rows, groups, -1).transpose(0, 1))
-                self._yx += (y.mT @ x).to(self._yx)
-                if self._yy.ndim == 3:
-                    _add_gram_(self._yy, y)
-                else:
-                    self._yy += y.square().sum(1).to(self._yy)
+            x = self._inputs.add(x)
+            for moments, targets in ((self, y), *others):
+                if moments._pairs is not None and targets is not None:
+                    moments._pairs.add(x, targets)
 
     def join(self) -> None:
         """Adds up the sums of all processes."""
         if processes.count() == 1:
             return
-        x, dx = self._x, self._x.meet()
-        # Σ(a + da)(b + db)ᵀ = Σabᵀ + (Σa)dbᵀ + da(Σb)ᵀ + m·da·dbᵀ, where m rows are seen from another centre.
-        self._xx += _moved(x.total, dx, x.total, dx, self.count)
-        if (y := self._y) is not None and self._yx is not None and self._yy is not None:
-            dy = y.meet()
-            self._yx += _moved(y.total, dy, x.total, dx, self.count)
-            if self._yy.ndim == 3:
-                self._yy += _moved(y.total, dy, y.total, dy, self.count)
-            else:
-                self._yy += 2 * y.total * dy + self.count * dy.square()
-            y.move(dy, self.count)
-        x.move(dx, self.count)
-        self.count = int(processes.summed(torch.tensor(self.count, device=self.device)))
-        totals = (x.total, self._xx, None if y is None else y.total, self._yx, self._yy)
-        for total in (total for total in totals if total is not None):
-            processes.summed(total)
+        x, count = self._inputs.sums, self._inputs.count
+        # The pairs first: they need the sums of this process alone.
+        dx = x.meet()
+        if self._pairs is not None:
+            self._pairs.join(x, dx, count)
+        self._inputs.join(dx)
 
     def statistics(
         self, kernel: Tensor, centred: bool, damping: float, sensitivity: Tensor | None = None, images: int = 0
     ) -> Statistics:
         """The statistics for a layer with this kernel; may be called once, because it overwrites the sums.
 
-        Without targets the layer's own outputs are the targets. The damping pulls the best kernel towards the layer's
-        own, so it does not change in directions that the images did not show. `sensitivity` (T × T, or its diagonal)
-        weights the outputs. Rows of the same image are similar. So the number of independent rows is taken as the
-        geometric mean of the numbers of rows and of `images`.
+        Moments beside each other share the input's part, so all are called with the same `centred`, `damping` and
+        `images`. Without targets the layer's own outputs are the targets. The damping pulls the best kernel towards the
+        layer's own, so it does not change in directions that the images did not show. `sensitivity` (T × T, or its
+        diagonal) weights the outputs. Rows of the same image are similar. So the number of independent rows is taken as
+        the geometric mean of the numbers of rows and of `images`.
         """
-        groups, n, _ = self._xx.shape
-        matrix = kernel.detach().reshape(groups, -1, n).to(self._xx)
-        count = max(self.count, 1)
-        mean_x, off_x = self._x.means(count)
-        # In place, because each such matrix of a wide layer takes hundreds of megabytes.
-        inputs = self._xx.div_(count).baddbmm_(off_x[..., None], off_x[:, None], alpha=-1)
-        if not centred:
-            inputs.baddbmm_(mean_x[..., None], mean_x[:, None])
-        if self._y is None or self._yx is None or self._yy is None:
-            mean_y, cross = (matrix @ mean_x[..., None])[..., 0], matrix @ inputs
+        x = self._inputs
+        inputs, shift = x.finished(centred, damping, images)
+        matrix = kernel.detach().reshape(x.groups, -1, x.n).to(inputs)
+        target = matrix
+        if self._pairs is None:
+            mean_y, cross = (matrix @ x.mean[..., None])[..., 0], matrix @ inputs - shift * matrix
             outputs = (cross * matrix).sum(2) if len(kernel) > WIDEST_OUTPUT else cross @ matrix.mT
         else:
-            mean_y, off_y = self._y.means(count)
-            cross = self._yx.div_(count).baddbmm_(off_y[..., None], off_x[:, None], alpha=-1)
-            outputs = self._yy.div_(count).sub_(_squares(off_y, self._yy.ndim))
+            mean_y, cross, outputs = self._pairs.finished(x, centred)
+            if x.count >= LEAST_ROWS * x.n:
+                target = x.solve((cross + shift * matrix).mT).mT
+        weights = None if sensitivity is None else _by_groups(sensitivity.to(inputs), x.groups)
+        return Statistics(target.flatten(0, 1), centred, x.mean, mean_y, shift, inputs, cross, outputs, weights)
+
+
+class _Inputs:
+    """The sums over the rows x, and then their second moments."""
+
+    mean: Tensor
+    off: Tensor
+
+    def __init__(self, n: int, groups: int, device: torch.device) -> None:
+        self.n, self.groups, self.count = n, groups, 0
+        self.sums = _Sums(n, groups, device)
+        self._xx = self.sums.square(n)
+        self._shift: Tensor | None = None
+        self._factor: Tensor | None = None
+
+    def add(self, x: Tensor) -> Tensor:
+        self.count += x.shape[1]
+        x = self.sums.add(x)
+        _add_gram_(self._xx, x)
+        return x
+
+    def join(self, dx: Tensor) -> None:
+        x = self.sums
+        self._xx += _moved(x.total, dx, x.total, dx, self.count)
+        x.move(dx, self.count)
+        self.count = int(processes.summed(torch.tensor(self.count, device=dx.device)))
+        processes.summed(x.total)
+        processes.summed(self._xx)
+
+    def finished(self, centred: bool, damping: float, images: int) -> tuple[Tensor, Tensor]:
+        """The damped second moments (groups × n × n), and the damping (groups × 1 × 1); computed once."""
+        if self._shift is None:
+            self.mean, self.off = self.sums.means(max(self.count, 1))
+            # In place, because each such matrix of a wide layer takes hundreds of megabytes.
+            self._xx.div_(max(self.count, 1)).baddbmm_(self.off[..., None], self.off[:, None], alpha=-1)
             if not centred:
-                cross.baddbmm_(mean_y[..., None], mean_x[:, None])
-                outputs.add_(_squares(mean_y, outputs.ndim))
-        diagonals = inputs.diagonal(dim1=1, dim2=2)
-        size = diagonals.mean(1)[:, None, None]
-        shift = torch.where(size > 0, (damping + SCARCITY * scarcity(n, count, images)) * size, 1.0)
-        diagonals.add_(shift[..., 0])
-        target = matrix
-        if self._y is not None and count >= LEAST_ROWS * n:
-            target = torch.linalg.solve(inputs, (cross + shift * matrix).mT).mT
-        weights = None if sensitivity is None else _by_groups(sensitivity.to(inputs), groups)
-        return Statistics(target.flatten(0, 1), centred, mean_x, mean_y, shift, inputs, cross, outputs, weights)
+                self._xx.baddbmm_(self.mean[..., None], self.mean[:, None])
+            diagonals = self._xx.diagonal(dim1=1, dim2=2)
+            size = diagonals.mean(1)[:, None, None]
+            share = damping + SCARCITY * scarcity(self.n, max(self.count, 1), images)
+            self._shift = torch.where(size > 0, share * size, 1.0)
+            diagonals.add_(self._shift[..., 0])
+        return self._xx, self._shift
+
+    def solve(self, right: Tensor) -> Tensor:
+        """The inverse of the damped second moments, times a matrix for each group."""
+        if self._factor is None:
+            factor, failed = torch.linalg.cholesky_ex(self._xx)
+            if bool(failed.any()):  # too little damping for so many zeros
+                return torch.linalg.solve(self._xx, right)
+            self._factor = cast(Tensor, factor)
+        return torch.cholesky_solve(right, self._factor)
+
+
+class _Pairs:
+    """The sums over the wanted rows y, and over their products with x and with themselves."""
+
+    def __init__(self, n: int, targets: int, groups: int, device: torch.device) -> None:
+        self.sums = _Sums(targets // groups, groups, device)
+        self._yx = self.sums.square(n)
+        self._yy = self.sums.square(targets // groups if targets <= WIDEST_OUTPUT else None)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds targets (m × T) of the rows x (groups × m × n), which are relative to their centre."""
+        y = self.sums.add(y.to(x).reshape(x.shape[1], len(x), -1).transpose(0, 1))
+        self._yx += (y.mT @ x).to(self._yx)
+        if self._yy.ndim == 3:
+            _add_gram_(self._yy, y)
+        else:
+            self._yy += y.square().sum(1).to(self._yy)
+
+    def join(self, x: _Sums, dx: Tensor, count: int) -> None:
+        y = self.sums
+        dy = y.meet()
+        # Σ(a + da)(b + db)ᵀ = Σabᵀ + (Σa)dbᵀ + da(Σb)ᵀ + m·da·dbᵀ, where m rows are seen from another centre.
+        self._yx += _moved(y.total, dy, x.total, dx, count)
+        if self._yy.ndim == 3:
+            self._yy += _moved(y.total, dy, y.total, dy, count)
+        else:
+            self._yy += 2 * y.total * dy + count * dy.square()
+        y.move(dy, count)
+        for total in (y.total, self._yx, self._yy):
+            processes.summed(total)
+
+    def finished(self, x: _Inputs, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean of y, and the second moments of y with x and with y."""
+        count = max(x.count, 1)
+        mean, off = self.sums.means(count)
+        cross = self._yx.div_(count).baddbmm_(off[..., None], x.off[:, None], alpha=-1)
+        outputs = self._yy.div_(count).sub_(_squares(off, self._yy.ndim))
+        if not centred:
+            cross.baddbmm_(mean[..., None], x.mean[:, None])
+            outputs.add_(_squares(mean, outputs.ndim))
+        return mean, cross, outputs
 
 
 def scarcity(n: int, count: int, images: int) -> float:

@@ -23,14 +23,14 @@ class Positions:
     offset: tuple[int, int] = (0, 0)
 
     @classmethod
-    def at_most(cls, most: int, layer: DenseLayer, outputs: Tensor, seed: int) -> Positions:
-        """About `most` of all positions in a batch of outputs; the offset is random, the same for equal arguments."""
+    def at_most(cls, most: int, layer: DenseLayer, outputs: torch.Size, seed: int) -> Positions:
+        """About `most` positions of a batch of outputs; the offset is random, the same for equal arguments."""
         count = outputs.numel() // kernel_shape(layer)[0]
         step = max(1, math.ceil(math.sqrt(count / most)))
         if isinstance(layer, nn.Conv2d):
-            step = min(step, *outputs.shape[-2:])
+            step = min(step, *outputs[-2:])
         elif isinstance(layer, nn.Conv1d):
-            step = min(step * step, outputs.shape[-1])
+            step = min(step * step, outputs[-1])
         generator = torch.Generator().manual_seed(seed)
         top, left = torch.randint(step, (2,), generator=generator, device="cpu").tolist()
         return cls(step, (top, left))

@@ -7,32 +7,28 @@ their layer go to files beyond a limit.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tspc.calibration.batches import Batches, check_nothing_is_missing
-from tspc.calibration.moments import Moments, Statistics
-from tspc.calibration.patches import Positions, input_patches
+from tspc.calibration.moments import Moments
 from tspc.calibration.sensitivity import enough, output_sensitivity
+from tspc.calibration.statistics import Statistics
 from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, kernel_of
 from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
 from tspc.system.modes import own_modes
-from tspc.system.parallel import in_parts
 from tspc.traversal.hooks import evaluating
 from tspc.traversal.layouts import takes_channels_last
 from tspc.traversal.stash import Room, Stash
 from tspc.traversal.tracing import Trace, trace
 from tspc.traversal.walk import Walker
 
-WIDEST = 8192
-"""Longest input patch whose second moments are kept (half a gigabyte in float64)."""
 MATRICES = 1024
 """Megabytes of the layers' sensitivities in memory; more of them are kept in files."""
 
@@ -77,6 +73,11 @@ class Calibration:
 BATCH_NORMS = ("keep", "recalibrate", "auto")
 
 
+def is_centred(layer: DenseLayer, name: str, trace: Trace) -> bool:
+    """Whether a constant can be added to the layer's output: by its bias, or by its batch norm."""
+    return layer.bias is not None or name in trace.batch_norms
+
+
 @dataclass(frozen=True)
 class Survey:
     """What the images show of an uncompressed network: its trace, and the weights of the layers' outputs."""
@@ -84,14 +85,10 @@ class Survey:
     trace: Trace
     sensitivity: Mapping[str, Stash]
 
-    def is_centred(self, name: str, layer: DenseLayer) -> bool:
-        """Whether a constant can be added to the layer's output: by its bias, or by its batch norm."""
-        return layer.bias is not None or name in self.trace.batch_norms
-
     def statistics(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples | Part) -> Statistics:
         weights = self.sensitivity[name][0] if name in self.sensitivity else None
         return moments.statistics(
-            kernel_of(layer), self.is_centred(name, layer), samples.settings.damping, weights, len(samples)
+            kernel_of(layer), is_centred(layer, name, self.trace), samples.settings.damping, weights, len(samples)
         )
 
 
@@ -229,62 +226,3 @@ def kept(
     else:
         with Samples(images, settings, next((p.device for p in model.parameters()), None)) as samples:
             yield samples
-
-
-def is_narrow(layer: nn.Module) -> bool:
-    """Whether the second moments of the layer's inputs can be kept."""
-    return _entries(layer) <= WIDEST**2
-
-
-def _entries(layer: nn.Module) -> int:
-    """The number of entries in the second moments of the layer's inputs, over all groups of its channels."""
-    return getattr(layer, "groups", 1) * kernel_of(layer)[0].numel() ** 2
-
-
-def megabytes(model: nn.Module, name: str) -> float:
-    """The memory of the second moments of the layer's inputs."""
-    return 8 * _entries(model.get_submodule(name)) / 2**20
-
-
-def moments_of(
-    model: nn.Module, layers: Collection[str], samples: Samples, trace: Trace, images: Part | None = None
-) -> Iterator[tuple[str, Moments]]:
-    """The moments of each layer's inputs in an uncompressed network, over all samples or a part of them.
-
-    Layers that are never called, or whose inputs are too wide, are left out.
-    """
-    walker = samples.walk(model, trace, images)
-    try:
-        for segment in trace.segments:
-            walker.advance()
-            inside = [name for name in segment.layers if name in layers and is_narrow(model.get_submodule(name))]
-            # As many as fit into memory together.
-            parts = list(in_parts(inside, lambda name: megabytes(model, name), samples.settings.memory))
-            for part in parts:
-                found = gather(walker, part, samples, for_the_last_time=part is parts[-1])
-                for name in part:
-                    if name in found:
-                        yield name, found.pop(name)  # given away, so that its memory can be freed
-    finally:
-        walker.close()
-
-
-def gather(
-    walker: Walker, layers: Collection[str], samples: Samples, for_the_last_time: bool = False
-) -> dict[str, Moments]:
-    """The moments of the layers' inputs in the present segment, without layers that are not called."""
-    moments: dict[str, Moments] = {}
-
-    def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        layer = cast(DenseLayer, walker.model.get_submodule(name))
-        x = input_patches(layer, inputs, positions_of(layer, name, batch, outputs, samples))
-        moments.setdefault(name, Moments(x.shape[-1], None, x.device, len(x))).add(x)
-
-    for _ in walker.inputs_of(layers, see, for_the_last_time):
-        pass
-    return moments
-
-
-def positions_of(layer: DenseLayer, name: str, batch: int, outputs: Tensor, samples: Samples) -> Positions:
-    """Which of a layer's outputs count; the same ones in the reference and in the compressed network."""
-    return Positions.at_most(samples.patches_of_a_batch, layer, outputs, zlib.crc32(name.encode()) + batch)

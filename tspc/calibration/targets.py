@@ -10,9 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tspc.calibration.gathering import gather, is_narrow, megabytes, moments_of, positions_of, with_the_same_rows
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import input_patches, output_rows
-from tspc.calibration.samples import Samples, gather, is_narrow, megabytes, moments_of, positions_of
+from tspc.calibration.samples import Samples
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_of
 from tspc.system.parallel import in_parts
@@ -22,60 +23,102 @@ from tspc.traversal.walk import Walker
 
 
 @dataclass(frozen=True)
+class _Call:
+    """A call of a layer in the reference: the number of the batch, and the shapes of its whole input and output."""
+
+    batch: int
+    inputs: torch.Size
+    outputs: torch.Size
+
+
+@dataclass(frozen=True)
 class Targets:
     """The output rows of one layer in the reference: a value for every call.
 
-    `calls` has, for each call, the number of the batch and the shape of the whole output.
+    The positions of the rows are those of the layer `first`, which has the same rows of inputs.
     """
 
+    first: str
     rows: Stash
-    calls: list[tuple[int, torch.Size]] = field(default_factory=list)
+    calls: list[_Call] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[tuple[int, torch.Size]]:
+        """For every call the number of the batch, and the shape of the input."""
+        return [(call.batch, call.inputs) for call in self.calls]
 
     def is_routed(self, samples: Samples) -> bool:
         """Whether the network decides by the images which of them reach the layer, as in a mixture of experts."""
         whole = range(len(samples) // samples.settings.batch_size)  # the last batch may be smaller
-        shapes = [[shape for batch, shape in self.calls if batch == number] for number in whole]
+        shapes = [[call.outputs for call in self.calls if call.batch == number] for number in whole]
         return any(found != shapes[0] for found in shapes)
 
 
 def targets_of(reference: Walker, layers: Collection[str], samples: Samples) -> dict[str, Targets]:
     """The outputs of each layer in the reference's present segment; the segment is then finished."""
-    targets = {name: Targets(Stash(samples.room)) for name in layers}
+    firsts = with_the_same_rows(reference.model, reference.trace, layers)
+    targets = {name: Targets(firsts[name], Stash(samples.room)) for name in layers}
 
     def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        layer = cast(DenseLayer, reference.model.get_submodule(name))
-        rows = output_rows(layer, outputs, positions_of(layer, name, batch, outputs, samples))
-        targets[name].rows.append(rows.clone())  # a later operation may change the output in place
-        targets[name].calls.append((batch, outputs.shape))
+        layer = _dense(reference, name)
+        positions = positions_of(layer, firsts[name], batch, outputs.shape, samples)
+        # A later operation may change the output in place.
+        targets[name].rows.append(output_rows(layer, outputs, positions).clone())
+        targets[name].calls.append(_Call(batch, inputs.shape, outputs.shape))
 
-    for _ in reference.inputs_of(layers, see, for_the_last_time=True):
-        pass
+    reference.calls_of(layers, see, for_the_last_time=True)
     return targets
 
 
 def moments_towards(targets: Mapping[str, Targets], small: Walker, samples: Samples) -> dict[str, Moments]:
     """Moments of some layers' inputs in the compressed network, with the reference's rows as targets.
 
-    The layers in `small` are still the reference's own. A layer is left out if it gets other images there, so that its
-    rows do not correspond to the reference's rows.
+    All of them have the same input, which is seen where the first one is called. In `small` they are still the
+    reference's own. The result is empty if other images come there, so that the rows do not belong together.
     """
-    targets = {name: of for name, of in targets.items() if not of.is_routed(samples)}
+    head, layers = next(iter(targets)), {name: _dense(small, name) for name in targets}
+    expected = targets[head].inputs
+    by_rows: dict[str, list[str]] = {}
+    for name, of in targets.items():
+        by_rows.setdefault(of.first, []).append(name)
     moments: dict[str, Moments] = {}
-    calls: dict[str, list[tuple[int, torch.Size]]] = {name: [] for name in targets}
+    seen: list[tuple[int, torch.Size]] = []
+    if any(of.is_routed(samples) for of in targets.values()):
+        return {}
 
-    def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
-        layer, number = cast(DenseLayer, small.model.get_submodule(name)), len(calls[name])
-        calls[name].append((batch, outputs.shape))
-        if calls[name][number:] != targets[name].calls[number : number + 1]:
+    def see(name: str, batch: int, inputs: Tensor) -> None:
+        number = len(seen)
+        seen.append((batch, inputs.shape))
+        if seen[number:] != expected[number : number + 1]:
             return
-        x = input_patches(layer, inputs, positions_of(layer, name, batch, outputs, samples))
-        if name not in moments:
-            moments[name] = Moments(x.shape[-1], len(kernel_of(layer)), x.device, len(x))
-        moments[name].add(x, targets[name].rows[number])
+        for first, (own, *others) in by_rows.items():
+            positions = positions_of(layers[own], first, batch, targets[own].calls[number].outputs, samples)
+            x = input_patches(layers[own], inputs, positions)
+            if own not in moments:
+                moments[own] = Moments(x.shape[-1], len(kernel_of(layers[own])), x.device, len(x))
+                moments.update({one: moments[own].beside(len(kernel_of(layers[one]))) for one in others})
+            beside = [(moments[one], targets[one].rows[number]) for one in others]
+            moments[own].add(x, targets[own].rows[number], beside)
 
-    for _ in small.inputs_of(targets, see) if targets else ():
-        pass
-    return {name: found for name, found in moments.items() if calls[name] == targets[name].calls}
+    small.inputs_of([head], see)
+    return moments if seen == expected else {}
+
+
+def _dense(walker: Walker, name: str) -> DenseLayer:
+    return cast(DenseLayer, walker.model.get_submodule(name))
+
+
+def _with_the_input_of(
+    name: str, targets: Mapping[str, Targets], reference: Walker, samples: Samples
+) -> dict[str, Targets]:
+    """The targets of a layer and of others with the same input, as many as fit into memory together.
+
+    No layer before them feeds only some of them, so one pass is enough for all.
+    """
+    same, calls = reference.trace.same_input, targets[name].inputs
+    group = [one for one, of in targets.items() if same[one] == same[name] and of.inputs == calls]
+    size = lambda one: megabytes(reference.model, one)  # noqa: E731
+    return {one: targets[one] for one in next(in_parts(group, size, samples.settings.memory))}
 
 
 def moments_in_turn(
@@ -100,13 +143,12 @@ def moments_in_turn(
             seen: dict[str, Moments | None] = {}
             for name in inside:
                 if name not in seen:
-                    # No layer before them feeds those with the same input, so one pass is enough for all.
-                    group = [other for other in targets if trace.same_input[other] == trace.same_input[name]]
-                    group = next(in_parts(group, lambda one: megabytes(model, one), samples.settings.memory))
-                    found = moments_towards({one: targets[one] for one in group}, small, samples)
-                    seen |= {one: found.get(one) for one in group}
-                    for one in group:
-                        targets.pop(one).rows.clear()
+                    group = _with_the_input_of(name, targets, reference, samples)
+                    found = moments_towards(group, small, samples)
+                    for one, of in group.items():
+                        seen[one] = found.get(one)
+                        of.rows.clear()
+                        del targets[one]
                 moments = seen.pop(name)
                 if moments is None:
                     routed.append(name)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tspc import decompositions
-from tspc.calibration.samples import Part, Samples, moments_of
+from tspc.calibration.gathering import moments_of
+from tspc.calibration.samples import Part, Samples
 from tspc.calibration.sketches import sketches_of
 from tspc.compression.plan import LayerPlan
 from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double

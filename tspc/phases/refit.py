@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tspc.calibration.gathering import is_narrow
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions, input_patches, output_rows
-from tspc.calibration.samples import Calibration, is_narrow
+from tspc.calibration.samples import Calibration
 from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape, kind_of
 from tspc.system import processes
 from tspc.system.modes import own_modes
@@ -51,7 +52,7 @@ def refit_(layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, 
     dense, own = cast(DenseLayer, layer), cast(DenseLayer, original)
     settings, moments, images = Calibration(), None, 0
     for number, (x, y) in enumerate(pairs):
-        positions = Positions.at_most(max(1, settings.patches // (batches * processes.count())), dense, y, number)
+        positions = Positions.at_most(max(1, settings.patches // (batches * processes.count())), dense, y.shape, number)
         rows = input_patches(dense, x.float(), positions)
         moments = moments or Moments(rows.shape[-1], kernel_shape(dense)[0], rows.device, len(rows))
         moments.add(rows, output_rows(own, y.float(), positions))

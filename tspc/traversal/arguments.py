@@ -30,8 +30,9 @@ class Arguments:
         self.is_complete = True
         """Whether every batch calls the module."""
 
-    def append(self, call: Call) -> None:
+    def append(self, call: Call | None) -> None:
         """Adds the arguments of the next batch. Raises UnknownValueError if they cannot be kept."""
+        self.is_complete &= call is not None
         self._kept.append(call)
 
     def find(self) -> None:
@@ -41,9 +42,7 @@ class Arguments:
         """
         try:
             for number, images in enumerate(self._images if self._name else ()):
-                call = self._made(number, images)
-                self.is_complete &= call is not None
-                self._kept.append(call)
+                self.append(self.made(number, images))
         except UnknownValueError as error:
             self._kept.clear()
             self._is_kept = False
@@ -55,7 +54,7 @@ class Arguments:
             )
 
     @torch.no_grad()
-    def _made(self, number: int, images: Tensor) -> Call | None:
+    def made(self, number: int, images: Tensor) -> Call | None:
         """The arguments for a batch of images, found by running the network up to the module."""
         if self._name == "":
             return (images.clone(),), {}
@@ -86,12 +85,12 @@ class Arguments:
 
     def __getitem__(self, number: int) -> Call | None:
         """A copy of the arguments for a batch. `images` must then support indexing by the batch's number."""
-        return self._copy(number) if self._is_kept else self._made(number, cast(Stash, self._images)[number])
+        return self._copy(number) if self._is_kept else self.made(number, cast(Stash, self._images)[number])
 
     def __iter__(self) -> Iterator[Call | None]:
         if self._is_kept:
             return (self._copy(number) for number in range(len(self)))
-        return (self._made(number, images) for number, images in enumerate(self._images))
+        return (self.made(number, images) for number, images in enumerate(self._images))
 
     def _copy(self, number: int) -> Call | None:
         return mapped(self._kept[number], Tensor.clone)

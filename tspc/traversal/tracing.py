@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tspc.layers.norms import along_channels, has_statistics, is_untouched, take
 from tspc.traversal.blocks import block_of, find_blocks
 from tspc.traversal.handing import Handed, NextCall, noted
 from tspc.traversal.hooks import first_argument, hooked, version_of
+from tspc.traversal.leaps import can_leap
 from tspc.traversal.nested import tensors_in
 
 
@@ -23,12 +24,20 @@ class Segment:
     """A module that is called once in a forward pass, and the layers inside it in the order of their calls.
 
     `module` is "" for the whole network. `call` makes the arguments of the module from the call of the segment before
-    it; None if they come from elsewhere in the network.
+    it; None if they come from elsewhere in the network. They may then come from the output of the segment before, by
+    code that runs if the network runs from its start; `skipped` are the blocks that need not run for that, the last of
+    them the one before. It is empty if that is not so.
     """
 
     module: str
     layers: tuple[str, ...]
     call: NextCall | None = None
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def follows(self) -> bool:
+        """Whether the arguments can be found from the segment before, without the segments before that."""
+        return self.call is not None or bool(self.skipped)
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,8 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: lis
         if normalised is output and consumers.counts.get(name) == calls[name] == norms.count(norm) == 1
         if along_channels(modules[name], statistics[norm], output) and takes_shift(statistics[norm], output)
     }
-    return Trace(_segments(blocks, record), calls, batch_norms, _same_inputs(record, calls))
+    segments = _with_leaps(_segments(blocks, record), model, images)
+    return Trace(segments, calls, batch_norms, _same_inputs(record, calls))
 
 
 def _same_inputs(record: _Record, calls: Mapping[str, int]) -> dict[str, str]:
@@ -168,3 +178,17 @@ def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
         Segment(name, tuple(layer for layer in called if block_of(layer, [name]) is not None), call)
         for name, (call,) in record.entered.items()
     )
+
+
+def _with_leaps(segments: tuple[Segment, ...], model: nn.Module, images: Tensor) -> tuple[Segment, ...]:
+    """The segments, with the blocks that need not run before those whose call is not known."""
+    found, together = [], list[str]()
+    for segment in segments:
+        if segment.call is None:
+            leaps = can_leap(model, together, segment.module, images)
+            found.append(replace(segment, skipped=tuple(together) if leaps else ()))
+            together = []
+        else:
+            found.append(segment)
+        together.append(segment.module)
+    return tuple(found)

@@ -8,21 +8,24 @@ blocks instead, so all layers together cost a few passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tspc.traversal.arguments import Arguments
-from tspc.traversal.handing import Call, NextCall
+from tspc.traversal.handing import Call
 from tspc.traversal.hooks import Reached, first_argument, hooked, run_until_reached, seeded
+from tspc.traversal.leaps import leap
 from tspc.traversal.nested import tensors_in
 from tspc.traversal.stash import Room, Stash
 from tspc.traversal.tracing import Segment, Trace
 
 
 class Walker:
-    """Goes through the segments of a network: `inputs_of` looks into the present one, `advance` goes to the next.
+    """Goes through the segments of a network; `calls_of` and `inputs_of` look into one, `advance` goes to the next.
 
     `images` gives a tensor for each batch; it is a Stash if `arguments` is used. The network is in eval mode. Its
     layers may be replaced during the walk. With `half`, float32 is kept as float16 if its values fit.
@@ -31,8 +34,9 @@ class Walker:
     def __init__(
         self, model: nn.Module, trace: Trace, images: Iterable[Tensor], room: Room, half: bool = False
     ) -> None:
-        self.model, self._trace = model, trace
+        self.model, self.trace = model, trace
         self._of = lambda name: Arguments(model, name, images, room, half)
+        self._images = images
         self._position = -1
         self._arguments, self._next = self._of(""), self._of("")
         self._outputs = Stash(room, half)
@@ -44,13 +48,13 @@ class Walker:
 
     @property
     def segment(self) -> Segment:
-        return self._trace.segments[self._position]
+        return self.trace.segments[self._position]
 
     @property
     def _following(self) -> Segment | None:
         """The next segment, if its calls follow from those of this one for every batch."""
-        following = self._trace.segments[self._position + 1 : self._position + 2]
-        return next((s for s in following if s.call is not None and self._arguments.is_complete), None)
+        following = self.trace.segments[self._position + 1 : self._position + 2]
+        return next((s for s in following if s.follows and self._arguments.is_complete), None)
 
     @property
     def is_called_always(self) -> bool:
@@ -64,24 +68,34 @@ class Walker:
 
     def _run(self, keeps_output: bool) -> None:
         module = self.model.get_submodule(self.segment.module)
-        for number, call in enumerate(self._arguments):
+        for number, (call, images) in enumerate(self._calls()):
             if call is not None:
                 given = list(tensors_in(call))
                 with seeded(number):
                     output = module(*call[0], **call[1])
                 if keeps_output:
                     self._outputs.append(output)
-                self._hand_over(given, output)
+                self._hand_over(number, images, given, output)
+
+    def _calls(self) -> Iterator[tuple[Call | None, Tensor | None]]:
+        """The arguments of the segment's module for each batch, and the images if the next segment needs them."""
+        needed = self._following is not None and self._following.call is None
+        return zip(self._arguments, self._images if needed else repeat(None), strict=False)
 
     @property
     def _is_next_argument(self) -> bool:
         """Whether the output is kept as the only argument of the next segment."""
-        return self._following is not None and cast(NextCall, self._following.call).is_plain
+        call = None if self._following is None else self._following.call
+        return call is not None and call.is_plain
 
-    def _hand_over(self, given: Sequence[Tensor], output: Any) -> None:
+    def _hand_over(self, number: int, images: Tensor | None, given: Sequence[Tensor], output: Any) -> None:
         """Keeps the arguments of the next segment for a batch."""
-        if self._following is not None:
-            self._next.append(cast(NextCall, self._following.call).made(given, output))
+        following = self._following
+        if following is not None and following.call is not None:
+            self._next.append(following.call.made(given, output))
+        elif following is not None and images is not None:
+            call = leap(self.model, following.skipped, output, following.module, images, number)
+            self._next.append(self._next.made(number, images) if call is None else call)
 
     def output(self, number: int) -> Any:
         """The output of the segment for a batch; call `answer` first."""
@@ -100,53 +114,90 @@ class Walker:
         """Goes to the next segment; the first call goes to the first one."""
         if self._following is None:
             self._next.clear()
-            self._next = self._of(self._trace.segments[self._position + 1].module)
+            self._next = self._of(self.trace.segments[self._position + 1].module)
             self._next.find()
         elif len(self._next) == 0:
             self._run(keeps_output=False)
         self._arguments.clear()
         self._outputs.clear()
         self._position += 1
-        after = self._trace.segments[self._position + 1 : self._position + 2]
+        after = self.trace.segments[self._position + 1 : self._position + 2]
         self._arguments, self._next = self._next, self._of(after[0].module if after else "")
 
     @torch.no_grad()
-    def inputs_of(
+    def calls_of(
         self, layers: Collection[str], see: Callable[[str, int, Tensor, Tensor], None], for_the_last_time: bool = False
-    ) -> Iterator[None]:
+    ) -> None:
         """Runs the segment batch by batch, and calls `see(layer, batch, input, output)` for the named layers.
 
-        Yields after every batch. `for_the_last_time` says that no layer of the segment will change any more. Its
-        outputs are then kept for the next segment, and not computed again.
+        `for_the_last_time` says that no layer of the segment will change any more. Its outputs are then kept for the
+        next segment, and not computed again.
         """
-        module = self.model.get_submodule(self.segment.module)
-        expected = sum(self._trace.calls[name] for name in layers)
         keeps = for_the_last_time and self._following is not None
-        for number, call in enumerate(self._arguments):
-            if call is None:
-                continue
-            positional, named = call
-            given, seen = list(tensors_in(call)), 0
 
-            def hook(name: str, batch: int) -> Callable:
+        def hooks(number: int, seen: Callable[[], None]) -> list[RemovableHandle]:
+            def hook(name: str) -> Callable[..., None]:
                 def on_call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                    nonlocal seen
-                    see(name, batch, first_argument(args, kwargs), output)
-                    seen += 1
-                    if seen == expected and not keeps:
-                        raise Reached
+                    see(name, number, first_argument(args, kwargs), output)
+                    seen()
 
                 return on_call
 
-            handles = [
-                self.model.get_submodule(name).register_forward_hook(hook(name, number), with_kwargs=True, prepend=True)
-                for name in layers
-            ]
+            register = lambda m, hook: m.register_forward_hook(hook, with_kwargs=True, prepend=True)  # noqa: E731
+            return [register(self.model.get_submodule(name), hook(name)) for name in layers]
+
+        self._watch(layers, hooks, keeps)
+
+    @torch.no_grad()
+    def inputs_of(self, layers: Collection[str], see: Callable[[str, int, Tensor], None]) -> None:
+        """Runs the segment up to its named layers, batch by batch, and calls `see(layer, batch, input)`.
+
+        The last call of such a layer is not computed.
+        """
+
+        def hooks(number: int, seen: Callable[[], None]) -> list[RemovableHandle]:
+            def hook(name: str) -> Callable[..., None]:
+                def before_call(module: nn.Module, args: Any, kwargs: Any) -> None:
+                    see(name, number, first_argument(args, kwargs))
+                    seen()
+
+                return before_call
+
+            # After the user's own hooks, which may change the input.
+            register = lambda m, hook: m.register_forward_pre_hook(hook, with_kwargs=True)  # noqa: E731
+            return [register(self.model.get_submodule(name), hook(name)) for name in layers]
+
+        self._watch(layers, hooks, False)
+
+    def _watch(
+        self,
+        layers: Collection[str],
+        hooks: Callable[[int, Callable[[], None]], list[RemovableHandle]],
+        keeps: bool,
+    ) -> None:
+        """Runs the segment over all batches, with `hooks(batch, seen)`; each of these says when a call was seen.
+
+        A pass ends after the last call, or goes on to the end if it `keeps` the arguments of the next segment.
+        """
+        module = self.model.get_submodule(self.segment.module)
+        expected = sum(self.trace.calls[name] for name in layers)
+        for number, (call, images) in enumerate(self._calls()):
+            if call is None:
+                continue
+            left = expected
+
+            def seen() -> None:
+                nonlocal left
+                left -= 1
+                if left == 0 and not keeps:
+                    raise Reached
+
+            positional, named = call
             with seeded(number):
                 if keeps:
-                    with hooked(handles):
+                    given = list(tensors_in(call))
+                    with hooked(hooks(number, seen)):
                         result = module(*positional, **named)
-                    self._hand_over(given, result)
+                    self._hand_over(number, images, given, result)
                 else:
-                    run_until_reached(module, handles, *positional, **named)
-            yield
+                    run_until_reached(module, hooks(number, seen), *positional, **named)
