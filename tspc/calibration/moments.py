@@ -22,7 +22,7 @@ LEAST_ROWS = 2
 """With fewer rows for each input than this, the layer's own kernel is the target."""
 SCARCITY = 0.1
 """Damping for too few rows, relative to the mean second moment; in proportion to the missing rows."""
-NARROW, BLOCKS = 1024, 8
+NARROW, BLOCKS = 128, 8
 """Up to this number of columns a product xᵀx is computed as a whole; else in about so many blocks."""
 WIDEST_OUTPUT = 4096
 """With more outputs than this, only the diagonals of their second moments and weights are kept."""

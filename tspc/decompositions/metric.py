@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions.kernels import Axes, double
+from tspc.system.precision import rough
 
+WORTH_ROUNDING = 256
+"""With more inputs than this, products in a shorter number format are faster, its conversions included."""
+SMALL, FEW = 64, 16
+"""Modes with together at most so many entries are multiplied at once; with fewer entries behind it a mode comes last."""
 FLOOR, GROWTH = 1e-6, 100.0
 """Added to the diagonal of a mode's covariance, as a share of its mean; raised by this factor until a root exists."""
 
@@ -123,6 +128,14 @@ class Metric:
         inputs = self.inputs
         return self._once("single", lambda: Metric(inputs.float(), narrow, self.is_sketch))
 
+    def rough(self) -> Metric:
+        """The same norm for products that need few digits, in the precision in which they are fastest."""
+        if isinstance(self.inputs, Rows) or len(self.inputs) < WORTH_ROUNDING:
+            return self.single()
+        dtype = rough(self.inputs.device)
+        outputs = None if self.outputs is None else self.outputs.to(dtype)
+        return Metric(self.inputs.to(dtype), outputs, self.is_sketch)
+
     def squared(self, difference: Tensor) -> float:
         """‖D‖². Rounding could make it negative; it is then 0."""
         return max(float((self.apply(difference) * difference).sum()), 0.0)
@@ -200,20 +213,39 @@ def multiplied(
 
     A vector means a diagonal matrix.
     """
-    split: list[int] = []
-    labels: list[str] = []
-    for names, n in zip(modes, tensor.shape, strict=True):
-        labels += names or ("",)
-        split += [sizes[name] for name in names] or [n]
-    result = tensor.reshape(split)
-    for axis, label in enumerate(labels):
-        if label in matrices:
-            matrix, last = matrices[label].to(result), result.movedim(axis, -1)
-            result = (last @ matrix if matrix.ndim == 2 else last * matrix).movedim(-1, axis)
-    found, joined = iter(result.shape), []
-    for names in modes:
-        joined.append(math.prod(next(found) for _ in names or ("",)))
-    return result.reshape(joined)
+    shape = list(tensor.shape)
+    for axis, names in enumerate(modes):
+        before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+        parts = _side_by_side([(sizes[name], matrices.get(name)) for name in names])
+        for number, (n, matrix) in enumerate(parts):
+            if matrix is not None:
+                outer = before * math.prod(size for size, _ in parts[:number])
+                inner = after * math.prod(size for size, _ in parts[number + 1 :])
+                tensor = _times(tensor.reshape(outer, n, inner), matrix.to(tensor))
+                parts[number] = tensor.shape[1], None
+        shape[axis] = math.prod(size for size, _ in parts) if names else shape[axis]
+    return tensor.reshape(shape)
+
+
+def _times(tensor: Tensor, matrix: Tensor) -> Tensor:
+    """The middle axis of a tensor (a × n × b) multiplied by a matrix (n × q), or by a diagonal one (n)."""
+    if matrix.ndim == 1:
+        return tensor * matrix[:, None]
+    if 1 < tensor.shape[2] < FEW:  # many small products are slower than a copy
+        return (tensor.mT @ matrix).mT
+    return (tensor[..., 0] @ matrix)[..., None] if tensor.shape[2] == 1 else matrix.mT @ tensor
+
+
+def _side_by_side(parts: list[tuple[int, Tensor | None]]) -> list[tuple[int, Tensor | None]]:
+    """Neighbouring small modes as one, because each product reads the whole tensor."""
+    found: list[tuple[int, Tensor | None]] = []
+    for n, matrix in parts:
+        size, last = found[-1] if found else (SMALL, None)
+        if last is not None and matrix is not None and last.ndim == matrix.ndim and size * n <= SMALL:
+            found[-1] = size * n, torch.kron(last, matrix.to(last))
+        else:
+            found.append((n, matrix))
+    return found
 
 
 def _marginals(matrix: Tensor, modes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ def refine(
 
     Levenberg-Marquardt: every step solves (JᵀMJ + μI)p = JᵀM(target − contract) by conjugate gradients. The damping μ
     falls after a success and rises after a failure; it also holds the scales of the factors in place. The result is
-    never worse than the start. A step is computed in float32, which is enough for a direction, and judged in the
-    precision of the tensors. All factors have the same damping, so they need equal norms and a target of norm 1.
+    never worse than the start. A step is computed in float32 or less, which is enough for a direction, and judged in
+    the precision of the tensors. All factors have the same damping, so they need equal norms and a target of norm 1.
     `offset` is a part of the squared error that no tensors can lower; it counts in the gain at which refining ends.
     """
     norms = [float(torch.linalg.vector_norm(t)) for t in start]
@@ -47,7 +47,7 @@ def refine(
     pulled = metric.apply(rest)
     loss = max(float((pulled * rest).sum()), 0.0)
     damping, scale = 1e-3, None
-    narrow = metric.single()
+    narrow = metric.rough()
     for _ in range(steps):
         normal = _Normal(contract, [t.float() for t in tensors], narrow)
         gradient = normal.transposed(pulled.float())
@@ -85,7 +85,8 @@ class _Normal:
     def __call__(self, tangent: list[Tensor]) -> list[Tensor]:
         # Multilinear: the derivative along a tangent is a sum of contractions with one tensor replaced.
         parts = [self._contract([*self._tensors[:i], p, *self._tensors[i + 1 :]]) for i, p in enumerate(tangent)]
-        return self.transposed(self._metric.apply(torch.stack(parts).sum(0)))
+        moved = torch.stack(parts).sum(0)
+        return self.transposed(self._metric.apply(moved.to(self._metric.inputs.dtype)).to(moved))
 
     def mean_diagonal(self) -> float:
         """Hutchinson's estimate of the mean diagonal entry, from one seeded random sign vector."""
