@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Samples
-from tspc.calibration.sensitivity import IMAGES, enough
+from tspc.calibration.sensitivity import enough
 from tspc.decompositions import double
 from tspc.system.modes import own_modes
 
@@ -57,13 +57,7 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
 @torch.no_grad()
 def _answers(model: nn.Module, samples: Samples) -> list[Any]:
     """The network's answers to enough images, or to all if there are fewer; batch by batch."""
-    answers, count = [], 0
-    for images in samples:
-        if count >= min(IMAGES, enough(images)):
-            break
-        answers.append(model(images))
-        count += len(images)
-    return answers
+    return [model(images) for images in enough(samples)]
 
 
 def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:

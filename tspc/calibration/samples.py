@@ -109,12 +109,7 @@ class Part:
         return sum(map(len, self))
 
     def __iter__(self) -> Iterator[Tensor]:
-        count = 0
-        for batch in self.samples:
-            yield batch
-            count += len(batch)
-            if count >= enough(batch):
-                return
+        yield from enough(self.samples, most=None)
 
 
 class Samples:

@@ -155,8 +155,8 @@ def _numbers(layer: nn.Module) -> int:
 def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Sends random projections of the answers back; returns their number."""
     generator = torch.Generator().manual_seed(0)
-    images = projections = 0
-    for batch in batches:
+    projections = 0
+    for batch in enough(batches):
         probes = 1 if batch[0].numel() >= LARGE else PROBES
         for part in batch.split(max(1, AT_ONCE // _size(model, batch))):
             inputs = part.detach().clone()
@@ -165,17 +165,23 @@ def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
                 projected = sum((answer * _direction(answer, generator)).sum() for answer in answers)
                 # Not by `grad`, which reentrant checkpoints refuse.
                 torch.autograd.backward(cast(Tensor, projected), retain_graph=probe + 1 < probes)
-            images += len(part)
             projections += probes * len(part)
-        if images >= min(IMAGES, enough(batch)):
-            break
     return projections
 
 
-def enough(images: Tensor) -> int:
-    """How many images of this size show well enough how a network works; of large images fewer."""
-    numbers = images[0].numel() * (1 if images.is_floating_point() else TOKEN)
-    return max(FEWEST, NUMBERS // max(1, numbers))
+def enough(batches: Iterable[Tensor], most: int | None = IMAGES) -> Iterator[Tensor]:
+    """The first batches, with as many images as show well enough how a network works: of large images fewer.
+
+    About `most` images are enough, whatever their size; None: there is no such limit.
+    """
+    count = 0
+    for batch in batches:
+        yield batch
+        count += len(batch)
+        numbers = batch[0].numel() * (1 if batch.is_floating_point() else TOKEN)
+        needed = max(FEWEST, NUMBERS // max(1, numbers))
+        if count >= (needed if most is None else min(most, needed)):
+            return
 
 
 def _direction(answer: Tensor, generator: torch.Generator) -> Tensor:
