@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import tspc
 from tests.test_calibration import images, resnet
 from tspc.calibration import sensitivity
-from tspc.calibration.samples import Calibration, Samples
+from tspc.calibration.samples import Calibration
 from tspc.calibration.sensitivity import output_sensitivity
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
@@ -175,9 +176,9 @@ def test_layers_that_do_not_fit_together_are_measured_one_after_the_other(monkey
 def test_only_layers_that_are_treated_are_measured_and_each_once(monkeypatch):
     asked: list[list[str]] = []
 
-    def counted(model: nn.Module, layers: list[str], batches: Samples) -> object:
+    def counted(model: nn.Module, layers: list[str], *rest: Any) -> object:
         asked.append(sorted(layers))
-        return output_sensitivity(model, layers, batches)
+        return output_sensitivity(model, layers, *rest)
 
     monkeypatch.setattr("tspc.calibration.samples.output_sensitivity", counted)
     model = resnet()

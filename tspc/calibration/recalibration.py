@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Samples
-from tspc.calibration.sensitivity import IMAGES, enough
+from tspc.calibration.sensitivity import enough
 from tspc.decompositions import double
 from tspc.system.modes import own_modes
 
@@ -21,9 +22,8 @@ def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> No
 
     `auto` keeps the statistics, old or new, that bring the network's answers closer to the reference's.
     """
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
-    choice = samples.settings.batch_norm
-    if choice == "keep" or not norms or len(next(iter(samples))) < 2:
+    norms, choice = _norms(model, samples), samples.settings.batch_norm
+    if not norms:
         return
     before = {id(norm): {k: v.clone() for k, v in norm.state_dict().items()} for norm in norms}
     if choice == "recalibrate":
@@ -37,6 +37,21 @@ def recalibrate_(model: nn.Module, reference: nn.Module, samples: Samples) -> No
             norm.load_state_dict(before[id(norm)])
 
 
+def passes(model: nn.Module, samples: Samples) -> int:
+    """The number of batches that `recalibrate_` sends through the networks."""
+    if not _norms(model, samples):
+        return 0
+    compared = 3 * sum(1 for _ in enough(samples)) if samples.settings.batch_norm == "auto" else 0
+    return -(-len(samples) // samples.settings.batch_size) + compared
+
+
+def _norms(model: nn.Module, samples: Samples) -> list[BatchNorm]:
+    """The batch norms that are measured again; none if the settings or the images do not allow it."""
+    if samples.settings.batch_norm == "keep" or len(next(iter(samples))) < 2:
+        return []
+    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+
+
 @torch.no_grad()
 def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> None:
     momenta = [norm.momentum for norm in norms]
@@ -45,7 +60,7 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
         norm.momentum = None  # a plain average over all batches
         norm.train()
     size = 0
-    for images in samples:
+    for images in _counted(samples, samples):
         size = size or len(images)
         if len(images) == size:  # a smaller last batch would have the same weight as a whole one
             model(images)
@@ -57,13 +72,13 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
 @torch.no_grad()
 def _answers(model: nn.Module, samples: Samples) -> list[Any]:
     """The network's answers to enough images, or to all if there are fewer; batch by batch."""
-    answers, count = [], 0
-    for images in samples:
-        if count >= min(IMAGES, enough(images)):
-            break
-        answers.append(model(images))
-        count += len(images)
-    return answers
+    return [model(images) for images in _counted(enough(samples), samples)]
+
+
+def _counted(batches: Iterable[Tensor], samples: Samples) -> Iterator[Tensor]:
+    for images in batches:
+        yield images
+        samples.tally.add("batch norms")
 
 
 def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:

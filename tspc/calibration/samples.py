@@ -23,6 +23,7 @@ from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, kernel_of
 from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
 from tspc.system.modes import own_modes
+from tspc.system.tally import Tally
 from tspc.traversal.hooks import evaluating
 from tspc.traversal.layouts import takes_channels_last
 from tspc.traversal.stash import Room, Stash
@@ -106,12 +107,7 @@ class Part:
         return sum(map(len, self))
 
     def __iter__(self) -> Iterator[Tensor]:
-        count = 0
-        for batch in self.samples:
-            yield batch
-            count += len(batch)
-            if count >= enough(batch):
-                return
+        yield from enough(self.samples, most=None)
 
 
 class Samples:
@@ -119,14 +115,18 @@ class Samples:
 
     `images` is a tensor (N, …), or an iterable of batches. A batch is a tensor, or a tuple that begins with a tensor.
     The first `settings.samples` images are used. The rest of a tuple is ignored; `survey` raises DataError if the
-    network would use it. Raises DataError if there is no image.
+    network would use it. Raises DataError if there is no image. The `tally` counts batches that are read or used.
     """
 
     @own_modes()
     def __init__(
-        self, images: Tensor | Iterable[Any], settings: Calibration | None = None, device: torch.device | None = None
+        self,
+        images: Tensor | Iterable[Any],
+        settings: Calibration | None = None,
+        device: torch.device | None = None,
+        tally: Tally | None = None,
     ) -> None:
-        self.settings, self.device = settings or Calibration(), device
+        self.settings, self.device, self.tally = settings or Calibration(), device, tally or Tally()
         problems = self.settings.problems("calibration")
         if problems:
             raise ConfigError(problems)
@@ -138,9 +138,11 @@ class Samples:
         self._images, self._count = Stash(self.room), 0
         try:
             batches = Batches(images, self.settings.samples, self.settings.batch_size)
-            for batch in batches:
-                self._images.append(batch)
-                self._count += len(batch)
+            with self.tally.expecting(-(-self.settings.samples // self.settings.batch_size)):
+                for batch in batches:
+                    self._images.append(batch)
+                    self._count += len(batch)
+                    self.tally.add("calibration images")
             self._first = batches.first
             if len(self._images) == 0:
                 raise DataError("calibration needs at least one image, but the data gave none")
@@ -194,7 +196,7 @@ class Samples:
         found = self._sensitivity[1]
         missing = [name for name in dict.fromkeys(layers) if name not in self._asked]
         self._asked.update(missing)
-        for name, matrix in output_sensitivity(model, missing, self) if self.settings.sensitivity else ():
+        for name, matrix in output_sensitivity(model, missing, self, self.tally) if self.settings.sensitivity else ():
             found[name] = Stash(self._matrices)
             found[name].append(matrix)
         return found
@@ -209,7 +211,10 @@ class Samples:
 
 @contextmanager
 def kept(
-    images: Samples | Tensor | Iterable[Any] | None, settings: Calibration | None, model: nn.Module
+    images: Samples | Tensor | Iterable[Any] | None,
+    settings: Calibration | None,
+    model: nn.Module,
+    tally: Tally | None = None,
 ) -> Iterator[Samples | None]:
     """Calibration data in any of its forms, kept on the device of `model` meanwhile; None if there is none.
 
@@ -224,5 +229,5 @@ def kept(
     elif images is None or (settings is not None and settings.samples == 0):
         yield None
     else:
-        with Samples(images, settings, next((p.device for p in model.parameters()), None)) as samples:
+        with Samples(images, settings, next((p.device for p in model.parameters()), None), tally) as samples:
             yield samples

@@ -19,6 +19,7 @@ from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_shape
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.parallel import in_parts
+from tspc.system.tally import Tally
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import Reached, hooked, run_until_reached
 from tspc.traversal.nested import tensors_in
@@ -40,7 +41,7 @@ SHRINKAGE = 1e-2
 
 
 def output_sensitivity(
-    model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor]
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], tally: Tally | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """For each layer G = Σ E[ggᵀ] (T × T), summed over its output positions.
 
@@ -52,7 +53,7 @@ def output_sensitivity(
     If the answer is a plain list, tuple or dict, all its tensors are used, else its first tensor with a gradient.
     Inputs without a gradient, such as token numbers, are skipped: gradients stop at the first floating-point
     activations. Layers that do not affect the answer, or cannot be measured, are left out; for the latter a TspcWarning
-    says so.
+    says so. The `tally` counts how often gradients are taken.
     """
     model = copied(model) if is_of_inference(model) else model
     lost: list[str] = []
@@ -60,7 +61,7 @@ def output_sensitivity(
         sums = _Sums(model, part)
         try:
             with _without_parameters(model), hooked(sums.handles()):
-                projections = _backward(model, batches)
+                projections = _backward(model, batches, tally or Tally())
         except Exception as error:  # the network may be the user's own
             why = next(iter(str(error).splitlines()), type(error).__name__)
             _warn(f"{type(model).__name__} gives no gradients ({why}): the outputs of all layers have equal weights")
@@ -152,30 +153,38 @@ def _numbers(layer: nn.Module) -> int:
     return outputs**2 if outputs <= WIDEST_OUTPUT else outputs
 
 
-def _backward(model: nn.Module, batches: Iterable[Tensor]) -> int:
+def _backward(model: nn.Module, batches: Iterable[Tensor], tally: Tally) -> int:
     """Sends random projections of the answers back; returns their number."""
     generator = torch.Generator().manual_seed(0)
-    images = projections = 0
-    for batch in batches:
-        probes = 1 if batch[0].numel() >= LARGE else PROBES
-        for part in batch.split(max(1, AT_ONCE // _size(model, batch))):
+    projections = 0
+    parts = [part for batch in enough(batches) for part in batch.split(max(1, AT_ONCE // _size(model, batch)))]
+    with tally.expecting(len(parts)):
+        for part in parts:
+            probes = 1 if part[0].numel() >= LARGE else PROBES
             inputs = part.detach().clone()
             answers = _with_gradient(model(inputs.requires_grad_() if inputs.is_floating_point() else inputs))
             for probe in range(probes):
                 projected = sum((answer * _direction(answer, generator)).sum() for answer in answers)
                 # Not by `grad`, which reentrant checkpoints refuse.
                 torch.autograd.backward(cast(Tensor, projected), retain_graph=probe + 1 < probes)
-            images += len(part)
             projections += probes * len(part)
-        if images >= min(IMAGES, enough(batch)):
-            break
+            tally.add("how much each layer matters")
     return projections
 
 
-def enough(images: Tensor) -> int:
-    """How many images of this size show well enough how a network works; of large images fewer."""
-    numbers = images[0].numel() * (1 if images.is_floating_point() else TOKEN)
-    return max(FEWEST, NUMBERS // max(1, numbers))
+def enough(batches: Iterable[Tensor], most: int | None = IMAGES) -> Iterator[Tensor]:
+    """The first batches, with as many images as show well enough how a network works: of large images fewer.
+
+    About `most` images are enough, whatever their size; None: there is no such limit.
+    """
+    count = 0
+    for batch in batches:
+        yield batch
+        count += len(batch)
+        numbers = batch[0].numel() * (1 if batch.is_floating_point() else TOKEN)
+        needed = max(FEWEST, NUMBERS // max(1, numbers))
+        if count >= (needed if most is None else min(most, needed)):
+            return
 
 
 def _direction(answer: Tensor, generator: torch.Generator) -> Tensor:

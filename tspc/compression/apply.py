@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.moments import Statistics
-from tspc.calibration.recalibration import recalibrate_
+from tspc.calibration.recalibration import passes, recalibrate_
 from tspc.calibration.samples import Calibration, Samples, kept
 from tspc.calibration.sketches import Sketch, sketches_of
 from tspc.calibration.targets import moments_in_turn
@@ -27,6 +27,7 @@ from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_o
 from tspc.models.lazy import require_sizes
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.parallel import side_by_side
+from tspc.system.tally import counting
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import evaluating
 
@@ -62,14 +63,19 @@ def compress(
     # The predicate is asked about the caller's modules, which it may know.
     chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
     pieces = (1 + asked.needs_curves) * sum(kind_of(module) is not None for module in small.modules())
-    with kept(calibration, settings, model) as samples, progress_bar(pieces, progress) as shown:
+    with (
+        progress_bar(pieces, progress) as tally,
+        kept(calibration, settings, model, tally) as samples,
+        counting(samples, tally),
+    ):
 
         def done(name: str) -> None:
-            shown(name)
+            tally.add(name)
             on_layer(name)
 
         ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=done)
         warn_of_parameter_hooks({layer.name: model.get_submodule(layer.name) for layer in ranks.tensorized})
+        tally.total = tally.done + len(to_fit(small, ranks, samples))
         apply_(small, ranks, samples, lambda layer, *fitted: done(layer.name))
     return small
 
@@ -121,8 +127,8 @@ def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer:
         on_layer(fitted.layer, kernel, metric)
 
     if samples is not None:
-        compensates = [x for x in plan.layers if _compensates(x, model) and samples.settings.compensate]
-        waiting = {layer.name: layer for layer in (*plan.tensorized, *compensates)}
+        samples.tally.total += passes(model, samples)
+        waiting = {layer.name: layer for layer in to_fit(model, plan, samples)}
         survey = samples.survey(model, list(waiting))
         for name, moments in moments_in_turn(model, work, list(waiting), samples, survey.trace):
             layer = _dense(work, name)
@@ -165,9 +171,14 @@ def _dense(model: nn.Module, name: str) -> DenseLayer:
     return cast(DenseLayer, model.get_submodule(name))
 
 
-def _compensates(layer: LayerPlan, model: nn.Module) -> bool:
-    """Whether a layer that stays dense corrects the errors of earlier layers; its kernel must be its own parameter."""
-    return layer.method is None and layer.compensates and why_dense(model.get_submodule(layer.name)) is None
+def to_fit(model: nn.Module, plan: Plan, samples: Samples | None) -> list[LayerPlan]:
+    """The layers that get another kernel: the tensorized ones, and dense ones that correct the errors before them.
+
+    The kernel of the latter must be their own parameter.
+    """
+    corrects = samples is not None and samples.settings.compensate
+    dense = [layer for layer in plan.layers if corrects and layer.method is None and layer.compensates]
+    return [*plan.tensorized, *(layer for layer in dense if why_dense(model.get_submodule(layer.name)) is None)]
 
 
 def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | Sketch | None) -> _Done:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from tspc.data import Data, Feed
 from tspc.system import processes
+from tspc.system.tally import Tally
 from tspc.terminal.display import Display
 from tspc.training import Hardware, Recipe, Step, place
 
@@ -47,6 +49,12 @@ class Context:
     def watch(self, phase: str, label: str, total: int, batch_size: int, **where: Any) -> Watch:
         """A progress bar that also notes about fifty steps of the phase, and shows the images per second."""
         return Watch(self, phase, label, total, batch_size, where)
+
+    @contextmanager
+    def tally(self, phase: str, label: str, total: int = 0) -> Iterator[Tally]:
+        """A tally that a progress bar shows."""
+        with self.display.bar(f"{phase:<9} {label}", total) as bar:
+            yield Tally(total, lambda done, of, name: bar.advance(done, name, total=of))
 
 
 class Watch:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Samples
-from tspc.compression.apply import tensorized
+from tspc.compression.apply import tensorized, to_fit
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.settings import Selection
 from tspc.decompositions import Metric
@@ -18,6 +18,7 @@ from tspc.phases.phase import NetworkPhase, Work
 from tspc.phases.planning import calibration_samples
 from tspc.phases.spectra import Spectrum, spectra_of
 from tspc.store.files import write_json
+from tspc.system.tally import counting
 from tspc.terminal.tables import plan_table, state_bytes
 
 
@@ -26,17 +27,14 @@ def decompose(
 ) -> tuple[nn.Module, Plan, list[Spectrum]]:
     """A tensorized copy of `reference`, the plan with the errors of each layer, and the layers' spectra."""
     spectra: list[Spectrum] = []
-    total = len(plan.tensorized)
-    with context.display.bar(f"{'decompose':<9} {total} layers", total) as bar:
-        done = 0
+    pieces = len(to_fit(reference, plan, samples))
+    with context.tally("decompose", f"{len(plan.tensorized)} layers", pieces) as tally, counting(samples, tally):
 
         def on_layer(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:
-            nonlocal done
             if layer.method is not None:
                 spectra.extend(spectra_of(layer, kernel, metric))
-                done += 1
             shown = layer.error if layer.output_error is None else layer.output_error
-            bar.advance(done, f"{layer.name}  error {shown or math.nan:.3f}")
+            tally.add(f"{layer.name}  error {shown or math.nan:.3f}")
             errors = {"error": layer.error, "output_error": layer.output_error}
             context.note({"phase": "decompose", "layer": layer.name, "parameters": layer.params} | errors)
 

@@ -19,6 +19,7 @@ from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Method
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
+from tspc.system.tally import counting
 
 
 def example_input(model: nn.Module, network: NetworkSpec) -> Tensor | None:
@@ -36,7 +37,9 @@ def calibration_samples(calibration: Calibration, context: Context) -> Iterator[
         yield None
         return
     batches = context.data.calibration_batches(calibration.samples, calibration.batch_size, context.device)
-    with Samples(batches, calibration, context.device) as samples:
+    with context.tally("calibrate", f"{calibration.samples} images") as tally:
+        samples = Samples(batches, calibration, context.device, tally)
+    with samples:
         yield samples
 
 
@@ -45,15 +48,8 @@ def measure_curves(
 ) -> Curves:
     """The error curves of the layers: the error of each layer at any size."""
     total = sum(layer.reason is None for layer in layers)
-    with context.display.bar(f"{'plan':<9} {total} layers", total) as bar:
-        done = 0
-
-        def on_layer(name: str) -> None:
-            nonlocal done
-            done += 1
-            bar.advance(done, name)
-
-        return error_curves(reference, layers, method, samples, on_layer=on_layer)
+    with context.tally("plan", f"{total} layers", total) as tally, counting(samples, tally):
+        return error_curves(reference, layers, method, samples, on_layer=tally.add)
 
 
 @dataclass(frozen=True)

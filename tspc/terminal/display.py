@@ -29,7 +29,7 @@ class Bar(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def advance(self, done: int, note: str = "", loss: float | None = None) -> None: ...
+    def advance(self, done: int, note: str = "", loss: float | None = None, total: int | None = None) -> None: ...
 
 
 class Display:
@@ -126,9 +126,9 @@ class _LiveBar(_Timed):
         self._work = self._checklist.start(self._label, self._total)
         return self
 
-    def advance(self, done: int, note: str = "", loss: float | None = None) -> None:
+    def advance(self, done: int, note: str = "", loss: float | None = None, total: int | None = None) -> None:
         self._note = self._work.note = note
-        self._work.done = done
+        self._work.done, self._work.total = done, total or self._total
         if loss is not None:
             self._work.losses.append(loss)
 
@@ -147,8 +147,8 @@ class _PlainBar(_Timed):
         self._printed = self._started
         return self
 
-    def advance(self, done: int, note: str = "", loss: float | None = None) -> None:
-        self._note = note
+    def advance(self, done: int, note: str = "", loss: float | None = None, total: int | None = None) -> None:
+        self._note, self._total = note, total or self._total
         now = time.monotonic()
         if done and done < self._total and now - self._printed > PLAIN_INTERVAL:
             left = (now - self._started) / done * (self._total - done)
