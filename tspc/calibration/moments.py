@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tspc.calibration.statistics import Statistics
-from tspc.decompositions import double
+from tspc.calibration.statistics import Statistics, metric_of
+from tspc.decompositions import Metric, double
 from tspc.system import processes
 from tspc.system.modes import own_modes
 
@@ -103,8 +103,13 @@ class Moments:
             mean_y, cross, outputs = self._pairs.finished(x, centred)
             if x.count >= LEAST_ROWS * x.n:
                 target = x.solve((cross + shift * matrix).mT).mT
-        weights = None if sensitivity is None else _by_groups(sensitivity.to(inputs), x.groups)
+        weights = _by_groups(sensitivity, inputs)
         return Statistics(target.flatten(0, 1), centred, x.mean, mean_y, shift, inputs, cross, outputs, weights)
+
+    def metric(self, centred: bool, damping: float, sensitivity: Tensor | None = None, images: int = 0) -> Metric:
+        """The norm of the `statistics` alone, which takes less work."""
+        inputs, _ = self._inputs.finished(centred, damping, images)
+        return metric_of(inputs, _by_groups(sensitivity, inputs))
 
 
 class _Inputs:
@@ -123,7 +128,7 @@ class _Inputs:
     def add(self, x: Tensor) -> Tensor:
         self.count += x.shape[1]
         x = self.sums.add(x)
-        _add_gram_(self._xx, x)
+        add_gram_(self._xx, x)
         return x
 
     def join(self, dx: Tensor) -> None:
@@ -172,7 +177,7 @@ class _Pairs:
         y = self.sums.add(y.to(x).reshape(x.shape[1], len(x), -1).transpose(0, 1))
         self._yx += (y.mT @ x).to(self._yx)
         if self._yy.ndim == 3:
-            _add_gram_(self._yy, y)
+            add_gram_(self._yy, y)
         else:
             self._yy += y.square().sum(1).to(self._yy)
 
@@ -207,7 +212,7 @@ def scarcity(n: int, count: int, images: int) -> float:
     return max(0.0, n / independent - 1 / ROWS)
 
 
-def _add_gram_(total: Tensor, x: Tensor) -> None:
+def add_gram_(total: Tensor, x: Tensor) -> None:
     """Adds xᵀx (groups × n × n) to `total`. Of a wide one only the blocks up to the diagonal are computed."""
     n = x.shape[2]
     edges = [*list(range(0, n, max(NARROW, -(-n // BLOCKS)))), n]
@@ -262,5 +267,9 @@ def _squares(rows: Tensor, ndim: int) -> Tensor:
     return rows.square() if ndim == 2 else rows[..., None] * rows[:, None]
 
 
-def _by_groups(sensitivity: Tensor, groups: int) -> Tensor:
-    return sensitivity.reshape(groups, -1) if sensitivity.ndim == 1 else diagonal_blocks(sensitivity, groups)
+def _by_groups(sensitivity: Tensor | None, inputs: Tensor) -> Tensor | None:
+    """The weights of the outputs of each group, in the format of the inputs' second moments."""
+    if sensitivity is None:
+        return None
+    wide, groups = sensitivity.to(inputs), len(inputs)
+    return wide.reshape(groups, -1) if wide.ndim == 1 else diagonal_blocks(wide, groups)

@@ -19,6 +19,7 @@ from tspc.calibration.batches import Batches, check_nothing_is_missing
 from tspc.calibration.moments import Moments
 from tspc.calibration.sensitivity import enough, output_sensitivity
 from tspc.calibration.statistics import Statistics
+from tspc.decompositions import Metric
 from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, kernel_of
 from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
@@ -87,10 +88,16 @@ class Survey:
     sensitivity: Mapping[str, Stash]
 
     def statistics(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples | Part) -> Statistics:
+        return moments.statistics(kernel_of(layer), *self._measured(name, layer, samples))
+
+    def metric(self, name: str, layer: DenseLayer, moments: Moments, samples: Samples | Part) -> Metric:
+        return moments.metric(*self._measured(name, layer, samples))
+
+    def _measured(
+        self, name: str, layer: DenseLayer, samples: Samples | Part
+    ) -> tuple[bool, float, Tensor | None, int]:
         weights = self.sensitivity[name][0] if name in self.sensitivity else None
-        return moments.statistics(
-            kernel_of(layer), is_centred(layer, name, self.trace), samples.settings.damping, weights, len(samples)
-        )
+        return is_centred(layer, name, self.trace), samples.settings.damping, weights, len(samples)
 
 
 @dataclass(frozen=True)

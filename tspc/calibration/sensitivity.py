@@ -13,12 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.moments import WIDEST_OUTPUT
+from tspc.calibration.moments import WIDEST_OUTPUT, add_gram_
 from tspc.calibration.patches import rows_of
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_shape
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.parallel import in_parts
+from tspc.system.precision import rough
 from tspc.system.tally import Tally
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import Reached, hooked, run_until_reached
@@ -34,8 +35,8 @@ TOKEN = 256
 """A token stands for about so many numbers, as a vector."""
 PROBES, LARGE = 2, 2**16
 """Projections of an answer; one for an image with so many numbers, whose layers have many positions."""
-ROWS = 8192
-"""About so many positions of the gradients that are taken at once are enough, or as many as there are outputs."""
+ROWS = 16384
+"""About so many positions of a layer's gradients are enough."""
 SHRINKAGE = 1e-2
 """Least share of the mean added to all outputs alike."""
 
@@ -58,10 +59,8 @@ def output_sensitivity(
     model = copied(model) if is_of_inference(model) else model
     lost: list[str] = []
     for part in in_parts(layers, lambda name: _numbers(model.get_submodule(name)), TOGETHER):
-        sums = _Sums(model, part)
         try:
-            with _without_parameters(model), hooked(sums.handles()):
-                projections = _backward(model, batches, tally or Tally())
+            sums, projections = _measured(model, part, batches, tally or Tally())
         except Exception as error:  # the network may be the user's own
             why = next(iter(str(error).splitlines()), type(error).__name__)
             _warn(f"{type(model).__name__} gives no gradients ({why}): the outputs of all layers have equal weights")
@@ -70,6 +69,21 @@ def output_sensitivity(
         yield from sums.found(projections)
     if lost:
         _warn(f"no finite gradient of the answer comes to {some(lost, 5)}: their outputs have equal weights")
+
+
+def _measured(model: nn.Module, layers: Collection[str], batches: Iterable[Tensor], tally: Tally) -> tuple[_Sums, int]:
+    """The sums over the gradients of some layers, and the number of projections."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # The digits of bfloat16 are enough, but the network may have an operation that does not know it.
+    for short in dict.fromkeys((rough(device), torch.float32)):
+        sums = _Sums(model, layers)
+        try:
+            with _without_parameters(model), hooked(sums.handles()):
+                return sums, _backward(model, batches, sums, short, tally)
+        except Exception:
+            if short == torch.float32:
+                raise
+    raise AssertionError("float32 is the last format")
 
 
 def _warn(reason: str) -> None:
@@ -85,6 +99,8 @@ class _Sums:
         self._rows: dict[str, int] = {}
         self._called: dict[str, None] = {}
         self._generator = torch.Generator().manual_seed(0)
+        self.rows = ROWS
+        """The number of positions that count in each of the gradients that come next."""
 
     def handles(self) -> list[Any]:
         """Hooks on every module. They start the gradients at the first activations, and sum those of the layers."""
@@ -111,13 +127,20 @@ class _Sums:
 
     def _add(self, name: str, layer: DenseLayer, gradient: Tensor) -> None:
         with own_modes(), torch.no_grad():
-            g = rows_of(layer, gradient).float()
-            few = max(ROWS, g.shape[1])
-            if len(g) > few:  # neighbouring positions tell the same; a fixed step could always meet the same column
-                chosen = torch.randint(len(g), (few,), generator=self._generator, device="cpu").to(g.device)
-                g = g[chosen] * math.sqrt(len(g) / few)
-            found = g.T @ g if g.shape[1] <= WIDEST_OUTPUT else g.square().sum(0)
-            self._sums[name] = self._sums[name] + found if name in self._sums else found
+            g = rows_of(layer, gradient)
+            if (
+                len(g) > self.rows
+            ):  # neighbouring positions tell the same; a fixed step could always meet the same column
+                chosen = torch.randint(len(g), (self.rows,), generator=self._generator, device="cpu").to(g.device)
+                g = g[chosen].float() * math.sqrt(len(g) / self.rows)
+            g = g.float()
+            size = g.shape[1]
+            if name not in self._sums:
+                self._sums[name] = g.new_zeros((size, size) if size <= WIDEST_OUTPUT else size)
+            if size <= WIDEST_OUTPUT:
+                add_gram_(self._sums[name][None], g[None])
+            else:
+                self._sums[name] += g.square().sum(0)
             self._rows[name] = self._rows.get(name, 0) + len(g)
 
     @property
@@ -153,18 +176,22 @@ def _numbers(layer: nn.Module) -> int:
     return outputs**2 if outputs <= WIDEST_OUTPUT else outputs
 
 
-def _backward(model: nn.Module, batches: Iterable[Tensor], tally: Tally) -> int:
-    """Sends random projections of the answers back; returns their number."""
+def _backward(model: nn.Module, batches: Iterable[Tensor], sums: _Sums, short: torch.dtype, tally: Tally) -> int:
+    """Sends random projections of the answers back; returns their number. `short` is the format of autocast."""
     generator = torch.Generator().manual_seed(0)
     projections = 0
     parts = [part for batch in enough(batches) for part in batch.split(max(1, AT_ONCE // _size(model, batch)))]
+    whole = sum(map(len, parts))
     with tally.expecting(len(parts)):
         for part in parts:
             probes = 1 if part[0].numel() >= LARGE else PROBES
+            sums.rows = max(1, ROWS * len(part) // (whole * probes))
             inputs = part.detach().clone()
-            answers = _with_gradient(model(inputs.requires_grad_() if inputs.is_floating_point() else inputs))
+            with torch.autocast(part.device.type, short, enabled=short != torch.float32):
+                answer = model(inputs.requires_grad_() if inputs.is_floating_point() else inputs)
+            answers = _with_gradient(answer)
             for probe in range(probes):
-                projected = sum((answer * _direction(answer, generator)).sum() for answer in answers)
+                projected = sum((answer.float() * _direction(answer, generator)).sum() for answer in answers)
                 # Not by `grad`, which reentrant checkpoints refuse.
                 torch.autograd.backward(cast(Tensor, projected), retain_graph=probe + 1 < probes)
             projections += probes * len(part)

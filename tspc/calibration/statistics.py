@@ -16,6 +16,17 @@ SMALL = 1e-3
 """A squared relative error below this needs float64: it is a difference of sums near to each other."""
 
 
+def metric_of(inputs: Tensor, weights: Tensor | None) -> Metric:
+    """The one norm for the kernels of all groups, from fields of `Statistics`."""
+    if weights is None:
+        outputs = None
+    elif weights.ndim == 2:
+        outputs = weights.flatten()
+    else:
+        outputs = weights[0] if len(weights) == 1 else torch.block_diag(*weights)
+    return Metric(inputs[0] if len(inputs) == 1 else inputs.mean(0), outputs)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """The statistics of a layer's inputs x and wanted outputs y, which are the reference's outputs without bias.
@@ -46,13 +57,7 @@ class Statistics:
 
     @cached_property
     def metric(self) -> Metric:
-        if self.weights is None:
-            outputs = None
-        elif self.weights.ndim == 2:
-            outputs = self.weights.flatten()
-        else:
-            outputs = self.weights[0] if len(self.weights) == 1 else torch.block_diag(*self.weights)
-        return Metric(self.inputs[0] if len(self.inputs) == 1 else self.inputs.mean(0), outputs)
+        return metric_of(self.inputs, self.weights)
 
     def error(self, kernel: Tensor) -> float:
         """The root of E‖y − kernel·x‖² ÷ E‖y‖², with outputs weighted as in the metric; 0: equal to the reference."""

@@ -121,7 +121,7 @@ def error_curves(
         with evaluating(model):
             for name, moments in moments_of(model, list(waiting), samples, survey.trace, part):
                 dense = cast(DenseLayer, model.get_submodule(name))
-                metric = survey.statistics(name, dense, moments, part).metric.sketch()
+                metric = survey.metric(name, dense, moments, part).sketch()
                 del moments  # room for the fits
                 curves[name] = measured(name, metric)
                 on_layer(name)

@@ -17,7 +17,7 @@ from tspc.system.precision import rough
 WORTH_ROUNDING = 256
 """With more inputs than this, products in a shorter number format are faster, its conversions included."""
 SMALL, FEW = 64, 16
-"""Modes with together at most so many entries are multiplied at once; with fewer entries behind it a mode comes last."""
+"""Modes of together so many entries are multiplied at once; a mode with fewer entries behind it is moved to the end."""
 FLOOR, GROWTH = 1e-6, 100.0
 """Added to the diagonal of a mode's covariance, as a share of its mean; raised by this factor until a root exists."""
 
@@ -65,8 +65,9 @@ class Metric:
         return self._made[key]
 
     def apply(self, difference: Tensor) -> Tensor:
-        """G D Σ: half the gradient of the squared norm."""
-        return self.weighted(self.after(difference))
+        """G D Σ: half the gradient of the squared norm. For a sketch it has few digits."""
+        norm = self.rough() if self.is_sketch else self
+        return norm.weighted(norm.after(difference.to(norm.inputs.dtype))).to(difference)
 
     def after(self, matrix: Tensor) -> Tensor:
         """A matrix (T × n) times Σ."""
@@ -129,12 +130,12 @@ class Metric:
         return self._once("single", lambda: Metric(inputs.float(), narrow, self.is_sketch))
 
     def rough(self) -> Metric:
-        """The same norm for products that need few digits, in the precision in which they are fastest."""
-        if isinstance(self.inputs, Rows) or len(self.inputs) < WORTH_ROUNDING:
-            return self.single()
-        dtype = rough(self.inputs.device)
-        outputs = None if self.outputs is None else self.outputs.to(dtype)
-        return Metric(self.inputs.to(dtype), outputs, self.is_sketch)
+        """The same norm for products that need few digits, in the format in which they are fastest."""
+        inputs, outputs = self.inputs, self.outputs
+        dtype = rough(inputs.device) if isinstance(inputs, Tensor) and len(inputs) >= WORTH_ROUNDING else torch.float32
+        if isinstance(inputs, Rows) or inputs.dtype == dtype:
+            return self if not self.is_sketch else self._once("rough", lambda: Metric(inputs, outputs))
+        return self._once("rough", lambda: Metric(inputs.to(dtype), None if outputs is None else outputs.to(dtype)))
 
     def squared(self, difference: Tensor) -> float:
         """‖D‖². Rounding could make it negative; it is then 0."""
