@@ -12,6 +12,7 @@ from tspc.calibration.samples import Samples
 from tspc.calibration.sensitivity import enough
 from tspc.decompositions import double
 from tspc.system.modes import own_modes
+from tspc.traversal.hooks import running
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -60,10 +61,11 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
         norm.momentum = None  # a plain average over all batches
         norm.train()
     size = 0
-    for images in _counted(samples, samples):
+    for number, images in enumerate(_counted(samples, samples)):
         size = size or len(images)
         if len(images) == size:  # a smaller last batch would have the same weight as a whole one
-            model(images)
+            with running(number, samples.short):
+                model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
@@ -72,7 +74,11 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
 @torch.no_grad()
 def _answers(model: nn.Module, samples: Samples) -> list[Any]:
     """The network's answers to enough images, or to all if there are fewer; batch by batch."""
-    return [model(images) for images in _counted(enough(samples), samples)]
+    answers = []
+    for number, images in enumerate(_counted(enough(samples), samples)):
+        with running(number, samples.short):
+            answers.append(model(images))
+    return answers
 
 
 def _counted(batches: Iterable[Tensor], samples: Samples) -> Iterator[Tensor]:

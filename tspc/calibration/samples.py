@@ -21,12 +21,13 @@ from tspc.calibration.sensitivity import enough, output_sensitivity
 from tspc.calibration.statistics import Statistics
 from tspc.decompositions import Metric
 from tspc.errors import ConfigError, DataError
-from tspc.layers.dense import DenseLayer, kernel_of
+from tspc.layers.dense import DenseLayer, kernel_of, kind_of
 from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
 from tspc.system.modes import own_modes
 from tspc.system.tally import Tally
 from tspc.traversal.hooks import evaluating
 from tspc.traversal.layouts import takes_channels_last
+from tspc.traversal.shortness import is_short_enough
 from tspc.traversal.stash import Room, Stash
 from tspc.traversal.tracing import Trace, trace
 from tspc.traversal.walk import Walker
@@ -47,7 +48,9 @@ class Calibration:
     - `compensate`: whether every layer corrects the errors of the layers compressed before it; it is then fitted to
       the reference's outputs, with inputs from the compressed network;
     - `batch_norm`: `keep` the statistics of batch norms, `recalibrate` them, or `auto`: take the better of the two;
-    - `memory`: MB of activations in memory; more of them wait in temporary files.
+    - `memory`: MB of activations in memory; more of them wait in temporary files;
+    - `precision`: `float32`, or `auto`: large networks run in bfloat16 where the CPU is faster so and the layers'
+      outputs stay nearly the same.
     """
 
     samples: int = 512
@@ -58,11 +61,13 @@ class Calibration:
     compensate: bool = True
     batch_norm: str = "auto"
     memory: int = 256
+    precision: str = "auto"
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
         allowed = {
             "batch_norm": BATCH_NORMS,
+            "precision": PRECISIONS,
             "samples": NONE_OR_MORE,
             "batch_size": COUNT,
             "patches": COUNT,
@@ -73,6 +78,9 @@ class Calibration:
 
 
 BATCH_NORMS = ("keep", "recalibrate", "auto")
+PRECISIONS = ("auto", "float32")
+FEW = 4
+"""Images that show how much the network's activations change in bfloat16."""
 
 
 def is_centred(layer: DenseLayer, name: str, trace: Trace) -> bool:
@@ -142,6 +150,9 @@ class Samples:
         self._asked = set[str]()
         self._is_closed = False
         self._layout: torch.memory_format | None = None
+        self.short = False
+        """Whether the network that was surveyed last runs in bfloat16."""
+        self._surveyed: nn.Module | None = None
         self._images, self._count = Stash(self.room), 0
         try:
             batches = Batches(images, self.settings.samples, self.settings.batch_size)
@@ -186,13 +197,25 @@ class Samples:
         images = next(iter(self))[:2]
         with evaluating(model), torch.random.fork_rng(devices=[]):  # it may draw random numbers
             try:
-                self._layout = torch.channels_last if takes_channels_last(model, images) else None
+                self._settle(model)
                 images = next(iter(self))[:2]
                 found = trace(model, layers, images)
             except (RuntimeError, ValueError, TypeError) as error:
                 given = f"{tuple(images.shape[1:])}, {images.dtype}"
                 raise DataError(f"the network cannot take the calibration images ({given} each): {error}") from error
             return Survey(found, self._sensitivity_of(model, [*layers, *later]))
+
+    def _settle(self, model: nn.Module) -> None:
+        """Chooses the layout of the images and the number format in which `model` runs; once for a network."""
+        if self._surveyed is model:
+            return
+        images = next(iter(self))
+        self._layout = torch.channels_last if takes_channels_last(model, images[:2]) else None
+        names = [name for name, module in model.named_modules() if kind_of(module) is not None]
+        few = next(iter(self))[:FEW]
+        wanted = self.settings.precision == "auto"
+        self.short = wanted and is_short_enough(model, names, few, len(self))
+        self._surveyed = model
 
     def _sensitivity_of(self, model: nn.Module, layers: Collection[str]) -> dict[str, Stash]:
         """The sensitivity of each layer; measured once for each layer of a network."""
@@ -213,7 +236,7 @@ class Samples:
         return max(1, self.settings.patches // len(self._images))
 
     def walk(self, model: nn.Module, trace: Trace, images: Part | None = None) -> Walker:
-        return Walker(model, trace, images or self, self.room)
+        return Walker(model, trace, images or self, self.room, short=self.short)
 
 
 @contextmanager

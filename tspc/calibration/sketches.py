@@ -18,7 +18,7 @@ from tspc.decompositions import Metric
 from tspc.decompositions.metric import Rows
 from tspc.layers.dense import DenseLayer, kernel_of
 from tspc.system.parallel import in_parts
-from tspc.traversal.hooks import first_argument, hooked, seeded
+from tspc.traversal.hooks import first_argument, hooked, running
 
 FEW = 2048
 """About so many rows stand for all inputs of a layer."""
@@ -81,7 +81,7 @@ def _together(
 
     for number, images in enumerate(samples):
         handles = [model.get_submodule(n).register_forward_hook(hook(n, number), with_kwargs=True) for n in found]
-        with hooked(handles), seeded(number):
+        with hooked(handles), running(number, samples.short):
             model(images)
     for name in [name for name in layers if found[name]]:
         weights = survey.sensitivity[name][0] if name in survey.sensitivity else None

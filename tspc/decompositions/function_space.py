@@ -30,7 +30,8 @@ from torch import Tensor
 
 from tspc.decompositions.kernels import Axes, Rank, Shape
 from tspc.decompositions.linalg import eigenvalues, eigenvectors, squared_singular_values
-from tspc.decompositions.metric import Metric, Roots, Rows, on_factors
+from tspc.decompositions.metric import Metric, Roots, Rows
+from tspc.decompositions.mode_products import on_factors
 from tspc.decompositions.refinement import INNER, STALLED, refine
 
 FULL, SKETCH = (12, 6e10, STALLED), (3, 1.5e10, 0.3)

@@ -120,7 +120,7 @@ def _contradictions(reader: Reader, raw: dict[str, Any], values: dict[str, Any])
     if "compare" in phases and len(phases) > 1:
         reader.problems.append("phase=compare shows runs that exist already: give it alone, without other phases")
     if raw["runs"] is not None and "compare" not in phases:
-        reader.problems.append(f"runs={shown(values['runs'])} has an effect only with phase=compare")
+        reader.problems.append(f"runs={shown(raw['runs'])} has an effect only with phase=compare")
     if list(phases) == ["pretrain"] and pretrained is not None:
         reader.problems.append(f"phase=pretrain, but pretrained={shown(pretrained)} is given: nothing to train")
     spec = values["dataset"]

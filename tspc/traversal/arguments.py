@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tspc.errors import TspcWarning
 from tspc.traversal.handing import Call
-from tspc.traversal.hooks import Reached, run_until_reached, seeded
+from tspc.traversal.hooks import Reached, run_until_reached, running
 from tspc.traversal.nested import UnknownValueError, mapped, tensors_in
 from tspc.traversal.stash import Room, Stash
 
@@ -20,11 +20,14 @@ class Arguments:
     """The arguments of the module `name` of `model` ("": the whole network) for each batch of `images`.
 
     Reading gives a copy, because a module may change its input in place, or None if the batch does not call the module.
-    `append` or `find` provides the arguments. With `half`, float32 is kept as float16 if its values fit.
+    `append` or `find` provides the arguments. With `half`, float32 is kept as float16 if its values fit; with
+    `short` the network runs in bfloat16.
     """
 
-    def __init__(self, model: nn.Module, name: str, images: Iterable[Tensor], room: Room, half: bool) -> None:
-        self._model, self._name, self._images = model, name, images
+    def __init__(
+        self, model: nn.Module, name: str, images: Iterable[Tensor], room: Room, half: bool, short: bool
+    ) -> None:
+        self._model, self._name, self._images, self._short = model, name, images, short
         self._kept = Stash(room, half)
         self._is_kept = name != ""
         self.is_complete = True
@@ -65,7 +68,7 @@ class Arguments:
             raise Reached
 
         module = self._model.get_submodule(self._name)
-        with seeded(number):
+        with running(number, self._short):
             run_until_reached(self._model, [module.register_forward_pre_hook(hook, with_kwargs=True)], images)
         return found[0] if found else None
 

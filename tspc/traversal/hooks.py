@@ -66,6 +66,13 @@ def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any
 
 
 @contextmanager
+def running(number: int, short: bool) -> Iterator[None]:
+    """The modes in which a network runs over a batch: its own random numbers, and with `short` bfloat16 on the CPU."""
+    with seeded(number), torch.autocast("cpu", torch.bfloat16, enabled=short):
+        yield
+
+
+@contextmanager
 def seeded(number: int) -> Iterator[None]:
     """Random numbers on the CPU that depend on the number alone; the state before is restored.
 

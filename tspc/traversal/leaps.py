@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tspc.errors import TspcError
 from tspc.traversal.handing import Call
-from tspc.traversal.hooks import Reached, run_until_reached, seeded
+from tspc.traversal.hooks import Reached, run_until_reached, running, seeded
 from tspc.traversal.nested import mapped, tensors_in
 
 
@@ -43,11 +43,17 @@ Absent: Any = type(
 
 @torch.no_grad()
 def leap(
-    model: nn.Module, blocks: Sequence[str], output: Any, target: str, images: Tensor, number: int = 0
+    model: nn.Module,
+    blocks: Sequence[str],
+    output: Any,
+    target: str,
+    images: Tensor,
+    number: int = 0,
+    short: bool = False,
 ) -> Call | None:
     """The arguments of the module `target`, if the last of the `blocks` returns `output` and the others do not run.
 
-    None if that fails. `number` is the number of the batch.
+    None if that fails. `number` is the number of the batch; with `short` the network runs in bfloat16.
     """
     found: list[Call] = []
 
@@ -57,7 +63,7 @@ def leap(
 
     try:
         copied = mapped(output, Tensor.clone)  # the network may change it in place
-        with _returning(model, blocks, copied), seeded(number):
+        with _returning(model, blocks, copied), running(number, short):
             handle = model.get_submodule(target).register_forward_pre_hook(hook, with_kwargs=True)
             run_until_reached(model, [handle], images.clone())
     except Exception:  # the network may be the user's own

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tspc.traversal.arguments import Arguments
 from tspc.traversal.handing import Call
-from tspc.traversal.hooks import Reached, first_argument, hooked, run_until_reached, seeded
+from tspc.traversal.hooks import Reached, first_argument, hooked, run_until_reached, running
 from tspc.traversal.leaps import leap
 from tspc.traversal.nested import tensors_in
 from tspc.traversal.stash import Room, Stash
@@ -28,15 +28,22 @@ class Walker:
     """Goes through the segments of a network; `calls_of` and `inputs_of` look into one, `advance` goes to the next.
 
     `images` gives a tensor for each batch; it is a Stash if `arguments` is used. The network is in eval mode. Its
-    layers may be replaced during the walk. With `half`, float32 is kept as float16 if its values fit.
+    layers may be replaced during the walk. With `half`, float32 is kept as float16 if its values fit; with `short` the
+    network runs in bfloat16.
     """
 
     def __init__(
-        self, model: nn.Module, trace: Trace, images: Iterable[Tensor], room: Room, half: bool = False
+        self,
+        model: nn.Module,
+        trace: Trace,
+        images: Iterable[Tensor],
+        room: Room,
+        half: bool = False,
+        short: bool = False,
     ) -> None:
         self.model, self.trace = model, trace
-        self._of = lambda name: Arguments(model, name, images, room, half)
-        self._images = images
+        self._of = lambda name: Arguments(model, name, images, room, half, short)
+        self._images, self._short = images, short
         self._position = -1
         self._arguments, self._next = self._of(""), self._of("")
         self._outputs = Stash(room, half)
@@ -71,7 +78,7 @@ class Walker:
         for number, (call, images) in enumerate(self._calls()):
             if call is not None:
                 given = list(tensors_in(call))
-                with seeded(number):
+                with running(number, self._short):
                     output = module(*call[0], **call[1])
                 if keeps_output:
                     self._outputs.append(output)
@@ -94,7 +101,7 @@ class Walker:
         if following is not None and following.call is not None:
             self._next.append(following.call.made(given, output))
         elif following is not None and images is not None:
-            call = leap(self.model, following.skipped, output, following.module, images, number)
+            call = leap(self.model, following.skipped, output, following.module, images, number, self._short)
             self._next.append(self._next.made(number, images) if call is None else call)
 
     def output(self, number: int) -> Any:
@@ -193,7 +200,7 @@ class Walker:
                     raise Reached
 
             positional, named = call
-            with seeded(number):
+            with running(number, self._short):
                 if keeps:
                     given = list(tensors_in(call))
                     with hooked(hooks(number, seen)):
