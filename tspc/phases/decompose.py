@@ -18,6 +18,8 @@ from tspc.phases.phase import NetworkPhase, Work
 from tspc.phases.planning import calibration_samples
 from tspc.phases.spectra import Spectrum, spectra_of
 from tspc.store.files import write_json
+from tspc.system import processes
+from tspc.system.launch import is_first
 from tspc.system.tally import counting
 from tspc.terminal.tables import plan_table, state_bytes
 
@@ -42,11 +44,15 @@ def decompose(
     return model, plan, spectra
 
 
-def _run(work: Work) -> tuple[nn.Module, dict[str, Any]]:
+def _run(work: Work) -> tuple[nn.Module, dict[str, Any] | None]:
     planning, display = work.planning, work.context.display
     with calibration_samples(planning.calibration, work.context) as samples:
-        plan = planning.plan(planning.curves(samples) if planning.settings.needs_curves else None)
-        model, done, spectra = decompose(work.reference, plan, samples, work.context)
+        curves = planning.curves(samples) if planning.settings.needs_curves else None
+        if not is_first():
+            return work.reference, None
+        # The layers correct each other's errors one after the other, so the other processes cannot help.
+        with processes.alone():
+            model, done, spectra = decompose(work.reference, planning.plan(curves), samples, work.context)
     write_json(work.folder / "spectra.json", [asdict(spectrum) for spectrum in spectra])
     sizes = state_bytes(work.reference), state_bytes(model)
     shown = plan_table(done, *sizes, width=display.console.width)
@@ -54,4 +60,4 @@ def _run(work: Work) -> tuple[nn.Module, dict[str, Any]]:
     return model, done.to_dict()
 
 
-PHASE = NetworkPhase("decompose", Selection, run=_run, by_first=True)
+PHASE = NetworkPhase("decompose", Selection, run=_run, hands_over=True)

@@ -102,7 +102,8 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         for phase in phases:
             if isinstance(phase, ShowingPhase):
                 work = Work(config.phases[phase.name], spec, pretrained.model, planning, context, shared)
-                processes.by_first(lambda run=phase.run, work=work: run(work))
+                with processes.sharing():
+                    phase.run(work)
         return summary
 
     if not any(isinstance(phase, NetworkPhase | DeliveryPhase) for phase in phases):

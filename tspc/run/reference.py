@@ -152,7 +152,8 @@ def reference_curves(
         "dataset": None if samples is None else data_identity(config),
     }
     path = folder / f"curves-{fingerprint(identity)}.json"
-    if (known := _known_curves(path, [layer.name for layer in sketch.chosen])) is not None:
+    known = processes.by_first(lambda: _known_curves(path, [layer.name for layer in sketch.chosen]))
+    if known is not None:
         return known
     _prepare(path, context)
     context.place(reference.model).eval()
