@@ -14,13 +14,14 @@ from tspc.calibration.samples import Calibration, Samples, kept
 from tspc.compression.fits import Fits, OnLayer
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import plan
-from tspc.compression.progress import progress_bar
+from tspc.compression.progress import FIT, progress_bar, work_on
 from tspc.compression.selection import FilterFn, why_dense
 from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Method
 from tspc.layers.dense import check_values, kind_of
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_of_parameter_hooks, warn_of_state_hooks
 from tspc.models.lazy import require_sizes
+from tspc.store.state import tensor_state
 from tspc.system import processes
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.tally import counting
@@ -59,22 +60,24 @@ def compress(
     small = copied(model)
     # The predicate is asked about the caller's modules, which it may know.
     chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
-    pieces = (1 + asked.needs_curves) * sum(kind_of(module) is not None for module in small.modules())
+    layers = {name: layer for name, layer in small.named_modules() if kind_of(layer) is not None}
+    sizes = {name: work_on(sum(p.numel() for p in layer.parameters())) for name, layer in layers.items()}
+    total = (FIT + asked.needs_curves) * sum(sizes.values())
     with (
         processes.sharing(spread),
-        progress_bar(pieces, progress) as tally,
+        progress_bar(total, progress) as tally,
         kept(calibration, settings, model, tally) as samples,
         counting(samples, tally),
     ):
 
-        def done(name: str) -> None:
-            tally.add(name)
+        def done(name: str, times: int = 1) -> None:
+            tally.add(name, times * sizes[name])
             on_layer(name)
 
         ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=done)
         warn_of_parameter_hooks({layer.name: model.get_submodule(layer.name) for layer in ranks.tensorized})
-        tally.total = tally.done + len(to_fit(small, ranks, samples))
-        apply_(small, ranks, samples, lambda layer, *fitted: done(layer.name))
+        tally.total = tally.done + FIT * sum(sizes[layer.name] for layer in to_fit(small, ranks, samples))
+        apply_(small, ranks, samples, lambda layer, *fitted: done(layer.name, FIT))
     return small
 
 
@@ -108,7 +111,11 @@ def tensorized(
 ) -> tuple[nn.Module, Plan]:
     """A tensorized copy of `model`, in eval mode, and the plan with the errors of each layer; see `apply_`."""
     with evaluating(model), torch.random.fork_rng(devices=[]):
-        return _tensorized(model, plan, samples, on_layer)
+        small, done = _tensorized(model, plan, samples, on_layer)
+    if processes.is_shared():  # what each process has computed itself may differ in the last bits
+        first = processes.by_first(lambda: {name: value.cpu() for name, value in tensor_state(small).items()})
+        small.load_state_dict(first, strict=False)
+    return small, done
 
 
 def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer) -> tuple[nn.Module, Plan]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tspc.calibration.samples import Samples
 from tspc.compression.apply import tensorized, to_fit
 from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.progress import FIT, work_on
 from tspc.compression.settings import Selection
 from tspc.decompositions import Metric
 from tspc.phases.context import Context
@@ -29,14 +30,14 @@ def decompose(
 ) -> tuple[nn.Module, Plan, list[Spectrum]]:
     """A tensorized copy of `reference`, the plan with the errors of each layer, and the layers' spectra."""
     spectra: list[Spectrum] = []
-    pieces = len(to_fit(reference, plan, samples))
-    with context.tally("decompose", f"{len(plan.tensorized)} layers", pieces) as tally, counting(samples, tally):
+    total = FIT * sum(work_on(layer.kernel_params) for layer in to_fit(reference, plan, samples))
+    with context.tally("decompose", f"{len(plan.tensorized)} layers", total) as tally, counting(samples, tally):
 
         def on_layer(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:
             if layer.method is not None:
                 spectra.extend(spectra_of(layer, kernel, metric))
             shown = layer.error if layer.output_error is None else layer.output_error
-            tally.add(f"{layer.name}  error {shown or math.nan:.3f}")
+            tally.add(f"{layer.name}  error {shown or math.nan:.3f}", FIT * work_on(layer.kernel_params))
             errors = {"error": layer.error, "output_error": layer.output_error}
             context.note({"phase": "decompose", "layer": layer.name, "parameters": layer.params} | errors)
 
