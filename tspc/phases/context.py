@@ -51,9 +51,9 @@ class Context:
         return Watch(self, phase, label, total, batch_size, where)
 
     @contextmanager
-    def tally(self, phase: str, label: str, total: float = 0) -> Iterator[Tally]:
+    def tally(self, phase: str, label: str = "", total: float = 0) -> Iterator[Tally]:
         """A tally that a progress bar shows, in percent of the work."""
-        with self.display.bar(f"{phase:<9} {label}", 100) as bar:
+        with self.display.bar(f"{phase:<9} {label}".rstrip(), 100) as bar:
             yield Tally(total, lambda done, of, name: bar.advance(100 * done / of, name))
 
 

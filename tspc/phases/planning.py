@@ -38,7 +38,7 @@ def calibration_samples(calibration: Calibration, context: Context) -> Iterator[
         yield None
         return
     batches = context.data.calibration_batches(calibration.samples, calibration.batch_size, context.device)
-    with context.tally("calibrate", f"{calibration.samples} images") as tally:
+    with context.tally("calibrate") as tally:
         samples = Samples(batches, calibration, context.device, tally)
     with samples:
         yield samples
