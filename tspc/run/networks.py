@@ -58,7 +58,7 @@ class Networks:
 
     def _dependencies(self, phase: NetworkPhase) -> Dependencies:
         settings = decisive_settings(phase, self._job.config, self._context)
-        return Dependencies(self._directory.identity, settings, self.fingerprint)
+        return Dependencies(self._directory.identity, self._directory.asked, settings, self.fingerprint)
 
     def _collect(self, before: NetworkPhase | None) -> None:
         """Reads the records of the phases whose networks are in the directory, up to the phase `before`."""
