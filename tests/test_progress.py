@@ -13,7 +13,7 @@ from tspc.phases.context import Context
 from tspc.system.tally import Tally, counting
 from tspc.terminal.display import Display
 
-Shown = list[tuple[int, int, str]]
+Shown = list[tuple[float, float, str]]
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -62,7 +62,9 @@ def test_every_batch_that_is_read_or_used_counts(batch_norm):
     tally, model = watched(shown), network()
     settings = Calibration(batch_size=8, samples=40, batch_norm=batch_norm)
     with Samples(images(20), settings, tally=tally) as samples:
-        assert [(done, name) for done, _, name in shown] == [(n, "calibration images") for n in (1, 2, 3)]
+        assert [(done, name) for done, _, name in shown] == [
+            *((1, "8 images read"), (2, "16 images read"), (3, "20 images read"))
+        ]
         assert tally.total == 3, "there were fewer images than the settings allow"
         plan = tspc.plan(model, "svd", 0.5, calibration=samples, keep_first=False)
         assert [name for _, _, name in shown[3:]] == ["how much each layer matters"] * 3
@@ -81,8 +83,8 @@ def test_the_librarys_bar_ends_full_and_counts_the_images_before_the_layers(monk
     pieces: Shown = []
     add = Tally.add
 
-    def noted(self: Tally, name: str) -> None:
-        add(self, name)
+    def noted(self: Tally, name: str, size: float = 1) -> None:
+        add(self, name, size)
         pieces.append((self.done, self.total, name))
 
     monkeypatch.setattr(Tally, "add", noted)
@@ -90,35 +92,35 @@ def test_the_librarys_bar_ends_full_and_counts_the_images_before_the_layers(monk
     options = {"calibration": images(16), "settings": Calibration(batch_size=8), "keep_first": False}
     tspc.compress(network(), "svd", 0.5, on_layer=told.append, **options)
     names = list(dict.fromkeys(name for *_, name in pieces))
-    assert names == ["calibration images", "how much each layer matters", "0", "3", "5", "batch norms"]
-    assert pieces[-1][0] == pieces[-1][1], "nothing is left"
+    assert names == ["8 images read", "16 images read", "how much each layer matters", "0", "3", "5", "batch norms"]
+    assert pieces[-1][0] == pytest.approx(pieces[-1][1]), "nothing is left"
     assert told == ["0", "3", "0", "3", "5"], "`on_layer` gets names of layers, and nothing else"
 
 
-def test_the_commands_bar_counts_the_batches_too(context: Context):
-    advanced: list[tuple[int, int | None]] = []
+def test_the_commands_bar_shows_the_share_of_the_work(context: Context):
+    advanced: list[tuple[float, str]] = []
 
     class Noted(Display):
         def bar(self, label, total):
             made = super().bar(label, total)
             advance = made.advance
-            made.advance = lambda done, *rest, total=None: (advanced.append((done, total)), advance(done, *rest))  # type: ignore[method-assign]
+            made.advance = lambda *given: (advanced.append(given), advance(*given))  # type: ignore[method-assign]
             return made
 
     object.__setattr__(context, "display", Noted(is_silent=True))
-    with context.tally("plan", "2 layers", 2) as tally, tally.expecting(1):
-        for name in ("first", "0", "1"):
-            tally.add(name)
-    assert advanced == [(1, 3), (2, 3), (3, 3)]
+    with context.tally("plan", "2 layers", 3) as tally, tally.expecting(2):
+        for name, size in (("first", 1), ("second", 1), ("0", 2), ("1", 1)):
+            tally.add(name, size)
+    assert advanced == [(20, "first"), (40, "second"), (80, "0"), (100, "1")]
 
 
-def test_a_live_bar_shows_the_total_that_has_grown():
+def test_the_live_view_shows_the_time_left_during_any_piece():
     from tests.test_display import terminal, written
 
     console = terminal(100, color_system=None)
     display = Display(console)
-    with display.checklist(["decompose"]), display.bar("decompose 4 layers", 4) as bar:
-        bar.advance(2, "how much each layer matters", total=9)
+    with display.checklist(["decompose"]), display.bar("decompose 4 layers", 100) as bar:
+        bar.advance(12.4, "how much each layer matters")
         console.print(display._checklist)
-    assert "2/9" in written(console)
+    assert "12/100" in written(console)
     assert "s left" in written(console)

@@ -160,7 +160,7 @@ class Samples:
                 for batch in batches:
                     self._images.append(batch)
                     self._count += len(batch)
-                    self.tally.add("calibration images")
+                    self.tally.add(f"{self._count} images read")
             self._first = batches.first
             if len(self._images) == 0:
                 raise DataError("calibration needs at least one image, but the data gave none")

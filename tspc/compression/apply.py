@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.moments import Statistics
 from tspc.calibration.recalibration import passes, recalibrate_
 from tspc.calibration.samples import Calibration, Samples, kept
-from tspc.calibration.sketches import Sketch, sketches_of
-from tspc.calibration.targets import moments_in_turn
-from tspc.compression.curves import naming
+from tspc.compression.fits import Fits, OnLayer
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import plan
-from tspc.compression.progress import progress_bar
+from tspc.compression.progress import FIT, progress_bar, work_on
 from tspc.compression.selection import FilterFn, why_dense
 from tspc.compression.settings import PlanSettings
-from tspc.decompositions import Method, Metric
-from tspc.layers.dense import DenseLayer, check_values, kernel_of, kernel_shape, kind_of
-from tspc.layers.forms import TensorizedLayer, tensorize
+from tspc.decompositions import Method
+from tspc.layers.dense import check_values, kind_of
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_of_parameter_hooks, warn_of_state_hooks
 from tspc.models.lazy import require_sizes
+from tspc.store.state import tensor_state
+from tspc.system import processes
 from tspc.system.modes import is_of_inference, own_modes
-from tspc.system.parallel import side_by_side
 from tspc.system.tally import counting
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import evaluating
-
-OnLayer = Callable[[LayerPlan, Tensor, Metric | None], None]
-"""Called after each layer with its row of the plan, the kernel that was fitted, and the norm or None.
-
-The kernel that was fitted is the layer's own, or the compensated one."""
 
 
 @own_modes()
@@ -49,34 +41,43 @@ def compress(
     example: Tensor | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     progress: bool = False,
+    spread: bool = False,
     **options: Any,
 ) -> nn.Module:
     """A compressed copy of `model`; the arguments are those of `tspc.plan`. `progress` shows a bar with the time left.
 
     With `calibration` data layers are fitted to their outputs, else to their weights. `on_layer` is called with the
     name of a layer after its errors were measured for the plan, and again after it was fitted. A layer with thousands
-    of inputs takes seconds. Raises what `plan` and `apply_` raise.
+    of inputs takes seconds.
+
+    With `spread` all processes of `torch.distributed` call this together, with the same network and the same data, each
+    on its own device. They share the work on layers that do not depend on each other, and all get the same network.
+
+    Raises what `plan` and `apply_` raise. With `spread` an error in one process is raised in all.
     """
     asked = PlanSettings.of(method, rate, **options)
     require_sizes(model)
     small = copied(model)
     # The predicate is asked about the caller's modules, which it may know.
     chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
-    pieces = (1 + asked.needs_curves) * sum(kind_of(module) is not None for module in small.modules())
+    layers = {name: layer for name, layer in small.named_modules() if kind_of(layer) is not None}
+    sizes = {name: work_on(sum(p.numel() for p in layer.parameters())) for name, layer in layers.items()}
+    total = (FIT + asked.needs_curves) * sum(sizes.values())
     with (
-        progress_bar(pieces, progress) as tally,
+        processes.sharing(spread),
+        progress_bar(total, progress) as tally,
         kept(calibration, settings, model, tally) as samples,
         counting(samples, tally),
     ):
 
-        def done(name: str) -> None:
-            tally.add(name)
+        def done(name: str, times: int = 1) -> None:
+            tally.add(name, times * sizes[name])
             on_layer(name)
 
         ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=done)
         warn_of_parameter_hooks({layer.name: model.get_submodule(layer.name) for layer in ranks.tensorized})
-        tally.total = tally.done + len(to_fit(small, ranks, samples))
-        apply_(small, ranks, samples, lambda layer, *fitted: done(layer.name))
+        tally.total = tally.done + FIT * sum(sizes[layer.name] for layer in to_fit(small, ranks, samples))
+        apply_(small, ranks, samples, lambda layer, *fitted: done(layer.name, FIT))
     return small
 
 
@@ -110,65 +111,31 @@ def tensorized(
 ) -> tuple[nn.Module, Plan]:
     """A tensorized copy of `model`, in eval mode, and the plan with the errors of each layer; see `apply_`."""
     with evaluating(model), torch.random.fork_rng(devices=[]):
-        return _tensorized(model, plan, samples, on_layer)
+        small, done = _tensorized(model, plan, samples, on_layer)
+    if processes.is_shared():  # what each process has computed itself may differ in the last bits
+        first = processes.by_first(lambda: {name: value.cpu() for name, value in tensor_state(small).items()})
+        small.load_state_dict(first, strict=False)
+    return small, done
 
 
 def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer) -> tuple[nn.Module, Plan]:
-    work = copied(model)
-    done: dict[str, _Done] = {}
     dense = {layer.name: model.get_submodule(layer.name) for layer in plan.tensorized}
     warn_of_state_hooks(dense)
     warn_of_parameter_hooks(dense)
     check_values(model)
-
-    def keep(fitted: _Done, kernel: Tensor, metric: Metric | None) -> None:
-        replace_layer(work, fitted.layer.name, fitted.module)
-        done[fitted.layer.name] = fitted
-        on_layer(fitted.layer, kernel, metric)
-
+    fits = Fits(model, copied(model), on_layer)
     if samples is not None:
         samples.tally.total += passes(model, samples)
-        waiting = {layer.name: layer for layer in to_fit(model, plan, samples)}
-        survey = samples.survey(model, list(waiting))
-        for name, moments in moments_in_turn(model, work, list(waiting), samples, survey.trace):
-            layer = _dense(work, name)
-            statistics = survey.statistics(name, _dense(model, name), moments, samples)
-            del moments  # room for the fit
-            # Fitted in the precision of the layer, but at least in float32.
-            kernel = statistics.target.to(torch.promote_types(kernel_of(layer).dtype, torch.float32))
-            kernel = kernel.reshape(kernel_shape(layer))
-            fitted = _fitted(layer, waiting[name], kernel, statistics)
-            _shift_(fitted, statistics, work, survey.trace.batch_norms.get(name))
-            keep(fitted, kernel, statistics.metric)
-        wide = [layer.name for layer in plan.tensorized if layer.name not in done]
-        for name, sketch in sketches_of(work, wide, samples, survey):
-            layer = _dense(work, name)
-            kernel = sketch.kernel.reshape(kernel_shape(layer))
-            keep(_fitted(layer, waiting[name], kernel, sketch), kernel, sketch.metric)
+        layers = to_fit(model, plan, samples)
+        survey = samples.survey(model, [layer.name for layer in layers])
+        fits.to_moments(layers, samples, survey)
+        fits.to_sketches([layer for layer in plan.tensorized if layer.name not in fits.done], samples, survey)
     # Without samples, or never called: the kernel alone is used.
-    rest = [layer for layer in plan.tensorized if layer.name not in done]
-    layers = {layer.name: _dense(work, layer.name) for layer in rest}
-
-    def alone(layer: LayerPlan) -> _Done:
-        return _fitted(layers[layer.name], layer, kernel_of(layers[layer.name]), None)
-
-    for layer, fitted in side_by_side(alone, rest, size=lambda layer: layer.dense_params):
-        keep(fitted, kernel_of(layers[layer.name]), None)
+    fits.to_kernels([layer for layer in plan.tensorized if layer.name not in fits.done])
     if samples is not None:
-        recalibrate_(work, model, samples)
-    refuse_save_pretrained_(work)
-    rows = tuple(done[layer.name].layer if layer.name in done else layer for layer in plan.layers)
-    return work, replace(plan, layers=rows)
-
-
-@dataclass(frozen=True)
-class _Done:
-    module: nn.Module
-    layer: LayerPlan
-
-
-def _dense(model: nn.Module, name: str) -> DenseLayer:
-    return cast(DenseLayer, model.get_submodule(name))
+        recalibrate_(fits.work, model, samples)
+    refuse_save_pretrained_(fits.work)
+    return fits.work, replace(plan, layers=tuple(fits.done.get(layer.name, layer) for layer in plan.layers))
 
 
 def to_fit(model: nn.Module, plan: Plan, samples: Samples | None) -> list[LayerPlan]:
@@ -179,52 +146,3 @@ def to_fit(model: nn.Module, plan: Plan, samples: Samples | None) -> list[LayerP
     corrects = samples is not None and samples.settings.compensate
     dense = [layer for layer in plan.layers if corrects and layer.method is None and layer.compensates]
     return [*plan.tensorized, *(layer for layer in dense if why_dense(model.get_submodule(layer.name)) is None)]
-
-
-def _fitted(dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | Sketch | None) -> _Done:
-    """The layer's replacement: tensorized, or dense with a kernel that corrects the errors of earlier layers."""
-    with naming(layer.name):
-        if layer.method is None or layer.rank is None:
-            module: nn.Module = copied(dense)
-            with torch.no_grad():
-                kernel_of(module).copy_(kernel)
-        else:
-            metric = None if statistics is None else statistics.metric
-            module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric, path=layer.path)
-    rebuilt = kernel_of(module).detach()
-    note = None
-    if isinstance(module, TensorizedLayer):
-        with torch.no_grad():
-            note = module.decomposition.diagnose(module.factors())
-    return _Done(
-        module,
-        replace(
-            layer,
-            error=relative_error(kernel_of(dense), rebuilt),
-            output_error=None if statistics is None else statistics.error(rebuilt),
-            note=note,
-        ),
-    )
-
-
-@torch.no_grad()
-def relative_error(kernel: Tensor, rebuilt: Tensor) -> float:
-    """‖K − K̂‖ ÷ ‖K‖ in the Frobenius norm; 0 if both kernels are zero."""
-    # The difference of two close numbers is exact. Only the sums need more digits.
-    wide = torch.float32 if kernel.device.type == "mps" else torch.float64
-    difference, norm = (torch.linalg.vector_norm(part, dtype=wide) for part in (kernel - rebuilt.to(kernel), kernel))
-    return float(difference / norm) if norm > 0 else float(difference)
-
-
-@torch.no_grad()
-def _shift_(done: _Done, statistics: Statistics, model: nn.Module, batch_norm: str | None) -> None:
-    """Gives the layer's output the mean of the reference's, through its bias or the batch norm after it."""
-    shift = statistics.shift(kernel_of(done.module).detach())
-    if shift is None:
-        return
-    bias = cast("nn.Parameter | None", done.module.bias)
-    if bias is not None:
-        bias += shift.to(bias)
-    elif batch_norm is not None:
-        mean = cast(Tensor, model.get_submodule(batch_norm).running_mean)
-        mean -= shift.to(mean)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from tspc import decompositions
 from tspc.calibration.gathering import moments_of
-from tspc.calibration.samples import Part, Samples
+from tspc.calibration.samples import Part, Samples, Survey
 from tspc.calibration.sketches import sketches_of
 from tspc.compression.plan import LayerPlan
+from tspc.compression.spreading import over_processes
 from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
 from tspc.decompositions.function_space import spectra
 from tspc.errors import DecompositionError
@@ -101,39 +102,56 @@ def error_curves(
 ) -> dict[str, list[ErrorCurve]]:
     """For each layer that no rule keeps dense, a curve for every candidate method.
 
-    With `samples` the error is that of the layer's output, else that of its kernel.
+    With `samples` the error is that of the layer's output, else that of its kernel. Inside `processes.sharing` each
+    process measures some of the layers, and all get all curves.
 
     Raises DecompositionError if any layer has a parameter with NaN or infinite values; the message names it.
     """
-    curves: dict[str, list[ErrorCurve]] = {}
-    waiting = {layer.name: layer for layer in layers if layer.reason is None}
-
+    curves: dict[str, Sequence[ErrorCurve]] = {}
+    waiting = [layer for layer in layers if layer.reason is None]
+    later = [layer.name for layer in layers if layer.compensates]
     check_values(model)
+    survey = None if samples is None else samples.survey(model, [layer.name for layer in waiting], later)
+
+    def keep(name: str, found: Sequence[ErrorCurve]) -> None:
+        curves[name] = found
+        on_layer(name)
+
+    def some(names: list[str]) -> dict[str, list[dict[str, Any]]]:
+        for name, found in _measured(model, names, method, samples, survey):
+            keep(name, found)
+        return {name: [curve.to_dict() for curve in curves[name]] for name in names}
+
+    for name, plain in over_processes(waiting, survey, some).items():
+        if name not in curves:
+            keep(name, [ErrorCurve.from_dict(curve) for curve in plain])
+    return {layer.name: list(curves[layer.name]) for layer in waiting}
+
+
+def _measured(
+    model: nn.Module, names: list[str], method: Method, samples: Samples | None, survey: Survey | None
+) -> Iterator[tuple[str, list[ErrorCurve]]]:
+    """The curves of some layers, one after the other."""
 
     def measured(name: str, metric: Metric | None = None) -> list[ErrorCurve]:
         weight = kernel_of(model.get_submodule(name)).detach()
         with naming(name):
             return _curves(method.candidates(tuple(weight.shape)), weight, metric)
 
-    if samples is not None:
-        survey = samples.survey(model, list(waiting), [layer.name for layer in layers if layer.compensates])
+    rest = dict.fromkeys(names)
+    if samples is not None and survey is not None:
         part = Part(samples)
         with evaluating(model):
-            for name, moments in moments_of(model, list(waiting), samples, survey.trace, part):
+            for name, moments in moments_of(model, names, samples, survey.trace, part):
                 dense = cast(DenseLayer, model.get_submodule(name))
                 metric = survey.metric(name, dense, moments, part).sketch()
-                del moments  # room for the fits
-                curves[name] = measured(name, metric)
-                on_layer(name)
-            for name, sketch in sketches_of(model, [n for n in waiting if n not in curves], samples, survey):
-                curves[name] = measured(name, sketch.metric.sketch())
-                on_layer(name)
+                del moments, rest[name]  # room for the fits
+                yield name, measured(name, metric)
+            for name, sketch in sketches_of(model, list(rest), samples, survey):
+                del rest[name]
+                yield name, measured(name, sketch.metric.sketch())
     # Without samples, or never called: the kernel alone is used.
-    rest = [name for name in waiting if name not in curves]
-    for name, found in side_by_side(measured, rest, size=lambda name: waiting[name].dense_params):
-        curves[name] = found
-        on_layer(name)
-    return {name: curves[name] for name in waiting}
+    yield from side_by_side(measured, list(rest), size=lambda name: kernel_of(model.get_submodule(name)).numel())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tspc.compression.selection import FilterFn
 from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Method
 from tspc.errors import ConfigError
+from tspc.system import processes
 from tspc.system.modes import own_modes
 from tspc.traversal.blocks import block_of, find_blocks
 
@@ -36,6 +37,7 @@ def plan(
     example: Tensor | None = None,
     curves: Curves | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
+    spread: bool = False,
     **options: Any,
 ) -> Plan:
     """Chooses the ranks of every layer of `model`; changes nothing.
@@ -48,7 +50,8 @@ def plan(
     of images (N, …), or an iterable of batches, with or without labels, such as a DataLoader; `settings` say how it is
     used. Or it is `Samples`, which serve several calls. If `curves` are given, the errors are not measured again.
     `example` (images; by default one of the samples) shows the sizes of the layers' inputs. They decide which path is
-    the cheapest. `on_layer` is called with the name of each layer after its errors were measured.
+    the cheapest. `on_layer` is called with the name of each layer after its errors were measured. With `spread` all
+    processes of `torch.distributed` call this together and share the layers; see `compress`.
 
     Raises ConfigError for a wrong argument or a network with nothing to tensorize. Raises InfeasibleRateError if the
     rate cannot be met; the error names the smallest possible rate.
@@ -57,11 +60,13 @@ def plan(
     sketch = outline(model, asked, filter_fn)
     if asked.target_error is None:
         sketch.budget(asked.rate)  # raises the error before the work if the rate cannot be met
-    with kept(calibration, settings, model) as samples:
+    with processes.sharing(spread), kept(calibration, settings, model) as samples:
         if curves is None and asked.needs_curves:
             curves = error_curves(model, sketch.layers, asked.method, samples, on_layer=on_layer)
         if example is None and samples is not None:
             example = next(iter(samples))[:1]
+        if processes.is_shared():  # the times that `paths` may measure differ from process to process
+            return Plan.from_dict(processes.by_first(lambda: planned(model, sketch, curves, example).to_dict()))
     return planned(model, sketch, curves, example)
 
 

@@ -18,7 +18,7 @@ RATE_SCOPES = ("layers", "network")
 OBJECTIVES = ("parameters", "latency", "macs")
 PATH_COSTS = ("model", "measure")
 """How the costs of a layer's paths are found."""
-BESIDE = ("calibration", "settings", "filter_fn", "example", "on_layer", "progress")
+BESIDE = ("calibration", "settings", "filter_fn", "example", "on_layer", "progress", "spread")
 """Arguments of `tspc.plan` and `tspc.compress` that are not settings."""
 
 

@@ -151,9 +151,7 @@ class Roots:
     def __init__(self, axes: Axes, metric: Metric) -> None:
         self._outputs, self._inputs = tuple(axes.outputs), tuple(axes.inputs)
         self._sizes = axes.outputs | axes.inputs
-        inputs = metric.inputs
-        is_dense = isinstance(inputs, Tensor)
-        marginals = _marginals(inputs, axes.inputs) if is_dense else _marginals_of_rows(inputs, axes.inputs)
+        marginals = _marginals(metric.inputs, axes.inputs)
         if metric.outputs is not None:
             marginals |= _marginals(metric.outputs, axes.outputs)
         self._root = {mode: _root(matrix) for mode, matrix in marginals.items()}
@@ -200,32 +198,30 @@ class Roots:
         return multiplied(matrix, (modes, modes), self._sizes, moved)
 
 
-def _marginals(matrix: Tensor, modes: Mapping[str, int]) -> dict[str, Tensor]:
+def _marginals(matrix: Tensor | Rows, modes: Mapping[str, int]) -> dict[str, Tensor]:
     """For every mode the covariance summed over all other modes, with mean eigenvalue 1. A diagonal gives diagonals."""
     sizes = tuple(modes.values())
     result = {}
     for axis, (mode, n) in enumerate(modes.items()):
-        before, after = math.prod(sizes[:axis]), math.prod(sizes[axis + 1 :])
-        if matrix.ndim == 1:
-            marginal = matrix.reshape(before, n, after).sum((0, 2))
-            trace, unit = marginal.sum(), torch.ones_like(marginal)
+        marginal = _marginal(matrix, math.prod(sizes[:axis]), n, math.prod(sizes[axis + 1 :]))
+        is_diagonal = marginal.ndim == 1
+        trace = marginal.sum() if is_diagonal else marginal.trace()
+        if trace > 0:
+            result[mode] = marginal * (n / trace)
         else:
-            whole = matrix.reshape(before, n, after, before, n, after)
-            marginal = whole.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).sum((-1, -2))
-            trace, unit = marginal.trace(), _identity(marginal)
-        result[mode] = marginal * (n / trace) if trace > 0 else unit
+            result[mode] = torch.ones_like(marginal) if is_diagonal else _identity(marginal)
     return result
 
 
-def _marginals_of_rows(matrix: Rows, modes: Mapping[str, int]) -> dict[str, Tensor]:
-    """The same for a matrix that is given by rows."""
-    sizes = tuple(modes.values())
-    result = {}
-    for axis, (mode, n) in enumerate(modes.items()):
-        slices = matrix.rows.reshape(-1, n, math.prod(sizes[axis + 1 :])).movedim(1, 0).flatten(1)
-        marginal = slices @ slices.mT + matrix.damping * (len(matrix) // n) * _identity(slices)
-        result[mode] = marginal * (n / marginal.trace())
-    return result
+def _marginal(matrix: Tensor | Rows, before: int, n: int, after: int) -> Tensor:
+    """The sum over the modes before and after a mode of size n."""
+    if isinstance(matrix, Rows):
+        slices = matrix.rows.reshape(-1, n, after).movedim(1, 0).flatten(1)
+        return slices @ slices.mT + matrix.damping * (before * after) * _identity(slices)
+    if matrix.ndim == 1:
+        return matrix.reshape(before, n, after).sum((0, 2))
+    whole = matrix.reshape(before, n, after, before, n, after)
+    return whole.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).sum((-1, -2))
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -51,10 +51,10 @@ class Context:
         return Watch(self, phase, label, total, batch_size, where)
 
     @contextmanager
-    def tally(self, phase: str, label: str, total: int = 0) -> Iterator[Tally]:
-        """A tally that a progress bar shows."""
-        with self.display.bar(f"{phase:<9} {label}", total) as bar:
-            yield Tally(total, lambda done, of, name: bar.advance(done, name, total=of))
+    def tally(self, phase: str, label: str = "", total: float = 0) -> Iterator[Tally]:
+        """A tally that a progress bar shows, in percent of the work."""
+        with self.display.bar(f"{phase:<9} {label}".rstrip(), 100) as bar:
+            yield Tally(total, lambda done, of, name: bar.advance(100 * done / of, name))
 
 
 class Watch:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tspc.calibration.samples import Samples
 from tspc.compression.apply import tensorized, to_fit
 from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.progress import FIT, work_on
 from tspc.compression.settings import Selection
 from tspc.decompositions import Metric
 from tspc.phases.context import Context
@@ -18,6 +19,8 @@ from tspc.phases.phase import NetworkPhase, Work
 from tspc.phases.planning import calibration_samples
 from tspc.phases.spectra import Spectrum, spectra_of
 from tspc.store.files import write_json
+from tspc.system import processes
+from tspc.system.launch import is_first
 from tspc.system.tally import counting
 from tspc.terminal.tables import plan_table, state_bytes
 
@@ -27,14 +30,14 @@ def decompose(
 ) -> tuple[nn.Module, Plan, list[Spectrum]]:
     """A tensorized copy of `reference`, the plan with the errors of each layer, and the layers' spectra."""
     spectra: list[Spectrum] = []
-    pieces = len(to_fit(reference, plan, samples))
-    with context.tally("decompose", f"{len(plan.tensorized)} layers", pieces) as tally, counting(samples, tally):
+    total = FIT * sum(work_on(layer.kernel_params) for layer in to_fit(reference, plan, samples))
+    with context.tally("decompose", f"{len(plan.tensorized)} layers", total) as tally, counting(samples, tally):
 
         def on_layer(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:
             if layer.method is not None:
                 spectra.extend(spectra_of(layer, kernel, metric))
             shown = layer.error if layer.output_error is None else layer.output_error
-            tally.add(f"{layer.name}  error {shown or math.nan:.3f}")
+            tally.add(f"{layer.name}  error {shown or math.nan:.3f}", FIT * work_on(layer.kernel_params))
             errors = {"error": layer.error, "output_error": layer.output_error}
             context.note({"phase": "decompose", "layer": layer.name, "parameters": layer.params} | errors)
 
@@ -42,11 +45,15 @@ def decompose(
     return model, plan, spectra
 
 
-def _run(work: Work) -> tuple[nn.Module, dict[str, Any]]:
+def _run(work: Work) -> tuple[nn.Module, dict[str, Any] | None]:
     planning, display = work.planning, work.context.display
     with calibration_samples(planning.calibration, work.context) as samples:
-        plan = planning.plan(planning.curves(samples) if planning.settings.needs_curves else None)
-        model, done, spectra = decompose(work.reference, plan, samples, work.context)
+        curves = planning.curves(samples) if planning.settings.needs_curves else None
+        if not is_first():
+            return work.reference, None
+        # The layers correct each other's errors one after the other, so the other processes cannot help.
+        with processes.alone():
+            model, done, spectra = decompose(work.reference, planning.plan(curves), samples, work.context)
     write_json(work.folder / "spectra.json", [asdict(spectrum) for spectrum in spectra])
     sizes = state_bytes(work.reference), state_bytes(model)
     shown = plan_table(done, *sizes, width=display.console.width)
@@ -54,4 +61,4 @@ def _run(work: Work) -> tuple[nn.Module, dict[str, Any]]:
     return model, done.to_dict()
 
 
-PHASE = NetworkPhase("decompose", Selection, run=_run, by_first=True)
+PHASE = NetworkPhase("decompose", Selection, run=_run, hands_over=True)

@@ -85,12 +85,12 @@ class NetworkPhase(Phase):
     """Makes a network, from that of the phase before or from the reference; it lies in `<name>.safetensors`.
 
     `run` returns the network, which may be the one that it was given, and the plan as plain data if it made one. With
-    `by_first` the first of several processes runs it and hands the network over to the others. The settings
-    `of_no_effect` change no result.
+    `hands_over` several processes share its work (`processes.sharing`), and the first one hands its network over to the
+    others; what they return does not count. The settings `of_no_effect` change no result.
     """
 
     run: Callable[[Work], tuple[nn.Module, dict[str, Any] | None]] = field(kw_only=True)
-    by_first: bool = field(default=False, kw_only=True)
+    hands_over: bool = field(default=False, kw_only=True)
     of_no_effect: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property

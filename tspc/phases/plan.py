@@ -14,6 +14,7 @@ from tspc.errors import InfeasibleRateError
 from tspc.phases.phase import ShowingPhase, Work
 from tspc.phases.planning import Planning, calibration_samples
 from tspc.system.bounds import POSITIVE_SHARE, shown
+from tspc.system.launch import is_first
 from tspc.terminal.tables import plan_table, rates_table, state_bytes
 
 
@@ -61,6 +62,8 @@ def _run(work: Work) -> None:
     planning, reference, display = work.planning, work.reference, work.context.display
     with calibration_samples(planning.calibration, work.context) as samples:
         curves = planning.curves(samples)
+    if not is_first():
+        return
     example, asked = planning.example, planning.plan(curves)
     plans = plans_at(planning, work.settings, asked, curves)
     size = state_bytes(reference)

@@ -15,6 +15,7 @@ from tspc.compression.curves import Curves, error_curves
 from tspc.compression.outline import Outline, outline
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import planned
+from tspc.compression.progress import work_on
 from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Method
 from tspc.models import NetworkSpec
@@ -37,7 +38,7 @@ def calibration_samples(calibration: Calibration, context: Context) -> Iterator[
         yield None
         return
     batches = context.data.calibration_batches(calibration.samples, calibration.batch_size, context.device)
-    with context.tally("calibrate", f"{calibration.samples} images") as tally:
+    with context.tally("calibrate") as tally:
         samples = Samples(batches, calibration, context.device, tally)
     with samples:
         yield samples
@@ -47,9 +48,10 @@ def measure_curves(
     reference: nn.Module, layers: Sequence[LayerPlan], method: Method, samples: Samples | None, context: Context
 ) -> Curves:
     """The error curves of the layers: the error of each layer at any size."""
-    total = sum(layer.reason is None for layer in layers)
-    with context.tally("plan", f"{total} layers", total) as tally, counting(samples, tally):
-        return error_curves(reference, layers, method, samples, on_layer=tally.add)
+    sizes = {layer.name: work_on(layer.kernel_params) for layer in layers if layer.reason is None}
+    with context.tally("plan", f"{len(sizes)} layers", sum(sizes.values())) as tally, counting(samples, tally):
+        done = lambda name: tally.add(name, sizes[name])  # noqa: E731
+        return error_curves(reference, layers, method, samples, on_layer=done)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tspc.phases.phase import DeliveryPhase
 from tspc.phases.table import DELIVERY_PHASES
 from tspc.run.job import Job
 from tspc.store.files import intact, remove, write_json
-from tspc.store.records import plain
+from tspc.store.records import differences, plain, usual
 
 
 class Deliveries:
@@ -56,7 +56,9 @@ class Deliveries:
     def _skip(self, phase: DeliveryPhase) -> bool:
         """Whether the phase was done before with these settings, and its files still exist."""
         record = self._record(phase)
-        if record is None or self._job.config.overwrite or record["settings"] != self._settings(phase):
+        if record is None or self._job.config.overwrite:
+            return False
+        if differences(record["settings"], self._settings(phase), defaults=usual(phase.settings)):
             return False
         if not all(self._job.directory.file(name).exists() for name in phase.made(record["found"])):
             return False

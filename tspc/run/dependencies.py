@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from tspc.phases.context import Context
 from tspc.phases.phase import NetworkPhase
 from tspc.run.config import Config
-from tspc.store.records import differences, fingerprint
+from tspc.store.records import differences, fingerprint, usual
 
 
 @dataclass(frozen=True)
 class Dependencies:
-    """The run's identity, the settings of the phase that matter, and the fingerprint of the network before it."""
+    """The run's identity, the settings of the phase that matter, and the fingerprint of the network before it.
+
+    `asked` is the identity as this version writes it. It may have keys more than `identity`, with their defaults.
+    """
 
     identity: dict[str, Any]
+    asked: dict[str, Any]
     settings: dict[str, Any]
     after: str
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint([self.identity, self.settings, self.after])
+        return self._of(self.identity, self.settings)
+
+    def _of(self, identity: dict[str, Any], settings: dict[str, Any]) -> str:
+        return fingerprint([identity, settings, self.after])
 
     def changes(self, phase: NetworkPhase, record: dict[str, Any]) -> list[str]:
         """What was different when the network with this record was made; empty if nothing was."""
-        found = differences(record["settings"], self.settings, f"phase.{phase.name}")
+        defaults = usual(phase.settings)
+        found = differences(record["settings"], self.settings, f"phase.{phase.name}", defaults)
         if record["after"] != self.after:
             found.append(f"the network that {phase.name} started from")
-        elif not found and record["fingerprint"] != self.fingerprint:
+        forms = product((self.identity, self.asked), (record["settings"], self.settings))
+        if not found and record["fingerprint"] not in [self._of(*form) for form in forms]:
             found.append("the run that it belongs to")
         return found
 

@@ -1,4 +1,4 @@
-"""Hands a network over, through a file: the first of several processes makes it, the others read it."""
+"""Hands a network over, through a file: the first of several processes writes it, the others read it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ Made = tuple[nn.Module, Any]
 """A network, and plain data about it."""
 
 
-def made_by_first(make: Callable[[], Made], path: Path, reference: nn.Module, network: NetworkSpec) -> Made:
-    """What `make` returns in the first process, for all processes. `path` is the file between them; it is removed."""
+def handed_over(make: Callable[[], Made], path: Path, reference: nn.Module, network: NetworkSpec) -> Made:
+    """Runs `make` in all processes, which share its work; all get what the first one made.
+
+    `path` is the file between them; it is removed.
+    """
     if processes.count() == 1:
         return make()
-
-    def make_and_save() -> Any:
+    with processes.sharing():
         model, data = make()
-        checkpoint.save(model, path, network=network)
-        return data
-
-    data = processes.by_first(make_and_save)
+        if is_first():
+            checkpoint.save(model, path, network=network)
+    data = processes.by_first(lambda: data)
     model = checkpoint.load(path, copied(reference))
     processes.wait()
     if is_first():

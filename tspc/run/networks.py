@@ -12,7 +12,7 @@ from tspc.phases.finished import read_record
 from tspc.phases.phase import NetworkPhase
 from tspc.phases.table import FIRST, NETWORK_PHASES
 from tspc.run.dependencies import Dependencies, decisive_settings
-from tspc.run.handover import Made, made_by_first
+from tspc.run.handover import Made, handed_over
 from tspc.run.job import Job
 from tspc.store.files import remove
 from tspc.store.records import HANDED_OVER
@@ -58,7 +58,7 @@ class Networks:
 
     def _dependencies(self, phase: NetworkPhase) -> Dependencies:
         settings = decisive_settings(phase, self._job.config, self._context)
-        return Dependencies(self._directory.identity, settings, self.fingerprint)
+        return Dependencies(self._directory.identity, self._directory.asked, settings, self.fingerprint)
 
     def _collect(self, before: NetworkPhase | None) -> None:
         """Reads the records of the phases whose networks are in the directory, up to the phase `before`."""
@@ -126,9 +126,9 @@ class Networks:
         """The phase's network, on the device, and its plan if the phase made one."""
         work = self._job.work(phase, self._current(), progress)
         try:
-            if phase.by_first:
+            if phase.hands_over:
                 path = self._directory.file(phase.name + HANDED_OVER)
-                model, plan = made_by_first(lambda: phase.run(work), path, self._job.reference, self._job.network)
+                model, plan = handed_over(lambda: phase.run(work), path, self._job.reference, self._job.network)
             else:
                 model, plan = phase.run(work)
         except TrainingError as error:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from tspc.calibration.samples import Samples
+from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.curves import Curves
 from tspc.compression.outline import Outline
-from tspc.data import NO_DATA, Contiguous, Data, load_data
+from tspc.compression.settings import PlanSettings
+from tspc.data import NO_DATA, Contiguous, Data, DataSpec, load_data
+from tspc.decompositions import resolve
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
 from tspc.pages import write_comparison
@@ -26,6 +28,7 @@ from tspc.run.job import Job
 from tspc.run.machine import hardware, pick_device
 from tspc.run.networks import Networks
 from tspc.run.reference import (
+    TRAINED_BY_DEFAULT,
     Pretrained,
     calibration_identity,
     data_identity,
@@ -39,6 +42,7 @@ from tspc.run.result import finish
 from tspc.run.trackers import tracked
 from tspc.store.directory import RunDirectory
 from tspc.store.files import DISK_FAULTS
+from tspc.store.records import usual
 from tspc.system import processes
 from tspc.terminal.display import Display
 from tspc.terminal.tables import percent, state_bytes
@@ -102,13 +106,15 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         for phase in phases:
             if isinstance(phase, ShowingPhase):
                 work = Work(config.phases[phase.name], spec, pretrained.model, planning, context, shared)
-                processes.by_first(lambda run=phase.run, work=work: run(work))
+                with processes.sharing():
+                    phase.run(work)
         return summary
 
     if not any(isinstance(phase, NetworkPhase | DeliveryPhase) for phase in phases):
         return {"directory": str(shared), "reference": prepared(), "phases": {}}
     identity = _identity(config, spec, pretrained, data)
-    directory = RunDirectory(run_folder(config, spec), identity, config.overwrite, leaves=LEFT)
+    folder, defaults = run_folder(config, spec), _identity_by_default(config)
+    directory = RunDirectory(folder, identity, config.overwrite, leaves=LEFT, defaults=defaults)
     if FIRST not in config.phases:
         processes.by_first(lambda: _require_first(directory, config))
     with directory:
@@ -203,4 +209,15 @@ def _identity(config: Config, spec: NetworkSpec, reference: Pretrained, data: Da
         "network": spec.to_dict(),
         "reference": reference.identity,
         "seed": config.seed,
+    }
+
+
+def _identity_by_default(config: Config) -> dict[str, Any]:
+    """The values of those settings that have a default."""
+    return PlanSettings(config.planning.method).identity | {
+        "method": resolve(config.planning.method.name).to_dict(),
+        "calibration": usual(Calibration),
+        "dataset": usual(DataSpec),
+        "network": usual(NetworkSpec),
+        "reference": {"trained": TRAINED_BY_DEFAULT},
     }

@@ -17,7 +17,7 @@ from tspc.calibration.samples import Samples
 from tspc.compression import checkpoint
 from tspc.compression.curves import Curves, ErrorCurve
 from tspc.compression.outline import Outline
-from tspc.data import Data
+from tspc.data import Data, DataSpec
 from tspc.errors import TrainingError, TspcError
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state, read_state
@@ -27,12 +27,12 @@ from tspc.phases.planning import measure_curves
 from tspc.run.config import Config
 from tspc.store.directory import RunDirectory
 from tspc.store.files import intact, make_folder, remove, remove_left_over, write_json
-from tspc.store.records import file_digest, fingerprint, plain
+from tspc.store.records import file_digest, fingerprint, plain, usual
 from tspc.store.schemas import ACCURACY, CURVES, SECONDS, problem
 from tspc.store.state import tensor_state
 from tspc.system import processes
 from tspc.system.launch import is_first
-from tspc.training import Progress, evaluate
+from tspc.training import Progress, Recipe, evaluate
 
 
 @dataclass
@@ -92,6 +92,10 @@ def _recipe_identity(config: Config, spec: NetworkSpec, data: Data) -> dict[str,
     }
 
 
+TRAINED_BY_DEFAULT = {"recipe": usual(Recipe), "dataset": usual(DataSpec), "network": usual(NetworkSpec)}
+"""The settings of a reference's training that have a default."""
+
+
 def data_identity(config: Config) -> dict[str, Any]:
     """The settings of the data set that change a result."""
     return {key: value for key, value in plain(config.dataset).items() if key != "workers"}
@@ -108,7 +112,8 @@ def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, co
     identity = reference.identity["trained"]
     display = context.display
     waiting = lambda: display.line(f"waiting for another run to finish the reference network in {folder}")  # noqa: E731
-    directory = RunDirectory(folder, identity, config.overwrite, waiting, "another output_dir")
+    elsewhere, defaults = "another output_dir", TRAINED_BY_DEFAULT
+    directory = RunDirectory(folder, identity, config.overwrite, waiting, elsewhere, defaults=defaults)
     if config.overwrite and directory.held_by_another():
         display.line(f"reference  trained anew in {folder}; runs that used the old one can no longer go on")
     with directory as run:
@@ -120,9 +125,8 @@ def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, co
             display.line(f"reference  read from {result}")
             return
         context.place(reference.model)
-        progress = Progress(
-            run.file("progress.pt"), fingerprint([identity, str(context.hardware.precision)]), config.checkpoint_seconds
-        )
+        state = fingerprint([run.identity, str(context.hardware.precision)])
+        progress = Progress(run.file("progress.pt"), state, config.checkpoint_seconds)
         # The reference does not depend on the run's seed: a sweep over seeds shares it.
         shared = dataclasses.replace(context, seed=0, note=run.note)
         try:
@@ -152,7 +156,8 @@ def reference_curves(
         "dataset": None if samples is None else data_identity(config),
     }
     path = folder / f"curves-{fingerprint(identity)}.json"
-    if (known := _known_curves(path, [layer.name for layer in sketch.chosen])) is not None:
+    known = processes.by_first(lambda: _known_curves(path, [layer.name for layer in sketch.chosen]))
+    if known is not None:
         return known
     _prepare(path, context)
     context.place(reference.model).eval()

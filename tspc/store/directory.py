@@ -25,11 +25,12 @@ RESULTS = ("*.safetensors", "*.progress.pt", "accuracy-*.json", "curves-*.json",
 class RunDirectory:
     """Use as a context manager: creates and locks the directory, checks its identity, opens the log.
 
-    `identity` is plain data on which everything in the directory depends. If the directory holds results of another
-    identity, it is refused, or with `overwrite` the results are removed. If it is in use, it is refused; with `on_wait`
-    this function is called once, and then the lock is awaited. `elsewhere` is the advice on how to keep both runs.
-    `leaves` are the patterns of further files that are results. Raises RunError if the directory is refused or cannot
-    be written.
+    `identity` is plain data on which everything in the directory depends, and `defaults` has the values of keys that an
+    earlier version did not write. If the directory holds results of this identity, `run.json` stays as it was. If it
+    holds others, it is refused, or with `overwrite` the results are removed. If it is in use, it is refused; with
+    `on_wait` this function is called once, and then the lock is awaited. `elsewhere` is the advice on how to keep both
+    runs. `leaves` are the patterns of further files that are results. Raises RunError if the directory is refused or
+    cannot be written.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class RunDirectory:
         on_wait: Callable[[], None] | None = None,
         elsewhere: str = "variant=NAME or another output_dir",
         leaves: Sequence[str] = (),
+        defaults: dict[str, Any] | None = None,
     ) -> None:
         self.path, self.identity, self.overwrite = path, identity, overwrite
+        self.asked, self._defaults = identity, defaults
         self._on_wait, self._elsewhere = on_wait, elsewhere
         self._patterns = (*RESULTS, *leaves)
         self._created: list[Path] = []
@@ -49,16 +52,17 @@ class RunDirectory:
         self._handler: logging.FileHandler | None = None
 
     def __enter__(self) -> RunDirectory:
-        processes.by_first(self._open)
+        self.identity = processes.by_first(self._open)
         return self
 
-    def _open(self) -> None:
+    def _open(self) -> dict[str, Any]:
         try:
             self._created = self._create()
             try:
                 self._lock()
-                self._claim()
+                identity = self._claim()
                 self._open_log()
+                return identity
             except BaseException:
                 self._undo()
                 raise
@@ -114,7 +118,7 @@ class RunDirectory:
         if not os.path.exists(path) or not self._results():
             return []
         try:
-            return differences(read_json(path, dict), self.identity)
+            return differences(read_json(path, dict), self.asked, defaults=self._defaults)
         except RunError as error:
             if self.overwrite:
                 return [str(error)]
@@ -144,21 +148,25 @@ class RunDirectory:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
 
-    def _claim(self) -> None:
+    def _claim(self) -> dict[str, Any]:
+        """Writes the identity of the directory, and returns it."""
         changed = self.held_by_another()
         if changed and not self.overwrite:
             raise RunError(
                 f"{self.path} holds another run ({'; '.join(changed)}); pass {self._elsewhere} "
                 "to keep both, or overwrite=true to redo it"
             )
+        path = self.file("run.json")
+        identity = self.asked if changed or not self._results() or not path.exists() else read_json(path, dict)
         # The old results are removed before the new identity is written, so a kill between leaves no wrong identity.
         for outdated in self._results() if changed else []:
             remove(outdated)
-        write_json(self.file("run.json"), self.identity)
+        write_json(path, identity)
         for handed in self.path.glob(f"*{HANDED_OVER}"):
             remove(handed)
         folders = dict.fromkeys(("", FIGURES, *(os.path.dirname(pattern) for pattern in self._patterns)))
         remove_left_over(*map(self.file, folders))
+        return identity
 
     def _open_log(self) -> None:
         self._handler = logging.FileHandler(self.file("tspc.log"))

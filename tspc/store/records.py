@@ -36,12 +36,28 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """`key: old → new` for every value in which two plain structures differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
-    return [] if old == new else [f"{where}: {old} → {new}"]
+def usual(settings: type[Any]) -> dict[str, Any]:
+    """The fields of a dataclass that have a default, as plain data."""
+    fields = [field for field in dataclasses.fields(settings) if field.init]
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    return json.loads(json.dumps(defaults | made))
+
+
+def differences(old: Any, new: Any, where: str = "", defaults: Any = None) -> list[str]:
+    """`key: old → new` for every value in which two plain structures differ.
+
+    A key that one of them does not have stands for its value in `defaults`, or None. So records stay valid when a later
+    version has a key more.
+    """
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [f"{where}: {old} → {new}"]
+    known = defaults if isinstance(defaults, dict) else {}
+    found: list[str] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        default, name = known.get(key), f"{where}.{key}" if where else key
+        found += differences(old.get(key, default), new.get(key, default), name, default)
+    return found
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Several processes that train one network together: the rank of this one, and what they do together.
+"""Several processes that work on one network together: the rank of this one, and what they do together.
 
 `torchrun --nproc_per_node=N -m tspc …` or `accelerate launch -m tspc …` start them. With one process everything here
 does nothing. They share the run's directory: the first process writes, and the others read its files.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,12 @@ from tspc.system.launch import is_first
 PATIENCE = timedelta(hours=12)
 """How long processes wait for each other; meanwhile the first one may train a reference or decompose."""
 
+_TOLD = "_is_told_to_all_processes"
+"""An attribute of errors that all processes know of."""
+
+_is_shared: ContextVar[bool] = ContextVar("is_shared", default=False)
+
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -89,15 +96,107 @@ def by_first(work: Callable[[], Result]) -> Result:
     """Runs `work` in the first process; all processes get its result. If it raises, the others raise TspcError."""
     if count() == 1:
         return work()
-    outcome: list[Any] = [None, True]
+    with _telling():
+        result = work() if is_first() else None
+    return cast(Result, _agreed(result)[0])
+
+
+@contextmanager
+def sharing(is_on: bool = True) -> Iterator[None]:
+    """Inside this context `spread` divides work among the processes, which must all enter it and do the same.
+
+    An error in one process is raised in all: TspcError in the others, at the latest at the end of the context.
+    """
+    if count() == 1 or not is_on:
+        yield
+        return
+    token = _is_shared.set(True)
     try:
-        if is_first():
-            outcome = [work(), False]
+        with _telling():
+            yield
     finally:
-        dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise TspcError("the first process failed")
-    return outcome[0]
+        _is_shared.reset(token)
+    _agreed(None)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside this context the process does all work itself, also inside `sharing`."""
+    token = _is_shared.set(False)
+    try:
+        yield
+    finally:
+        _is_shared.reset(token)
+
+
+def is_shared() -> bool:
+    """Whether `spread` divides work."""
+    return count() > 1 and _is_shared.get()
+
+
+def spread(
+    items: Sequence[Item], size: Callable[[Item], float], work: Callable[[list[Item]], dict[str, Result]]
+) -> dict[str, Result]:
+    """What `work` returns for all items, in all processes. Inside `sharing` each process does a part of the items.
+
+    The parts are of about the same total size. Results are sent as pickles: plain data, and tensors on the CPU.
+    """
+    if not is_shared():
+        return work(list(items))
+    with _telling():
+        own = work(_part(items, size))
+    found: dict[str, Result] = {}
+    for others, results in _agreed((list(items), own)):
+        if others != list(items):
+            raise _told(TspcError("the processes do not have the same layers to share; give all the same arguments"))
+        found |= results
+    return found
+
+
+def _part(items: Sequence[Item], size: Callable[[Item], float]) -> list[Item]:
+    """The items of this process. Each item, the largest first, goes to the process that has the least to do."""
+    loads, own = [0.0] * count(), []
+    for item in sorted(items, key=size, reverse=True):
+        free = loads.index(min(loads))
+        loads[free] += size(item)
+        if free == rank():
+            own.append(item)
+    return own
+
+
+def _agreed(result: Any) -> list[Any]:
+    """The results of all processes, by rank. If one of them has failed, raises TspcError with its message."""
+    outcomes = _exchanged((result, None))
+    for number, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise _told(TspcError(f"process {number}: {failure}"))
+    return [result for result, _ in outcomes]
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Tells the other processes of an error, once. They learn of it where they exchange something the next time."""
+    try:
+        yield
+    except BaseException as error:
+        if not hasattr(error, _TOLD):
+            _exchanged((None, str(_told(error)) or type(error).__name__))
+        raise
+
+
+def _told(error: BaseException) -> BaseException:
+    setattr(error, _TOLD, True)
+    return error
+
+
+def _exchanged(outcome: Any) -> list[Any]:
+    """What each process gives, by rank."""
+    found = []
+    for source in range(count()):
+        sent = [outcome]
+        dist.broadcast_object_list(sent, src=source)
+        found.append(sent[0])
+    return found
 
 
 def summed(tensor: Tensor) -> Tensor:

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-def _nowhere(done: int, total: int, name: str) -> None:
+def _nowhere(done: float, total: float, name: str) -> None:
     """Shows nothing."""
 
 
 @dataclass
 class Tally:
-    """How many of the `total` pieces are `done`. `show(done, total, name)` is called after each piece.
+    """How much of the `total` work is `done`. `show(done, total, name)` is called after each piece.
 
-    The total grows when more work is expected.
+    The unit is a small piece of work. The total grows when more work is expected.
     """
 
-    total: int = 0
-    show: Callable[[int, int, str], None] = _nowhere
-    done: int = 0
+    total: float = 0
+    show: Callable[[float, float, str], None] = _nowhere
+    done: float = 0
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, size: float = 1) -> None:
         """Counts one piece; `name` says what it was about."""
-        self.done += 1
+        self.done += size
         self.show(self.done, max(self.done, self.total), name)
 
     @contextmanager

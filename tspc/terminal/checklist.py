@@ -37,7 +37,7 @@ class _Work:
 
     label: str
     total: int
-    done: int = 0
+    done: float = 0
     note: str = ""
     losses: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -142,6 +142,6 @@ class Checklist:
         spark = "" if self._is_plain else sparkline(work.losses)
         bar = ProgressBar(total=max(1, work.total), completed=work.done, width=24)
         grid.add_row(
-            Text(" " * 10), bar, f"{work.done}/{work.total}", Text(spark, style="cyan"), Text(left, style="dim")
+            Text(" " * 10), bar, f"{work.done:.0f}/{work.total}", Text(spark, style="cyan"), Text(left, style="dim")
         )
         return grid

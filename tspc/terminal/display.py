@@ -29,7 +29,7 @@ class Bar(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def advance(self, done: int, note: str = "", loss: float | None = None, total: int | None = None) -> None: ...
+    def advance(self, done: float, note: str = "", loss: float | None = None) -> None: ...
 
 
 class Display:
@@ -126,9 +126,9 @@ class _LiveBar(_Timed):
         self._work = self._checklist.start(self._label, self._total)
         return self
 
-    def advance(self, done: int, note: str = "", loss: float | None = None, total: int | None = None) -> None:
+    def advance(self, done: float, note: str = "", loss: float | None = None) -> None:
         self._note = self._work.note = note
-        self._work.done, self._work.total = done, total or self._total
+        self._work.done = done
         if loss is not None:
             self._work.losses.append(loss)
 
@@ -147,13 +147,13 @@ class _PlainBar(_Timed):
         self._printed = self._started
         return self
 
-    def advance(self, done: int, note: str = "", loss: float | None = None, total: int | None = None) -> None:
-        self._note, self._total = note, total or self._total
+    def advance(self, done: float, note: str = "", loss: float | None = None) -> None:
+        self._note = note
         now = time.monotonic()
         if done and done < self._total and now - self._printed > PLAIN_INTERVAL:
             left = (now - self._started) / done * (self._total - done)
             self._printed = now
-            self._display.line(f"{self._summary()}, {done}/{self._total}, about {left:.0f} s left")
+            self._display.line(f"{self._summary()}, {done:.0f}/{self._total}, about {left:.0f} s left")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
