@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.moments import Statistics
-from tspc.calibration.samples import Samples, Survey, is_narrow
+from tspc.calibration.gathering import is_narrow
+from tspc.calibration.samples import Samples, Survey
 from tspc.calibration.sketches import Sketch, sketches_of
+from tspc.calibration.statistics import Statistics
 from tspc.calibration.targets import moments_in_turn
 from tspc.compression.curves import naming
 from tspc.compression.plan import LayerPlan
