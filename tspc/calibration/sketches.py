@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tspc.calibration.moments import SCARCITY, scarcity
 from tspc.calibration.patches import Positions, input_patches
-from tspc.calibration.samples import Samples, Survey
+from tspc.calibration.samples import Part, Samples, Survey
 from tspc.decompositions import Metric
 from tspc.decompositions.metric import Rows
 from tspc.layers.dense import DenseLayer, kernel_of
@@ -51,24 +51,24 @@ class Sketch:
 
 
 def sketches_of(
-    model: nn.Module, layers: Collection[str], samples: Samples, survey: Survey
+    model: nn.Module, layers: Collection[str], samples: Samples, survey: Survey, images: Part | None = None
 ) -> Iterator[tuple[str, Sketch]]:
-    """A sketch for each of the layers that the network calls. The network is in eval mode.
+    """A sketch for each of the layers that the network calls, from all samples or a part; the network is in eval mode.
 
     One pass over the network serves as many layers as fit into memory together.
     """
     called = [name for name in layers if survey.trace.calls.get(name)]
     size = lambda name: 4 * FEW * kernel_of(model.get_submodule(name))[0].numel() / 2**20  # noqa: E731
     for part in in_parts(called, size, samples.settings.memory):
-        yield from _together(model, part, samples, survey)
+        yield from _together(model, part, samples, survey, images or samples)
 
 
 @torch.no_grad()
 def _together(
-    model: nn.Module, layers: Collection[str], samples: Samples, survey: Survey
+    model: nn.Module, layers: Collection[str], samples: Samples, survey: Survey, images: Samples | Part
 ) -> Iterator[tuple[str, Sketch]]:
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    most = max(1, FEW // max(1, sum(1 for _ in samples)))
+    most = max(1, FEW // max(1, sum(1 for _ in images)))
 
     def hook(name: str, batch: int) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
@@ -79,11 +79,11 @@ def _together(
 
         return see
 
-    for number, images in enumerate(samples):
+    for number, batch in enumerate(images):
         handles = [model.get_submodule(n).register_forward_hook(hook(n, number), with_kwargs=True) for n in found]
         with hooked(handles), running(number, samples.short):
-            model(images)
+            model(batch)
     for name in [name for name in layers if found[name]]:
         weights = survey.sensitivity[name][0] if name in survey.sensitivity else None
         rows, kernel = torch.cat(found.pop(name)), kernel_of(model.get_submodule(name))
-        yield name, Sketch.of(kernel, rows, samples.settings.damping, weights, len(samples))
+        yield name, Sketch.of(kernel, rows, samples.settings.damping, weights, len(images))

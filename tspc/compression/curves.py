@@ -38,6 +38,8 @@ ESTIMATED = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.5)
 WIDE = 1024
 """With more inputs than this, the points of a curve are few, and measured one after the other. Each takes the memory of
 several second moments, and its products are large enough for all threads."""
+WIDEST = 4096
+"""With more inputs than this, a few rows are enough to show the curve."""
 LEAST = 1e-12
 """A smaller squared relative error counts as zero."""
 
@@ -142,12 +144,13 @@ def _measured(
     if samples is not None and survey is not None:
         part = Part(samples)
         with evaluating(model):
-            for name, moments in moments_of(model, names, samples, survey.trace, part):
+            narrow = [name for name in names if kernel_of(model.get_submodule(name))[0].numel() <= WIDEST]
+            for name, moments in moments_of(model, narrow, samples, survey.trace, part):
                 dense = cast(DenseLayer, model.get_submodule(name))
                 metric = survey.metric(name, dense, moments, part).sketch()
                 del moments, rest[name]  # room for the fits
                 yield name, measured(name, metric)
-            for name, sketch in sketches_of(model, list(rest), samples, survey):
+            for name, sketch in sketches_of(model, list(rest), samples, survey, part):
                 del rest[name]
                 yield name, measured(name, sketch.metric.sketch())
     # Without samples, or never called: the kernel alone is used.

@@ -37,6 +37,8 @@ from tspc.decompositions.refinement import INNER, STALLED, refine
 FULL, SKETCH = (12, 6e10, STALLED), (3, 1.5e10, 0.3)
 """The largest number of Levenberg-Marquardt steps, and of their multiply-adds with the metric. Refining ends when the
 squared error falls by less than the last of the numbers; most sketches need one step."""
+WIDEST = 4096
+"""With more inputs than this in the subspace, a norm that is given by rows is not refined in."""
 MORE, WORTHWHILE, SMALL = 1.5, 0.8, 1e8
 """A subspace has so many times the directions of the factors. It is used if these are at most this share of all, and a
 product with the whole norm takes more than so many multiply-adds."""
@@ -166,7 +168,7 @@ class _Problem:
         t, n = shape[0], math.prod(inputs.values())
         is_full = self.metric.outputs is not None and self.metric.outputs.ndim == 2
         steps = min(most, int(work / (INNER * t * n * (n + t * is_full))))
-        if steps == 0 or squared == 0 or isinstance(self.metric.inputs, Rows):
+        if steps == 0 or squared == 0 or (isinstance(self.metric.inputs, Rows) and n > WIDEST):
             return start
         pulled = self.roots.pull_back(state.pulled)
         bases = self._subspaces(start, pulled, sizes)

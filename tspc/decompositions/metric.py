@@ -174,7 +174,10 @@ class Roots:
         outer = metric.outputs
         if outer is not None and outer.ndim == 1 and any(mode in bases for mode in self._outputs):
             outer = outer.diag()
-        inner = self._on_matrix(cast(Tensor, metric.inputs), self._inputs, moved)
+        if isinstance(metric.inputs, Rows):
+            inner = self._of_rows(metric.inputs, moved)
+        else:
+            inner = self._on_matrix(metric.inputs, self._inputs, moved)
         return Metric(inner, None if outer is None else self._on_matrix(outer, self._outputs, moved))
 
     def whiten(self, weight: Tensor) -> Tensor:
@@ -190,6 +193,15 @@ class Roots:
 
     def unwhiten_factors(self, tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
         return on_factors(tensors, axes, self._inverse)
+
+    def _of_rows(self, inputs: Rows, moved: Mapping[str, Tensor]) -> Tensor:
+        """The second moments of the rows, with their modes multiplied by matrices."""
+        rows = multiplied(inputs.rows, ((), self._inputs), self._sizes, moved)
+        shift = inputs.rows.new_ones(1, 1)
+        for mode in self._inputs:
+            matrix = moved[mode].to(rows)
+            shift = torch.kron(shift, matrix.mT @ matrix)
+        return rows.mT @ rows + inputs.damping * shift
 
     def _on_matrix(self, matrix: Tensor, modes: tuple[str, ...], moved: Mapping[str, Tensor]) -> Tensor:
         if matrix.ndim == 1:  # a diagonal: both sides at once
