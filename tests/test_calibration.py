@@ -56,6 +56,19 @@ def test_moments_and_the_kernel_that_answers_best():
     assert found.error(torch.zeros(4, 6)) == pytest.approx(1)
 
 
+def test_small_errors_are_exact():
+    """The error is a difference of sums near to each other; float32 products would leave no digit of it."""
+    x, w = torch.randn(500, 40, dtype=torch.float64), torch.randn(30, 40, dtype=torch.float64)
+    moments = Moments(40, 30, torch.device("cpu"))
+    moments.add(x[None], x @ w.T)
+    found = moments.statistics(w, True, 1e-9)
+    difference = torch.randn(30, 40, dtype=torch.float64)
+    for size in (1.0, 1e-2, 1e-4, 1e-6):
+        rows = x - x.mean(0)
+        expected = float((rows @ difference.T).norm() / (rows @ w.T).norm()) * size
+        assert found.error(w + size * difference) == pytest.approx(expected, rel=1e-3), size
+
+
 def test_each_group_of_channels_has_statistics_of_its_own():
     """As of so many layers side by side; fitted is the kernel of all groups, by their mean inputs."""
     torch.manual_seed(0)

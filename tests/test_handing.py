@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 from tests.test_walk import assert_seen, seen_by_the_whole
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Calibration, Samples
+from tspc.calibration.targets import moments_in_turn
 from tspc.compression.apply import compress
+from tspc.traversal.copying import copied
 
 WIDTH = 6
 
@@ -92,3 +95,37 @@ def test_layers_with_the_same_input_share_a_pass():
     with Samples(words(), SETTINGS) as samples:
         trace = samples.survey(model, [f"blocks.0.{layer}" for layer in ("q", "k", "out")]).trace
     assert trace.same_input == {"blocks.0.q": "blocks.0.q", "blocks.0.k": "blocks.0.q", "blocks.0.out": "blocks.0.out"}
+
+
+def test_layers_with_the_same_rows_have_the_moments_that_each_has_alone():
+    torch.manual_seed(0)
+    model, names = Encoder(2).eval(), [f"blocks.{i}.{layer}" for i in range(2) for layer in ("q", "k", "out")]
+    found = {}
+    for together in (True, False):
+        with Samples(words(), SETTINGS) as samples:
+            trace = samples.survey(model, names).trace
+            if not together:
+                trace = replace(trace, same_input={name: name for name in names})
+            found[together] = {}
+            for name, moments in moments_in_turn(model, copied(model), names, samples, trace):
+                layer = model.get_submodule(name)
+                found[together][name] = moments.statistics(layer.weight, True, 1e-3)
+    one, other = (found[True][name] for name in ("blocks.0.q", "blocks.0.k"))
+    assert one.inputs is other.inputs, "summed once"
+    for name in names:
+        for field in ("target", "inputs", "cross", "outputs", "mean_y"):
+            torch.testing.assert_close(getattr(found[True][name], field), getattr(found[False][name], field))
+
+
+def test_the_layers_themselves_do_not_run_for_their_inputs():
+    torch.manual_seed(0)
+    model = Encoder(1).eval()
+    names, work, calls = ["blocks.0.q", "blocks.0.k", "blocks.0.out"], copied(model), []
+    for name in names:
+        layer = work.get_submodule(name)
+        layer.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
+    with Samples(words(), SETTINGS) as samples:
+        trace = samples.survey(model, names).trace
+        for name, _ in moments_in_turn(model, work, names, samples, trace):
+            assert name not in calls, "only later layers need the output, after the layer was replaced"
+    assert set(calls) == {"blocks.0.q", "blocks.0.k"}

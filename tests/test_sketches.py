@@ -12,7 +12,7 @@ import tspc
 from tspc.calibration import gathering
 from tspc.calibration.samples import Calibration, Samples
 from tspc.calibration.sketches import sketches_of
-from tspc.decompositions import METHODS, SVD, Metric
+from tspc.decompositions import METHODS, SVD, Metric, function_space
 from tspc.decompositions.metric import Rows
 
 
@@ -100,3 +100,17 @@ def test_wide_layers_of_any_shape_and_precision(method, dtype, monkeypatch):
         wanted, found = model(x.clone()).float(), small(x.clone()).float()
     assert found.isfinite().all()
     assert float((found - wanted).norm() / wanted.norm()) < 0.8
+
+
+@pytest.mark.parametrize("name", ["cp", "tk", "tt", "rtt"])
+@pytest.mark.parametrize("projects", [False, True])
+def test_a_norm_given_by_rows_is_refined_in_like_the_whole_one(monkeypatch, name, projects):
+    monkeypatch.setattr(function_space, "SMALL", 0 if projects else 1e8)
+    k, method = normal(24, 16, 3, 3), METHODS[name]()
+    rank = method.rank_for((24, 16, 3, 3), 600)
+    few, whole = both(144, torch.linspace(0.5, 2, 24, dtype=k.dtype).diag())
+    losses = [whole.squared((k - method.reconstruct(method.decompose(k, rank, m))).flatten(1)) for m in (few, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    monkeypatch.setattr(function_space, "FULL", (0, 0, 0))
+    start = method.reconstruct(method.decompose(k, rank, few))
+    assert losses[0] < 0.99 * whole.squared((k - start).flatten(1)), "refined"
