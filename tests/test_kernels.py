@@ -11,9 +11,9 @@ import torch
 
 from tests.methods import TABLE
 from tspc.decompositions import METHODS, SVD, Decomposition, Factors, settings_of
-from tspc.decompositions.als import alternate, gaussian, slice_svd
+from tspc.decompositions.als import alternate, gaussian, slice_spectrum, slice_svd
 from tspc.decompositions.cp import CPFormat, component_norms
-from tspc.decompositions.linalg import dominant_basis, truncated_svd
+from tspc.decompositions.linalg import Spectra, dominant_basis, gram, squared_singular_values, truncated_svd
 from tspc.errors import DecompositionError
 
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -53,6 +53,33 @@ def test_a_float32_tail_below_its_square_root_of_precision_is_told_from_noise():
     x = torch.linalg.qr(gaussian_tensor(40, 40)).Q * torch.logspace(0, -6, 40, dtype=torch.float64)
     a, b = truncated_svd(x.float(), 30)
     assert relative((a @ b).double(), x) < 3e-5
+
+
+@pytest.mark.parametrize("shape", [(200, 300), (700, 90), (600, 800)])
+def test_a_gram_matrix_is_the_product(shape):
+    x = gaussian_tensor(*shape)
+    torch.testing.assert_close(gram(x), x @ x.T)
+    torch.testing.assert_close(squared_singular_values(x), torch.linalg.svdvals(x).square())
+
+
+def test_spectra_know_a_matrix_with_its_columns_in_another_order_and_no_other():
+    x, squares = gaussian_tensor(30, 50).float(), Spectra()
+    values = squares(x)
+    assert squares(x[:, torch.randperm(50, generator=torch.Generator().manual_seed(0))].T) is values
+    other = x.clone()
+    other[0, 0] += 0.1
+    torch.testing.assert_close(squares(other), squared_singular_values(other))
+    assert squares(other) is not values
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 10), (9, 20, 12), (2, 3, 6, 5)])
+def test_the_slices_spectrum_is_that_of_the_start(shape):
+    x = gaussian_tensor(*shape)
+    top = math.prod(shape[:-1])
+    sizes = slice_svd(x, min(top, math.prod(shape[:-2]) * min(shape[-2:]))).sizes
+    expected = sizes.square().sort(descending=True).values
+    torch.testing.assert_close(slice_spectrum(x)[: len(expected)], expected)
+    assert float(slice_spectrum(x).sum()) == pytest.approx(float(x.square().sum()))
 
 
 def test_a_step_from_a_near_basis_captures_no_less():

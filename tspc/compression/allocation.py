@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
-from tspc.compression.curves import Curves, ErrorCurve
+from tspc.compression.curves import Curves, ErrorCurve, rank_for
 from tspc.compression.plan import SLOWER, LayerPlan
-from tspc.decompositions import Decomposition, Method, Rank, Shape
+from tspc.decompositions import Decomposition, Method, Rank
 
 BISECTIONS = 100
 KEPT_SHARE = 0.5
@@ -40,23 +40,36 @@ class Candidate:
     @property
     def minimum(self) -> int:
         """Parameters of the smallest form, with bias."""
-        return min(self._smallest(method) for method in self.methods)
+        return min(self.smallest.values())
 
     @property
     def weight(self) -> float:
         return self.curves[0].weight if self.curves else 1.0
 
-    def _smallest(self, method: Decomposition) -> int:
-        return method.min_params(self.layer.shape, self.multiple) + self.layer.bias_params
+    @cached_property
+    def smallest(self) -> dict[Decomposition, int]:
+        """For each method the parameters of its smallest form, with bias."""
+        bias = self.layer.bias_params
+        return {method: method.min_params(self.layer.shape, self.multiple) + bias for method in self.methods}
 
     def squared_error(self, method: Decomposition, params: int) -> float:
         """Expected squared relative error with this number of parameters, bias included."""
-        curve = next(c for c in self.curves if c.method == method)
-        return curve.at(params - self.layer.bias_params)
+        return self._curve(method).at(params - self.layer.bias_params)
+
+    def squared_errors(self, sizes: np.ndarray) -> np.ndarray:
+        """The expected squared relative error of the best method at each size, bias included."""
+        of_each = [
+            np.where(sizes >= smallest, self._curve(method).on(sizes - self.layer.bias_params), np.inf)
+            for method, smallest in self.smallest.items()
+        ]
+        return np.min(of_each, axis=0)
+
+    def _curve(self, method: Decomposition) -> ErrorCurve:
+        return next(curve for curve in self.curves if curve.method == method)
 
     def best(self, share: int) -> Decomposition:
         """The method with the least expected error within a share, in parameters."""
-        fitting = [m for m in self.methods if self._smallest(m) <= share]
+        fitting = [method for method, smallest in self.smallest.items() if smallest <= share]
         return fitting[0] if len(fitting) == 1 else min(fitting, key=lambda m: self.squared_error(m, share))
 
     def within(self, share: int) -> LayerPlan:
@@ -65,7 +78,7 @@ class Candidate:
             return self.dense()
         share = max(share, self.minimum)
         method = self.best(share)
-        return self.at(method, _rank_for(method, self.layer.shape, share - self.layer.bias_params, self.multiple))
+        return self.at(method, rank_for(method, self.layer.shape, share - self.layer.bias_params, self.multiple))
 
     def dense(self) -> LayerPlan:
         return replace(self.layer, output_error=0.0)
@@ -85,11 +98,6 @@ def candidate(layer: LayerPlan, method: Method, curves: Curves | None, multiple:
     )
     known = () if curves is None else tuple(c for c in curves[layer.name] if c.method in methods)
     return Candidate(layer, methods, known, multiple) if methods else None
-
-
-@lru_cache(maxsize=65536)
-def _rank_for(method: Decomposition, shape: Shape, budget: int, multiple: int) -> Rank:
-    return method.rank_for(shape, budget, multiple)
 
 
 def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: int) -> list[LayerPlan]:
@@ -117,7 +125,8 @@ def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: i
 def overall(candidates: Sequence[Candidate], budget: int) -> list[LayerPlan]:
     """The least sum of weighted squared relative errors within the budget."""
     sizes = np.array([np.linspace(c.minimum, c.layer.dense_params, SIZES).astype(int) for c in candidates])
-    errors = np.array([_squared_errors(c, row) for c, row in zip(candidates, sizes, strict=True)])
+    errors = np.array([c.weight * c.squared_errors(row) for c, row in zip(candidates, sizes, strict=True)])
+    errors[:, -1] = 0  # the last size is the dense layer
     rows = np.arange(len(candidates))
 
     def shares(price: float) -> np.ndarray:
@@ -134,38 +143,43 @@ def overall(candidates: Sequence[Candidate], budget: int) -> list[LayerPlan]:
     return _filled(candidates, layers, budget)
 
 
-def _squared_errors(candidate: Candidate, sizes: np.ndarray) -> list[float]:
-    """The weighted squared error of the best method at each size; 0 at the last size, which is the dense layer."""
-    inner = [candidate.weight * candidate.squared_error(candidate.best(int(size)), int(size)) for size in sizes[:-1]]
-    return [*inner, 0.0]
-
-
 def _filled(candidates: Sequence[Candidate], layers: list[LayerPlan], budget: int) -> list[LayerPlan]:
     """Raises ranks by single steps while the budget allows it, the largest gain first; no layer becomes dense."""
     layers = list(layers)
     left = budget - sum(layer.params for layer in layers)
+    raised = [_raised(c, layer) for c, layer in zip(candidates, layers, strict=True)]
     while True:
-        steps = [
-            (c.weight * _gain(layer, above), -i, above)
-            for i, (c, layer) in enumerate(zip(candidates, layers, strict=True))
-            if (above := _next(c, layer, left)) is not None
-        ]
+        # The first rank that fits: the one whose entry is the smallest.
+        fitting = [next((r for r in ranks if r.cost <= left), None) for ranks in raised]
+        steps = [(step.gain, -i, step) for i, step in enumerate(fitting) if step is not None]
         if not steps:
             return layers
-        _, index, above = max(steps, key=lambda step: step[:2])
-        left -= above.params - layers[-index].params
-        layers[-index] = above
+        _, index, step = max(steps, key=lambda step: step[:2])
+        left -= step.cost
+        layers[-index] = step.layer
+        raised[-index] = _raised(candidates[-index], step.layer)
 
 
-def _next(candidate: Candidate, layer: LayerPlan, left: int) -> LayerPlan | None:
-    """The layer one rank higher, if this takes at most `left` more parameters and stays below dense."""
+@dataclass(frozen=True)
+class _Step:
+    """A layer one rank higher, its further parameters, and the gain for each of them."""
+
+    layer: LayerPlan
+    cost: int
+    gain: float
+
+
+def _raised(candidate: Candidate, layer: LayerPlan) -> list[_Step]:
+    """The layer one rank higher in each entry, if it stays below dense."""
     if layer.method is None or layer.rank is None:
-        return None
-    for rank in layer.method.raised(layer.shape, layer.rank, candidate.multiple):
-        above = candidate.at(layer.method, rank)
-        if above.params <= min(layer.params + left, layer.dense_params - 1):
-            return above
-    return None
+        return []
+    ranks = layer.method.raised(layer.shape, layer.rank, candidate.multiple)
+    above = [candidate.at(layer.method, rank) for rank in ranks]
+    return [
+        _Step(row, row.params - layer.params, candidate.weight * _gain(layer, row))
+        for row in above
+        if row.params < layer.dense_params
+    ]
 
 
 def without_slower(

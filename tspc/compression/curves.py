@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from tspc.compression.plan import LayerPlan
 from tspc.compression.spreading import over_processes
 from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
 from tspc.decompositions.function_space import spectra
+from tspc.decompositions.linalg import Spectra
 from tspc.errors import DecompositionError
 from tspc.layers.dense import DenseLayer, check_values, kernel_of
 from tspc.system.modes import own_modes
@@ -33,6 +34,8 @@ FITTED = (0.03, 0.08, 0.2, 0.5)
 smallest rank. For a matrix the spectrum gives the whole curve."""
 COARSE, COARSEST = (0.05, 0.25), (0.08,)
 """The same for kernels with more than WIDE inputs, and without function space; the second, where spectra show more."""
+SMALL = 40_000
+"""Without function space, kernels with at most so many entries have fits at all sizes in FITTED. These are quick."""
 ESTIMATED = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.5)
 """The sizes of a curve that follows from spectra; where there are fits, they correct it. All their sizes are here."""
 WIDE = 1024
@@ -40,8 +43,8 @@ WIDE = 1024
 several second moments, and its products are large enough for all threads."""
 WIDEST = 4096
 """With more inputs than this, a few rows are enough to show the curve."""
-LEAST = 1e-12
-"""A smaller squared relative error counts as zero."""
+LEAST, MOST = 1e-12, 1 - 1e-9
+"""A smaller squared relative error counts as zero, a larger one as 1."""
 
 Curves = Mapping[str, Sequence["ErrorCurve"]]
 """For each layer the curves of its candidate methods."""
@@ -63,16 +66,16 @@ class ErrorCurve:
     weight: float = 1.0
 
     def at(self, params: float) -> float:
-        """The squared error at a size: logarithmic between samples, linear from the last one to the dense kernel."""
-        if params <= self.params[0]:
-            return self.squared_errors[0]
-        if params >= self.params[-1]:
-            left = (self.dense - params) / max(self.dense - self.params[-1], 1)
-            return self.squared_errors[-1] * max(left, 0.0)
-        i = bisect.bisect_right(self.params, params)
-        (p, q), (a, b) = self.params[i - 1 : i + 1], self.squared_errors[i - 1 : i + 1]
-        way = (params - p) / (q - p)
-        return math.exp((1 - way) * math.log(max(a, LEAST)) + way * math.log(max(b, LEAST)))
+        """The squared error at a size."""
+        return float(self.on(np.array([params]))[0])
+
+    def on(self, params: np.ndarray) -> np.ndarray:
+        """The squared errors at sizes: logarithmic between samples, linear from the last one to the dense kernel."""
+        (first, *_, last), errors = (self.params[0], *self.params), np.array(self.squared_errors)
+        left = (self.dense - params) / max(self.dense - last, 1)
+        inner = np.exp(np.interp(params, self.params, np.log(np.maximum(errors, LEAST))))
+        beyond = np.where(params >= last, errors[-1] * np.maximum(left, 0.0), inner)
+        return np.where(params <= first, errors[0], beyond)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -182,11 +185,9 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
         rebuilt = method.reconstruct(method.sketch().decompose(kernel, rank, metric))
         return squared((kernel - rebuilt).flatten(1)) / whole if whole > 0 else 0.0
 
-    shape = tuple(weight.shape)
+    shape, known = tuple(weight.shape), Spectra()
     estimates = {
-        method: _estimate(method, kernel, metric)
-        for method in methods
-        if method.is_spectral and (metric is None or _is_wide(metric) or method.is_matrix_factorisation(shape))
+        method: _estimate(method, kernel, metric, known) for method in methods if _is_estimated(method, shape, metric)
     }
     points = {method: _fitted_ranks(method, shape, metric) for method in methods}
     tried = [(method, rank) for method, ranks in points.items() for rank in ranks]
@@ -207,23 +208,52 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
 
 def _fitted_ranks(method: Decomposition, shape: Shape, metric: Metric | None) -> list[Rank]:
     """The ranks at which the error is that of a fit."""
-    if method.is_spectral and (metric is None or method.is_matrix_factorisation(shape)):
+    if _is_exact(method, shape, metric):
         return []
-    coarse = COARSEST if method.is_spectral else COARSE
-    return _ranks(method, shape, coarse if metric is None or _is_wide(metric) else FITTED)
+    if metric is None and method.course() is None:
+        return _ranks(method, shape, COARSE)
+    if metric is None:
+        ranks = _ranks(method, shape, FITTED if math.prod(shape) <= SMALL else COARSEST)
+        return ranks[1:] or ranks  # the estimate at the smallest rank is close
+    if not _is_wide(metric):
+        return _ranks(method, shape, FITTED)
+    return _ranks(method, shape, COARSEST if method.is_spectral else COARSE)
+
+
+def _is_exact(method: Decomposition, shape: Shape, metric: Metric | None) -> bool:
+    """Whether spectra alone give the curve."""
+    if metric is not None:
+        return method.is_spectral and method.is_matrix_factorisation(shape)
+    is_product = len(method.factor_shapes(shape, tuple(1 for _ in method.max_rank(shape)))) == 2
+    return method.is_spectral or (is_product and method.course() == method)  # a product is a truncated SVD
+
+
+def _is_estimated(method: Decomposition, shape: Shape, metric: Metric | None) -> bool:
+    """Whether spectra show the course of the curve between the fits."""
+    if metric is None:
+        return method.course() is not None
+    return method.is_spectral and (_is_wide(metric) or method.is_matrix_factorisation(shape))
 
 
 def _is_wide(metric: Metric) -> bool:
     return len(metric.inputs) > WIDE
 
 
-def _estimate(method: Decomposition, kernel: Tensor, metric: Metric | None) -> Callable[[Rank], float]:
+def _estimate(method: Decomposition, kernel: Tensor, metric: Metric | None, known: Spectra) -> Callable[[Rank], float]:
     """The squared relative error at any rank, from what each entry of the rank cuts off.
 
-    It takes the shares of the squared norm that the entries keep as independent.
+    It takes the shares of the squared norm that the entries keep as independent. If the spectra are those of another
+    method, its error is taken at the same size.
     """
-    parts = [_cut_off(squares) for squares in spectra(method, kernel, metric)]
-    return lambda rank: 1 - math.prod(1 - float(part[r]) for part, r in zip(parts, rank, strict=True))
+    shape, source = tuple(kernel.shape), method.course() or method
+    parts = [_cut_off(squares) for squares in spectra(source, kernel, metric, known)]
+
+    def error(rank: Rank) -> float:
+        if source != method:
+            rank = rank_for(source, shape, max(method.num_params(shape, rank), source.min_params(shape)))
+        return 1 - math.prod(1 - float(part[r]) for part, r in zip(parts, rank, strict=True))
+
+    return error
 
 
 def _cut_off(squares: Tensor) -> Tensor:
@@ -236,10 +266,20 @@ def _cut_off(squares: Tensor) -> Tensor:
 def _corrected(
     method: Decomposition, shape: Shape, estimate: Callable[[Rank], float], measured: Mapping[int, float]
 ) -> dict[int, float]:
-    """Size → error. The estimates are multiplied by measured ÷ estimated, interpolated between the measured sizes."""
+    """Size → error. The estimates are multiplied by measured ÷ estimated, interpolated between the measured sizes.
+
+    The estimate at the smallest size is close, as hardly anything is kept there. What sweeps gain over a method's own
+    start grows with the size, so there the correction is a power.
+    """
     estimates = {method.num_params(shape, rank): estimate(rank) for rank in _ranks(method, shape, ESTIMATED)}
     if not measured:
         return estimates
+    if method.course() == method and not method.is_spectral and len(measured) == 1:
+        ((size, error),) = measured.items()
+        power = math.log(min(max(error, LEAST), MOST)) / math.log(min(max(estimates[size], LEAST), MOST))
+        return {size: max(error, LEAST) ** power for size, error in estimates.items()}
+    least = min(estimates)
+    measured = {least: estimates[least], **measured}
     known = sorted(measured)
     ratios = [math.log(max(measured[size], LEAST) / max(estimates[size], LEAST)) for size in known]
     corrections = np.exp(np.interp(np.log(list(estimates)), np.log(known), ratios))
@@ -249,9 +289,15 @@ def _corrected(
     }
 
 
+@lru_cache(maxsize=65536)
+def rank_for(method: Decomposition, shape: Shape, budget: int, multiple: int = 1) -> Rank:
+    """`Decomposition.rank_for`; layers of the same shape share its results."""
+    return method.rank_for(shape, budget, multiple)
+
+
 def _ranks(method: Decomposition, shape: Shape, shares: Sequence[float]) -> list[Rank]:
     """The smallest rank, and the largest rank within each of the shares, without duplicates of a size."""
     smallest, size = method.min_params(shape), math.prod(shape)
     ranks = [tuple(1 for _ in method.max_rank(shape))]
-    ranks += [method.rank_for(shape, int(size * share)) for share in shares if size * share > smallest]
+    ranks += [rank_for(method, shape, int(size * share)) for share in shares if size * share > smallest]
     return list({method.num_params(shape, rank): rank for rank in ranks}.values())

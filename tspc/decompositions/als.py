@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tspc.decompositions.descent import Steps, descend
 from tspc.decompositions.kernels import double
 from tspc.decompositions.linalg import dominant_basis, projected
 
-FIRST_STEP, LONGEST_STEP, GROWTH = 1.0, 1.5, 1.1
-"""How far a sweep starts beyond the last one, in units of the last change."""
+STEPS = Steps(longest=1.5, growth=1.1, patience=2)
+"""After one small gain the sweeps may just be leaving a saddle."""
 NARROW, SHARE = 64, 0.6
 """The largest number of directions that a projection keeps of a mode, and their largest share."""
 
@@ -43,24 +44,42 @@ class Components:
     sizes: Tensor
     objective: float = math.inf
 
+    @property
+    def parts(self) -> list[Tensor]:
+        return self.units
+
     def factors(self) -> list[Tensor]:
         """n_i × R matrices; a component has the same norm in all of them."""
         share = self.sizes ** (1 / len(self.units))
         return [unit * share for unit in self.units]
 
 
-def slice_svd(tensor: Tensor, rank: int) -> Components:
-    """The `rank` largest singular triplets of the slices over the last two modes.
+def _slices(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The slices over the last two modes (count × rows × columns), and the principal axes of the other modes.
 
-    The other modes are rotated to their principal axes first. The components are orthogonal. The error never rises
-    with the rank, and it is zero at the highest rank.
+    The other modes are rotated to these axes first.
     """
     *small, rows, columns = tensor.shape
     axes = []
     for mode, n in enumerate(small):
         axes.append(dominant_basis(tensor.movedim(mode, 0).reshape(n, -1), n))
         tensor = torch.tensordot(axes[-1].T, tensor.movedim(mode, 0), dims=1).movedim(0, mode)
-    slices = tensor.reshape(-1, rows, columns)
+    return tensor.reshape(-1, rows, columns), axes
+
+
+def slice_spectrum(tensor: Tensor) -> Tensor:
+    """The squares of the sizes that `slice_svd` gives at the highest rank, largest first."""
+    slices, _ = _slices(tensor)
+    return torch.linalg.eigvalsh(slices @ slices.mT).flatten().clamp(min=0).sort(descending=True).values
+
+
+def slice_svd(tensor: Tensor, rank: int) -> Components:
+    """The `rank` largest singular triplets of the slices over the last two modes.
+
+    The components are orthogonal. The error never rises with the rank, and it is zero at the highest rank.
+    """
+    slices, axes = _slices(tensor)
+    small, rows = tensor.shape[:-2], slices.shape[1]
     values, vectors = torch.linalg.eigh(slices @ slices.mT)
     chosen = values.flatten().topk(rank).indices.sort().values
     which, column = chosen // rows, chosen % rows
@@ -114,12 +133,7 @@ def gaussian(tensor: Tensor, rank: int, generator: torch.Generator) -> Component
 def alternate(tensor: Tensor, start: Components, ridge: float, max_iterations: int, tolerance: float) -> Components:
     """Sweeps over the modes until the relative error stops falling; `ridge` is μ, above 0.
 
-    If the objective of `start` is unknown, its components must be orthogonal or have size zero. The sweeps end after
-    two small gains in a row; after one they may just be leaving a saddle.
-
-    Each sweep starts from directions that are extrapolated along the last change. A sweep is undone if the
-    extrapolation went too far (Ang, Cohen, Gillis & Hien, "Accelerating block coordinate descent for nonnegative tensor
-    factorization", Numer. Linear Algebra Appl. 2021).
+    If the objective of `start` is unknown, its components must be orthogonal or have size zero.
     """
     norm2 = _square(tensor)
     if norm2 == 0:
@@ -127,27 +141,15 @@ def alternate(tensor: Tensor, start: Components, ridge: float, max_iterations: i
     if math.isinf(start.objective):
         captured = _square(start.sizes) / norm2
         start = replace(start, objective=1 - (1 - ridge) * captured)
-    best = guess = start
-    step, slow = FIRST_STEP, False
-    for _ in range(max_iterations):
-        found = _sweep(tensor, norm2, guess.units, ridge)
-        gain = best.objective - found.objective
-        if gain <= 0:
-            if guess is best:
-                break
-            guess, step = best, step / 2
-            continue
-        was_slow, slow = slow, gain <= 2 * tolerance * found.objective
-        if slow and was_slow:
-            return found
-        ahead = [new + step * (new - old) for new, old in zip(found.units, best.units, strict=True)]
-        guess = Components([_normalised(unit)[0] for unit in ahead], found.sizes)
-        best, step = found, min(step * GROWTH, LONGEST_STEP)
-    return best
+
+    def sweep(parts: Sequence[Tensor]) -> Components:
+        return _sweep(tensor, norm2, [_normalised(part)[0] for part in parts], ridge)
+
+    return descend(start, sweep, max_iterations, tolerance, STEPS)
 
 
 def _sweep(tensor: Tensor, norm2: float, units: list[Tensor], ridge: float) -> Components:
-    """One pass over all modes, without a reconstruction.
+    """One pass over all modes, from unit columns, without a reconstruction.
 
     All modes except the last share one contraction of the tensor with the last matrix (a dimension tree of depth
     two; Phan, Tichavský & Cichocki, IEEE TSP 2013). So a sweep reads the tensor only twice.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tspc.decompositions import function_space
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, check_finite
+from tspc.decompositions.linalg import squared_singular_values
 from tspc.decompositions.metric import Metric
 from tspc.errors import DecompositionError
 from tspc.system.modes import own_modes
@@ -135,13 +136,16 @@ class Decomposition(ABC):
         def equal(count: int) -> Rank:
             return tuple(min(count * multiple, limit) for limit in top)
 
+        def fits(rank: Rank) -> bool:
+            return self.num_params(shape, rank) <= budget
+
         low, high = 1, -(-max(top) // multiple)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.num_params(shape, equal(middle)) <= budget else (low, middle - 1)
+            low, high = (middle, high) if fits(equal(middle)) else (low, middle - 1)
         rank = equal(low)
-        while above := [r for r in self.raised(shape, rank, multiple) if self.num_params(shape, r) <= budget]:
-            rank = above[0]
+        while above := next((r for r in self.raised(shape, rank, multiple) if fits(r)), None):
+            rank = above
         return rank
 
     def raised(self, shape: Shape, rank: Rank, multiple: int = 1) -> Iterator[Rank]:
@@ -182,6 +186,21 @@ class Decomposition(ABC):
     def cuts(self, rank: Rank) -> Rank:
         """How many singular values of each of `unfoldings` a decomposition of this rank can keep."""
         return rank
+
+    def course(self) -> Decomposition | None:
+        """The method whose spectra show how this method's error falls with its size; None if there is none.
+
+        Another method has about the same error at the same size, up to a factor. If it is the method itself, but not
+        `is_spectral`, then `spectra` are those of an approximation from which the fit starts.
+        """
+        return self if self.is_spectral else None
+
+    def spectra(self, weight: Tensor, squares: Callable[[Tensor], Tensor] = squared_singular_values) -> list[Tensor]:
+        """For each entry of the rank the squares of the singular values that it cuts, largest first.
+
+        `squares` gives those of a matrix.
+        """
+        return [squares(matrix) for matrix in self.unfoldings(weight)]
 
     def diagnose(self, factors: Factors) -> str | None:
         """A problem of a fit other than its error, in words; None if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions import oracle
-from tspc.decompositions.als import Components, alternate, gaussian, khatri_rao, project, slice_svd
+from tspc.decompositions.als import Components, alternate, gaussian, khatri_rao, project, slice_spectrum, slice_svd
 from tspc.decompositions.formats import Formatted, TensorFormat
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, double, kernel_dims
-from tspc.decompositions.linalg import truncated_svd
+from tspc.decompositions.linalg import squared_singular_values, truncated_svd
 from tspc.decompositions.registry import register
 from tspc.decompositions.settings import SWEEPS, require
 from tspc.system.bounds import SEEDS, SHARE, Bounds
@@ -59,9 +59,7 @@ class CPFormat(TensorFormat):
             return [left, right.T]
         if self.solver == "tensorly":
             return oracle.cp(tensor, r, self.max_iterations, self.tolerance, self.seed)
-        # The two largest modes go last: the start takes the singular vectors of the slices over them, and the
-        # contraction with the last one leaves the smallest tensor for the others.
-        order = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
+        order = _ascending(tensor)
         factors = self._best(tensor.permute(order).contiguous(), r)
         return [factors[order.index(mode)] for mode in range(tensor.ndim)]
 
@@ -72,6 +70,11 @@ class CPFormat(TensorFormat):
         # No unfolding bounds the rank of CP; the one of the largest mode shows most of the spectrum.
         largest = max(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
         return (tensor.movedim(largest, 0).flatten(1),)
+
+    def spectra(self, tensor: Tensor, spatial: bool, squares: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        if tensor.ndim == 2:
+            return [squares(tensor)]
+        return [slice_spectrum(tensor.permute(_ascending(tensor)))]  # of the start
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
         dims = [f.shape[0] for f in tensors]
@@ -124,6 +127,15 @@ class CPFormat(TensorFormat):
 
     def _finish(self, tensor: Tensor, start: Components, ridge: float) -> Components:
         return alternate(tensor, start, ridge, max(1, self.max_iterations // FINISHING), LAX * self.tolerance)
+
+
+def _ascending(tensor: Tensor) -> list[int]:
+    """The modes with the two largest ones last.
+
+    The start takes the singular vectors of the slices over them, and the contraction with the last one leaves the
+    smallest tensor for the others.
+    """
+    return sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
 
 
 @register(reshaped={"order": 2})
@@ -186,6 +198,12 @@ class CP(Formatted):
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return self.format.unfoldings(weight.flatten(2).permute(1, 2, 0), True)
+
+    def course(self) -> CP:
+        return self
+
+    def spectra(self, weight: Tensor, squares: Callable[[Tensor], Tensor] = squared_singular_values) -> list[Tensor]:
+        return self.format.spectra(weight.flatten(2).permute(1, 2, 0), True, squares)
 
     def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         inputs, space, outputs = tensors

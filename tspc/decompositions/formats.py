@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -52,6 +52,10 @@ class TensorFormat(ABC):
         """As `Decomposition.cuts`."""
         return rank
 
+    def spectra(self, tensor: Tensor, spatial: bool, squares: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """As `Decomposition.spectra`."""
+        return [squares(matrix) for matrix in self.unfoldings(tensor, spatial)]
+
     @abstractmethod
     def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """`Axes.factors`, where each mode of the tensor carries the kernel modes in `modes`."""
@@ -89,6 +93,11 @@ class Formatted(Decomposition):
     @property
     def is_spectral(self) -> bool:
         return self.format.is_spectral
+
+    def reshaped_course(self) -> Formatted | None:
+        """`course` of the reshaped method, before reshaping."""
+        course = self.course()
+        return course if isinstance(course, Formatted) else None
 
     def for_shape(self, shape: Shape) -> Decomposition:
         """`svd` for a kernel without spatial extent, because that is a matrix; else the method itself."""

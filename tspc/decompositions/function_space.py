@@ -20,7 +20,7 @@ smaller (as CANDELINC does for the plain norm: Carroll, Pruzansky & Kruskal, Psy
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -55,7 +55,7 @@ class Multilinear(Protocol):
 
     def is_matrix_factorisation(self, shape: Shape) -> bool: ...
 
-    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]: ...
+    def spectra(self, weight: Tensor, squares: Callable[[Tensor], Tensor]) -> list[Tensor]: ...
 
     def of_product(self, outputs: Tensor, inputs: Tensor, shape: Shape) -> Sequence[Tensor]: ...
 
@@ -116,17 +116,19 @@ def _gram(matrix: Tensor, metric: Metric) -> Tensor:
     return (gram + gram.mT) / 2
 
 
-def spectra(method: Multilinear, weight: Tensor, metric: Metric | None) -> list[Tensor]:
-    """For each entry of the rank the squares of the singular values that it cuts, largest first.
-
-    They are those of the kernel that is decomposed: in function space, of the whitened one.
-    """
+def spectra(
+    method: Multilinear,
+    weight: Tensor,
+    metric: Metric | None,
+    squares: Callable[[Tensor], Tensor] = squared_singular_values,
+) -> list[Tensor]:
+    """`Decomposition.spectra` of the kernel that is decomposed: in function space, of the whitened one."""
     shape = tuple(weight.shape)
     if metric is None:
-        return [squared_singular_values(matrix) for matrix in method.unfoldings(weight)]
+        return method.spectra(weight, squares)
     if method.is_matrix_factorisation(shape):
         return [eigenvalues(_gram(weight.flatten(1).to(metric.inputs.dtype), metric))]
-    return [squared_singular_values(m) for m in method.unfoldings(metric.roots(method.axes(shape)).whiten(weight))]
+    return method.spectra(metric.roots(method.axes(shape)).whiten(weight), squares)
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,9 @@ def dominant_basis(matrix: Tensor, rank: int, start: Tensor | None = None) -> Te
         for _ in range(REPEATED):
             basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
         return basis
-    basis, error2 = eigenvectors(matrix @ matrix.T, rank)
+    basis, error2 = eigenvectors(gram(matrix), rank)
     if matrix.dtype == torch.float32 and error2 < NOISE:
-        wide = matrix.double()
-        basis = eigenvectors(wide @ wide.T, rank)[0].to(matrix.dtype)
+        basis = eigenvectors(gram(matrix.double()), rank)[0].to(matrix.dtype)
     return basis
 
 
@@ -74,9 +73,50 @@ def projected(tensor: Tensor, sizes: Mapping[int, int]) -> tuple[Tensor, dict[in
     return tensor, bases
 
 
+def gram(matrix: Tensor) -> Tensor:
+    """M·Mᵀ. Of a large one only the blocks on and above the diagonal are computed."""
+    m = len(matrix)
+    if m <= EXACT_SIZE or matrix.device.type != "cpu":
+        return matrix @ matrix.T
+    result = matrix.new_empty(m, m)
+    for i in range(0, m, EXACT_SIZE):
+        rows = matrix[i : i + EXACT_SIZE]
+        result[i : i + EXACT_SIZE, i:] = rows @ matrix[i:].T
+        result[i + EXACT_SIZE :, i : i + EXACT_SIZE] = result[i : i + EXACT_SIZE, i + EXACT_SIZE :].T
+    return result
+
+
+def short_gram(matrix: Tensor) -> Tensor:
+    """The Gram matrix of the shorter side."""
+    return gram(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)
+
+
 def squared_singular_values(matrix: Tensor) -> Tensor:
     """The squares of the singular values, largest first."""
-    return eigenvalues(matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix)
+    return eigenvalues(short_gram(matrix))
+
+
+SAME = 1e-5
+"""Two Gram matrices whose difference is at most this share of their norm have the same eigenvalues, up to rounding."""
+
+
+class Spectra:
+    """`squared_singular_values`, which knows the matrices that it had before, whatever the order of their columns.
+
+    Different methods cut the same unfoldings of a kernel. Their Gram matrices are equal, and the eigenvalues of these
+    take most of the time.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        own = short_gram(matrix)
+        for other, values in self._known:
+            if other.shape == own.shape and float((other - own).norm()) <= SAME * float(values.norm()):
+                return values
+        self._known.append((own, eigenvalues(own)))
+        return self._known[-1][1]
 
 
 def eigenvalues(gram: Tensor) -> Tensor:

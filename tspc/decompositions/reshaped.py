@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from tspc.decompositions.base import Decomposition
 from tspc.decompositions.formats import Formatted
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, kernel_dims
+from tspc.decompositions.linalg import squared_singular_values
 from tspc.decompositions.settings import require
 from tspc.errors import DecompositionError
 from tspc.system.bounds import Bounds, shown
@@ -36,7 +37,20 @@ def balanced_factors(number: int, count: int) -> Shape:
     return min(options, key=sum)
 
 
-_remembered = lru_cache(maxsize=4096)(balanced_factors)
+def _channels(shape: Shape, order: int) -> tuple[Shape, Shape]:
+    t, s, *_ = kernel_dims(shape)
+    return balanced_factors(s, order), balanced_factors(t, order)[::-1]
+
+
+def _dims(shape: Shape, order: int, pairs_channels: bool) -> tuple[Shape, bool]:
+    inputs, outputs = _channels(shape, order)
+    *_, h, w = kernel_dims(shape)
+    pairs = tuple(s * t for s, t in zip(inputs, outputs, strict=True))
+    channels = pairs if pairs_channels else inputs + outputs
+    return (*channels, h * w) if h * w > 1 else channels, h * w > 1
+
+
+_known_channels, _known_dims = lru_cache(maxsize=4096)(_channels), lru_cache(maxsize=4096)(_dims)
 
 
 @dataclass(frozen=True)
@@ -68,18 +82,13 @@ class Reshaped(Decomposition):
 
     def _channels(self, shape: Shape) -> tuple[Shape, Shape]:
         """Splits of S and of T, in opposite orders, so that the products S_l·T_l are similar."""
-        t, s, *_ = kernel_dims(shape)
         # torch.compile traces the function anyway, and would warn of the cache.
-        split = balanced_factors if torch.compiler.is_compiling() else _remembered
-        return split(s, self.order), split(t, self.order)[::-1]
+        return (_channels if torch.compiler.is_compiling() else _known_channels)(shape, self.order)
 
     def _dims(self, shape: Shape) -> tuple[Shape, bool]:
         """Modes of the reshaped kernel, and whether the last one holds the kernel positions."""
-        inputs, outputs = self._channels(shape)
-        *_, h, w = kernel_dims(shape)
-        pairs = tuple(s * t for s, t in zip(inputs, outputs, strict=True))
-        channels = pairs if self.inner.format.pairs_channels else inputs + outputs
-        return (*channels, h * w) if h * w > 1 else channels, h * w > 1
+        of = _dims if torch.compiler.is_compiling() else _known_dims
+        return of(shape, self.order, self.inner.format.pairs_channels)
 
     def _split(self, weight: Tensor) -> Tensor:
         """Kernel → tensor with the modes of `_dims`."""
@@ -173,6 +182,13 @@ class Reshaped(Decomposition):
 
     def cuts(self, rank: Rank) -> Rank:
         return self.inner.format.cuts(rank)
+
+    def course(self) -> Decomposition | None:
+        inner = self.inner.reshaped_course()
+        return None if inner is None else replace(self, inner=inner)
+
+    def spectra(self, weight: Tensor, squares: Callable[[Tensor], Tensor] = squared_singular_values) -> list[Tensor]:
+        return self.inner.format.spectra(self._split(weight), self._dims(tuple(weight.shape))[1], squares)
 
     def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         return self._join(self.inner.format.contract(tensors), shape)

@@ -7,21 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tspc.decompositions import oracle
 from tspc.decompositions.formats import Swept, TensorFormat
-from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, double, kernel_dims
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, kernel_dims
 from tspc.decompositions.linalg import dominant_basis
 from tspc.decompositions.registry import register
-
-RIDGE = 1e-10
-"""Added to the diagonal of the normal equations, relative to its mean; a ring's cores can be nearly dependent."""
-WIDEST = 4096
-"""With more pairs of bonds than this at a core, the normal equations take too much memory: the start is the result."""
-EXACT = 1e-14
-"""At this squared relative error the sweeps end."""
+from tspc.decompositions.ring_als import alternate, balanced, contracted
+from tspc.decompositions.tensor_train import TensorTrain
+from tspc.decompositions.tucker import Tucker
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class TensorRingFormat(TensorFormat):
     def fit(self, tensor: Tensor, rank: Rank) -> list[Tensor]:
         if self.solver == "tensorly":
             return oracle.tensor_ring(tensor, rank)
-        return _balanced(self._alternate(tensor, _by_svd(tensor, rank)))
+        return balanced(alternate(tensor, _by_svd(tensor, rank), self.max_iterations, self.tolerance))
 
     def axes(self, modes: Sequence[tuple[str, ...]], spatial: bool) -> tuple[tuple[tuple[str, ...], ...], ...]:
         return tuple(((), mode, ()) for mode in modes)
@@ -71,10 +66,7 @@ class TensorRingFormat(TensorFormat):
         return first * others[0], *(first * bond for bond in others)
 
     def contract(self, tensors: Sequence[Tensor]) -> Tensor:
-        dims = [core.shape[1] for core in tensors]
-        half = _middle(dims)
-        left, right = _opened(tensors[:half]), _opened(tensors[half:])
-        return torch.einsum("amb,bna->mn", left, right).reshape(dims)
+        return contracted(tensors)
 
     def terms(self, rank: Rank) -> int:
         return rank[-1] * rank[0]
@@ -84,27 +76,6 @@ class TensorRingFormat(TensorFormat):
 
     def from_profiles(self, profiles: Tensor, rank: Rank) -> Tensor:
         return profiles.reshape(rank[-1], rank[0], -1).transpose(1, 2)
-
-    def _alternate(self, tensor: Tensor, start: list[Tensor]) -> list[Tensor]:
-        """Solves for one core after the other, sweep by sweep; returns the cores with the least error."""
-
-        def squared_error(cores: Sequence[Tensor]) -> float:
-            return float(double(tensor - self.contract(cores)).square().sum())
-
-        best, least = start, squared_error(start)
-        widest = max(core.shape[0] * core.shape[2] for core in start)
-        if widest > WIDEST or least <= EXACT * float(double(tensor).square().sum()):
-            return best
-        cores = list(start)
-        for _ in range(self.max_iterations):
-            for k in range(len(cores)):
-                cores[k] = _solved(tensor, cores, k)
-            gain = least - (now := squared_error(cores))
-            if gain > 0:
-                best, least = list(cores), now
-            if gain <= 2 * self.tolerance * least:
-                break
-        return best
 
 
 def _by_svd(tensor: Tensor, rank: Rank) -> list[Tensor]:
@@ -125,55 +96,6 @@ def _by_svd(tensor: Tensor, rank: Rank) -> list[Tensor]:
     return [*cores, rest.reshape(bond, others[-1], start)]
 
 
-def _middle(dims: Sequence[int]) -> int:
-    """Where to cut the modes in two, so that the sum of the sizes of both parts is small."""
-    return min(range(1, len(dims)), key=lambda k: math.prod(dims[:k]) + math.prod(dims[k:]))
-
-
-def _opened(cores: Sequence[Tensor]) -> Tensor:
-    """Neighbouring cores contracted to one: R × (all their modes) × R'."""
-    result = cores[0]
-    for core in cores[1:]:
-        result = torch.tensordot(result, core, dims=1).flatten(1, 2)
-    return result
-
-
-def _solved(tensor: Tensor, cores: Sequence[Tensor], k: int) -> Tensor:
-    """The core of mode k that gives the least error with the other cores fixed.
-
-    The other cores together are a matrix Z. Its columns are pairs (a, b) of bonds: a after the core, b before it. The
-    normal equations are computed from two parts of the ring, without Z.
-    """
-    others = [*range(k + 1, len(cores)), *range(k)]
-    cut = _middle([cores[i].shape[1] for i in others]) if len(others) > 1 else 1
-    left = _opened([cores[i] for i in others[:cut]])
-    right = _opened([cores[i] for i in others[cut:]]) if others[cut:] else torch.eye(left.shape[2]).to(left)[:, None]
-    unfolded = tensor.permute(k, *others).reshape(-1, left.shape[1], right.shape[1])
-    if left.shape[1] > right.shape[1]:
-        product = torch.einsum("nrax,xrb->nab", torch.einsum("nlr,alx->nrax", unfolded, left), right)
-    else:
-        product = torch.einsum("nlxb,alx->nab", torch.einsum("nlr,xrb->nlxb", unfolded, right), left)
-    n, after, before = product.shape
-    gram = torch.einsum("axcy,xbyd->abcd", _gram(left), _gram(right)).reshape(after * before, -1)
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    solution = torch.cholesky_solve(double(product).reshape(n, -1).T, torch.linalg.cholesky(gram))
-    return solution.T.reshape(n, after, before).permute(2, 0, 1).to(tensor)
-
-
-def _gram(core: Tensor) -> Tensor:
-    """Σ_n C(a, n, b) C(c, n, d), indexed (a, b, c, d), in float64."""
-    before, n, after = core.shape
-    rows = double(core).transpose(0, 1).reshape(n, -1)
-    return (rows.T @ rows).reshape(before, after, before, after)
-
-
-def _balanced(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same ring; all cores have the same norm."""
-    norms = [float(torch.linalg.vector_norm(core)) for core in cores]
-    mean = math.prod(norm ** (1 / len(norms)) for norm in norms)
-    return [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)] if mean > 0 else list(cores)
-
-
 @register(reshaped={"order": 3})
 @dataclass(frozen=True)
 class TensorRing(Swept):
@@ -184,6 +106,7 @@ class TensorRing(Swept):
     """
 
     name: ClassVar[str] = "tr"
+    max_iterations: int = 7
 
     @property
     def format(self) -> TensorRingFormat:
@@ -227,6 +150,13 @@ class TensorRing(Swept):
 
     def cuts(self, rank: Rank) -> Rank:
         return self.format.cuts(rank)
+
+    def course(self) -> Tucker:
+        # The spectra of a ring itself bound its error from below only, and end early.
+        return Tucker()
+
+    def reshaped_course(self) -> TensorTrain:
+        return TensorTrain()
 
     def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         return self.format.contract(tensors).permute(3, 0, 1, 2)
