@@ -252,11 +252,13 @@ def _inverse(root: Tensor) -> Tensor:
 
 def _factor(matrix: Tensor, floor: float = 0.0) -> Tensor:
     """The Cholesky factor in float64, with `floor` × the mean of the diagonal added to it, or as much as is needed."""
-    wide = double(matrix)
-    wide = (wide + wide.mT) / 2
-    mean = max(float(wide.diagonal().mean()), torch.finfo(torch.float64).tiny)
+    # Of the matrix only the lower triangle is read. It is changed in place, because wide ones take much memory.
+    wide = matrix.clone() if matrix.dtype == torch.float64 else double(matrix)
+    diagonal = wide.diagonal().clone()
+    mean = max(float(diagonal.mean()), torch.finfo(torch.float64).tiny)
     while True:
-        root, failed = torch.linalg.cholesky_ex(wide + floor * mean * _identity(wide))
+        wide.diagonal().copy_(diagonal + floor * mean)
+        root, failed = torch.linalg.cholesky_ex(wide)
         if not int(failed) or not bool(wide.isfinite().all()):
             return root
         floor = max(floor * GROWTH, 1e-12)
