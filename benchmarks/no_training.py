@@ -29,7 +29,8 @@ from benchmarks.common import cifar_reference, machine, table
 from tspc import decompositions
 from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import tensorized
-from tspc.compression.curves import Curves, error_curves
+from tspc.compression.curves import error_curves
+from tspc.compression.error_curve import Curves
 from tspc.compression.outline import outline
 from tspc.compression.planning import plan
 from tspc.compression.settings import PlanSettings

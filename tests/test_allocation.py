@@ -8,7 +8,8 @@ from torch import nn
 from tests.test_calibration import images, resnet
 from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import apply_, tensorized
-from tspc.compression.curves import Curves, ErrorCurve, error_curves
+from tspc.compression.curves import error_curves
+from tspc.compression.error_curve import Curves, ErrorCurve
 from tspc.compression.outline import outline
 from tspc.compression.plan import Plan
 from tspc.compression.planning import plan

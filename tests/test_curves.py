@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tspc.compression import curves as module
-from tspc.compression.curves import ErrorCurve, error_curves
+from tspc.compression.curves import error_curves
+from tspc.compression.error_curve import ErrorCurve
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
 from tspc.decompositions import (

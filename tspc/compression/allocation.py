@@ -17,7 +17,8 @@ from functools import cached_property
 
 import numpy as np
 
-from tspc.compression.curves import Curves, ErrorCurve, rank_for
+from tspc.compression.curves import rank_for
+from tspc.compression.error_curve import Curves, ErrorCurve
 from tspc.compression.plan import SLOWER, LayerPlan
 from tspc.decompositions import Decomposition, Method, Rank
 

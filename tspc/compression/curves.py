@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, cast
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tspc import decompositions
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Part, Samples, Survey
 from tspc.calibration.sketches import sketches_of
+from tspc.compression.error_curve import LEAST, ErrorCurve
 from tspc.compression.plan import LayerPlan
 from tspc.compression.spreading import over_processes
 from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
@@ -38,62 +37,15 @@ SMALL = 40_000
 """Without function space, kernels with at most so many entries have fits at all sizes in FITTED. These are quick."""
 ESTIMATED = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.5)
 """The sizes of a curve that follows from spectra; where there are fits, they correct it. All their sizes are here."""
+FEW, NEAR = 2, 1.25
+"""Of several methods, one whose squared error at the middle size is more than NEAR times the least has FEW fits."""
 WIDE = 1024
 """With more inputs than this, the points of a curve are few, and measured one after the other. Each takes the memory of
 several second moments, and its products are large enough for all threads."""
 WIDEST = 4096
 """With more inputs than this, a few rows are enough to show the curve."""
-LEAST, MOST = 1e-12, 1 - 1e-9
-"""A smaller squared relative error counts as zero, a larger one as 1."""
-
-Curves = Mapping[str, Sequence["ErrorCurve"]]
-"""For each layer the curves of its candidate methods."""
-
-
-@dataclass(frozen=True)
-class ErrorCurve:
-    """The squared relative output error of one layer under one method.
-
-    The samples are `params` (entries of the factors, ascending) and `squared_errors`. `dense` is the number of entries
-    of the kernel; there the error is zero. `weight` says how much the layer's error matters: the root mean square of
-    the layer's part in the network's answer, or 1 if that is unknown.
-    """
-
-    method: Decomposition
-    params: tuple[int, ...]
-    squared_errors: tuple[float, ...]
-    dense: int
-    weight: float = 1.0
-
-    def at(self, params: float) -> float:
-        """The squared error at a size."""
-        return float(self.on(np.array([params]))[0])
-
-    def on(self, params: np.ndarray) -> np.ndarray:
-        """The squared errors at sizes: logarithmic between samples, linear from the last one to the dense kernel."""
-        (first, *_, last), errors = (self.params[0], *self.params), np.array(self.squared_errors)
-        left = (self.dense - params) / max(self.dense - last, 1)
-        inner = np.exp(np.interp(params, self.params, np.log(np.maximum(errors, LEAST))))
-        beyond = np.where(params >= last, errors[-1] * np.maximum(left, 0.0), inner)
-        return np.where(params <= first, errors[0], beyond)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method.to_dict(),
-            "params": list(self.params),
-            "errors": list(self.squared_errors),
-            "dense": self.dense,
-            "weight": self.weight,
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ErrorCurve:
-        """The inverse of `to_dict`. Raises ValueError for invalid points, ConfigError for an unknown method."""
-        params, squared_errors = tuple(data["params"]), tuple(data["errors"])
-        if not params or len(params) != len(squared_errors) or list(params) != sorted(set(params)):
-            raise ValueError("the sizes of a curve ascend, and each has an error")
-        method = decompositions.decomposition_from_dict(data["method"])
-        return cls(method, params, squared_errors, data["dense"], data["weight"])
+MOST = 1 - 1e-9
+"""A larger squared relative error counts as 1."""
 
 
 @own_modes()
@@ -190,11 +142,28 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
         method: _estimate(method, kernel, metric, known) for method in methods if _is_estimated(method, shape, metric)
     }
     points = {method: _fitted_ranks(method, shape, metric) for method in methods}
-    tried = [(method, rank) for method, ranks in points.items() for rank in ranks]
-    if metric is not None and _is_wide(metric):
-        found = {point: fitted(point) for point in tried}
-    else:
-        found = dict(side_by_side(fitted, tried, size=lambda point: point[0].num_params(shape, point[1])))
+    found: dict[tuple[Decomposition, Rank], float] = {}
+
+    def measure() -> None:
+        missing = [
+            point for point in ((m, rank) for m, ranks in points.items() for rank in ranks) if point not in found
+        ]
+        if metric is not None and _is_wide(metric):
+            found.update({point: fitted(point) for point in missing})
+        else:
+            found.update(side_by_side(fitted, missing, size=lambda point: point[0].num_params(shape, point[1])))
+
+    if len(methods) > 1 and max(map(len, points.values())) > FEW:
+        # Several methods: first one fit for each, and more for those that come near to the best.
+        whole_points, points = points, {method: _few(ranks) for method, ranks in points.items()}
+        measure()
+        at = {
+            m: found[m, ranks[-1]] if ranks else estimates[m](_few(_ranks(m, shape, FITTED))[-1])
+            for m, ranks in points.items()
+        }
+        good = min(at.values()) * NEAR
+        points |= {method: ranks for method, ranks in whole_points.items() if at[method] <= good}
+    measure()
     curves = []
     for method in methods:
         errors = {method.num_params(shape, rank): found[method, rank] for rank in points[method]}
@@ -204,6 +173,11 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
         falling = accumulate((errors[size] for size in sizes), min)
         curves.append(ErrorCurve(method, tuple(sizes), tuple(falling), weight.numel(), importance))
     return curves
+
+
+def _few(ranks: list[Rank]) -> list[Rank]:
+    """The smallest of these ranks, and the middle one."""
+    return list(dict.fromkeys((ranks[0], ranks[len(ranks) // 2]))) if ranks else []
 
 
 def _fitted_ranks(method: Decomposition, shape: Shape, metric: Metric | None) -> list[Rank]:
@@ -217,7 +191,9 @@ def _fitted_ranks(method: Decomposition, shape: Shape, metric: Metric | None) ->
         return ranks[1:] or ranks  # the estimate at the smallest rank is close
     if not _is_wide(metric):
         return _ranks(method, shape, FITTED)
-    return _ranks(method, shape, COARSEST if method.is_spectral else COARSE)
+    if method.course() is None:
+        return _ranks(method, shape, COARSE)
+    return _ranks(method, shape, COARSEST)[1:] or _ranks(method, shape, COARSEST)
 
 
 def _is_exact(method: Decomposition, shape: Shape, metric: Metric | None) -> bool:
@@ -230,9 +206,9 @@ def _is_exact(method: Decomposition, shape: Shape, metric: Metric | None) -> boo
 
 def _is_estimated(method: Decomposition, shape: Shape, metric: Metric | None) -> bool:
     """Whether spectra show the course of the curve between the fits."""
-    if metric is None:
+    if metric is None or _is_wide(metric):
         return method.course() is not None
-    return method.is_spectral and (_is_wide(metric) or method.is_matrix_factorisation(shape))
+    return _is_exact(method, shape, metric)
 
 
 def _is_wide(metric: Metric) -> bool:

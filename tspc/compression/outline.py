@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from tspc.compression.allocation import Candidate, candidate
-from tspc.compression.curves import Curves
+from tspc.compression.error_curve import Curves
 from tspc.compression.plan import LayerPlan
 from tspc.compression.selection import FilterFn, select
 from tspc.compression.settings import PlanSettings

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tspc.calibration.samples import Calibration, Samples, kept
 from tspc.compression.allocation import Candidate, overall, uniform, without_slower
-from tspc.compression.curves import Curves, error_curves
+from tspc.compression.curves import error_curves
+from tspc.compression.error_curve import Curves
 from tspc.compression.outline import Outline, outline
 from tspc.compression.path_costs import Costs, input_sizes
 from tspc.compression.plan import LayerPlan, Plan

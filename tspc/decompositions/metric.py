@@ -35,6 +35,10 @@ class Rows:
     def __len__(self) -> int:
         return self.rows.shape[1]
 
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The same in another number format."""
+        return replace(self, rows=self.rows.to(dtype))
+
     def after(self, matrix: Tensor) -> Tensor:
         """The matrix (T × n) times Σ."""
         return (matrix @ self.rows.mT) @ self.rows + self.damping * matrix
@@ -108,13 +112,14 @@ class Metric:
         return torch.linalg.solve_triangular(root.mT, rows, upper=True)
 
     def solve(self, gradient: Tensor) -> Tensor:
-        """The inverse of `apply`, in float64; both matrices are positive definite."""
-        solved = torch.cholesky_solve(double(gradient).T, _factor(cast(Tensor, self.inputs))).T
+        """The inverse of `apply`, in the precision of the norm; both matrices are positive definite."""
+        inputs = cast(Tensor, self.inputs)
+        solved = torch.cholesky_solve(gradient.to(inputs).T, _quick_factor(inputs)).T
         if self.outputs is None:
             return solved
         if self.outputs.ndim == 1:
-            return solved / double(self.outputs)[:, None]
-        return torch.cholesky_solve(solved, _factor(self.outputs))
+            return solved / self.outputs.to(solved)[:, None]
+        return torch.cholesky_solve(solved, _quick_factor(self.outputs.to(solved)))
 
     def sketch(self) -> Metric:
         """The same norm in float32, for quick fits."""
@@ -131,9 +136,10 @@ class Metric:
     def rough(self) -> Metric:
         """The same norm for products that need few digits, in the format in which they are fastest."""
         inputs, outputs = self.inputs, self.outputs
-        dtype = rough(inputs.device) if isinstance(inputs, Tensor) and len(inputs) >= WORTH_ROUNDING else torch.float32
-        if isinstance(inputs, Rows) or inputs.dtype == dtype:
-            return self if not self.is_sketch else self._once("rough", lambda: Metric(inputs, outputs))
+        device = (inputs.rows if isinstance(inputs, Rows) else inputs).device
+        dtype = rough(device) if len(inputs) >= WORTH_ROUNDING else torch.float32
+        if inputs.dtype == dtype and not self.is_sketch:
+            return self
         return self._once("rough", lambda: Metric(inputs.to(dtype), None if outputs is None else outputs.to(dtype)))
 
     def squared(self, difference: Tensor) -> float:
@@ -248,6 +254,12 @@ def _inverse(root: Tensor) -> Tensor:
     if root.ndim == 1:
         return 1 / root
     return torch.linalg.solve_triangular(root, _identity(root), upper=False)
+
+
+def _quick_factor(matrix: Tensor) -> Tensor:
+    """The Cholesky factor in the matrix's own precision; computed in float64 if that is not enough."""
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    return root if not int(failed) else _factor(matrix).to(matrix)
 
 
 def _factor(matrix: Tensor, floor: float = 0.0) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tspc.compression.curves import Curves
+from tspc.compression.error_curve import Curves
 from tspc.compression.path_costs import calls, macs_saved
 from tspc.compression.plan import Plan
 from tspc.deploy import cost

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Calibration, Samples
-from tspc.compression.curves import Curves, error_curves
+from tspc.compression.curves import error_curves
+from tspc.compression.error_curve import Curves
 from tspc.compression.outline import Outline, outline
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import planned

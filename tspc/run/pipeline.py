@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tspc.calibration.samples import Calibration, Samples
-from tspc.compression.curves import Curves
+from tspc.compression.error_curve import Curves
 from tspc.compression.outline import Outline
 from tspc.compression.settings import PlanSettings
 from tspc.data import NO_DATA, Contiguous, Data, DataSpec, load_data

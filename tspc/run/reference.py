@@ -15,7 +15,7 @@ from torch import nn
 from tspc import __version__
 from tspc.calibration.samples import Samples
 from tspc.compression import checkpoint
-from tspc.compression.curves import Curves, ErrorCurve
+from tspc.compression.error_curve import Curves, ErrorCurve
 from tspc.compression.outline import Outline
 from tspc.data import Data, DataSpec
 from tspc.errors import TrainingError, TspcError
