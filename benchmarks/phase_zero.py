@@ -196,7 +196,8 @@ def measured(case: str, method: str, tree: Path, options: argparse.Namespace) ->
     given = ["--one", case, "--methods", method, "--seed", str(options.seed)]
     given += ["--images", options.images] if options.images else []
     # This script, with the package of the other folder.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), str(Path(__file__).parent.parent)])}
+    paths = [str(tree), str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, __file__, *given]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
