@@ -55,6 +55,8 @@ class Multilinear(Protocol):
 
     def is_matrix_factorisation(self, shape: Shape) -> bool: ...
 
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]: ...
+
     def spectra(self, weight: Tensor, squares: Callable[[Tensor], Tensor]) -> list[Tensor]: ...
 
     def of_product(self, outputs: Tensor, inputs: Tensor, shape: Shape) -> Sequence[Tensor]: ...
@@ -123,12 +125,20 @@ def spectra(
     squares: Callable[[Tensor], Tensor] = squared_singular_values,
 ) -> list[Tensor]:
     """`Decomposition.spectra` of the kernel that is decomposed: in function space, of the whitened one."""
-    shape = tuple(weight.shape)
-    if metric is None:
-        return method.spectra(weight, squares)
-    if method.is_matrix_factorisation(shape):
+    if metric is not None and method.is_matrix_factorisation(tuple(weight.shape)):
+        return unfolding_spectra(method, weight, metric)
+    return method.spectra(_whitened(method, weight, metric), squares)
+
+
+def unfolding_spectra(method: Multilinear, weight: Tensor, metric: Metric | None) -> list[Tensor]:
+    """The squares of the singular values of the method's `unfoldings`, largest first, of the same kernel."""
+    if metric is not None and method.is_matrix_factorisation(tuple(weight.shape)):
         return [eigenvalues(_gram(weight.flatten(1).to(metric.inputs.dtype), metric))]
-    return method.spectra(metric.roots(method.axes(shape)).whiten(weight), squares)
+    return [squared_singular_values(matrix) for matrix in method.unfoldings(_whitened(method, weight, metric))]
+
+
+def _whitened(method: Multilinear, weight: Tensor, metric: Metric | None) -> Tensor:
+    return weight if metric is None else metric.roots(method.axes(tuple(weight.shape))).whiten(weight)
 
 
 @dataclass(frozen=True)

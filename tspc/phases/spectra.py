@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tspc.compression.plan import LayerPlan
 from tspc.decompositions import Metric
-from tspc.decompositions.function_space import spectra
+from tspc.decompositions.function_space import unfolding_spectra
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def spectra_of(layer: LayerPlan, kernel: Tensor, metric: Metric | None) -> tuple
     assert layer.method is not None
     assert layer.rank is not None
     # The values are only drawn, so float32 is enough.
-    found = spectra(layer.method, kernel.detach().float(), None if metric is None else metric.single())
+    found = unfolding_spectra(layer.method, kernel.detach().float(), None if metric is None else metric.single())
     cuts = layer.method.cuts(layer.rank)
     return tuple(
         Spectrum(layer.name, layer.method.name, entry, rank, min(cut, len(squares)), _relative(squares))
