@@ -76,3 +76,40 @@ def test_compression_comes_out_the_same_within_the_rounding(fast):
     }
     errors = [output_distance(resnet(), network, x) for network in small.values()]
     assert errors[0] < 1.1 * errors[1]
+
+
+class Centred(nn.Module):
+    """A layer norm takes a large mean away, so that bfloat16 would leave a wrong variance and a wrong gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(self.first(x) * 0.1 + 100).relu())
+
+
+def gradients(precision: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    with Samples(x, Calibration(precision=precision)) as samples:
+        return samples.survey(Centred().eval(), ["first", "second"]).sensitivity["first"][0]
+
+
+def test_gradients_are_taken_in_bfloat16_only_where_the_network_runs_in_it(fast):
+    torch.testing.assert_close(gradients("auto"), gradients("float32"))
+
+
+class Constant(nn.Module):
+    """All answers are the same; their rounding is a shift that nothing would hide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x * 0).relu()).mean((2, 3))
+
+
+def test_a_shift_by_rounding_counts(fast):
+    assert not is_short(Constant())

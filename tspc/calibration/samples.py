@@ -226,10 +226,14 @@ class Samples:
         found = self._sensitivity[1]
         missing = [name for name in dict.fromkeys(layers) if name not in self._asked]
         self._asked.update(missing)
-        for name, matrix in output_sensitivity(model, missing, self, self.tally) if self.settings.sensitivity else ():
+        for name, matrix in self._gradients(model, missing):
             found[name] = Stash(self._matrices)
             found[name].append(matrix)
         return found
+
+    def _gradients(self, model: nn.Module, layers: list[str]) -> Iterator[tuple[str, Tensor]]:
+        if self.settings.sensitivity:
+            yield from output_sensitivity(model, layers, self, self.tally, self.short)
 
     @property
     def patches_of_a_batch(self) -> int:

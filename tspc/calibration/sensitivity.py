@@ -19,7 +19,6 @@ from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_shape
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.parallel import in_parts
-from tspc.system.precision import rough
 from tspc.system.tally import Tally
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import Reached, hooked, run_until_reached
@@ -42,7 +41,11 @@ SHRINKAGE = 1e-2
 
 
 def output_sensitivity(
-    model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], tally: Tally | None = None
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Iterable[Tensor],
+    tally: Tally | None = None,
+    short: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """For each layer G = Σ E[ggᵀ] (T × T), summed over its output positions.
 
@@ -54,13 +57,13 @@ def output_sensitivity(
     If the answer is a plain list, tuple or dict, all its tensors are used, else its first tensor with a gradient.
     Inputs without a gradient, such as token numbers, are skipped: gradients stop at the first floating-point
     activations. Layers that do not affect the answer, or cannot be measured, are left out; for the latter a TspcWarning
-    says so. The `tally` counts how often gradients are taken.
+    says so. The `tally` counts how often gradients are taken. With `short` the network runs in bfloat16.
     """
     model = copied(model) if is_of_inference(model) else model
     lost: list[str] = []
     for part in in_parts(layers, lambda name: _numbers(model.get_submodule(name)), TOGETHER):
         try:
-            sums, projections = _measured(model, part, batches, tally or Tally())
+            sums, projections = _measured(model, part, batches, tally or Tally(), short)
         except Exception as error:  # the network may be the user's own
             why = next(iter(str(error).splitlines()), type(error).__name__)
             _warn(f"{type(model).__name__} gives no gradients ({why}): the outputs of all layers have equal weights")
@@ -71,17 +74,18 @@ def output_sensitivity(
         _warn(f"no finite gradient of the answer comes to {some(lost, 5)}: their outputs have equal weights")
 
 
-def _measured(model: nn.Module, layers: Collection[str], batches: Iterable[Tensor], tally: Tally) -> tuple[_Sums, int]:
+def _measured(
+    model: nn.Module, layers: Collection[str], batches: Iterable[Tensor], tally: Tally, short: bool
+) -> tuple[_Sums, int]:
     """The sums over the gradients of some layers, and the number of projections."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # The digits of bfloat16 are enough, but the network may have an operation that does not know it.
-    for short in dict.fromkeys((rough(device), torch.float32)):
+    # The network may have an operation whose gradient does not know bfloat16.
+    for is_short in (True, False) if short else (False,):
         sums = _Sums(model, layers)
         try:
             with _without_parameters(model), hooked(sums.handles()):
-                return sums, _backward(model, batches, sums, short, tally)
+                return sums, _backward(model, batches, sums, is_short, tally)
         except Exception:
-            if short == torch.float32:
+            if not is_short:
                 raise
     raise AssertionError("float32 is the last format")
 
@@ -176,8 +180,8 @@ def _numbers(layer: nn.Module) -> int:
     return outputs**2 if outputs <= WIDEST_OUTPUT else outputs
 
 
-def _backward(model: nn.Module, batches: Iterable[Tensor], sums: _Sums, short: torch.dtype, tally: Tally) -> int:
-    """Sends random projections of the answers back; returns their number. `short` is the format of autocast."""
+def _backward(model: nn.Module, batches: Iterable[Tensor], sums: _Sums, short: bool, tally: Tally) -> int:
+    """Sends random projections of the answers back; returns their number. With `short` the network runs in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     projections = 0
     parts = [part for batch in enough(batches) for part in batch.split(max(1, AT_ONCE // _size(model, batch)))]
@@ -187,7 +191,7 @@ def _backward(model: nn.Module, batches: Iterable[Tensor], sums: _Sums, short: t
             probes = 1 if part[0].numel() >= LARGE else PROBES
             sums.rows = max(1, ROWS * len(part) // (whole * probes))
             inputs = part.detach().clone()
-            with torch.autocast(part.device.type, short, enabled=short != torch.float32):
+            with torch.autocast("cpu", torch.bfloat16, enabled=short):
                 answer = model(inputs.requires_grad_() if inputs.is_floating_point() else inputs)
             answers = _with_gradient(answer)
             for probe in range(probes):

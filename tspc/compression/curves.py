@@ -38,7 +38,7 @@ SMALL = 40_000
 ESTIMATED = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.5)
 """The sizes of a curve that follows from spectra; where there are fits, they correct it. All their sizes are here."""
 FEW, NEAR = 2, 1.25
-"""Of several methods, one whose squared error at the middle size is more than NEAR times the least has FEW fits."""
+"""Of several methods, one whose squared error at the size COARSEST is more than NEAR times the least has FEW fits."""
 WIDE = 1024
 """With more inputs than this, the points of a curve are few, and measured one after the other. Each takes the memory of
 several second moments, and its products are large enough for all threads."""
@@ -155,14 +155,12 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
 
     if len(methods) > 1 and max(map(len, points.values())) > FEW:
         # Several methods: first one fit for each, and more for those that come near to the best.
-        whole_points, points = points, {method: _few(ranks) for method, ranks in points.items()}
+        wanted, middle = points, {method: _ranks(method, shape, COARSEST)[-1] for method in methods}
+        points = {m: list(dict.fromkeys((ranks[0], middle[m]))) if ranks else [] for m, ranks in wanted.items()}
         measure()
-        at = {
-            m: found[m, ranks[-1]] if ranks else estimates[m](_few(_ranks(m, shape, FITTED))[-1])
-            for m, ranks in points.items()
-        }
+        at = {m: found[m, middle[m]] if ranks else estimates[m](middle[m]) for m, ranks in points.items()}
         good = min(at.values()) * NEAR
-        points |= {method: ranks for method, ranks in whole_points.items() if at[method] <= good}
+        points |= {method: ranks for method, ranks in wanted.items() if at[method] <= good}
     measure()
     curves = []
     for method in methods:
@@ -173,11 +171,6 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
         falling = accumulate((errors[size] for size in sizes), min)
         curves.append(ErrorCurve(method, tuple(sizes), tuple(falling), weight.numel(), importance))
     return curves
-
-
-def _few(ranks: list[Rank]) -> list[Rank]:
-    """The smallest of these ranks, and the middle one."""
-    return list(dict.fromkeys((ranks[0], ranks[len(ranks) // 2]))) if ranks else []
 
 
 def _fitted_ranks(method: Decomposition, shape: Shape, metric: Metric | None) -> list[Rank]:

@@ -142,7 +142,12 @@ def _solved(product: Tensor, system: Tensor, old: Tensor) -> tuple[Tensor, float
     rounding = 4 * torch.finfo(gram.dtype).eps * float(torch.linalg.vector_norm(gram))
     ridge = max(RIDGES[gram.dtype] * float(gram.diagonal().mean()), rounding)
     gram.diagonal().add_(ridge)
-    change = torch.cholesky_solve(rest, torch.linalg.cholesky(gram))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    while int(failed) and math.isfinite(ridge):  # rounding has made it indefinite
+        gram.diagonal().add_(9 * ridge)
+        ridge *= 10
+        factor, failed = torch.linalg.cholesky_ex(gram)
+    change = torch.cholesky_solve(rest, factor)
     core = (known + change).reshape(before, after, n).transpose(1, 2).to(old).contiguous()
     # ‖X‖² − ‖X − X̂‖² is ⟨wanted + rest, known⟩ at the old core, and this much more at the new one.
     return core, _dot(wanted + rest, known) + _dot(rest, change) + ridge * _dot(change, change)

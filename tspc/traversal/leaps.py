@@ -93,8 +93,8 @@ def _returning(model: nn.Module, blocks: Sequence[str], output: Any) -> Iterator
 def can_leap(model: nn.Module, blocks: Sequence[str], target: str, images: Tensor) -> bool:
     """Whether the leap from the blocks to the target gives, for a few images, the arguments that a whole pass gives.
 
-    Between the two another image runs through the network. What the network keeps from one pass to the next, and uses
-    again, would then be wrong in the leap.
+    Between the two, the images run in another order. What the network keeps for the next pass, of the first image, of the
+    last one or of all, would then be wrong in the leap.
     """
     if len(blocks) < 2 or len(images) < 2:
         return False
@@ -114,7 +114,7 @@ def can_leap(model: nn.Module, blocks: Sequence[str], target: str, images: Tenso
         ]
         with seeded(0):
             run_until_reached(model, handles, images.clone())
-        model(images[1:].clone())
+        model(torch.stack((images[1], images[1], images[0])))
         found = leap(model, blocks, outputs[0], target, images)
         return found is not None and _equal(found, calls[0])
     except Exception:  # also a network that takes no single image
