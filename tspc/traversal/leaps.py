@@ -93,8 +93,8 @@ def _returning(model: nn.Module, blocks: Sequence[str], output: Any) -> Iterator
 def can_leap(model: nn.Module, blocks: Sequence[str], target: str, images: Tensor) -> bool:
     """Whether the leap from the blocks to the target gives, for a few images, the arguments that a whole pass gives.
 
-    Between the two, the images run in another order. What the network keeps for the next pass, of the first image, of the
-    last one or of all, would then be wrong in the leap.
+    Between the two, the images run in another order. If the network keeps something from one pass to the next, the leap
+    then gets something else.
     """
     if len(blocks) < 2 or len(images) < 2:
         return False
