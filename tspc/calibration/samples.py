@@ -104,8 +104,11 @@ class Survey:
     def _measured(
         self, name: str, layer: DenseLayer, samples: Samples | Part
     ) -> tuple[bool, float, Tensor | None, int]:
-        weights = self.sensitivity[name][0] if name in self.sensitivity else None
-        return is_centred(layer, name, self.trace), samples.settings.damping, weights, len(samples)
+        return is_centred(layer, name, self.trace), samples.settings.damping, self.weights(name), len(samples)
+
+    def weights(self, name: str) -> Tensor | None:
+        """How much the layer's outputs matter (T × T, or the diagonal); None if that is unknown."""
+        return self.sensitivity[name][0] if name in self.sensitivity else None
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,5 @@ def _together(
         with hooked(handles), running(number, samples.short):
             model(batch)
     for name in [name for name in layers if found[name]]:
-        weights = survey.sensitivity[name][0] if name in survey.sensitivity else None
         rows, kernel = torch.cat(found.pop(name)), kernel_of(model.get_submodule(name))
-        yield name, Sketch.of(kernel, rows, samples.settings.damping, weights, len(images))
+        yield name, Sketch.of(kernel, rows, samples.settings.damping, survey.weights(name), len(images))

@@ -76,6 +76,8 @@ def moments_towards(targets: Mapping[str, Targets], small: Walker, samples: Samp
     All of them have the same input, which is seen where the first one is called. In `small` they are still the
     reference's own. The result is empty if other images come there, so that the rows do not belong together.
     """
+    if any(of.is_routed(samples) for of in targets.values()):
+        return {}
     head, layers = next(iter(targets)), {name: _dense(small, name) for name in targets}
     expected = targets[head].inputs
     by_rows: dict[str, list[str]] = {}
@@ -83,8 +85,6 @@ def moments_towards(targets: Mapping[str, Targets], small: Walker, samples: Samp
         by_rows.setdefault(of.first, []).append(name)
     moments: dict[str, Moments] = {}
     seen: list[tuple[int, torch.Size]] = []
-    if any(of.is_routed(samples) for of in targets.values()):
-        return {}
 
     def see(name: str, batch: int, inputs: Tensor) -> None:
         number = len(seen)
