@@ -177,16 +177,12 @@ def _fitted_ranks(method: Decomposition, shape: Shape, metric: Metric | None) ->
     """The ranks at which the error is that of a fit."""
     if _is_exact(method, shape, metric):
         return []
-    if metric is None and method.course() is None:
-        return _ranks(method, shape, COARSE)
-    if metric is None:
-        ranks = _ranks(method, shape, FITTED if math.prod(shape) <= SMALL else COARSEST)
-        return ranks[1:] or ranks  # the estimate at the smallest rank is close
-    if not _is_wide(metric):
+    if metric is not None and not _is_wide(metric):
         return _ranks(method, shape, FITTED)
     if method.course() is None:
         return _ranks(method, shape, COARSE)
-    return _ranks(method, shape, COARSEST)[1:] or _ranks(method, shape, COARSEST)
+    ranks = _ranks(method, shape, FITTED if metric is None and math.prod(shape) <= SMALL else COARSEST)
+    return ranks[1:] or ranks  # the estimate at the smallest rank is close
 
 
 def _is_exact(method: Decomposition, shape: Shape, metric: Metric | None) -> bool:
