@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration import moments
+from tspc.calibration import products
 from tspc.calibration.moments import Moments, Statistics
 from tspc.phases.batch_norm import rebase_, refit_norms_
 from tspc.system import processes
@@ -74,9 +74,9 @@ def test_many_outputs_need_their_own_moments_alone(monkeypatch, weighted):
         return found.statistics(kernel, True, 1e-3, sensitivity if weighted else None)
 
     for targets in (6, None):
-        monkeypatch.setattr(moments, "WIDEST_OUTPUT", 6)
+        monkeypatch.setattr(products, "WIDEST_OUTPUT", 6)
         full = statistics(targets, weights.diag())
-        monkeypatch.setattr(moments, "WIDEST_OUTPUT", 5)
+        monkeypatch.setattr(products, "WIDEST_OUTPUT", 5)
         found = statistics(targets, weights)
         assert found.outputs.shape == (2, 3)
         torch.testing.assert_close(found.outputs, full.outputs.diagonal(dim1=1, dim2=2), rtol=1e-5, atol=0)
@@ -91,7 +91,7 @@ def test_many_outputs_need_their_own_moments_alone(monkeypatch, weighted):
 
 @pytest.mark.parametrize("widest", [4, 1])
 def test_processes_see_together_what_one_sees(monkeypatch, widest):
-    monkeypatch.setattr(moments, "WIDEST_OUTPUT", widest)
+    monkeypatch.setattr(products, "WIDEST_OUTPUT", widest)
     x, y = rows(0.01), rows(0.1, n=4)
     parts = [torch.arange(250), torch.arange(250, 600)]
     alone, both = Moments(8, 4, CPU), [Moments(8, 4, CPU) for _ in parts]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tspc
 from tests.test_calibration import images, resnet
-from tspc.calibration import sensitivity
+from tspc.calibration import products, sensitivity
 from tspc.calibration.samples import Calibration
 from tspc.calibration.sensitivity import output_sensitivity
 from tspc.compression.outline import outline
@@ -165,7 +165,7 @@ def test_an_error_in_the_gradients_is_told_and_not_raised():
 def test_many_outputs_have_the_diagonal_alone(monkeypatch):
     model = Body()
     full = measured(model, VECTORS)
-    monkeypatch.setattr(sensitivity, "WIDEST_OUTPUT", 10)
+    monkeypatch.setattr(products, "WIDEST_OUTPUT", 10)
     found = measured(model, VECTORS)
     torch.testing.assert_close(found["two"], full["two"].diagonal())
     assert {name: matrix.ndim for name, matrix in found.items()} == {"one": 2, "two": 1, "head": 2}

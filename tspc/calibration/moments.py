@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from copy import copy
-from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from tspc.calibration.products import Products, is_diagonal, products_of_outputs
 from tspc.calibration.statistics import Statistics, metric_of
 from tspc.decompositions import Metric, double
 from tspc.system import processes
@@ -22,10 +22,6 @@ LEAST_ROWS = 2
 """With fewer rows for each input than this, the layer's own kernel is the target."""
 SCARCITY = 0.1
 """Damping for too few rows, relative to the mean second moment; in proportion to the missing rows."""
-NARROW, BLOCKS = 128, 8
-"""Up to this number of columns a product xᵀx is computed as a whole; else in about so many blocks."""
-WIDEST_OUTPUT = 4096
-"""With more outputs than this, only the diagonals of their second moments and weights are kept."""
 
 
 def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
@@ -98,7 +94,7 @@ class Moments:
         target = matrix
         if self._pairs is None:
             mean_y, cross = (matrix @ x.mean[..., None])[..., 0], matrix @ inputs - shift * matrix
-            outputs = (cross * matrix).sum(2) if len(kernel) > WIDEST_OUTPUT else cross @ matrix.mT
+            outputs = (cross * matrix).sum(2) if is_diagonal(len(kernel)) else cross @ matrix.mT
         else:
             mean_y, cross, outputs = self._pairs.finished(x, centred)
             if x.count >= LEAST_ROWS * x.n:
@@ -121,45 +117,47 @@ class _Inputs:
     def __init__(self, n: int, groups: int, device: torch.device) -> None:
         self.n, self.groups, self.count = n, groups, 0
         self.sums = _Sums(n, groups, device)
-        self._xx = self.sums.square(n)
+        self._xx = Products(groups, n, None, device)
         self._shift: Tensor | None = None
         self._factor: Tensor | None = None
 
     def add(self, x: Tensor) -> Tensor:
         self.count += x.shape[1]
         x = self.sums.add(x)
-        add_gram_(self._xx, x)
+        self._xx.add(x)
         return x
 
     def join(self, dx: Tensor) -> None:
-        x = self.sums
-        self._xx += _moved(x.total, dx, x.total, dx, self.count)
+        x, xx = self.sums, self._xx.total()
+        xx += _moved(x.total, dx, x.total, dx, self.count)
         x.move(dx, self.count)
         self.count = int(processes.summed(torch.tensor(self.count, device=dx.device)))
         processes.summed(x.total)
-        processes.summed(self._xx)
+        processes.summed(xx)
 
     def finished(self, centred: bool, damping: float, images: int) -> tuple[Tensor, Tensor]:
         """The damped second moments (groups × n × n), and the damping (groups × 1 × 1); computed once."""
+        xx = self._xx.total()
         if self._shift is None:
             self.mean, self.off = self.sums.means(max(self.count, 1))
             # In place, because each such matrix of a wide layer takes hundreds of megabytes.
-            self._xx.div_(max(self.count, 1)).baddbmm_(self.off[..., None], self.off[:, None], alpha=-1)
+            xx.div_(max(self.count, 1)).baddbmm_(self.off[..., None], self.off[:, None], alpha=-1)
             if not centred:
-                self._xx.baddbmm_(self.mean[..., None], self.mean[:, None])
-            diagonals = self._xx.diagonal(dim1=1, dim2=2)
+                xx.baddbmm_(self.mean[..., None], self.mean[:, None])
+            diagonals = xx.diagonal(dim1=1, dim2=2)
             size = diagonals.mean(1)[:, None, None]
             share = damping + SCARCITY * scarcity(self.n, max(self.count, 1), images)
             self._shift = torch.where(size > 0, share * size, 1.0)
             diagonals.add_(self._shift[..., 0])
-        return self._xx, self._shift
+        return xx, self._shift
 
     def solve(self, right: Tensor) -> Tensor:
         """The inverse of the damped second moments, times a matrix for each group."""
         if self._factor is None:
-            factor, failed = torch.linalg.cholesky_ex(self._xx)
+            xx = self._xx.total()
+            factor, failed = torch.linalg.cholesky_ex(xx)
             if bool(failed.any()):  # too little damping for so many zeros
-                return torch.linalg.solve(self._xx, right)
+                return torch.linalg.solve(xx, right)
             self._factor = cast(Tensor, factor)
         return torch.cholesky_solve(right, self._factor)
 
@@ -168,38 +166,37 @@ class _Pairs:
     """The sums over the wanted rows y, and over their products with x and with themselves."""
 
     def __init__(self, n: int, targets: int, groups: int, device: torch.device) -> None:
-        self.sums = _Sums(targets // groups, groups, device)
-        self._yx = self.sums.square(n)
-        self._yy = self.sums.square(targets // groups if targets <= WIDEST_OUTPUT else None)
+        own = targets // groups
+        self.sums = _Sums(own, groups, device)
+        self._yx = Products(groups, own, n, device)
+        self._yy = products_of_outputs(groups, targets, device)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Adds targets (m × T) of the rows x (groups × m × n), which are relative to their centre."""
         y = self.sums.add(y.to(x).reshape(x.shape[1], len(x), -1).transpose(0, 1))
-        self._yx += (y.mT @ x).to(self._yx)
-        if self._yy.ndim == 3:
-            add_gram_(self._yy, y)
-        else:
-            self._yy += y.square().sum(1).to(self._yy)
+        self._yx.add(y, x)
+        self._yy.add(y)
 
     def join(self, x: _Sums, dx: Tensor, count: int) -> None:
-        y = self.sums
+        y, yx, yy = self.sums, self._yx.total(), self._yy.total()
         dy = y.meet()
         # Σ(a + da)(b + db)ᵀ = Σabᵀ + (Σa)dbᵀ + da(Σb)ᵀ + m·da·dbᵀ, where m rows are seen from another centre.
-        self._yx += _moved(y.total, dy, x.total, dx, count)
-        if self._yy.ndim == 3:
-            self._yy += _moved(y.total, dy, y.total, dy, count)
+        yx += _moved(y.total, dy, x.total, dx, count)
+        if yy.ndim == 3:
+            yy += _moved(y.total, dy, y.total, dy, count)
         else:
-            self._yy += 2 * y.total * dy + count * dy.square()
+            yy += 2 * y.total * dy + count * dy.square()
         y.move(dy, count)
-        for total in (y.total, self._yx, self._yy):
+        for total in (y.total, yx, yy):
             processes.summed(total)
 
     def finished(self, x: _Inputs, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The mean of y, and the second moments of y with x and with y."""
         count = max(x.count, 1)
         mean, off = self.sums.means(count)
-        cross = self._yx.div_(count).baddbmm_(off[..., None], x.off[:, None], alpha=-1)
-        outputs = self._yy.div_(count).sub_(_squares(off, self._yy.ndim))
+        cross = self._yx.total().div_(count).baddbmm_(off[..., None], x.off[:, None], alpha=-1)
+        outputs = self._yy.total()
+        outputs.div_(count).sub_(_squares(off, outputs.ndim))
         if not centred:
             cross.baddbmm_(mean[..., None], x.mean[:, None])
             outputs.add_(_squares(mean, outputs.ndim))
@@ -212,27 +209,12 @@ def scarcity(n: int, count: int, images: int) -> float:
     return max(0.0, n / independent - 1 / ROWS)
 
 
-def add_gram_(total: Tensor, x: Tensor) -> None:
-    """Adds xᵀx (groups × n × n) to `total`. Of a wide one only the blocks up to the diagonal are computed."""
-    n = x.shape[2]
-    edges = [*list(range(0, n, max(NARROW, -(-n // BLOCKS)))), n]
-    for start, end in pairwise(edges):
-        strip = (x[..., start:end].mT @ x[..., :end]).to(total)
-        total[:, start:end, :end] += strip
-        if start:
-            total[:, :start, start:end] += strip[..., :start].mT
-
-
 class _Sums:
     """The sum of rows (length `n`) for each of several groups, relative to a centre near their mean."""
 
     def __init__(self, n: int, groups: int, device: torch.device) -> None:
         self.total = double(torch.zeros(groups, n, dtype=torch.float32, device=device))
         self.centre: Tensor | None = None
-
-    def square(self, n: int | None) -> Tensor:
-        """Zeros for the products with other rows (length `n`); None: for the squares of the entries."""
-        return torch.zeros_like(self.total) if n is None else self.total.new_zeros((*self.total.shape, n))
 
     def add(self, rows: Tensor) -> Tensor:
         """Adds rows (groups × m × n); returns them relative to the centre."""

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.moments import WIDEST_OUTPUT, add_gram_
 from tspc.calibration.patches import rows_of
+from tspc.calibration.products import Products, Squares, is_diagonal, products_of_outputs
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_shape
 from tspc.system.modes import is_of_inference, own_modes
@@ -52,7 +52,7 @@ def output_sensitivity(
     g is the gradient of a random projection of the network's answer. An error e of the layer's outputs changes the
     answer by about √(eᵀGe). G is the output factor of K-FAC (Martens & Grosse, ICML 2015), with Gaussian projections of
     the logits instead of sampled labels. With few gradients for many outputs, G is shrunk towards a multiple of the
-    identity. For a layer with more than `WIDEST_OUTPUT` outputs only the diagonal of G is returned (T).
+    identity. For a layer with more than `products.WIDEST_OUTPUT` outputs only the diagonal of G is returned (T).
 
     If the answer is a plain list, tuple or dict, all its tensors are used, else its first tensor with a gradient.
     Inputs without a gradient, such as token numbers, are skipped: gradients stop at the first floating-point
@@ -99,7 +99,7 @@ class _Sums:
 
     def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
         self._model, self._layers = model, layers
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Products | Squares] = {}
         self._rows: dict[str, int] = {}
         self._called: dict[str, None] = {}
         self._generator = torch.Generator().manual_seed(0)
@@ -132,30 +132,25 @@ class _Sums:
     def _add(self, name: str, layer: DenseLayer, gradient: Tensor) -> None:
         with own_modes(), torch.no_grad():
             g = rows_of(layer, gradient)
-            if (
-                len(g) > self.rows
-            ):  # neighbouring positions tell the same; a fixed step could always meet the same column
+            if len(g) > self.rows:
+                # Neighbouring positions tell the same; a fixed step could always meet the same column.
                 chosen = torch.randint(len(g), (self.rows,), generator=self._generator, device="cpu").to(g.device)
                 g = g[chosen].float() * math.sqrt(len(g) / self.rows)
-            g = g.float()
-            size = g.shape[1]
             if name not in self._sums:
-                self._sums[name] = g.new_zeros((size, size) if size <= WIDEST_OUTPUT else size)
-            if size <= WIDEST_OUTPUT:
-                add_gram_(self._sums[name][None], g[None])
-            else:
-                self._sums[name] += g.square().sum(0)
+                # Kept in float32; converted to float64 when the layer is fitted.
+                self._sums[name] = products_of_outputs(1, g.shape[1], g.device, is_rough=True)
+            self._sums[name].add(g.float()[None])
             self._rows[name] = self._rows.get(name, 0) + len(g)
 
     @property
     def lost(self) -> list[str]:
         """The layers that are called, but get no finite gradient."""
-        return [name for name in self._called if name not in self._sums or not self._sums[name].isfinite().all()]
+        is_found = lambda name: name in self._sums and bool(self._sums[name].total().isfinite().all())  # noqa: E731
+        return [name for name in self._called if not is_found(name)]
 
     def found(self, projections: int) -> Iterator[tuple[str, Tensor]]:
         for name in list(self._sums):
-            # Kept in float32; converted to float64 when the layer is fitted.
-            total = self._sums.pop(name) / projections
+            total = self._sums.pop(name).total()[0].float() / projections
             size = float(total.sum() if total.ndim == 1 else total.trace())
             if size > 0 and bool(total.isfinite().all()):
                 yield name, _shrunk(total, self._rows[name])
@@ -177,7 +172,7 @@ def _without_parameters(model: nn.Module) -> Iterator[None]:
 def _numbers(layer: nn.Module) -> int:
     """How many the matrix of a layer holds."""
     outputs = kernel_shape(layer)[0]
-    return outputs**2 if outputs <= WIDEST_OUTPUT else outputs
+    return outputs if is_diagonal(outputs) else outputs**2
 
 
 def _backward(model: nn.Module, batches: Iterable[Tensor], sums: _Sums, short: bool, tally: Tally) -> int:

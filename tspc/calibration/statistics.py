@@ -41,8 +41,8 @@ class Statistics:
     - `outputs`: E[yyᵀ] (g × t × t);
     - `weights`: how much the outputs matter (g × t × t; None: all the same).
 
-    For a layer with more than `WIDEST_OUTPUT` outputs the last two are diagonals (g × t). The kernels of all groups are
-    decomposed as one tensor, so they are fitted in one norm, `metric`, from the mean of the groups' inputs.
+    For a layer with more than `products.WIDEST_OUTPUT` outputs the last two are diagonals (g × t). The kernels of all
+    groups are decomposed as one tensor, so they are fitted in one norm, `metric`, from the mean of the groups' inputs.
     """
 
     target: Tensor
