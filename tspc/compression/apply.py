@@ -19,7 +19,7 @@ from tspc.compression.selection import FilterFn, why_dense
 from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Method
 from tspc.layers.dense import check_values, kind_of
-from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, warn_of_parameter_hooks, warn_of_state_hooks
+from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
 from tspc.models.lazy import require_sizes
 from tspc.store.state import tensor_state
 from tspc.system import processes
@@ -95,35 +95,46 @@ def apply_(
     Raises DecompositionError if a kernel cannot be decomposed, or a parameter holds NaN or infinite values. The message
     names the layer, and the network is unchanged.
     """
-    small, done = tensorized(model, plan, samples, on_layer)
-    for layer in done.tensorized:
-        mode = model.get_submodule(layer.name).training
-        replace_layer(model, layer.name, small.get_submodule(layer.name).train(mode))
-    with torch.inference_mode(is_of_inference(model)):
-        model.load_state_dict(small.state_dict())
+    # Fits to the kernels alone change no parameter of the copy, so it needs none of its own.
+    small, done = tensorized(model, plan, samples, on_layer, shares_tensors=samples is None)
+    modes = {layer.name: model.get_submodule(layer.name).training for layer in done.tensorized}
+    replace_layers(model, {name: small.get_submodule(name).train(mode) for name, mode in modes.items()})
+    if samples is not None:
+        with torch.inference_mode(is_of_inference(model)):
+            model.load_state_dict(small.state_dict())
     refuse_save_pretrained_(model)
     return done
 
 
 @own_modes()
 def tensorized(
-    model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
+    model: nn.Module,
+    plan: Plan,
+    samples: Samples | None = None,
+    on_layer: OnLayer = lambda *fitted: None,
+    *,
+    shares_tensors: bool = False,
 ) -> tuple[nn.Module, Plan]:
-    """A tensorized copy of `model`, in eval mode, and the plan with the errors of each layer; see `apply_`."""
+    """A tensorized copy of `model`, in eval mode, and the plan with the errors of each layer; see `apply_`.
+
+    With `shares_tensors` what is not tensorized has the parameters and buffers of `model`; only without `samples`.
+    """
     with evaluating(model), torch.random.fork_rng(devices=[]):
-        small, done = _tensorized(model, plan, samples, on_layer)
+        small, done = _tensorized(model, copied(model, shares_tensors), plan, samples, on_layer)
     if processes.is_shared():  # what each process has computed itself may differ in the last bits
         first = processes.by_first(lambda: {name: value.cpu() for name, value in tensor_state(small).items()})
         small.load_state_dict(first, strict=False)
     return small, done
 
 
-def _tensorized(model: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer) -> tuple[nn.Module, Plan]:
+def _tensorized(
+    model: nn.Module, work: nn.Module, plan: Plan, samples: Samples | None, on_layer: OnLayer
+) -> tuple[nn.Module, Plan]:
     dense = {layer.name: model.get_submodule(layer.name) for layer in plan.tensorized}
     warn_of_state_hooks(dense)
     warn_of_parameter_hooks(dense)
     check_values(model)
-    fits = Fits(model, copied(model), on_layer)
+    fits = Fits(model, work, on_layer)
     if samples is not None:
         samples.tally.total += passes(model, samples)
         layers = to_fit(model, plan, samples)

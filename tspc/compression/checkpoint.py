@@ -13,7 +13,7 @@ from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.layers.dense import DenseLayer, Form, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers, untrained
-from tspc.layers.replacing import refuse_save_pretrained_, replace_layer, set_module, warn_of_state_hooks
+from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, set_modules, warn_of_state_hooks
 from tspc.models import NetworkSpec
 from tspc.models.described import described_network
 from tspc.models.lazy import require_sizes
@@ -70,13 +70,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     require_sizes(model)
     modules = dict(model.named_modules())
     small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
-    for name, module in small.items():
-        replace_layer(model, name, module)
+    replace_layers(model, small)
     try:
         _fill_(model, header, state, path)
     except WeightsError:
-        for name in small:
-            set_module(model, name, modules[name])
+        set_modules(model, {name: modules[name] for name in small})
         raise
     for name, module in small.items():
         module.train(modules[name].training)

@@ -20,7 +20,7 @@ from tspc.compression.spreading import over_processes
 from tspc.decompositions import Metric
 from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape
 from tspc.layers.forms import TensorizedLayer, tensorize, untrained
-from tspc.layers.replacing import replace_layer
+from tspc.layers.replacing import replace_layers
 from tspc.system import processes
 from tspc.system.parallel import side_by_side
 from tspc.traversal.copying import copied
@@ -80,13 +80,19 @@ class Fits:
             return _fitted(dense[row.name], row, kernel_of(dense[row.name]), None)
 
         def fit(some: Sequence[LayerPlan]) -> None:
-            for row, found in side_by_side(fitted, some, size=lambda row: row.dense_params):
-                self._keep(*found, kernel_of(dense[row.name]), None)
+            modules = {}
+            for row, (module, found) in side_by_side(fitted, some, size=lambda row: row.dense_params):
+                modules[row.name] = module
+                self._finish(found, kernel_of(dense[row.name]), None)
+            replace_layers(self.work, modules)
 
         self._spread(layers, None, fit)
 
     def _keep(self, module: nn.Module, row: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:
-        replace_layer(self.work, row.name, module)
+        replace_layers(self.work, {row.name: module})
+        self._finish(row, kernel, metric)
+
+    def _finish(self, row: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:
         self.done[row.name] = row
         self._on_layer(row, kernel, metric)
 

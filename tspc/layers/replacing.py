@@ -31,31 +31,39 @@ _DEPTH = 5
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted `name`, and also into the lists, tuples and dicts in which modules hold the old one.
+    """Puts `module` at the dotted `name`; see `set_modules`."""
+    set_modules(model, {name: module})
 
-    Otherwise a forward pass over a plain list of layers would still run the old module.
+
+def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Puts modules at dotted names, and also into the lists, tuples and dicts in which modules hold the old ones.
+
+    Otherwise a forward pass over a plain list of layers would still run the old modules.
     """
-    parent, _, child = name.rpartition(".")
-    old = model.get_submodule(name)
-    setattr(model.get_submodule(parent), child, module)
+    old = {name: model.get_submodule(name) for name in modules}
+    new: dict[int, nn.Module] = {}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+        new.setdefault(id(old[name]), module)
     for owner in model.modules():
         own = vars(owner)
         for key in own.keys() - _PYTORCH:
-            value = _exchanged(own[key], old, module, _DEPTH)
+            value = _exchanged(own[key], new, _DEPTH)
             if value is not own[key]:
                 own[key] = value
 
 
-def _exchanged(value: Any, old: nn.Module, new: nn.Module, depth: int) -> Any:
-    """`value` with `new` instead of `old`; lists and dicts are changed in place."""
-    if value is old:
-        return new
+def _exchanged(value: Any, new: Mapping[int, nn.Module], depth: int) -> Any:
+    """`value` with new modules instead of old ones, which are known by their identity; lists are changed in place."""
+    if isinstance(value, nn.Module):
+        return new.get(id(value), value)
     if type(value) not in _HOLDERS or depth == 0:
         return value
     items = list(value.values() if isinstance(value, dict) else value)
-    if not any(item is old or type(item) in _HOLDERS for item in items):  # most hold numbers
+    if not any(isinstance(item, nn.Module) or type(item) in _HOLDERS for item in items):  # most hold numbers
         return value
-    changed = [_exchanged(item, old, new, depth - 1) for item in items]
+    changed = [_exchanged(item, new, depth - 1) for item in items]
     if all(one is other for one, other in zip(changed, items, strict=True)):
         return value
     if isinstance(value, tuple):
@@ -68,15 +76,21 @@ def _exchanged(value: Any, old: nn.Module, new: nn.Module, depth: int) -> Any:
 
 
 def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted `name`, and gives it the forward and backward hooks of the old layer.
+    """Puts `module` at the dotted `name`; see `replace_layers`."""
+    replace_layers(model, {name: module})
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Puts layers at dotted names, and gives each the forward and backward hooks of the old layer.
 
     The handles of these hooks still work.
     """
-    old = model.get_submodule(name)
-    for hooks in CALL_HOOKS:
-        if hooks in vars(old):
-            setattr(module, hooks, vars(old)[hooks])
-    set_module(model, name, module)
+    for name, module in layers.items():
+        old = vars(model.get_submodule(name))
+        for hooks in CALL_HOOKS:
+            if hooks in old:
+                setattr(module, hooks, old[hooks])
+    set_modules(model, layers)
 
 
 def _has_hooks(tensor: nn.Parameter | None) -> bool:

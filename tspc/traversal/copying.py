@@ -7,7 +7,7 @@ import functools
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -19,23 +19,24 @@ from tspc.errors import TspcError
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def copied(model: Module) -> Module:
+def copied(model: Module, shares_tensors: bool = False) -> Module:
     """A deep copy of `model`, in which tensors that were computed from others are constants.
 
+    With `shares_tensors` the parameters and buffers are those of `model` itself.
     Such tensors are the weights of weight norm, spectral norm and pruning masks, until the next forward pass computes
     them again, and activations that a module keeps. Locks are replaced by new ones. Random generators continue from the
     same state. Raises TspcError if an attribute cannot be copied, such as an open file; the message names it.
     """
     try:
-        return _deep_copy(model, model)
+        return _deep_copy(model, model, [*model.parameters(), *model.buffers()] if shares_tensors else ())
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # an attribute may be anything, and may raise anything
         raise TspcError(_complaint(model, error)) from error
 
 
-def _deep_copy(value: Any, owner: nn.Module) -> Any:
-    memo = {id(kept): new(kept) for kept, new in _renewed(owner)}
+def _deep_copy(value: Any, owner: nn.Module, shared: Iterable[Tensor] = ()) -> Any:
+    memo = {id(kept): new(kept) for kept, new in _renewed(owner)} | {id(tensor): tensor for tensor in shared}
     with _Detaching():
         return copy.deepcopy(value, memo)
 
