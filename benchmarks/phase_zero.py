@@ -4,7 +4,9 @@
 
 Each case runs in a process of its own, with today's code and, with `--before`, with the code in that folder.
 
-- `weights`: ResNet-50 from its weights alone, at 0.1; `tensorly`: its solvers alone, for the same ranks;
+- `weights`: ResNet-50 from its weights alone, at 0.1;
+- `tensorly`: its solvers alone, for the ranks of that plan, and (`METHOD@uniform`) for all layers at the same rate,
+  which is what its users can do without a plan;
 - `images`: ResNet-50 at 224², 64 images, everything as by default;
 - `audio`: a 1-d network of half a million parameters with kernels of 64 taps, so that a patch has 8,192 entries;
 - `depth`: seconds for each block of a transformer encoder with 6, 12, 24 and 48 blocks, called with masks;
@@ -69,9 +71,10 @@ def weights(method: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def tensorly(method: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The time of tensorly's solvers alone, for the ranks that tspc chooses."""
+    """The time of tensorly's solvers alone, for the ranks that tspc chooses, or for the same rate everywhere."""
     model = resnet()
-    made = tspc.plan(model, method, 0.1)
+    name, _, allocation = method.partition("@")
+    made = tspc.plan(model, name, 0.1, allocation=allocation or "global")
     started = time.monotonic()
     for layer in made.tensorized:
         kernel = model.get_submodule(layer.name).get_parameter("weight").detach()
@@ -182,7 +185,7 @@ def wide(method: str, options: argparse.Namespace) -> dict[str, Any]:
 
 CASES: dict[str, tuple[Callable[[str, argparse.Namespace], dict[str, Any]], str]] = {
     "weights": (weights, CONVOLUTIONAL),
-    "tensorly": (tensorly, "svd,cp,tk,tt"),
+    "tensorly": (tensorly, "svd,cp,tk,tt,svd@uniform,cp@uniform,tk@uniform,tt@uniform"),
     "images": (images, CONVOLUTIONAL),
     "audio": (audio, "svd,tk"),
     "depth": (depth, "svd@6,svd@12,svd@24,svd@48"),
