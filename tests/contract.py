@@ -17,6 +17,7 @@ from tests.random_networks import Answer, Network
 from tests.random_uses import CALLERS, Use
 from tspc.calibration.samples import Samples
 from tspc.compression.apply import apply_
+from tspc.compression.integers import state_bytes
 from tspc.compression.plan import Plan
 from tspc.errors import ConfigError, ExportError, InfeasibleRateError, TspcWarning
 from tspc.layers.forms import tensorized_layers
@@ -137,7 +138,10 @@ def check_parameters(small: nn.Module, model: nn.Module, use: Use) -> None:
     whole = use.rate_scope == "network"
     base = size(model) if whole else sum(size(model.get_submodule(name)) for name in counted)
     found = size(small) if whole else sum(size(small.get_submodule(name)) for name in counted)
-    assert found <= use.rate * base, f"{found} parameters of {base} at rate {use.rate}"
+    rate = 1 if use.method == "dense" else use.rate
+    assert found <= rate * base, f"{found} parameters of {base} at rate {rate}"
+    if plan.rate_unit == "bytes" or use.bits is not None:
+        assert state_bytes(small) <= state_bytes(model)
     assert all(not parameter.is_inference() for parameter in small.parameters())
     done = tensorized_layers(small)
     old = dict(model.named_parameters(remove_duplicate=False))
@@ -168,6 +172,8 @@ def check_answers(small: nn.Module, model: nn.Module, inputs: Tensor, dense: lis
 
 def check_full_rank(model: nn.Module, network: Network, use: Use, inputs: Tensor, dense: list[Tensor]) -> None:
     """With the largest ranks the network answers as it did, fitted by the weights or by what the layers see."""
+    if use.method == "dense":  # it has no ranks
+        return
     whole_plan = tspc.plan(model, use.method, 1.0, allocation="uniform", keep_first=False, keep_last=False)
     whole = copied(model)
     given = use.samples(network)

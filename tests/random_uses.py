@@ -53,6 +53,7 @@ class Use:
     caller: str
     training: bool
     exports: bool
+    bits: str | None = None
 
     def samples(self, network: Network) -> Any:
         images = network.inputs(self.settings.samples, seed=1)
@@ -69,7 +70,8 @@ class Use:
         names = ("method", "rate", "rate_scope", "rank_multiple", "objective")
         allocation, decay = self.shares
         fixed = {"allocation": allocation, "rate_decay": decay, "keep_first": False, "keep_last": False}
-        return {name: getattr(self, name) for name in names} | fixed
+        bits = self.bits or ("8" if self.method == "dense" else None)
+        return {name: getattr(self, name) for name in names} | fixed | {"bits": bits}
 
 
 USES = st.builds(
@@ -93,4 +95,5 @@ USES = st.builds(
     caller=mostly(tuple(CALLERS)),
     training=st.booleans(),
     exports=st.sampled_from((False,) * 19 + (True,)),
+    bits=mostly((None, "8", "4")),
 )

@@ -114,11 +114,11 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Raises ConfigError for mistakes that only the command line shows, such as both a rate and a target error."""
+    """Raises ConfigError for mistakes that only the command line shows, such as both a rate and a size."""
     given = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
     if "" in given:
         raise ConfigError([f"={shown(given[''])} names no setting; write KEY=VALUE, as in rate=0.1"])
-    goals = [f"{key}={given[key]}" for key in ("rate", "target_error") if given.get(key, "null") != "null"]
+    goals = [f"{key}={given[key]}" for key in ("rate", "target_error", "size") if given.get(key, "null") != "null"]
     if len(goals) > 1:
         raise ConfigError([f"{' and '.join(goals)} are two goals; leave one of them out"])
 

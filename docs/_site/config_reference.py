@@ -99,6 +99,8 @@ UNITS = {
     "rate": "share of the parameters",
     "rates": "shares of the parameters",
     "target_error": "relative error",
+    "size": "bytes with a unit, or a share of the float32 network",
+    "bits": "bits of an entry",
     "patches": "patches",
     "max_component_norm": "multiples of the kernel's norm",
     "workers": "processes",

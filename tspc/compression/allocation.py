@@ -1,4 +1,4 @@
-"""Divides one budget of parameters among the layers of a network.
+"""Divides one budget of parameters or bytes among the layers of a network.
 
 - `uniform`: every layer has the same rate, or a rate that depends on the depth, as in arXiv:1805.10352;
 - `overall`, called `global` in the settings: the least sum of the layers' weighted squared relative errors. Each
@@ -17,11 +17,12 @@ from functools import cached_property
 
 import numpy as np
 
-from tspc.compression.curves import rank_for
-from tspc.compression.error_curve import Curves, ErrorCurve
+from tspc.compression.error_curve import Curves
+from tspc.compression.form import PARAMETERS, Form, FormCurve, Widths
 from tspc.compression.plan import SLOWER, LayerPlan
-from tspc.decompositions import Decomposition, Method, Rank
+from tspc.decompositions import Method, Rank
 
+PLAIN = Widths()
 BISECTIONS = 100
 KEPT_SHARE = 0.5
 """If some layers stay dense for speed, the others keep at least this share of their parameters."""
@@ -31,74 +32,95 @@ SIZES = 96
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that shares the budget, with its candidate methods and their error curves (empty if unknown)."""
+    """A layer that shares the budget, with the forms that it may take and their error curves (empty if unknown)."""
 
     layer: LayerPlan
-    methods: tuple[Decomposition, ...]
-    curves: tuple[ErrorCurve, ...]
+    forms: tuple[Form, ...]
+    curves: tuple[FormCurve, ...]
     multiple: int
 
     @property
+    def unit(self) -> str:
+        return self.forms[0].unit
+
+    @property
     def minimum(self) -> int:
-        """Parameters of the smallest form, with bias."""
+        """The size of the smallest form, with bias."""
         return min(self.smallest.values())
 
     @property
+    def dense_size(self) -> int:
+        return self.layer.dense_size(self.unit)
+
+    @property
     def weight(self) -> float:
-        return self.curves[0].weight if self.curves else 1.0
+        return self.curves[0].curve.weight if self.curves else 1.0
+
+    @property
+    def bias(self) -> int:
+        """The size of the bias."""
+        return self.layer.bias_params * (1 if self.unit == PARAMETERS else 4)
 
     @cached_property
-    def smallest(self) -> dict[Decomposition, int]:
-        """For each method the parameters of its smallest form, with bias."""
-        bias = self.layer.bias_params
-        return {method: method.min_params(self.layer.shape, self.multiple) + bias for method in self.methods}
+    def smallest(self) -> dict[Form, int]:
+        """For each form its smallest size, with bias."""
+        return {form: form.smallest(self.layer.shape, self.multiple) + self.bias for form in self.forms}
 
-    def squared_error(self, method: Decomposition, params: int) -> float:
-        """Expected squared relative error with this number of parameters, bias included."""
-        return self._curve(method).at(params - self.layer.bias_params)
+    def squared_error(self, form: Form, size: int) -> float:
+        """Expected squared relative error at this size, bias included."""
+        return self._curve(form).at(size - self.bias)
 
     def squared_errors(self, sizes: np.ndarray) -> np.ndarray:
-        """The expected squared relative error of the best method at each size, bias included."""
+        """The expected squared relative error of the best form at each size, bias included."""
         of_each = [
-            np.where(sizes >= smallest, self._curve(method).on(sizes - self.layer.bias_params), np.inf)
-            for method, smallest in self.smallest.items()
+            np.where(sizes >= smallest, self._curve(form).on(sizes - self.bias), np.inf)
+            for form, smallest in self.smallest.items()
         ]
         return np.min(of_each, axis=0)
 
-    def _curve(self, method: Decomposition) -> ErrorCurve:
-        return next(curve for curve in self.curves if curve.method == method)
+    def _curve(self, form: Form) -> FormCurve:
+        return next(curve for curve in self.curves if curve.form == form)
 
-    def best(self, share: int) -> Decomposition:
-        """The method with the least expected error within a share, in parameters."""
-        fitting = [method for method, smallest in self.smallest.items() if smallest <= share]
-        return fitting[0] if len(fitting) == 1 else min(fitting, key=lambda m: self.squared_error(m, share))
+    def best(self, share: int) -> Form:
+        """The form with the least expected error within a share."""
+        fitting = [form for form, smallest in self.smallest.items() if smallest <= share]
+        return fitting[0] if len(fitting) == 1 else min(fitting, key=lambda form: self.squared_error(form, share))
 
     def within(self, share: int) -> LayerPlan:
-        """The layer at the largest rank within a share, in parameters; dense if the share is large enough."""
-        if share >= self.layer.dense_params:
+        """The layer at the largest rank within a share; dense if the share is large enough."""
+        if share >= self.dense_size:
             return self.dense()
         share = max(share, self.minimum)
-        method = self.best(share)
-        return self.at(method, rank_for(method, self.layer.shape, share - self.layer.bias_params, self.multiple))
+        form = self.best(share)
+        return self.at(form, form.rank_for(self.layer.shape, share - self.bias, self.multiple))
 
     def dense(self) -> LayerPlan:
         return replace(self.layer, output_error=0.0)
 
-    def at(self, method: Decomposition, rank: Rank) -> LayerPlan:
-        params = method.num_params(self.layer.shape, rank) + self.layer.bias_params
-        expected = math.sqrt(self.squared_error(method, params)) if self.curves else None
-        return replace(self.layer, method=method, rank=rank, params=params, output_error=expected)
+    def at(self, form: Form, rank: Rank) -> LayerPlan:
+        row = form.at(self.layer, rank)
+        expected = math.sqrt(self.squared_error(form, row.size(self.unit))) if self.curves else None
+        return replace(row, output_error=expected)
+
+    def raised(self, layer: LayerPlan) -> list[LayerPlan]:
+        """A row of this layer, one rank higher in each entry, if it stays below dense."""
+        if layer.method is None or layer.rank is None:
+            return []
+        form = Form(layer.method, layer.bits, self.unit)
+        above = [self.at(form, rank) for rank in form.method.raised(layer.shape, layer.rank, self.multiple)]
+        return [row for row in above if row.size(self.unit) < self.dense_size]
 
 
-def candidate(layer: LayerPlan, method: Method, curves: Curves | None, multiple: int) -> Candidate | None:
-    """The layer as a candidate; None if no method makes it smaller, even at the smallest rank."""
-    methods = tuple(
-        m
-        for m in method.candidates(layer.shape)
-        if m.min_params(layer.shape, multiple) + layer.bias_params < layer.dense_params
-    )
-    known = () if curves is None else tuple(c for c in curves[layer.name] if c.method in methods)
-    return Candidate(layer, methods, known, multiple) if methods else None
+def candidate(
+    layer: LayerPlan, method: Method, curves: Curves | None, multiple: int, widths: Widths = PLAIN
+) -> Candidate | None:
+    """The layer as a candidate; None if no form makes it smaller, even at the smallest rank."""
+    made = [Form(each, bits, widths.unit) for each in widths.methods(method, layer.shape) for bits in widths.bits]
+    whole = layer.dense_size(widths.unit) - layer.bias_params * (1 if widths.unit == PARAMETERS else 4)
+    forms = tuple(form for form in made if form.smallest(layer.shape, multiple) < whole)
+    by_method = {} if curves is None else {curve.method: curve for curve in curves[layer.name]}
+    known = () if curves is None else tuple(FormCurve.of(f, by_method[f.method], layer.shape) for f in forms)
+    return Candidate(layer, forms, known, multiple) if forms else None
 
 
 def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: int) -> list[LayerPlan]:
@@ -108,15 +130,15 @@ def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: i
     """
 
     def at(scale: float) -> list[LayerPlan]:
-        shares = [math.floor(scale * w * c.layer.dense_params) for c, w in zip(candidates, weights, strict=True)]
+        shares = [math.floor(scale * w * c.dense_size) for c, w in zip(candidates, weights, strict=True)]
         # Below dense: with one rate for all, no layer stays dense.
-        return [c.within(min(s, c.layer.dense_params - 1)) for c, s in zip(candidates, shares, strict=True)]
+        return [c.within(min(s, c.dense_size - 1)) for c, s in zip(candidates, shares, strict=True)]
 
     best, low, high = at(0.0), 0.0, 1.0 / min(weights)
     for _ in range(BISECTIONS // 3):
         middle = (low + high) / 2
         tried = at(middle)
-        if sum(layer.params for layer in tried) <= budget:
+        if _total(candidates, tried) <= budget:
             best, low = tried, middle
         else:
             high = middle
@@ -125,7 +147,7 @@ def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: i
 
 def overall(candidates: Sequence[Candidate], budget: int) -> list[LayerPlan]:
     """The least sum of weighted squared relative errors within the budget."""
-    sizes = np.array([np.linspace(c.minimum, c.layer.dense_params, SIZES).astype(int) for c in candidates])
+    sizes = np.array([np.linspace(c.minimum, c.dense_size, SIZES).astype(int) for c in candidates])
     errors = np.array([c.weight * c.squared_errors(row) for c, row in zip(candidates, sizes, strict=True)])
     errors[:, -1] = 0  # the last size is the dense layer
     rows = np.arange(len(candidates))
@@ -147,7 +169,7 @@ def overall(candidates: Sequence[Candidate], budget: int) -> list[LayerPlan]:
 def _filled(candidates: Sequence[Candidate], layers: list[LayerPlan], budget: int) -> list[LayerPlan]:
     """Raises ranks by single steps while the budget allows it, the largest gain first; no layer becomes dense."""
     layers = list(layers)
-    left = budget - sum(layer.params for layer in layers)
+    left = budget - _total(candidates, layers)
     raised = [_raised(c, layer) for c, layer in zip(candidates, layers, strict=True)]
     while True:
         # The first rank that fits: the one whose entry is the smallest.
@@ -161,9 +183,13 @@ def _filled(candidates: Sequence[Candidate], layers: list[LayerPlan], budget: in
         raised[-index] = _raised(candidates[-index], step.layer)
 
 
+def _total(candidates: Sequence[Candidate], layers: Sequence[LayerPlan]) -> int:
+    return sum(layer.size(c.unit) for c, layer in zip(candidates, layers, strict=True))
+
+
 @dataclass(frozen=True)
 class _Step:
-    """A layer one rank higher, its further parameters, and the gain for each of them."""
+    """A layer one rank higher, what it takes of the budget, and the gain for each unit of that."""
 
     layer: LayerPlan
     cost: int
@@ -172,15 +198,10 @@ class _Step:
 
 def _raised(candidate: Candidate, layer: LayerPlan) -> list[_Step]:
     """The layer one rank higher in each entry, if it stays below dense."""
-    if layer.method is None or layer.rank is None:
-        return []
-    ranks = layer.method.raised(layer.shape, layer.rank, candidate.multiple)
-    above = [candidate.at(layer.method, rank) for rank in ranks]
-    return [
-        _Step(row, row.params - layer.params, candidate.weight * _gain(layer, row))
-        for row in above
-        if row.params < layer.dense_params
-    ]
+    unit = candidate.unit
+    costs = [(row, row.size(unit) - layer.size(unit)) for row in candidate.raised(layer)]
+    # A rank more may add no byte, where entries of few bits fill a byte that was begun.
+    return [_Step(row, cost, candidate.weight * _gain(layer, row, max(cost, 1), unit)) for row, cost in costs]
 
 
 def without_slower(
@@ -196,14 +217,14 @@ def without_slower(
     `share_out` makes an allocation of the given layers under a budget.
     """
     dense: dict[str, LayerPlan] = {}
-    own = {row.name: row.params for row in ranked}
+    own = {row.name: row.size(c.unit) for c, row in zip(candidates, ranked, strict=True)}
     while True:
-        left = budget - sum(row.params for row in dense.values())
+        left = budget - sum(c.dense_size for c in candidates if c.layer.name in dense)
         slow = [c for c in candidates if c.layer.name not in dense and _is_slow(c, ranked, is_slow)]
         before = len(dense)
-        for one in sorted(slow, key=lambda c: c.layer.dense_params):
+        for one in sorted(slow, key=lambda c: c.dense_size):
             others = [c for c in candidates if c.layer.name not in dense and c is not one]
-            rest = left - one.layer.dense_params
+            rest = left - one.dense_size
             if rest >= max(sum(c.minimum for c in others), KEPT_SHARE * sum(own[c.layer.name] for c in others)):
                 dense[one.layer.name] = replace(one.dense(), reason=SLOWER)
                 left = rest
@@ -218,9 +239,8 @@ def _is_slow(candidate: Candidate, ranked: list[LayerPlan], is_slow: Callable[[L
     return row.method is not None and is_slow(row)
 
 
-def _gain(layer: LayerPlan, above: LayerPlan) -> float:
-    """How much one more parameter lowers the expected squared error; without errors, layers of low rate come first."""
-    cost = above.params - layer.params
+def _gain(layer: LayerPlan, above: LayerPlan, cost: int, unit: str) -> float:
+    """How much one more unit lowers the expected squared error; without errors, layers of low rate come first."""
     if layer.output_error is None or above.output_error is None:
-        return -layer.params / layer.dense_params
+        return -layer.size(unit) / layer.dense_size(unit)
     return (layer.output_error**2 - above.output_error**2) / cost

@@ -8,17 +8,20 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tspc.compression.header import FORMAT, checked_header, method_of
+from tspc.compression.header import FORMAT, FORMAT_OF_NUMBERS, checked_header, method_of
+from tspc.compression.integers import on_grids, with_integers, without_integers
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.layers.dense import DenseLayer, Form, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers, untrained
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, set_modules, warn_of_state_hooks
+from tspc.layers.tensorized import TensorizedLayer
 from tspc.models import NetworkSpec
 from tspc.models.described import described_network
 from tspc.models.lazy import require_sizes
 from tspc.models.safe_files import TensorFile, read_tensors, write_tensors
 from tspc.models.weights import check_state, load_state
+from tspc.quantization.grids import FULL
 from tspc.store.files import write_atomically
 from tspc.store.state import packed, take_kinds_, unpacked_extra
 from tspc.system.modes import own_modes
@@ -40,17 +43,26 @@ def save(
             "rank": list(layer.rank),
             "path": layer.path,
         }
+        | _width(layer)
         for name, layer in tensorized_layers(model).items()
     }
     require_sizes(model)
     tensors, beside = packed(model)
+    tensors = with_integers(tensors, model)
     header = {
-        "format": FORMAT,
+        "format": FORMAT if on_grids(model) else FORMAT_OF_NUMBERS,
         "layers": layers,
         "network": None if network is None else network.to_dict(),
         "info": info or {},
     } | beside
     write_atomically(Path(path), lambda temporary: write_tensors(temporary, tensors, json.dumps(header)))
+
+
+def _width(layer: TensorizedLayer) -> dict[str, Any]:
+    """The width of factors on grids, and the number format in which they compute."""
+    if layer.bits == FULL:
+        return {}
+    return {"bits": layer.bits, "dtype": str(layer.factor_parameters()[0].dtype).removeprefix("torch.")}
 
 
 @own_modes()
@@ -64,12 +76,15 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises WeightsError if the file is damaged, was not written by tspc, or does not fit the architecture.
     """
     header, file = _read(path, tensors=True)
-    state = file.tensors
     if model is None:
         model = _described(path, header, file)
     require_sizes(model)
     modules = dict(model.named_modules())
     small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
+    try:
+        state = without_integers(file.tensors, small, header["layers"])
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
     replace_layers(model, small)
     try:
         _fill_(model, header, state, path)
@@ -109,7 +124,7 @@ def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str,
     paths = paths_of(method, kernel_shape(dense), rank, Form.of(dense).groups)
     if way is not None and way not in paths:
         raise WeightsError(f"{path}: layer {shortened(name)} has no path {way}; choose one of {', '.join(paths)}")
-    return untrained(cast(DenseLayer, dense), method, rank, way)
+    return untrained(cast(DenseLayer, dense), method, rank, way, layer.get("bits", FULL))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Part, Samples, Survey
 from tspc.calibration.sketches import sketches_of
 from tspc.compression.error_curve import LEAST, ErrorCurve
+from tspc.compression.form import DENSE, Widths, rank_for, rounding
 from tspc.compression.plan import LayerPlan
 from tspc.compression.spreading import over_processes
 from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
@@ -44,6 +44,7 @@ WIDE = 1024
 several second moments, and its products are large enough for all threads."""
 WIDEST = 4096
 """With more inputs than this, a few rows are enough to show the curve."""
+PLAIN = Widths()
 MOST = 1 - 1e-9
 """A larger squared relative error counts as 1."""
 
@@ -55,9 +56,12 @@ def error_curves(
     method: Method,
     samples: Samples | None = None,
     *,
+    widths: Widths = PLAIN,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[ErrorCurve]]:
     """For each layer that no rule keeps dense, a curve for every candidate method.
+
+    With `widths` below 32 bits the curves also tell what rounding adds to the error.
 
     With `samples` the error is that of the layer's output, else that of its kernel. Inside `processes.sharing` each
     process measures some of the layers, and all get all curves.
@@ -75,7 +79,7 @@ def error_curves(
         on_layer(name)
 
     def some(names: list[str]) -> dict[str, list[dict[str, Any]]]:
-        for name, found in _measured(model, names, method, samples, survey):
+        for name, found in _measured(model, names, (method, widths), samples, survey):
             keep(name, found)
         return {name: [curve.to_dict() for curve in curves[name]] for name in names}
 
@@ -86,14 +90,19 @@ def error_curves(
 
 
 def _measured(
-    model: nn.Module, names: list[str], method: Method, samples: Samples | None, survey: Survey | None
+    model: nn.Module,
+    names: list[str],
+    asked: tuple[Method, Widths],
+    samples: Samples | None,
+    survey: Survey | None,
 ) -> Iterator[tuple[str, list[ErrorCurve]]]:
     """The curves of some layers, one after the other."""
+    method, widths = asked
 
     def measured(name: str, metric: Metric | None = None) -> list[ErrorCurve]:
         weight = kernel_of(model.get_submodule(name)).detach()
         with naming(name):
-            return _curves(method.candidates(tuple(weight.shape)), weight, metric)
+            return _curves(widths.methods(method, tuple(weight.shape)), weight, metric, widths.bits)
 
     rest = dict.fromkeys(names)
     if samples is not None and survey is not None:
@@ -121,8 +130,11 @@ def naming(layer: str) -> Iterator[None]:
         raise DecompositionError(f"layer {layer}: {error}") from error
 
 
-def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | None) -> list[ErrorCurve]:
+def _curves(
+    candidates: Sequence[Decomposition], weight: Tensor, metric: Metric | None, widths: Sequence[int]
+) -> list[ErrorCurve]:
     """One curve for each method."""
+    methods = [method for method in candidates if method != DENSE]
     # Without a metric the kernel's own precision is enough, but it is at least float32.
     own = torch.promote_types(weight.dtype, torch.float32)
     kernel = weight.to(own if metric is None else metric.inputs.dtype)
@@ -169,7 +181,11 @@ def _curves(methods: Sequence[Decomposition], weight: Tensor, metric: Metric | N
             errors = _corrected(method, shape, estimates[method], errors)
         sizes = sorted(errors)
         falling = accumulate((errors[size] for size in sizes), min)
-        curves.append(ErrorCurve(method, tuple(sizes), tuple(falling), weight.numel(), importance))
+        added = rounding(method, kernel, metric, widths, squared)
+        curves.append(ErrorCurve(method, tuple(sizes), tuple(falling), weight.numel(), importance, added))
+    if DENSE in candidates:
+        added = rounding(DENSE, kernel, metric, widths, squared)
+        curves.append(ErrorCurve(DENSE, (weight.numel(),), (0.0,), weight.numel(), importance, added))
     return curves
 
 
@@ -252,12 +268,6 @@ def _corrected(
         size: min(1.0, error * float(factor))
         for (size, error), factor in zip(estimates.items(), corrections, strict=True)
     }
-
-
-@lru_cache(maxsize=65536)
-def rank_for(method: Decomposition, shape: Shape, budget: int, multiple: int = 1) -> Rank:
-    """`Decomposition.rank_for`; layers of the same shape share its results."""
-    return method.rank_for(shape, budget, multiple)
 
 
 def _ranks(method: Decomposition, shape: Shape, shares: Sequence[float]) -> list[Rank]:

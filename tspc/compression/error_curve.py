@@ -24,7 +24,8 @@ class ErrorCurve:
 
     The samples are `params` (entries of the factors, ascending) and `squared_errors`. `dense` is the number of entries
     of the kernel; there the error is zero. `weight` says how much the layer's error matters: the root mean square of
-    the layer's part in the network's answer, or 1 if that is unknown.
+    the layer's part in the network's answer, or 1 if that is unknown. `rounding` has, for widths in bits, the share of
+    the squared output that rounding the factors adds to the squared error.
     """
 
     method: Decomposition
@@ -32,6 +33,11 @@ class ErrorCurve:
     squared_errors: tuple[float, ...]
     dense: int
     weight: float = 1.0
+    rounding: tuple[tuple[int, float], ...] = ()
+
+    def rounding_at(self, bits: int) -> float:
+        """The squared relative error that factors of this width add; 0 if it was not measured."""
+        return dict(self.rounding).get(bits, 0.0)
 
     def at(self, params: float) -> float:
         """The squared error at a size."""
@@ -52,6 +58,7 @@ class ErrorCurve:
             "errors": list(self.squared_errors),
             "dense": self.dense,
             "weight": self.weight,
+            "rounding": [list(pair) for pair in self.rounding],
         }
 
     @classmethod
@@ -61,4 +68,5 @@ class ErrorCurve:
         if not params or len(params) != len(squared_errors) or list(params) != sorted(set(params)):
             raise ValueError("the sizes of a curve ascend, and each has an error")
         method = decompositions.decomposition_from_dict(data["method"])
-        return cls(method, params, squared_errors, data["dense"], data["weight"])
+        rounding = tuple((bits, error) for bits, error in data.get("rounding", ()))
+        return cls(method, params, squared_errors, data["dense"], data["weight"], rounding)

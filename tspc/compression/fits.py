@@ -133,7 +133,7 @@ class Fits:
         dense = _dense(self.work, row.name)
         assert row.method is not None
         assert row.rank is not None
-        module = untrained(dense, row.method, row.rank, row.path)
+        module = untrained(dense, row.method, row.rank, row.path, row.bits)
         module.load_state_dict(state)
         if batch_norm is not None and mean is not None:
             _mean(self.work, batch_norm).copy_(mean)
@@ -175,7 +175,9 @@ def _fitted(
                 kernel_of(module).copy_(kernel)
         else:
             metric = None if statistics is None else statistics.metric
-            module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric, path=layer.path)
+            module = tensorize(
+                dense, layer.method, layer.rank, kernel=kernel, metric=metric, path=layer.path, bits=layer.bits
+            )
     rebuilt = kernel_of(module).detach()
     note = None
     if isinstance(module, TensorizedLayer):

@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from tspc import decompositions
-from tspc.decompositions import METHODS, Auto, Decomposition
+from tspc.decompositions import Auto, Decomposition
 from tspc.errors import ConfigError, TspcError, WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.models import FAMILIES, NetworkSpec
 from tspc.models.described import room_for
+from tspc.quantization.grids import BITS, FULL, factor_bytes
 from tspc.store.files import parsed_json
 from tspc.store.schemas import SIZE, problem
 from tspc.system.bounds import shown
 
-FORMAT = 1
-"""Version of the header's layout; raised when a reader of the old one would fail."""
+FORMAT, FORMAT_OF_NUMBERS = 2, 1
+"""Versions of the header's layout; raised when a reader of the old one would fail.
 
-_LAYER = {"method": {"name": str}, "shape": [SIZE], "rank": [SIZE], "path?": (str, None)}
+Files without integers have the first one, which earlier versions read, too."""
+
+_LAYER = {"method": {"name": str}, "shape": [SIZE], "rank": [SIZE], "path?": (str, None), "bits?": SIZE, "dtype?": str}
 _NETWORK = {
     **dict.fromkeys(("family", "name"), str),
     **dict.fromkeys(("num_classes?", "image_size?"), (SIZE, None)),
@@ -93,12 +96,16 @@ def _layer_size(where: str, layer: dict[str, Any], elements: int) -> int:
     _require(fits, f"{where}.rank", layer["rank"], f"{len(top)} entries, up to {list(top)}")
     known = paths_of(method, shape, rank)
     _require(path is None or path in known, f"{where}.path", path, f"one of {', '.join(known)}")
-    return method.num_params(shape, rank)
+    bits = layer.get("bits", FULL)
+    _require(bits in BITS, f"{where}.bits", bits, f"one of {', '.join(map(str, BITS))}")
+    if bits == FULL:
+        return method.num_params(shape, rank)
+    return sum(factor_bytes(factor, bits) for factor in method.factor_shapes(shape, rank))
 
 
 def _require_registered(method: str) -> None:
     try:
-        known = method == Auto.name or method in METHODS
+        known = method == Auto.name or decompositions.is_known(method)
     except ConfigError as error:  # of the package that offers it
         raise WeightsError(str(error)) from error
     if not known:

@@ -5,24 +5,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from tspc.compression.allocation import Candidate, candidate
 from tspc.compression.error_curve import Curves
+from tspc.compression.form import DENSE, PARAMETERS, Widths
 from tspc.compression.plan import LayerPlan
-from tspc.compression.selection import FilterFn, select
-from tspc.compression.settings import PlanSettings
-from tspc.decompositions import Method
+from tspc.compression.selection import DEPTHWISE, UNTOUCHED, FilterFn, select, why_dense
+from tspc.compression.settings import PlanSettings, share_of
 from tspc.errors import ConfigError, InfeasibleRateError
+from tspc.quantization.grids import FULL
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a plan before any rank is chosen: the layers, and how many parameters a rate leaves them."""
+    """What is known of a plan before any rank is chosen: the layers, and what a rate leaves them.
+
+    `network_bytes` are those of all parameters and buffers.
+    """
 
     settings: PlanSettings
     layers: tuple[LayerPlan, ...]
     network_params: int
+    network_bytes: int
 
     @property
     def chosen(self) -> list[LayerPlan]:
@@ -31,23 +36,45 @@ class Outline:
 
     def candidates(self, curves: Curves | None) -> list[Candidate]:
         """What each of these layers may become, with its curves where they are known."""
-        found = [candidate(x, self.settings.method, curves, self.settings.rank_multiple) for x in self.chosen]
+        asked = self.settings
+        found = [candidate(x, asked.method, curves, asked.rank_multiple, asked.widths) for x in self.chosen]
         return [one for one in found if one is not None]  # all of them: `outline` keeps the others dense
 
     @property
     def _base(self) -> int:
-        """Parameters that the rate counts, before."""
-        return self.network_params if self.settings.rate_scope == "network" else self._dense
+        """What the rate counts, before, in parameters or bytes."""
+        if self.settings.scope == "layers":
+            return self._dense
+        return self.network_params if self.unit == PARAMETERS else self.network_bytes
+
+    @property
+    def unit(self) -> str:
+        return self.settings.widths.unit
+
+    @property
+    def rate(self) -> float:
+        """The rate that was asked for; a `size` as a share of what the network has before."""
+        if not self.settings.decomposes:
+            return 1.0
+        return self.settings.rate if self.settings.size is None else share_of(self.settings.size, self.network_bytes)
 
     @property
     def _dense(self) -> int:
-        return sum(layer.dense_params for layer in self.chosen)
+        return sum(layer.dense_size(self.unit) for layer in self.chosen)
+
+    @property
+    def _rest(self) -> int:
+        """What the rate counts beside the layers that share the budget, after."""
+        if self.settings.scope == "layers":
+            return 0
+        fixed = [layer for layer in self.layers if layer.reason is not None]
+        saved = sum(layer.dense_size(self.unit) - layer.size(self.unit) for layer in fixed)
+        return self._base - self._dense - saved
 
     @property
     def _least(self) -> int:
-        """Parameters that the rate counts with the smallest rank in every layer."""
-        smallest = sum(candidate.minimum for candidate in self.candidates(None))
-        return self._base - self._dense + smallest
+        """What the rate counts with the smallest form of every layer."""
+        return self._rest + sum(candidate.minimum for candidate in self.candidates(None))
 
     @property
     def smallest_rate(self) -> float:
@@ -55,26 +82,47 @@ class Outline:
         return -(-self._least * 10_000 // self._base) / 10_000
 
     def budget(self, rate: float) -> int:
-        """Parameters that these layers together may have. Raises InfeasibleRateError if they cannot have so few."""
+        """What these layers together may have. Raises InfeasibleRateError if they cannot have so little."""
         counted = _whole_share(rate, self._base)
         if counted < self._least:
+            if self.settings.size is not None:
+                raise InfeasibleRateError(
+                    f"size={self.settings.size} cannot be met: the smallest form of every layer already needs "
+                    f"{self._least:,} of {self._base:,} bytes; the smallest feasible size for this method and network "
+                    f"is {self._least}B",
+                    self.smallest_rate,
+                )
             raise InfeasibleRateError(
                 f"rate={rate} cannot be met: the smallest rank in every layer already needs {self._least:,} of "
-                f"{self._base:,} parameters; the smallest feasible rate for this method and network is "
+                f"{self._base:,} {self.unit}; the smallest feasible rate for this method and network is "
                 f"{self.smallest_rate}",
                 self.smallest_rate,
             )
-        return counted - (self._base - self._dense)
+        return counted - self._rest
 
 
 def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None = None) -> Outline:
     """Finds the layers that can be tensorized. Raises ConfigError if there is none, and what `select` raises."""
     selected = select(model, settings.selection, filter_fn)
-    layers = tuple(_smaller(layer, settings.method, settings.rank_multiple) for layer in selected)
+    layers = tuple(_smaller(layer, settings) for layer in selected)
     if all(layer.reason is not None for layer in layers):
         kept = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no Conv2d or Linear"
         raise ConfigError([f"the network has no layer to tensorize ({kept})"])
-    return Outline(settings, layers, sum(p.numel() for p in model.parameters()))
+    modules = dict(model.named_modules())
+    layers = tuple(_rounded(layer, modules[layer.name], settings.widths) for layer in layers)
+    held = sum(4 * p.numel() for p in model.parameters()) + sum(map(_bytes, model.buffers()))
+    return Outline(settings, layers, sum(p.numel() for p in model.parameters()), held)
+
+
+def _bytes(buffer: Tensor) -> int:
+    return buffer.numel() * (4 if buffer.is_floating_point() else buffer.element_size())
+
+
+def _rounded(layer: LayerPlan, module: nn.Module, widths: Widths) -> LayerPlan:
+    """A layer that a rule keeps dense, in fewer bits; unchanged if the user left it out or its kernel is shared."""
+    if layer.reason in (None, *UNTOUCHED) or why_dense(module) not in (None, DEPTHWISE) or widths.of_rules == FULL:
+        return layer
+    return replace(layer, method=DENSE, rank=(), bits=widths.of_rules)
 
 
 def _whole_share(rate: float, base: int) -> int:
@@ -83,9 +131,10 @@ def _whole_share(rate: float, base: int) -> int:
     return next(number for number in (near + 1, near, near - 1) if number / base <= rate)
 
 
-def _smaller(layer: LayerPlan, method: Method, multiple: int) -> LayerPlan:
+def _smaller(layer: LayerPlan, settings: PlanSettings) -> LayerPlan:
     """The layer, with a reason to stay dense if even its smallest form would not make it smaller."""
-    if layer.reason is not None or candidate(layer, method, None, multiple) is not None:
+    method, multiple = settings.method, settings.rank_multiple
+    if layer.reason is not None or candidate(layer, method, None, multiple, settings.widths) is not None:
         return layer
     forms = method.candidates(layer.shape)
     minimum = min(form.min_params(layer.shape, multiple) for form in forms) + layer.bias_params

@@ -9,6 +9,7 @@ from typing import Any
 
 from tspc import decompositions
 from tspc.decompositions import Decomposition, Method, Rank, Shape
+from tspc.quantization.grids import FULL, factor_bytes
 
 FINAL = "final layer"
 """The reason why the network's last layer stays dense."""
@@ -26,6 +27,7 @@ class LayerPlan:
     `error` is ‖K − K̂‖/‖K‖, known once the layer is decomposed. `output_error` is the relative root mean square error
     of the layer's output against the reference's: first the expected one, from the error curves, then the measured one.
     `note` names a problem of the decomposition. `path` says how a tensorized layer computes, see `tspc.layers.chains`.
+    `bits` is the width of the factors' entries; with fewer than 32 they lie on grids, see `tspc.quantization`.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerPlan:
     output_error: float | None = None
     note: str | None = None
     path: str | None = None
+    bits: int = FULL
 
     @property
     def kernel_params(self) -> int:
@@ -51,6 +54,27 @@ class LayerPlan:
         return self.dense_params - self.kernel_params
 
     @property
+    def dense_bytes(self) -> int:
+        """Bytes of the kernel and the bias in float32."""
+        return 4 * self.dense_params
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the factors with the scales of their grids, and of the bias; of a dense layer those in float32."""
+        if self.method is None or self.rank is None:
+            return self.dense_bytes
+        shapes = self.method.factor_shapes(self.shape, self.rank)
+        return sum(factor_bytes(shape, self.bits) for shape in shapes) + 4 * self.bias_params
+
+    def size(self, unit: str) -> int:
+        """The parameters or the bytes after, with the bias."""
+        return self.bytes if unit == "bytes" else self.params
+
+    def dense_size(self, unit: str) -> int:
+        """The parameters or the bytes before, with the bias."""
+        return self.dense_bytes if unit == "bytes" else self.dense_params
+
+    @property
     def compensates(self) -> bool:
         """Whether a layer that stays dense may still correct the errors of the layers before it."""
         return self.reason in (None, FINAL, SLOWER)
@@ -60,7 +84,8 @@ class LayerPlan:
         """What the layer becomes: method and ranks, or why it stays dense."""
         if self.method is None or self.rank is None:
             return f"dense: {self.reason or 'kept'}"
-        return f"{self.method.name} {', '.join(map(str, self.rank))}"
+        width = "" if self.bits == FULL else f" in {self.bits} bits"
+        return f"{self.method.name} {', '.join(map(str, self.rank))}".rstrip() + width
 
     @property
     def form(self) -> str:
@@ -73,7 +98,7 @@ class LayerPlan:
         return f"{self.name} {self.kind} {shape}: {self.form}, {self.dense_params:,} → {self.params:,}{note}"
 
     def to_dict(self) -> dict[str, Any]:
-        plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note", "path")
+        plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note", "path", "bits")
         rank = None if self.rank is None else list(self.rank)
         method = None if self.method is None else self.method.to_dict()
         return {k: getattr(self, k) for k in plain} | {"shape": list(self.shape), "rank": rank, "method": method}
@@ -89,7 +114,8 @@ class LayerPlan:
 class Plan:
     """Ranks for a whole network at one rate. `layers` also lists the layers that stay dense.
 
-    `rate` is the ceiling that the user gave, or that was found for a target error.
+    `rate` is the ceiling that the user gave, or that was found for a target error; it counts parameters or bytes
+    (`rate_unit`). `network_dense_bytes` are the bytes of the network's parameters and buffers before.
     """
 
     method: Method
@@ -100,6 +126,8 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     network_dense_params: int
     objective: str = "parameters"
+    rate_unit: str = "parameters"
+    network_dense_bytes: int = 0
 
     @property
     def budgeted(self) -> tuple[LayerPlan, ...]:
@@ -132,10 +160,24 @@ class Plan:
 
     @property
     def rate_reached(self) -> float:
-        """Parameters after ÷ before, counted over `rate_scope`; never above `rate`."""
+        """Parameters or bytes after ÷ before, counted over `rate_scope`; never above `rate`."""
+        if self.rate_unit == "bytes":
+            return self.bytes_reached
         if self.rate_scope == "network":
             return self.network_params / self.network_dense_params
         return self.params / self.dense_params
+
+    @property
+    def network_bytes(self) -> int:
+        """Bytes of the whole network's parameters and buffers after."""
+        return self.network_dense_bytes - sum(layer.dense_bytes - layer.bytes for layer in self.layers)
+
+    @property
+    def bytes_reached(self) -> float:
+        """Bytes after ÷ before, counted over `rate_scope`."""
+        if self.rate_scope == "network":
+            return self.network_bytes / self.network_dense_bytes
+        return sum(layer.bytes for layer in self.budgeted) / sum(layer.dense_bytes for layer in self.budgeted)
 
     @property
     def output_error(self) -> float | None:
@@ -149,6 +191,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("rate", "rate_decay", "rate_scope", "allocation", "network_dense_params", "objective")
+        plain += ("rate_unit", "network_dense_bytes")
         layers = [layer.to_dict() for layer in self.layers]
         return {k: getattr(self, k) for k in plain} | {"method": self.method.to_dict(), "layers": layers}
 

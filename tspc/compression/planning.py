@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,13 +12,15 @@ from tspc.calibration.samples import Calibration, Samples, kept
 from tspc.compression.allocation import Candidate, overall, uniform, without_slower
 from tspc.compression.curves import error_curves
 from tspc.compression.error_curve import Curves
+from tspc.compression.form import DENSE, Widths
 from tspc.compression.outline import Outline, outline
 from tspc.compression.path_costs import Costs, input_sizes
-from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.plan import SLOWER, LayerPlan, Plan
 from tspc.compression.selection import FilterFn
 from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Method
 from tspc.errors import ConfigError
+from tspc.quantization.grids import FULL
 from tspc.system import processes
 from tspc.system.modes import own_modes
 from tspc.traversal.blocks import block_of, find_blocks
@@ -60,10 +63,10 @@ def plan(
     asked = PlanSettings.of(method, rate, **options)
     sketch = outline(model, asked, filter_fn)
     if asked.target_error is None:
-        sketch.budget(asked.rate)  # raises the error before the work if the rate cannot be met
+        sketch.budget(sketch.rate)  # raises the error before the work if the rate cannot be met
     with processes.sharing(spread), kept(calibration, settings, model) as samples:
         if curves is None and asked.needs_curves:
-            curves = error_curves(model, sketch.layers, asked.method, samples, on_layer=on_layer)
+            curves = error_curves(model, sketch.layers, asked.method, samples, widths=asked.widths, on_layer=on_layer)
         if example is None and samples is not None:
             example = next(iter(samples))[:1]
         if processes.is_shared():  # the times that `paths` may measure differ from process to process
@@ -95,13 +98,21 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
             is_slow = lambda row: not costs.is_faster(model.get_submodule(row.name), row)  # noqa: E731
             ranked = without_slower(candidates, budget, ranked, share_out, is_slow)
         by_name = {layer.name: layer for layer in ranked}
-        final = tuple(by_name.get(layer.name, layer) for layer in sketch.layers)
-        settled = asked.method, rate, asked.rate_decay, asked.rate_scope, asked.allocation
-        return Plan(*settled, final, sketch.network_params, asked.objective)
+        final = tuple(_narrowed(by_name.get(layer.name, layer), asked.widths) for layer in sketch.layers)
+        settled = asked.method, rate, asked.rate_decay, asked.scope, asked.allocation
+        return Plan(*settled, final, sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes)
 
     if asked.target_error is None:
-        return at(asked.rate)
+        return at(sketch.rate)
     return _smallest_plan(at, sketch.smallest_rate, asked.target_error)
+
+
+def _narrowed(layer: LayerPlan, widths: Widths) -> LayerPlan:
+    """A layer that the allocation keeps dense has the width that was asked for, too, if it is one."""
+    if layer.method is not None or layer.reason not in (None, SLOWER) or len(widths.bits) > 1:
+        return layer
+    bits = max(widths.bits)
+    return layer if bits == FULL else replace(layer, method=DENSE, rank=(), bits=bits)
 
 
 def _weights(model: nn.Module, layers: list[LayerPlan], rate_decay: str) -> list[float]:

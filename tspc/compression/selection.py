@@ -21,6 +21,10 @@ FilterFn = Callable[[str, nn.Module], bool]
 """Whether a layer, given by its name and itself, may be tensorized."""
 
 
+DEPTHWISE, SHARED = "depthwise convolution", "its weight is shared with another layer"
+EXCLUDED, NOT_INCLUDED, FILTERED = "excluded", "not included", "left out by filter_fn"
+UNTOUCHED = (SHARED, EXCLUDED, NOT_INCLUDED, FILTERED)
+"""The reasons for which a layer keeps its kernel as it is, also where other dense layers have fewer bits."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types of numbers in which a kernel can be decomposed."""
 
@@ -52,19 +56,19 @@ def select(model: nn.Module, selection: Selection, filter_fn: FilterFn | None = 
         reason = why_dense(module)
         params = sum(p.numel() for p in module.parameters(recurse=False))
         if name in shared:
-            reason = "its weight is shared with another layer"
+            reason = SHARED
         elif selection.keep_first and name == first:
             reason = "first convolution"
         elif selection.keep_last and name == last and reason is None:
             reason = FINAL
         elif any(fnmatchcase(name, pattern) for pattern in selection.exclude):
-            reason = "excluded"
+            reason = EXCLUDED
         elif selection.include and not any(fnmatchcase(name, pattern) for pattern in selection.include):
-            reason = "not included"
+            reason = NOT_INCLUDED
         elif reason is None and params < selection.min_params:
             reason = f"fewer than {selection.min_params:,} parameters"
         elif reason is None and filter_fn is not None and not filter_fn(name, module):
-            reason = "left out by filter_fn"
+            reason = FILTERED
         layers.append(LayerPlan(name, type(module).__name__, shapes[name], params, params, reason=reason))
     return layers
 
@@ -80,7 +84,7 @@ def why_dense(module: nn.Module) -> str | None:
     if module._buffers or module._modules or set(module._parameters) - {"weight", "bias"}:
         return "it holds parameters, buffers or modules of its own"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1 and module.groups == module.in_channels:
-        return "depthwise convolution"
+        return DEPTHWISE
     return None
 
 

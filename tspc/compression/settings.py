@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tspc.compression.form import BYTES, DENSE, PARAMETERS, UNITS, Widths
 from tspc.decompositions import Auto, Decomposition, Method, TensorTrain, resolve
 from tspc.errors import ConfigError
+from tspc.quantization.grids import BITS, FULL
 from tspc.system.bounds import COUNT, NONE_OR_MORE, POSITIVE_SHARE, out_of_range, shown, unknown
 
-GOALS = ("rate", "target_error")
+GOALS = ("rate", "target_error", "size")
 """Settings that say how small the network becomes; a plan has one of them."""
+AUTO = "auto"
+AUTO_BITS = (8, 6, 5, 4)
+"""The widths from which the plan chooses."""
+WIDTHS = (*map(str, BITS), AUTO)
+UNIT_BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+MANY_BYTES = 10**13
 ALLOCATIONS = ("global", "uniform")
 RATE_DECAYS = ("flat", "linear_inc", "linear_dec")
 RATE_SCOPES = ("layers", "network")
@@ -54,6 +64,33 @@ class Selection:
         return texts + out_of_range(self, where, {"min_params": NONE_OR_MORE})
 
 
+def _bytes_or_share(size: str) -> float | None:
+    """Bytes (above 1) or a share (at most 1) from text; None if it is neither."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?) ?(|B|kB|KB|MB|GB|KiB|MiB|GiB)", size.strip())
+    if found is None:
+        return None
+    number, unit = float(found.group(1)), found.group(2)
+    if not unit:
+        return number if 0 < number <= 1 else None
+    count = number * UNIT_BYTES[unit]
+    return count if 1 < count <= MANY_BYTES else None
+
+
+def share_of(size: str, whole: int) -> float:
+    """A size as a share of so many bytes, at most 1."""
+    value = _bytes_or_share(size)
+    assert value is not None, "a size that was checked"
+    return value if value <= 1 else min(value / whole, 1.0)
+
+
+def goal_of(settings: Mapping[str, Any]) -> str:
+    """What a plan was asked for, as in a folder's name."""
+    if settings.get("size") is not None:
+        return f"size{settings['size'].replace(' ', '')}"
+    target = settings.get("target_error")
+    return f"{settings['rate']:g}" if target is None else f"error{target:g}"
+
+
 TENSOR_TRAIN, USUAL = TensorTrain(), Selection()
 
 
@@ -65,6 +102,13 @@ class PlanSettings:
     - `rate`: the largest parameters after ÷ before, in (0, 1].
     - `target_error`, in the place of the rate, in (0, 1]: the plan has the smallest rate at which the root mean square
       of the layers' output errors is expected to be at most this.
+    - `size`, in the place of the rate: the largest size of the whole network, as "500kB", "2MB" or "100000B", or as a
+      share of its float32 numbers, in (0, 1]. Scales, biases and norms count, too.
+    - `bits`: the width of the factors' entries: "32" (floating-point numbers), "16", "8", "6", "5", "4" or "3"
+      (integers, with a scale for each row), or "auto", which chooses a width for each layer and needs a budget in
+      bytes. None: "32" with a rate, "auto" with a size. With fewer than 32 bits layers that stay dense are rounded,
+      too: to the same width, or with "auto" to 8 bits where a rule keeps them dense.
+    - `rate_unit`: what the rate counts: "parameters", or "bytes", compared with float32.
     - `allocation`: "global" spends the budget where it lowers the error most, and may keep layers dense; "uniform"
       gives every layer the same rate. If a layer's share is too small for the smallest rank, the layer takes this rank,
       and the other layers get less.
@@ -82,6 +126,9 @@ class PlanSettings:
     method: Method = TENSOR_TRAIN
     rate: float = 0.2
     target_error: float | None = None
+    size: str | None = None
+    bits: str | None = None
+    rate_unit: str = PARAMETERS
     allocation: str = "global"
     rate_decay: str = "flat"
     rate_scope: str = "layers"
@@ -92,6 +139,10 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", resolve(self.method))
+        for key in ("bits", "size"):  # numbers are welcome, too
+            value = getattr(self, key)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                object.__setattr__(self, key, f"{value:.10g}")
 
     @classmethod
     def of(cls, method: str | Method | PlanSettings = "tt", rate: float | None = None, **options: Any) -> PlanSettings:
@@ -109,7 +160,8 @@ class PlanSettings:
         given = {key: value for key, value in options.items() if key in own}
         made = dataclasses.replace(start, **given | {"selection": selection})
         problems += made.problems("")
-        if None not in (options.get("rate"), made.target_error) and made._two_goals not in problems:
+        asked = [key for key in GOALS if key != "rate" and getattr(made, key) is not None]
+        if options.get("rate") is not None and asked and made._two_goals not in problems:
             problems.append(made._two_goals)
         if problems:
             raise ConfigError(problems)
@@ -128,22 +180,64 @@ class PlanSettings:
             "rank_multiple": COUNT,
             "objective": OBJECTIVES,
             "paths": PATH_COSTS,
+            "bits": WIDTHS,
+            "rate_unit": UNITS,
         }
         found += out_of_range(self, where, allowed)
-        if self.target_error is not None and self.rate != PlanSettings.rate:
+        if self.size is not None and _bytes_or_share(self.size) is None:
+            found.append(
+                f"size={shown(self.size)}: expected a number with a unit, as in 500kB, 2MB or 100000B, or a share of "
+                "the float32 network above 0 and at most 1"
+            )
+        if len(self._goals) > 1:
             found.append(self._two_goals)
+        if self.size is not None and self.rate_scope == "layers" != PlanSettings.rate_scope:
+            found.append("size counts the whole network; leave rate_scope out")
+        if self.bits == AUTO and self.size is None and self.rate_unit == PARAMETERS:
+            found.append("bits=auto compares widths under a budget in bytes: give size=…, or rate_unit=bytes")
+        if is_method and self.method == DENSE and self.widths.bits == (FULL,):
+            found.append("method=dense is smaller only with fewer bits: give bits=8, for example, or size=…")
         if self.rate_decay in RATE_DECAYS[1:] and self.allocation == "global":
             found.append(f"rate_decay={self.rate_decay} sets the rate of each layer, so it needs allocation=uniform")
         return found + self.selection.problems(where)
 
     @property
+    def _goals(self) -> list[str]:
+        """The goals that are given."""
+        usual = {"rate": PlanSettings.rate}
+        return [key for key in GOALS if getattr(self, key) != usual.get(key)]
+
+    @property
     def _two_goals(self) -> str:
-        return f"rate={self.rate} and target_error={self.target_error} are two goals; leave one of them out"
+        named = dict.fromkeys(("rate", *self._goals)) if len(self._goals) < 2 else self._goals
+        return f"{' and '.join(f'{key}={getattr(self, key)}' for key in named)} are two goals; leave one of them out"
+
+    @property
+    def _unit(self) -> str:
+        return BYTES if self.size is not None or self.method == DENSE else self.rate_unit
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether the budget says how small the layers become. Else their width alone does."""
+        return self.method != DENSE or self.size is not None or self.rate_unit == BYTES
+
+    @property
+    def scope(self) -> str:
+        """What the budget counts: a `size` is that of the network."""
+        return "network" if self.size is not None else self.rate_scope
+
+    @property
+    def widths(self) -> Widths:
+        """The widths that factors may have."""
+        bits = self.bits or (str(FULL) if self.size is None else AUTO)
+        chosen = AUTO_BITS if bits == AUTO else (int(bits),) if bits in WIDTHS else (FULL,)
+        return Widths(chosen, self._unit, offers_dense=self._unit == BYTES and min(chosen) < FULL)
 
     @property
     def needs_curves(self) -> bool:
         """Whether the ranks depend on the layers' errors."""
-        return self.allocation == "global" or self.target_error is not None or isinstance(self.method, Auto)
+        several = isinstance(self.method, Auto) or len(self.widths.bits) > 1 or self.widths.offers_dense
+        return self.allocation == "global" or self.target_error is not None or several
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from tspc.decompositions.auto import CANDIDATES, Auto
 from tspc.decompositions.base import Decomposition
 from tspc.decompositions.cp import CP
+from tspc.decompositions.dense import Dense
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
 from tspc.decompositions.metric import Metric
 from tspc.decompositions.registry import ENTRY_POINTS, KINDS, METHODS, register
@@ -32,6 +33,7 @@ __all__ = [
     "Auto",
     "Axes",
     "Decomposition",
+    "Dense",
     "Factors",
     "Method",
     "Metric",
@@ -45,6 +47,7 @@ __all__ = [
     "decomposition_from_dict",
     "double",
     "from_dict",
+    "is_known",
     "is_matrix",
     "kernel_dims",
     "names",
@@ -59,11 +62,13 @@ Method = Decomposition | Auto
 
 def names() -> list[str]:
     """The names of all registered methods. A method of another package is registered when its name is first used."""
-    return [*METHODS, Auto.name]
+    return [*METHODS, Auto.name, Dense.name]
 
 
 def settings_of(name: str) -> dict[str, Any]:
     """The settings that a method takes, with their defaults."""
+    if name == Dense.name:
+        return {}
     return {"candidates": list(CANDIDATES)} if name == Auto.name else METHODS.settings(name)
 
 
@@ -90,7 +95,7 @@ def decomposition_from_dict(data: Mapping[str, Any]) -> Decomposition:
     """
     settings = dict(data)
     name = settings.pop("name", None)
-    if not isinstance(name, str) or name not in METHODS:
+    if not isinstance(name, str) or not is_known(name):
         raise ConfigError([_unknown(name)])
     known = settings_of(name)
     problems = [
@@ -106,7 +111,12 @@ def decomposition_from_dict(data: Mapping[str, Any]) -> Decomposition:
                 problems.append(f"method.{key}={shown(value)}: expected {KINDS[kind]}")
     if problems:
         raise ConfigError(problems)
-    return METHODS[name](**settings)
+    return Dense() if name == Dense.name else METHODS[name](**settings)
+
+
+def is_known(name: str) -> bool:
+    """Whether there is a decomposition of this name. Raises ConfigError if one of a package cannot be loaded."""
+    return name == Dense.name or name in METHODS
 
 
 def _unknown(name: Any) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """The name that leaves the choice to the plan."""
+DENSE = "dense"
+"""The name of a kernel that stays whole."""
 ENTRY_POINTS = "tspc.methods"
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 """The kinds of settings; the kind of a setting is that of its default."""
@@ -36,7 +38,7 @@ class Registry(Mapping[str, "Callable[..., Decomposition]"]):
 
     def add(self, name: str, build: Callable[..., Decomposition], settings: dict[str, Any]) -> None:
         """Registers a constructor. Raises ConfigError if another class has the name."""
-        if name == AUTO or (name in self._made and self._made[name][0] is not build):
+        if name in (AUTO, DENSE) or (name in self._made and self._made[name][0] is not build):
             raise ConfigError([f"a method called {name!r} is registered already; give yours another name"])
         self._made[name] = build, settings
 

@@ -23,6 +23,8 @@ from tspc.decompositions import Decomposition, Metric, Rank
 from tspc.layers.chains import CHAIN, REBUILT, stages_of
 from tspc.layers.dense import DenseLayer, Form, kernel_of, kernel_shape
 from tspc.layers.tensorized import TensorizedLayer as TensorizedLayer
+from tspc.quantization.factors import quantized
+from tspc.quantization.grids import FULL, Grid, row_count
 
 
 def _is_ordinary(weight: Any) -> bool:
@@ -38,6 +40,8 @@ class Chain(TensorizedLayer, nn.Sequential):
 
     @property
     def runs_factors(self) -> bool:
+        if self.bits != FULL:
+            return False
         # Tensors of other kinds, such as quantised ones, may support nothing except being a layer's weight.
         return self._path == CHAIN or any(not _is_ordinary(link.weight) for link in self)
 
@@ -93,8 +97,8 @@ def _like(layer: DenseLayer) -> dict[str, Any]:
 
 
 def is_chain(layer: nn.Module, decomposition: Decomposition) -> bool:
-    """Whether the factors themselves are the kernels of a chain."""
-    return Form.of(layer).groups == 1 and decomposition.chain_axes(kernel_shape(layer)) is not None
+    """Whether the factors themselves are the kernels of a chain of several links."""
+    return Form.of(layer).groups == 1 and len(decomposition.chain_axes(kernel_shape(layer)) or ()) > 1
 
 
 def default_path(layer: nn.Module, decomposition: Decomposition) -> str:
@@ -102,11 +106,13 @@ def default_path(layer: nn.Module, decomposition: Decomposition) -> str:
     return CHAIN if is_chain(layer, decomposition) else REBUILT
 
 
-def untrained(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None) -> TensorizedLayer:
+def untrained(
+    layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str | None = None, bits: int = FULL
+) -> TensorizedLayer:
     """The tensorized form of `layer`, in training mode; the factors have the right shapes and arbitrary values.
 
-    The factors take `requires_grad` from the layer's weight, the bias from its bias. Raises ConfigError for a path that
-    the layer does not have.
+    With fewer than 32 `bits` the scales of the factors' grids are 1. The factors take `requires_grad` from the layer's
+    weight, the bias from its bias. Raises ConfigError for a path that the layer does not have.
     """
     decomposition = decomposition.for_shape(kernel_shape(layer))
     form = Chain if is_chain(layer, decomposition) else Contracted
@@ -115,6 +121,9 @@ def untrained(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path:
         factor.requires_grad_(layer.weight.requires_grad)
     if layer.bias is not None:
         cast(nn.Parameter, result.bias).requires_grad_(layer.bias.requires_grad)
+    if bits != FULL:
+        counts = map(row_count, decomposition.factor_shapes(kernel_shape(layer), rank))
+        result.put_on_([Grid(bits, torch.ones(count, **_like(layer))) for count in counts])
     return result
 
 
@@ -126,16 +135,23 @@ def tensorize(
     kernel: Tensor | None = None,
     metric: Metric | None = None,
     path: str | None = None,
+    bits: int = FULL,
 ) -> TensorizedLayer:
     """Decomposes the kernel of `layer` and returns the layer that runs on the factors, in the same mode.
 
     Stride, padding (every mode), dilation, groups and bias are kept. If `kernel` is given (see
-    `tspc.layers.dense.as_kernel`), it is decomposed instead of the layer's own. `metric` is the norm of the fit. Raises
+    `tspc.layers.dense.as_kernel`), it is decomposed instead of the layer's own. `metric` is the norm of the fit. With
+    fewer than 32 `bits` the factors are rounded to grids, see `tspc.quantization.factors.quantized`. Raises
     DecompositionError as `decompose` does, and ConfigError for a path that the layer does not have.
     """
     decomposition = decomposition.for_shape(kernel_shape(layer))
-    factors = decomposition.decompose(kernel_of(layer) if kernel is None else kernel, rank, metric)
+    kernel = kernel_of(layer).detach() if kernel is None else kernel
+    factors = decomposition.decompose(kernel, rank, metric)
     result = untrained(layer, decomposition, rank, path)
+    if bits != FULL:
+        on_grids = quantized(decomposition, factors, kernel, bits, metric)
+        factors = on_grids.factors
+        result.put_on_(on_grids.grids)
     with torch.no_grad():
         for own, value in zip(result.factor_tensors(), factors.tensors, strict=True):
             own.copy_(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tspc.decompositions import Decomposition, Factors, Rank, Shape
 from tspc.layers.chains import Stage, contracted, paths_of, stages_of
 from tspc.layers.dense import DenseLayer, Form, as_weight, kernel_shape, shown_by
+from tspc.quantization.grids import FULL, Grid
 
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
 _TracerWarning: type[Warning] = torch.jit.TracerWarning  # pyright: ignore[reportPrivateImportUsage]
@@ -25,6 +26,8 @@ class TensorizedLayer(nn.Module):
     shape: Shape
     rank: Rank
     kind: str
+    bits: int = FULL
+    """The width of the factors' entries. With fewer than 32 bits the layer computes with values on grids."""
     shown: dict[str, Any]
     """The plain attributes of the dense layer; this layer has them, too."""
     _kept: tuple[Tensor, ...] | None
@@ -83,7 +86,25 @@ class TensorizedLayer(nn.Module):
         raise NotImplementedError
 
     def factors(self) -> Factors:
-        return Factors(tuple(self.factor_tensors()), self.shape, self.rank)
+        """The factors that the layer computes with; on their grids, if it has any. Differentiable."""
+        tensors = self.factor_tensors()
+        if self.bits != FULL:
+            tensors = [grid.straight_through(f) for grid, f in zip(self.grids, tensors, strict=True)]
+        return Factors(tuple(tensors), self.shape, self.rank)
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The grid of each factor; empty with 32 bits."""
+        count = 0 if self.bits == FULL else len(self.factor_parameters())
+        return [Grid(self.bits, self.get_buffer(_scales(i))) for i in range(count)]
+
+    def put_on_(self, grids: Sequence[Grid]) -> None:
+        """From now on the layer computes with the values on these grids, one for each factor, that are nearest."""
+        self.bits = grids[0].bits
+        for i, grid in enumerate(grids):
+            # Not persistent: files hold the scales beside the integers.
+            self.register_buffer(_scales(i), grid.scales.clone(), persistent=False)
+        self.path = self.path
 
     @property
     def weight(self) -> Tensor:
@@ -169,7 +190,13 @@ class TensorizedLayer(nn.Module):
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def extra_repr(self) -> str:
-        return f"{self.decomposition.name}, shape={self.shape}, rank={self.rank}, path={self.path}"
+        bits = "" if self.bits == FULL else f", bits={self.bits}"
+        return f"{self.decomposition.name}, shape={self.shape}, rank={self.rank}, path={self.path}{bits}"
+
+
+def _scales(factor: int) -> str:
+    """The name of the buffer with a factor's scales."""
+    return f"scales_{factor}"
 
 
 def _as_one_node(layer: TensorizedLayer, x: Any) -> Any:

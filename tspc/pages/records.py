@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tspc.compression.plan import Plan
+from tspc.compression.settings import goal_of
 from tspc.errors import RunError, TspcError
 from tspc.phases.finished import read_record, unfinished
 from tspc.phases.table import NETWORK_PHASES
@@ -53,9 +54,8 @@ class Run:
 
     @property
     def goal(self) -> str:
-        """The rate or the target error that the user gave, as in the directory's name."""
-        target = self.identity.get("target_error")
-        return f"{self.identity['rate']:g}" if target is None else f"error{target:g}"
+        """The rate, size or target error that the user gave, as in the directory's name."""
+        return goal_of(self.identity)
 
     @property
     def dataset(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tspc.calibration.samples import Samples
 from tspc.compression.apply import tensorized, to_fit
+from tspc.compression.integers import state_bytes
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.settings import Selection
@@ -22,7 +23,7 @@ from tspc.store.files import write_json
 from tspc.system import processes
 from tspc.system.launch import is_first
 from tspc.system.tally import counting
-from tspc.terminal.tables import plan_table, state_bytes
+from tspc.terminal.tables import plan_table
 
 
 def decompose(

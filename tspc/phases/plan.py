@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tspc.compression.error_curve import Curves
+from tspc.compression.integers import state_bytes
 from tspc.compression.path_costs import calls, macs_saved
 from tspc.compression.plan import Plan
 from tspc.deploy import cost
@@ -15,7 +16,7 @@ from tspc.phases.phase import ShowingPhase, Work
 from tspc.phases.planning import Planning, calibration_samples
 from tspc.system.bounds import POSITIVE_SHARE, shown
 from tspc.system.launch import is_first
-from tspc.terminal.tables import plan_table, rates_table, state_bytes
+from tspc.terminal.tables import plan_table, rates_table
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import planned
 from tspc.compression.progress import work_on
 from tspc.compression.settings import PlanSettings
-from tspc.decompositions import Method
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
 from tspc.system.tally import counting
@@ -46,13 +45,13 @@ def calibration_samples(calibration: Calibration, context: Context) -> Iterator[
 
 
 def measure_curves(
-    reference: nn.Module, layers: Sequence[LayerPlan], method: Method, samples: Samples | None, context: Context
+    reference: nn.Module, layers: Sequence[LayerPlan], settings: PlanSettings, samples: Samples | None, context: Context
 ) -> Curves:
     """The error curves of the layers: the error of each layer at any size."""
     sizes = {layer.name: work_on(layer.kernel_params) for layer in layers if layer.reason is None}
     with context.tally("plan", f"{len(sizes)} layers", sum(sizes.values())) as tally, counting(samples, tally):
         done = lambda name: tally.add(name, sizes[name])  # noqa: E731
-        return error_curves(reference, layers, method, samples, on_layer=done)
+        return error_curves(reference, layers, settings.method, samples, widths=settings.widths, on_layer=done)
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ class Planning:
         return planned(self.reference, self.sketch, curves, self.example)
 
     def at(self, rate: float, curves: Curves) -> Plan:
-        """The ranks at another rate. Raises InfeasibleRateError if it cannot be met."""
-        settings = replace(self.settings, rate=rate, target_error=None)
+        """The ranks at another rate; of a `size` it is the share. Raises InfeasibleRateError if it cannot be met."""
+        size = None if self.settings.size is None else f"{rate:.10g}"
+        settings = replace(self.settings, rate=PlanSettings.rate if size else rate, target_error=None, size=size)
         return planned(self.reference, replace(self.sketch, settings=settings), curves, self.example)

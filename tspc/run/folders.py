@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tspc.compression.settings import GOALS
+from tspc.compression.settings import GOALS, goal_of
 from tspc.decompositions import resolve
 from tspc.models import NetworkSpec
 from tspc.run.config import Config
@@ -23,6 +23,8 @@ LABELS = {
     "rank_multiple": "multiple{}",
     "rate_decay": "{}",
     "rate_scope": "{}",
+    "bits": "{}bits",
+    "rate_unit": "{}",
     "objective": "",
     "paths": "",
     "selection": "",
@@ -42,8 +44,7 @@ def run_folder(config: Config, spec: NetworkSpec) -> Path:
     planning = config.planning
     settings = planning.method.to_dict()
     defaults = resolve(settings["name"]).to_dict()
-    goal = f"{planning.rate:g}" if planning.target_error is None else f"error{planning.target_error:g}"
-    parts = [f"{settings['name']}-{goal}"]
+    parts = [f"{settings['name']}-{goal_of(planning.identity)}"]
     parts += [f"{key}{_brief(value)}" for key, value in settings.items() if value != defaults[key]]
     usual = {f.name: f.default for f in dataclasses.fields(planning) if f.name not in ("method", *GOALS)}
     for key in sorted(usual, key=[*LABELS, *usual].index):

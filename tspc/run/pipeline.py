@@ -10,6 +10,7 @@ import torch
 
 from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.error_curve import Curves
+from tspc.compression.integers import state_bytes
 from tspc.compression.outline import Outline
 from tspc.compression.settings import PlanSettings
 from tspc.data import NO_DATA, Contiguous, Data, DataSpec, load_data
@@ -45,7 +46,7 @@ from tspc.store.files import DISK_FAULTS
 from tspc.store.records import usual
 from tspc.system import processes
 from tspc.terminal.display import Display
-from tspc.terminal.tables import percent, state_bytes
+from tspc.terminal.tables import percent
 from tspc.training import Hardware, Recipe
 
 LEFT = tuple(name for phase in DELIVERY_PHASES.values() for name in (phase.record, *phase.files))
@@ -152,9 +153,9 @@ def _announce(planning: Planning, config: Config, display: Display) -> None:
     chosen = sketch.chosen
     for name, of_phase in config.phases.items():
         PHASES[name].check_network(of_phase, planning.reference, [layer.name for layer in chosen])
-    dense = sum(layer.dense_params for layer in chosen)
+    dense = sum(layer.dense_size(sketch.unit) for layer in chosen)
     if settings.target_error is None:
-        goal = f"at most {sketch.budget(settings.rate):,} of {dense:,} parameters"
+        goal = f"at most {sketch.budget(sketch.rate):,} of {dense:,} {sketch.unit}"
     else:
         goal = f"{dense:,} parameters to an output error of {settings.target_error:g}"
     display.line(f"plan       {settings.method.name}, {len(chosen)} of {len(sketch.layers)} layers: {goal}")

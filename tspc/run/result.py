@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tspc.compression import checkpoint
+from tspc.compression.integers import state_bytes
 from tspc.compression.plan import Plan
 from tspc.models import NetworkSpec
 from tspc.pages import made, write_report
@@ -17,7 +18,7 @@ from tspc.run.job import Job
 from tspc.run.networks import Networks
 from tspc.store.files import intact, write_json
 from tspc.store.schemas import RESULT
-from tspc.terminal.tables import result_lines, result_table, state_bytes, versions
+from tspc.terminal.tables import result_lines, result_table, versions
 from tspc.traversal.copying import copied
 
 

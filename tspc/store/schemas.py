@@ -118,6 +118,7 @@ _LAYER = {
     "rank": ([SIZE], None),
     **dict.fromkeys(("reason", "note?", "path?"), (str, None)),
     **dict.fromkeys(("error", "output_error"), ERROR),
+    "bits?": COUNT,
 }
 PLAN = {
     "method": dict,
@@ -125,6 +126,8 @@ PLAN = {
     **dict.fromkeys(("rate_decay", "rate_scope", "allocation", "objective?"), str),
     "layers": [_LAYER],
     "network_dense_params": SIZE,
+    "network_dense_bytes?": SIZE,
+    "rate_unit?": str,
 }
 FINISHED = {
     "settings": dict,
@@ -137,7 +140,8 @@ FINISHED = {
 }
 """What a finished phase tells in the header of its network's file."""
 
-CURVES = {...: [{"method": dict, "params": [COUNT], "errors": [Number(0)], "dense": SIZE, "weight": Number(0)}]}
+_CURVE = {"method": dict, "params": [COUNT], "errors": [Number(0)], "dense": SIZE, "weight": Number(0)}
+CURVES = {...: [_CURVE | {"rounding?": [[Number(0)]]}]}
 """`curves-*.json` beside a reference."""
 
 

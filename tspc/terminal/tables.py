@@ -11,19 +11,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.errors import InfeasibleRateError
-from tspc.store.state import tensor_state
 
 MAX_ROWS = 60
 COLUMNS = ("layer", "kind", "shape", "ranks", "before", "after", "error", "output\nerror")
-
-
-def state_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in tensor_state(model).values())
 
 
 def versions() -> dict[str, str]:
@@ -60,11 +53,12 @@ def plan_table(
 
 def _title(plan: Plan) -> str:
     decay = "" if plan.rate_decay == "flat" else f", {plan.rate_decay}"
-    return f"Plan: {plan.method.name} at rate {plan.rate:.4g} of {_scope(plan)}, {plan.allocation}{decay}"
+    what = "rate" if plan.rate_unit == "parameters" else "a share of bytes of"
+    return f"Plan: {plan.method.name} at {what} {plan.rate:.4g} of {_scope(plan)}, {plan.allocation}{decay}"
 
 
 def _scope(plan: Plan) -> str:
-    return "all parameters" if plan.rate_scope == "network" else "the tensorized layers"
+    return f"all {plan.rate_unit}" if plan.rate_scope == "network" else "the tensorized layers"
 
 
 def _totals(plan: Plan, bytes_before: int, bytes_after: int) -> Text:
@@ -139,7 +133,9 @@ def result_lines(result: dict[str, Any], target: Path) -> list[str]:
     """The rate reached, and the size of the network in the file `target`."""
     before, after = result["parameters"]["before"], result["parameters"]["after"]
     asked = f"{result['rate']} asked"
-    if result["target_error"] is not None:
+    if result.get("size") is not None:
+        asked = f"for a size of at most {result['size']}"
+    elif result["target_error"] is not None:
         asked = f"for an expected output error of at most {result['target_error']}"
     return [
         f"rate       {result['rate_reached']:.4f} reached, {asked}",

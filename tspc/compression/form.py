@@ -1,0 +1,142 @@
+"""What a layer may become: a method at a width of its factors' entries, and how large that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from torch import Tensor
+
+from tspc.compression.error_curve import ErrorCurve
+from tspc.compression.plan import LayerPlan
+from tspc.decompositions import Decomposition, Dense, Method, Metric, Rank, Shape
+from tspc.quantization.factors import expected_share, nearest
+from tspc.quantization.grids import FULL, factor_bytes
+
+DENSE = Dense()
+SAFE = 8
+"""The width at which rounding costs hardly anything; where the plan chooses widths, layers that a rule keeps dense have
+it."""
+ROUNDED = 0.2
+"""The size of the fit whose factors are rounded; it shows how much of the output rounding changes."""
+PARAMETERS, BYTES = "parameters", "bytes"
+UNITS = (PARAMETERS, BYTES)
+"""What a budget counts."""
+
+
+@lru_cache(maxsize=65536)
+def rank_for(method: Decomposition, shape: Shape, budget: int, multiple: int = 1) -> Rank:
+    """`Decomposition.rank_for`; layers of the same shape share its results."""
+    return method.rank_for(shape, budget, multiple)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A method at a width; sizes are in the unit of the budget, and without the bias."""
+
+    method: Decomposition
+    bits: int = FULL
+    unit: str = PARAMETERS
+
+    def size(self, shape: Shape, rank: Rank) -> int:
+        """The size of the factors at a rank."""
+        if self.unit == PARAMETERS:
+            return self.method.num_params(shape, rank)
+        return sum(factor_bytes(factor, self.bits) for factor in self.method.factor_shapes(shape, rank))
+
+    def smallest(self, shape: Shape, multiple: int) -> int:
+        """The size at the smallest rank."""
+        return self.size(shape, tuple(min(multiple, top) for top in self.method.max_rank(shape)))
+
+    def rank_for(self, shape: Shape, budget: int, multiple: int) -> Rank:
+        """The largest rank within a budget, which is at least `smallest`."""
+        if self.unit == PARAMETERS:
+            return rank_for(self.method, shape, budget, multiple)
+        least = self.method.min_params(shape, multiple)
+        params = max(budget * 8 // self.bits, least)
+        while True:  # the scales leave a little less than this
+            rank = rank_for(self.method, shape, params, multiple)
+            excess = self.size(shape, rank) - budget
+            if excess <= 0 or params == least:
+                return rank
+            params = max(params - max(excess * 8 // self.bits, 1), least)
+
+    def at(self, layer: LayerPlan, rank: Rank) -> LayerPlan:
+        """The row of a layer that becomes this."""
+        params = self.method.num_params(layer.shape, rank) + layer.bias_params
+        return replace(layer, method=self.method, rank=rank, params=params, bits=self.bits)
+
+
+@dataclass(frozen=True)
+class FormCurve:
+    """The error of one layer in one form against its size, from the error curve of the method."""
+
+    form: Form
+    curve: ErrorCurve
+    sizes: tuple[int, ...]
+    """The sizes at the samples of the curve, and of the dense kernel."""
+
+    @classmethod
+    def of(cls, form: Form, curve: ErrorCurve, shape: Shape) -> FormCurve:
+        if form.unit == PARAMETERS:
+            return cls(form, curve, (*curve.params, curve.dense))
+        ranks = [rank_for(form.method, shape, params) for params in curve.params]
+        return cls(form, curve, (*(form.size(shape, rank) for rank in ranks), factor_bytes(shape, form.bits)))
+
+    def on(self, sizes: np.ndarray) -> np.ndarray:
+        """The expected squared relative errors at sizes without the bias, rounding included."""
+        params = np.interp(sizes, np.maximum.accumulate(self.sizes), (*self.curve.params, self.curve.dense))
+        truncated = self.curve.on(params)
+        return truncated + self.curve.rounding_at(self.form.bits) * (1 - truncated)
+
+    def at(self, size: int) -> float:
+        """The same at one size."""
+        return float(self.on(np.array([size]))[0])
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths that factors may have, and what the budget counts.
+
+    With `offers_dense` a layer may also keep its whole kernel, in one of these widths.
+    """
+
+    bits: tuple[int, ...] = (FULL,)
+    unit: str = PARAMETERS
+    offers_dense: bool = False
+
+    def methods(self, method: Method, shape: Shape) -> tuple[Decomposition, ...]:
+        """The methods that a layer with a kernel of this shape may take."""
+        found = method.candidates(shape)
+        return tuple(dict.fromkeys((*found, DENSE))) if self.offers_dense else found
+
+    @property
+    def of_rules(self) -> int:
+        """The width of layers that a rule keeps dense."""
+        return max(self.bits) if len(self.bits) == 1 else SAFE
+
+
+def rounding(
+    method: Decomposition,
+    kernel: Tensor,
+    metric: Metric | None,
+    widths: Sequence[int],
+    squared: Callable[[Tensor], float],
+) -> tuple[tuple[int, float], ...]:
+    """For each width the squared relative error that rounding adds, from the factors of one fit."""
+    shape, narrow = tuple(kernel.shape), [bits for bits in widths if bits != FULL]
+    whole = squared(kernel.flatten(1))
+    if not narrow or not whole > 0:
+        return ()
+    size = max(int(ROUNDED * kernel.numel()), method.min_params(shape))
+    factors = method.sketch().decompose(kernel, rank_for(method, shape, size), metric)
+    rebuilt, gained = method.reconstruct(factors), expected_share(method, shape, metric)
+    kept = squared(rebuilt.flatten(1))
+
+    def added(bits: int) -> float:
+        rounded = method.reconstruct(nearest(factors, bits).factors)
+        return min(1.0, gained * squared((rounded - rebuilt).flatten(1)) / kept) if kept > 0 else 0.0
+
+    return tuple((bits, added(bits)) for bits in narrow)

@@ -1,0 +1,123 @@
+"""Factors on grids, with a small error of the layer's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tspc.decompositions import Decomposition, Factors, Metric, Shape
+from tspc.quantization.grids import Grid, grid_for
+from tspc.quantization.links import Inputs
+from tspc.quantization.rounding import with_feedback
+from tspc.system.modes import own_modes
+
+OF_ONE, OF_CHAIN = 0.3, 0.5
+"""About what error feedback leaves of the squared error of rounding to nearest, for one link and for a chain."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Factors whose entries lie on grids, one grid for each factor."""
+
+    factors: Factors
+    grids: tuple[Grid, ...]
+
+
+@own_modes()
+@torch.no_grad()
+def nearest(factors: Factors, bits: int) -> Quantized:
+    """Each entry rounded to the nearest value on its row's grid, without a look at the outputs."""
+    grids = tuple(grid_for(tensor, bits) for tensor in factors.tensors)
+    return _on(factors, grids, [grid.rounded(tensor) for grid, tensor in zip(grids, factors.tensors, strict=True)])
+
+
+@own_modes()
+@torch.no_grad()
+def quantized(
+    method: Decomposition, factors: Factors, kernel: Tensor, bits: int, metric: Metric | None = None
+) -> Quantized:
+    """The factors of `kernel` in `bits` bits; in the norm of `metric` their error is at most that of `nearest`.
+
+    Without a metric it is `nearest`.
+
+    In a chain the links are rounded one after the other, with error feedback along the second moments of their own
+    inputs (`rounding`). The inputs are those that the links before give once they are rounded, and the last link is
+    first fitted to what the kernel gives. Before that the channels between the links are scaled, which changes nothing
+    in the layer, so that each column of a link has entries of about the same size.
+    """
+    plain = nearest(factors, bits)
+    found = None if metric is None else _chain(method, factors, kernel, bits, metric)
+    if found is None or metric is None:
+        return plain
+    error = lambda of: metric.squared((kernel - method.reconstruct(of.factors).to(kernel)).flatten(1))  # noqa: E731
+    return min((plain, found), key=error)
+
+
+def expected_share(method: Decomposition, shape: Shape, metric: Metric | None) -> float:
+    """About how much of the squared error of `nearest` is left with `quantized`."""
+    axes = None if metric is None else method.chain_axes(shape)
+    return 1.0 if axes is None else OF_ONE if len(axes) == 1 else OF_CHAIN
+
+
+def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, metric: Metric) -> Quantized | None:
+    """The links of a chain, rounded one after the other; None if the factors are not the links of one."""
+    axes = method.chain_axes(factors.shape)
+    links = [_four(tensor) for tensor in factors.tensors]
+    if axes is None or any(_kind(link, links[i - 1] if i else None, kernel) is None for i, link in enumerate(links)):
+        return None
+    links = _balanced([link.to(torch.float32) for link in links])
+    inputs = Inputs.of_layer(metric, factors.shape)
+    targets = inputs.rows.flatten(1) @ kernel.flatten(1).to(inputs.rows).mT
+    grids, found = [], []
+    for i, (link, covered) in enumerate(zip(links, axes, strict=True)):
+        is_depthwise = _is_depthwise(link, links[i - 1] if i else None)
+        if 0 < i == len(links) - 1 and not is_depthwise:
+            link = inputs.fitted(targets, tuple(link.shape))
+        moments = inputs.moments(covered, is_depthwise)
+        matrix = link.flatten(1)
+        grids.append(grid_for(link, bits, moments.diagonal(dim1=-2, dim2=-1)))
+        found.append(with_feedback(matrix, grids[-1], moments).reshape(link.shape))
+        inputs = inputs.after(found[-1], covered, is_depthwise)
+    return _on(factors, grids, found)
+
+
+def _on(factors: Factors, grids: Sequence[Grid], tensors: Sequence[Tensor]) -> Quantized:
+    like = factors.tensors
+    own = tuple(new.reshape(old.shape).to(old) for new, old in zip(tensors, like, strict=True))
+    scales = tuple(grid.to(old) for grid, old in zip(grids, like, strict=True))
+    return Quantized(Factors(own, factors.shape, factors.rank), scales)
+
+
+def _four(link: Tensor) -> Tensor:
+    return link.reshape(*link.shape, *(1,) * (4 - link.ndim))
+
+
+def _is_depthwise(link: Tensor, before: Tensor | None) -> bool:
+    return before is not None and link.shape[1] == 1 and len(link) == len(before) and len(link) > 1
+
+
+def _kind(link: Tensor, before: Tensor | None, kernel: Tensor) -> str | None:
+    """How a link takes its channels: "dense" or "depthwise"; None for other groups."""
+    channels = kernel.shape[1] if before is None else len(before)
+    if link.shape[1] == channels:
+        return "dense"
+    return "depthwise" if _is_depthwise(link, before) else None
+
+
+def _balanced(links: list[Tensor]) -> list[Tensor]:
+    """The same chain, in which the entries that a link has for each of its channels are about equally large."""
+    links = list(links)
+    for i in range(len(links) - 1, 0, -1):
+        if _is_depthwise(links[i], links[i - 1]):
+            sizes = links[i].abs().amax((1, 2, 3))
+            sizes = torch.where(sizes > 0, sizes, 1.0)
+            links[i] = links[i] / sizes[:, None, None, None]
+        else:
+            sizes = links[i].square().mean((0, 2, 3)).sqrt()
+            sizes = torch.where(sizes > 0, sizes, 1.0)
+            links[i] = links[i] / sizes[None, :, None, None]
+        links[i - 1] = links[i - 1] * sizes[:, None, None, None]
+    return links

@@ -1,0 +1,90 @@
+"""Symmetric grids: integers of a few bits times a scale for each row of a factor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tspc.decompositions import Shape
+
+BITS = (32, 16, 8, 6, 5, 4, 3)
+"""Widths of an entry; 32 is a float32 number, and the others are integers with a scale."""
+FULL = 32
+SCALE_BYTES = 2
+"""A scale is a bfloat16 number."""
+LONG_ROW = 12
+"""A factor with shorter rows has one scale for all of them: scales of their own would take much of the memory."""
+SHRINKS = tuple(1 - 0.04 * step for step in range(16))
+"""Shares of a row's largest entry that its grid may reach; what is beyond is clipped."""
+
+
+def row_count(shape: Shape) -> int:
+    """The number of scales of a factor: one for each entry of the first axis, or one for all."""
+    return shape[0] if math.prod(shape[1:]) >= LONG_ROW else 1
+
+
+def factor_bytes(shape: Shape, bits: int) -> int:
+    """The bytes of a factor of this shape, with its scales."""
+    entries = math.prod(shape)
+    return 4 * entries if bits == FULL else -(-entries * bits // 8) + SCALE_BYTES * row_count(shape)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The multiples of a scale that an entry can be: `scales` has one for each row (R), or one for all (1)."""
+
+    bits: int
+    scales: Tensor
+
+    @property
+    def largest(self) -> int:
+        """The largest integer; the smallest one is its negative."""
+        return 2 ** (self.bits - 1) - 1
+
+    def integers(self, factor: Tensor) -> Tensor:
+        """The nearest integers, as whole numbers in the factor's dtype."""
+        return (factor / self._spread(factor)).round().clamp(-self.largest, self.largest)
+
+    def rounded(self, factor: Tensor) -> Tensor:
+        """The nearest values on the grid."""
+        return self.integers(factor) * self._spread(factor)
+
+    def straight_through(self, factor: Tensor) -> Tensor:
+        """The nearest values on the grid, with the gradient of the factor (Bengio, Léonard & Courville, 2013)."""
+        return factor + (self.rounded(factor) - factor).detach()
+
+    def to(self, like: Tensor) -> Grid:
+        """The same grid on the device and in the dtype of a tensor."""
+        return replace(self, scales=self.scales.to(like))
+
+    def _spread(self, factor: Tensor) -> Tensor:
+        return self.scales.to(factor).reshape(-1, *(1 for _ in factor.shape[1:]))
+
+
+def as_scales(values: Tensor) -> Tensor:
+    """Positive scales, rounded to what a file holds; a row of zeros has the scale 1."""
+    scales = values.to(torch.bfloat16).to(values.dtype)
+    return torch.where((scales > 0) & scales.isfinite(), scales, torch.ones_like(scales))
+
+
+def grid_for(factor: Tensor, bits: int, importance: Tensor | None = None) -> Grid:
+    """The grid of each row with the least squared error of rounding, among several widths.
+
+    `importance` weights the entries of a row; it is of a row's size, or of the factor's.
+    """
+    rows = factor.reshape(row_count(tuple(factor.shape)), -1)
+    weights = torch.ones_like(rows[:1]) if importance is None else importance.to(rows).expand(factor.shape[0], -1)
+    weights = weights if len(weights) in (1, len(rows)) else weights.reshape(1, -1)
+    largest = rows.abs().amax(1)
+    best, least = as_scales(largest), torch.full_like(largest, math.inf)
+    limit = 2 ** (bits - 1) - 1
+    for shrink in SHRINKS if bits < 16 else (1.0,):
+        scales = as_scales(largest * shrink / limit)
+        grid = Grid(bits, scales)
+        errors = (weights * (grid.rounded(rows) - rows).square()).sum(1)
+        better = errors < least
+        best, least = torch.where(better, scales, best), torch.where(better, errors, least)
+    return Grid(bits, best)
