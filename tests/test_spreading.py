@@ -47,16 +47,23 @@ watched(curves, "_curves")
 calls = {
     "weights": {},
     "outputs": {"calibration": images, "settings": tspc.Calibration(batch_size=8, compensate=False)},
+    "integers": {
+        "calibration": images,
+        "settings": tspc.Calibration(batch_size=8, compensate=False),
+        "bits": 4,
+    },
     "in turn": {"calibration": images, "settings": tspc.Calibration(batch_size=8)},
 }
 for name, more in calls.items():
     told = [[], []]
     seen.clear()
-    alone = tspc.compress(model, **options, **more, on_layer=told[0].append).state_dict()
+    alone = tspc.compress(model, **options, **more, on_layer=told[0].append).eval()
     works = [[seen.count(kind) for kind in ("_curves", "_fitted")]]
     seen.clear()
-    shared = tspc.compress(model, **options, **more, on_layer=told[1].append, spread=True).state_dict()
-    same = alone.keys() == shared.keys() and all(torch.equal(alone[key], shared[key]) for key in alone)
+    shared = tspc.compress(model, **options, **more, on_layer=told[1].append, spread=True).eval()
+    one, other = alone.state_dict(), shared.state_dict()
+    same = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    same = same and torch.equal(alone(images), shared(images))
     works.append([seen.count(kind) for kind in ("_curves", "_fitted")])
     found[name] = {"same": same, "works": works, "told": [sorted(names) for names in told]}
 plans = [tspc.plan(model, **options, **calls["outputs"], spread=spread) for spread in (False, True)]
