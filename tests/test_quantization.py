@@ -186,3 +186,18 @@ def test_eight_bits_hardly_change_the_answer():
     wanted = model(images)
     assert (small(images) - wanted).norm() < 0.02 * (wanted - wanted.mean(0)).norm()
     assert state_bytes(small) < 0.4 * state_bytes(model)
+
+
+@pytest.mark.parametrize("method", ["cp", "rtk", "dense"])
+def test_an_exported_file_holds_the_values_that_the_network_computes_with(tmp_path, method):
+    images = torch.randn(4, 3, 14, 14)
+    options = {} if method == "dense" else {"rate": 0.6}
+    small = tspc.compress(convolutional(), method, calibration=images, bits=4, **options).eval()
+    for layer in tensorized_layers(small).values():
+        layer.path = layer.paths[0]  # the longest chain
+    found = tspc.export(small, tmp_path / "small.pt2", images)
+    assert {layer.bits for layer in tensorized_layers(small).values()} == {4}, "the network itself is not changed"
+    program = torch.export.load(tmp_path / "small.pt2")
+    torch.testing.assert_close(program.module()(images), small(images), rtol=1e-4, atol=1e-5)
+    assert not any("round" in str(node.target) for node in program.graph.nodes)
+    assert found is not None

@@ -60,7 +60,8 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     example = tuple(torch.zeros_like(x) for x in take(inputs, 2))
     model = copied(model)
     for layer in tensorized_layers(model).values():
-        layer.forget()  # the file holds the factors, not the larger kernels that eval mode contracts from them
+        layer.take_off_grids_()  # a file holds numbers, without the steps that round them
+        layer.forget()  # and the factors, not the larger kernels that eval mode contracts from them
     try:
         # For control flow that depends on values the tracer prints the whole graph, besides raising the error.
         with quiet(*EXPORTERS), redirect_stderr(io.StringIO()):

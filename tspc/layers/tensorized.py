@@ -106,6 +106,17 @@ class TensorizedLayer(nn.Module):
             self.register_buffer(_scales(i), grid.scales.clone(), persistent=False)
         self.path = self.path
 
+    @torch.no_grad()
+    def take_off_grids_(self) -> None:
+        """The factors become the values that the layer computes with, as floating-point numbers."""
+        values = self.factors().tensors
+        for i, (own, value) in enumerate(zip(self.factor_tensors(), values, strict=True)):
+            own.copy_(value)
+            if self.bits != FULL:
+                delattr(self, _scales(i))
+        self.bits = FULL
+        self.path = self.path
+
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors represent, in the shape of the dense layer's weight; differentiable."""
