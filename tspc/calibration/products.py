@@ -36,9 +36,9 @@ class Products:
         """Adds the product of rows with each other, or with the rows b."""
         if self._part is None:
             self._part = a.new_zeros(self._shape)
-        part = self._part
+        part, a = self._part, a.to(self._part.dtype)
         if b is not None:
-            part.baddbmm_(a.mT, b)
+            part.baddbmm_(a.mT, b.to(part.dtype))
         for start, end in self._strips() if b is None else ():
             part[:, start:end, :end].baddbmm_(a[..., start:end].mT, a[..., :end])
         self._additions += 1

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from tspc.compression.error_curve import Curves
-from tspc.compression.form import PARAMETERS, Form, FormCurve, Widths
+from tspc.compression.form import DENSE, PARAMETERS, Form, FormCurve, Widths
 from tspc.compression.plan import SLOWER, LayerPlan
 from tspc.decompositions import Method, Rank
 
@@ -38,6 +38,8 @@ class Candidate:
     forms: tuple[Form, ...]
     curves: tuple[FormCurve, ...]
     multiple: int
+    least_error: float = 0.0
+    """The squared error of the whole kernel: with one width for all layers, that of its rounding."""
 
     @property
     def unit(self) -> str:
@@ -59,12 +61,12 @@ class Candidate:
     @property
     def bias(self) -> int:
         """The size of the bias."""
-        return self.layer.bias_params * (1 if self.unit == PARAMETERS else 4)
+        return _bias_size(self.layer, self.unit)
 
     @cached_property
     def smallest(self) -> dict[Form, int]:
         """For each form its smallest size, with bias."""
-        return {form: form.smallest(self.layer.shape, self.multiple) + self.bias for form in self.forms}
+        return {form: form.smallest(self.layer, self.multiple) + self.bias for form in self.forms}
 
     def squared_error(self, form: Form, size: int) -> float:
         """Expected squared relative error at this size, bias included."""
@@ -92,10 +94,15 @@ class Candidate:
             return self.dense()
         share = max(share, self.minimum)
         form = self.best(share)
-        return self.at(form, form.rank_for(self.layer.shape, share - self.bias, self.multiple))
+        return self.at(form, form.rank_for(self.layer, share - self.bias, self.multiple))
 
     def dense(self) -> LayerPlan:
-        return replace(self.layer, output_error=0.0)
+        return replace(self.layer, output_error=math.sqrt(self.least_error))
+
+    def whole(self) -> LayerPlan:
+        """The layer with its whole kernel, in the largest of the widths that it may have."""
+        kept = [form for form in self.forms if form.method == DENSE]
+        return self.at(max(kept, key=lambda form: form.bits), ()) if kept else self.dense()
 
     def at(self, form: Form, rank: Rank) -> LayerPlan:
         row = form.at(self.layer, rank)
@@ -116,11 +123,15 @@ def candidate(
 ) -> Candidate | None:
     """The layer as a candidate; None if no form makes it smaller, even at the smallest rank."""
     made = [Form(each, bits, widths.unit) for each in widths.methods(method, layer.shape) for bits in widths.bits]
-    whole = layer.dense_size(widths.unit) - layer.bias_params * (1 if widths.unit == PARAMETERS else 4)
-    forms = tuple(form for form in made if form.smallest(layer.shape, multiple) < whole)
+    whole = layer.dense_size(widths.unit) - _bias_size(layer, widths.unit)
+    forms = tuple(form for form in made if form.smallest(layer, multiple) < whole)
     by_method = {} if curves is None else {curve.method: curve for curve in curves[layer.name]}
-    known = () if curves is None else tuple(FormCurve.of(f, by_method[f.method], layer.shape) for f in forms)
-    return Candidate(layer, forms, known, multiple) if forms else None
+    known = () if curves is None else tuple(FormCurve.of(f, by_method[f.method], layer) for f in forms)
+    return Candidate(layer, forms, known, multiple, widths.least_error(by_method.get(DENSE))) if forms else None
+
+
+def _bias_size(layer: LayerPlan, unit: str) -> int:
+    return layer.bias_params * (1 if unit == PARAMETERS else layer.entry_bytes)
 
 
 def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: int) -> list[LayerPlan]:
@@ -149,7 +160,7 @@ def overall(candidates: Sequence[Candidate], budget: int) -> list[LayerPlan]:
     """The least sum of weighted squared relative errors within the budget."""
     sizes = np.array([np.linspace(c.minimum, c.dense_size, SIZES).astype(int) for c in candidates])
     errors = np.array([c.weight * c.squared_errors(row) for c, row in zip(candidates, sizes, strict=True)])
-    errors[:, -1] = 0  # the last size is the dense layer
+    errors[:, -1] = [c.weight * c.least_error for c in candidates]  # the last size is the dense layer
     rows = np.arange(len(candidates))
 
     def shares(price: float) -> np.ndarray:
@@ -219,14 +230,14 @@ def without_slower(
     dense: dict[str, LayerPlan] = {}
     own = {row.name: row.size(c.unit) for c, row in zip(candidates, ranked, strict=True)}
     while True:
-        left = budget - sum(c.dense_size for c in candidates if c.layer.name in dense)
+        left = budget - sum(c.whole().size(c.unit) for c in candidates if c.layer.name in dense)
         slow = [c for c in candidates if c.layer.name not in dense and _is_slow(c, ranked, is_slow)]
         before = len(dense)
         for one in sorted(slow, key=lambda c: c.dense_size):
             others = [c for c in candidates if c.layer.name not in dense and c is not one]
-            rest = left - one.dense_size
+            rest = left - one.whole().size(one.unit)
             if rest >= max(sum(c.minimum for c in others), KEPT_SHARE * sum(own[c.layer.name] for c in others)):
-                dense[one.layer.name] = replace(one.dense(), reason=SLOWER)
+                dense[one.layer.name] = replace(one.whole(), reason=SLOWER)
                 left = rest
         if len(dense) == before:
             return ranked
@@ -236,7 +247,7 @@ def without_slower(
 
 def _is_slow(candidate: Candidate, ranked: list[LayerPlan], is_slow: Callable[[LayerPlan], bool]) -> bool:
     row = next(row for row in ranked if row.name == candidate.layer.name)
-    return row.method is not None and is_slow(row)
+    return row.method not in (None, DENSE) and is_slow(row)
 
 
 def _gain(layer: LayerPlan, above: LayerPlan, cost: int, unit: str) -> float:

@@ -21,7 +21,6 @@ from tspc.decompositions import Metric
 from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape
 from tspc.layers.forms import TensorizedLayer, tensorize, untrained
 from tspc.layers.replacing import replace_layers
-from tspc.quantization.grids import Grid
 from tspc.system import processes
 from tspc.system.parallel import side_by_side
 from tspc.traversal.copying import copied
@@ -116,13 +115,11 @@ class Fits:
                 self._receive(rows[name], norms.get(name), *sent)
 
     def _sent(self, name: str, batch_norm: str | None) -> tuple[dict[str, Any], dict[str, Tensor], Tensor | None]:
-        """What the other processes need of a layer: errors and scales, factors and bias, the mean of its batch norm."""
+        """What the other processes need of a layer: the errors, the factors and bias, the mean of its batch norm."""
         row = self.done[name]
         found = {"error": row.error, "output_error": row.output_error, "note": row.note}
         layer = self.work.get_submodule(name)
         state = {key: value.cpu() for key, value in layer.state_dict().items()}
-        if isinstance(layer, TensorizedLayer):
-            found["scales"] = [grid.scales.cpu() for grid in layer.grids]
         return found, state, None if batch_norm is None else _mean(self.work, batch_norm).cpu()
 
     @torch.no_grad()
@@ -139,9 +136,6 @@ class Fits:
         assert row.rank is not None
         module = untrained(dense, row.method, row.rank, row.path, row.bits)
         module.load_state_dict(state)
-        scales = found.pop("scales", [])
-        if scales:
-            module.put_on_([Grid(row.bits, of_factor.to(dense.weight)) for of_factor in scales])
         if batch_norm is not None and mean is not None:
             _mean(self.work, batch_norm).copy_(mean)
         self._keep(module.train(dense.training), replace(row, **found), kernel_of(dense), None)

@@ -40,28 +40,30 @@ class Form:
     bits: int = FULL
     unit: str = PARAMETERS
 
-    def size(self, shape: Shape, rank: Rank) -> int:
-        """The size of the factors at a rank."""
+    def size(self, layer: LayerPlan, rank: Rank) -> int:
+        """The size of the layer's factors at a rank."""
         if self.unit == PARAMETERS:
-            return self.method.num_params(shape, rank)
-        return sum(factor_bytes(factor, self.bits) for factor in self.method.factor_shapes(shape, rank))
+            return self.method.num_params(layer.shape, rank)
+        shapes = self.method.factor_shapes(layer.shape, rank)
+        return sum(factor_bytes(shape, self.bits, layer.entry_bytes) for shape in shapes)
 
-    def smallest(self, shape: Shape, multiple: int) -> int:
+    def smallest(self, layer: LayerPlan, multiple: int) -> int:
         """The size at the smallest rank."""
-        return self.size(shape, tuple(min(multiple, top) for top in self.method.max_rank(shape)))
+        return self.size(layer, tuple(min(multiple, top) for top in self.method.max_rank(layer.shape)))
 
-    def rank_for(self, shape: Shape, budget: int, multiple: int) -> Rank:
+    def rank_for(self, layer: LayerPlan, budget: int, multiple: int) -> Rank:
         """The largest rank within a budget, which is at least `smallest`."""
         if self.unit == PARAMETERS:
-            return rank_for(self.method, shape, budget, multiple)
-        least = self.method.min_params(shape, multiple)
-        params = max(budget * 8 // self.bits, least)
+            return rank_for(self.method, layer.shape, budget, multiple)
+        bits = self.bits if self.bits < FULL else 8 * layer.entry_bytes
+        least = self.method.min_params(layer.shape, multiple)
+        params = max(budget * 8 // bits, least)
         while True:  # the scales leave a little less than this
-            rank = rank_for(self.method, shape, params, multiple)
-            excess = self.size(shape, rank) - budget
+            rank = rank_for(self.method, layer.shape, params, multiple)
+            excess = self.size(layer, rank) - budget
             if excess <= 0 or params == least:
                 return rank
-            params = max(params - max(excess * 8 // self.bits, 1), least)
+            params = max(params - max(excess * 8 // bits, 1), least)
 
     def at(self, layer: LayerPlan, rank: Rank) -> LayerPlan:
         """The row of a layer that becomes this."""
@@ -79,11 +81,12 @@ class FormCurve:
     """The sizes at the samples of the curve, and of the dense kernel."""
 
     @classmethod
-    def of(cls, form: Form, curve: ErrorCurve, shape: Shape) -> FormCurve:
+    def of(cls, form: Form, curve: ErrorCurve, layer: LayerPlan) -> FormCurve:
         if form.unit == PARAMETERS:
             return cls(form, curve, (*curve.params, curve.dense))
-        ranks = [rank_for(form.method, shape, params) for params in curve.params]
-        return cls(form, curve, (*(form.size(shape, rank) for rank in ranks), factor_bytes(shape, form.bits)))
+        ranks = [rank_for(form.method, layer.shape, params) for params in curve.params]
+        whole = factor_bytes(layer.shape, form.bits, layer.entry_bytes)
+        return cls(form, curve, (*(form.size(layer, rank) for rank in ranks), whole))
 
     def on(self, sizes: np.ndarray) -> np.ndarray:
         """The expected squared relative errors at sizes without the bias, rounding included."""
@@ -98,19 +101,24 @@ class FormCurve:
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths that factors may have, and what the budget counts.
-
-    With `offers_dense` a layer may also keep its whole kernel, in one of these widths.
-    """
+    """The widths that factors may have, and what the budget counts."""
 
     bits: tuple[int, ...] = (FULL,)
     unit: str = PARAMETERS
-    offers_dense: bool = False
+
+    @property
+    def offers_dense(self) -> bool:
+        """Whether a layer may keep its whole kernel in one of these widths."""
+        return min(self.bits) < FULL
 
     def methods(self, method: Method, shape: Shape) -> tuple[Decomposition, ...]:
         """The methods that a layer with a kernel of this shape may take."""
         found = method.candidates(shape)
         return tuple(dict.fromkeys((*found, DENSE))) if self.offers_dense else found
+
+    def least_error(self, dense: ErrorCurve | None) -> float:
+        """The squared error of a layer with its whole kernel: of several widths, the largest one is float32."""
+        return dense.rounding_at(self.bits[0]) if dense is not None and len(self.bits) == 1 else 0.0
 
     @property
     def of_rules(self) -> int:

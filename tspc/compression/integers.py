@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tspc.compression.selection import DTYPES
 from tspc.errors import WeightsError, shortened
 from tspc.layers.forms import tensorized_layers
-from tspc.layers.tensorized import TensorizedLayer
+from tspc.layers.tensorized import TensorizedLayer, scales_of
 from tspc.quantization.grids import FULL, SCALE_BYTES, Grid, factor_bytes, row_count
 from tspc.quantization.packing import packed, unpacked
 from tspc.store.state import tensor_state
 
+FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+"""The number formats in which factors compute, by name."""
 ENTRY = "integers"
 """The name of a layer's entry: for each factor its scales (bfloat16), then its integers."""
 
@@ -35,19 +38,27 @@ def state_bytes(model: nn.Module) -> int:
         for p, f in zip(layer.factor_parameters(), layer.factor_tensors(), strict=True)
     }
     parameters = {name: p for name, p in model.state_dict(keep_vars=True).items() if id(p) in narrow}
-    rest = sum(t.numel() * t.element_size() for name, t in tensor_state(model).items() if name not in parameters)
+    known = {*parameters, *(name for layer_name, layer in layers.items() for name in _scales(layer_name, layer))}
+    rest = sum(t.numel() * t.element_size() for name, t in tensor_state(model).items() if name not in known)
     return rest + sum(factor_bytes(shapes[id(p)], narrow[id(p)]) for p in parameters.values())
 
 
 def with_integers(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a file; factors on grids are replaced by one vector of bytes for each layer."""
+    """The tensors of a file; factors on grids are replaced by one vector of bytes for each layer.
+
+    Raises WeightsError for factors with NaN or infinite entries, which no integer can be.
+    """
     found = dict(tensors)
     for layer_name, layer in on_grids(model).items():
         parts = []
         for name, factor, grid in _factors(layer_name, layer):
             found.pop(name, None)
+            if not bool(factor.isfinite().all()):
+                raise WeightsError(f"{name} holds NaN or infinite values, which {layer.bits} bits cannot be")
             parts.append(grid.scales.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8))
             parts.append(packed(grid.integers(factor.detach()), layer.bits))
+        for name in _scales(layer_name, layer):
+            found.pop(name, None)
         found[f"{layer_name}.{ENTRY}"] = torch.cat(parts)
     return found
 
@@ -55,39 +66,43 @@ def with_integers(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
 def without_integers(
     tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module], header: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """The inverse of `with_integers`: factors with values on the grids, which the `layers` also take.
+    """The inverse of `with_integers`: factors with values on the grids, and their scales, as in the `layers`' state.
 
-    `header` has the number format of each layer's factors. Raises WeightsError if an entry is missing or too short.
+    `header` has the number format of each layer's factors. Raises WeightsError for an entry that is missing or damaged.
     """
     found = dict(tensors)
     for layer_name, layer in layers.items():
         if not isinstance(layer, TensorizedLayer) or layer.bits == FULL:
             continue
-        dtype = getattr(torch, str(header[layer_name].get("dtype", "float32")), None)
+        dtype = FORMATS.get(str(header[layer_name].get("dtype", "float32")))
         data = found.pop(f"{layer_name}.{ENTRY}", None)
         factors = list(_factors(layer_name, layer))
         expected = sum(factor_bytes(tuple(factor.shape), layer.bits) for _, factor, _ in factors)
-        if not isinstance(dtype, torch.dtype) or data is None or data.dtype != torch.uint8 or data.numel() != expected:
-            raise WeightsError(
-                f"the integers of layer {shortened(layer_name)} are missing or not those of its rank; fetch the file "
-                "again, or make it again"
-            )
-        grids = []
-        for name, factor, _ in factors:
+        if dtype is None or data is None or data.dtype != torch.uint8 or tuple(data.shape) != (expected,):
+            raise WeightsError(_damaged(layer_name))
+        for (name, factor, _), scales_name in zip(factors, _scales(layer_name, layer), strict=True):
             scales, integers, data = _split(data, tuple(factor.shape), layer.bits)
-            grids.append(Grid(layer.bits, scales.to(dtype)))
-            values = integers.to(dtype).reshape(factor.shape)
-            own = values * grids[-1].scales.reshape(-1, *(1 for _ in factor.shape[1:]))
-            found[name] = own.reshape(_parameter(layer, name.removeprefix(f"{layer_name}.")).shape)
-        layer.put_on_(grids)
+            if not bool((scales.isfinite() & (scales > 0)).all()):
+                raise WeightsError(_damaged(layer_name))
+            wide = integers.to(torch.promote_types(dtype, torch.float32)).reshape(factor.shape)
+            values = Grid(layer.bits, scales).values(wide, dtype)
+            found[name] = values.reshape(layer.get_parameter(name.removeprefix(f"{layer_name}.")).shape)
+            found[scales_name] = scales.view(torch.int32)
     return found
+
+
+def _damaged(layer: str) -> str:
+    return (
+        f"the integers of layer {shortened(layer)} are missing, damaged, or not those of its rank; fetch the file "
+        "again, or make it again"
+    )
 
 
 def _split(data: Tensor, shape: tuple[int, ...], bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """The scales and integers of the first factor, and what is left of the bytes."""
     entries, start = math.prod(shape), SCALE_BYTES * row_count(shape)
     end = factor_bytes(shape, bits)
-    scales = data[:start].clone().view(torch.bfloat16)
+    scales = data[:start].clone().view(torch.bfloat16).float()
     return scales, unpacked(data[start:end], bits, entries), data[end:]
 
 
@@ -99,5 +114,6 @@ def _factors(layer_name: str, layer: TensorizedLayer) -> Iterator[tuple[str, Ten
         yield f"{layer_name}.{names[id(parameter)]}", factor, grid
 
 
-def _parameter(layer: TensorizedLayer, name: str) -> nn.Parameter:
-    return layer.get_parameter(name)
+def _scales(layer_name: str, layer: TensorizedLayer) -> list[str]:
+    """The names of the scales in the network's state, factor by factor."""
+    return [f"{layer_name}.{scales_of(i)}" for i in range(len(layer.grids))]

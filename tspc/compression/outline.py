@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from tspc.compression.allocation import Candidate, candidate
 from tspc.compression.error_curve import Curves
 from tspc.compression.form import DENSE, PARAMETERS, Widths
+from tspc.compression.integers import state_bytes
 from tspc.compression.plan import LayerPlan
 from tspc.compression.selection import DEPTHWISE, UNTOUCHED, FilterFn, select, why_dense
 from tspc.compression.settings import PlanSettings, share_of
 from tspc.errors import ConfigError, InfeasibleRateError
-from tspc.quantization.grids import FULL
+from tspc.quantization.grids import FULL, LONG_ROW
 
 
 @dataclass(frozen=True)
 class Outline:
     """What is known of a plan before any rank is chosen: the layers, and what a rate leaves them.
 
-    `network_bytes` are those of all parameters and buffers.
+    `network_bytes` are those of all parameters and buffers that a file holds.
     """
 
     settings: PlanSettings
@@ -110,17 +111,14 @@ def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None
         raise ConfigError([f"the network has no layer to tensorize ({kept})"])
     modules = dict(model.named_modules())
     layers = tuple(_rounded(layer, modules[layer.name], settings.widths) for layer in layers)
-    held = sum(4 * p.numel() for p in model.parameters()) + sum(map(_bytes, model.buffers()))
-    return Outline(settings, layers, sum(p.numel() for p in model.parameters()), held)
-
-
-def _bytes(buffer: Tensor) -> int:
-    return buffer.numel() * (4 if buffer.is_floating_point() else buffer.element_size())
+    return Outline(settings, layers, sum(p.numel() for p in model.parameters()), state_bytes(model))
 
 
 def _rounded(layer: LayerPlan, module: nn.Module, widths: Widths) -> LayerPlan:
     """A layer that a rule keeps dense, in fewer bits; unchanged if the user left it out or its kernel is shared."""
     if layer.reason in (None, *UNTOUCHED) or why_dense(module) not in (None, DEPTHWISE) or widths.of_rules == FULL:
+        return layer
+    if layer.reason == DEPTHWISE and math.prod(layer.shape[1:]) < LONG_ROW:  # its channels would share one scale
         return layer
     return replace(layer, method=DENSE, rank=(), bits=widths.of_rules)
 

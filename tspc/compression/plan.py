@@ -28,6 +28,7 @@ class LayerPlan:
     of the layer's output against the reference's: first the expected one, from the error curves, then the measured one.
     `note` names a problem of the decomposition. `path` says how a tensorized layer computes, see `tspc.layers.chains`.
     `bits` is the width of the factors' entries; with fewer than 32 they lie on grids, see `tspc.quantization`.
+    `entry_bytes` are those of a number of the network.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerPlan:
     note: str | None = None
     path: str | None = None
     bits: int = FULL
+    entry_bytes: int = 4
 
     @property
     def kernel_params(self) -> int:
@@ -55,16 +57,17 @@ class LayerPlan:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the kernel and the bias in float32."""
-        return 4 * self.dense_params
+        """Bytes of the kernel and the bias in the network's number format."""
+        return self.entry_bytes * self.dense_params
 
     @property
     def bytes(self) -> int:
-        """Bytes of the factors with the scales of their grids, and of the bias; of a dense layer those in float32."""
+        """Bytes of the factors with the scales of their grids, and of the bias."""
         if self.method is None or self.rank is None:
             return self.dense_bytes
         shapes = self.method.factor_shapes(self.shape, self.rank)
-        return sum(factor_bytes(shape, self.bits) for shape in shapes) + 4 * self.bias_params
+        factors = sum(factor_bytes(shape, self.bits, self.entry_bytes) for shape in shapes)
+        return factors + self.entry_bytes * self.bias_params
 
     def size(self, unit: str) -> int:
         """The parameters or the bytes after, with the bias."""
@@ -99,6 +102,7 @@ class LayerPlan:
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note", "path", "bits")
+        plain += ("entry_bytes",)
         rank = None if self.rank is None else list(self.rank)
         method = None if self.method is None else self.method.to_dict()
         return {k: getattr(self, k) for k in plain} | {"shape": list(self.shape), "rank": rank, "method": method}
@@ -170,13 +174,14 @@ class Plan:
     @property
     def network_bytes(self) -> int:
         """Bytes of the whole network's parameters and buffers after."""
-        return self.network_dense_bytes - sum(layer.dense_bytes - layer.bytes for layer in self.layers)
+        before = self.network_dense_bytes or 4 * self.network_dense_params  # of a plan of an earlier version
+        return before - sum(layer.dense_bytes - layer.bytes for layer in self.layers)
 
     @property
     def bytes_reached(self) -> float:
         """Bytes after ÷ before, counted over `rate_scope`."""
         if self.rate_scope == "network":
-            return self.network_bytes / self.network_dense_bytes
+            return self.network_bytes / (self.network_dense_bytes or 4 * self.network_dense_params)
         return sum(layer.bytes for layer in self.budgeted) / sum(layer.dense_bytes for layer in self.budgeted)
 
     @property

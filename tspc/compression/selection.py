@@ -69,7 +69,9 @@ def select(model: nn.Module, selection: Selection, filter_fn: FilterFn | None = 
             reason = f"fewer than {selection.min_params:,} parameters"
         elif reason is None and filter_fn is not None and not filter_fn(name, module):
             reason = FILTERED
-        layers.append(LayerPlan(name, type(module).__name__, shapes[name], params, params, reason=reason))
+        entry = next((p.element_size() for p in module.parameters(recurse=False)), 4)
+        kind = type(module).__name__
+        layers.append(LayerPlan(name, kind, shapes[name], params, params, reason=reason, entry_bytes=entry))
     return layers
 
 

@@ -141,8 +141,9 @@ class PlanSettings:
         object.__setattr__(self, "method", resolve(self.method))
         for key in ("bits", "size"):  # numbers are welcome, too
             value = getattr(self, key)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                object.__setattr__(self, key, f"{value:.10g}")
+            if value is not None and not isinstance(value, str):
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                object.__setattr__(self, key, f"{value:.10g}" if is_number else str(value))
 
     @classmethod
     def of(cls, method: str | Method | PlanSettings = "tt", rate: float | None = None, **options: Any) -> PlanSettings:
@@ -231,12 +232,16 @@ class PlanSettings:
         """The widths that factors may have."""
         bits = self.bits or (str(FULL) if self.size is None else AUTO)
         chosen = AUTO_BITS if bits == AUTO else (int(bits),) if bits in WIDTHS else (FULL,)
-        return Widths(chosen, self._unit, offers_dense=self._unit == BYTES and min(chosen) < FULL)
+        return Widths(chosen, self._unit)
 
     @property
     def needs_curves(self) -> bool:
         """Whether the ranks depend on the layers' errors."""
-        several = isinstance(self.method, Auto) or len(self.widths.bits) > 1 or self.widths.offers_dense
+        several = (
+            isinstance(self.method, Auto)
+            or len(self.widths.bits) > 1
+            or (self._unit == BYTES and self.widths.offers_dense and self.decomposes)
+        )
         return self.allocation == "global" or self.target_error is not None or several
 
     @property

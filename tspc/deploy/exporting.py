@@ -133,13 +133,13 @@ class Exporter:
         return lambda inputs: flat(network(*inputs))
 
     def _write_safetensors(self, path: Path) -> Answer:
-        tensors, beside = packed(self.model)
+        network = on_cpu(self.model)
+        tensors, beside = packed(network)
         if "extra" in beside:
             message = f"{path.name} holds the tensors alone, not the extra state {', '.join(beside['extra'])}"
             warnings.warn(message, TspcWarning, stacklevel=2)
-        named = tensor_state(self.model)
+        named = tensor_state(network)
         save_file({name: value for name, value in tensors.items() if name in named}, path)
-        network = on_cpu(self.model)
         with torch.no_grad():
             for value in tensor_state(network).values():
                 value.zero_()

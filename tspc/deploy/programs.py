@@ -47,8 +47,11 @@ def flat(outputs: Any) -> list[Tensor]:
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
-    """A copy for files: on the CPU, in eval mode, in the default layout."""
-    return copied(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    """A copy for files: on the CPU, in eval mode, in the default layout, with floating-point numbers alone."""
+    model = copied(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for layer in tensorized_layers(model).values():
+        layer.take_off_grids_()
+    return model
 
 
 def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
@@ -61,7 +64,7 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     model = copied(model)
     for layer in tensorized_layers(model).values():
         layer.take_off_grids_()  # a file holds numbers, without the steps that round them
-        layer.forget()  # and the factors, not the larger kernels that eval mode contracts from them
+        layer.forget()  # and factors, not the larger kernels that eval mode contracts from them
     try:
         # For control flow that depends on values the tracer prints the whole graph, besides raising the error.
         with quiet(*EXPORTERS), redirect_stderr(io.StringIO()):

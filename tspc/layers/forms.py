@@ -123,7 +123,7 @@ def untrained(
         cast(nn.Parameter, result.bias).requires_grad_(layer.bias.requires_grad)
     if bits != FULL:
         counts = map(row_count, decomposition.factor_shapes(kernel_shape(layer), rank))
-        result.put_on_([Grid(bits, torch.ones(count, **_like(layer))) for count in counts])
+        result.put_on_([Grid(bits, torch.ones(count, device=layer.weight.device)) for count in counts])
     return result
 
 

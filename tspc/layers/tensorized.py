@@ -96,14 +96,15 @@ class TensorizedLayer(nn.Module):
     def grids(self) -> list[Grid]:
         """The grid of each factor; empty with 32 bits."""
         count = 0 if self.bits == FULL else len(self.factor_parameters())
-        return [Grid(self.bits, self.get_buffer(_scales(i))) for i in range(count)]
+        return [Grid(self.bits, self.get_buffer(scales_of(i)).view(torch.float32)) for i in range(count)]
 
     def put_on_(self, grids: Sequence[Grid]) -> None:
         """From now on the layer computes with the values on these grids, one for each factor, that are nearest."""
         self.bits = grids[0].bits
         for i, grid in enumerate(grids):
-            # Not persistent: files hold the scales beside the integers.
-            self.register_buffer(_scales(i), grid.scales.clone(), persistent=False)
+            scales = grid.scales.detach().to(self.factor_parameters()[i].device, torch.float32)
+            # Their bits as whole numbers: `half` and the like would round floating-point numbers.
+            self.register_buffer(scales_of(i), scales.clone().view(torch.int32))
         self.path = self.path
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class TensorizedLayer(nn.Module):
         for i, (own, value) in enumerate(zip(self.factor_tensors(), values, strict=True)):
             own.copy_(value)
             if self.bits != FULL:
-                delattr(self, _scales(i))
+                delattr(self, scales_of(i))
         self.bits = FULL
         self.path = self.path
 
@@ -193,7 +194,7 @@ class TensorizedLayer(nn.Module):
     def _versions(self) -> tuple[Any, ...] | None:
         """A value that changes when a factor changes; None if changes cannot be detected."""
         try:
-            return tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+            return tuple((p.data_ptr(), p._version, p.dtype) for p in (*self.parameters(), *self.buffers()))
         except RuntimeError:  # inference tensors, and those of function transforms
             return None
 
@@ -205,7 +206,7 @@ class TensorizedLayer(nn.Module):
         return f"{self.decomposition.name}, shape={self.shape}, rank={self.rank}, path={self.path}{bits}"
 
 
-def _scales(factor: int) -> str:
+def scales_of(factor: int) -> str:
     """The name of the buffer with a factor's scales."""
     return f"scales_{factor}"
 

@@ -75,7 +75,8 @@ def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, m
     for i, (link, covered) in enumerate(zip(links, axes, strict=True)):
         is_depthwise = _is_depthwise(link, links[i - 1] if i else None)
         if 0 < i == len(links) - 1 and not is_depthwise:
-            link = inputs.fitted(targets, tuple(link.shape))
+            fitted = inputs.fitted(targets, tuple(link.shape))
+            link = fitted if bool(fitted.isfinite().all()) else link
         moments = inputs.moments(covered, is_depthwise)
         matrix = link.flatten(1)
         grids.append(grid_for(link, bits, moments.diagonal(dim1=-2, dim2=-1)))
@@ -87,7 +88,7 @@ def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, m
 def _on(factors: Factors, grids: Sequence[Grid], tensors: Sequence[Tensor]) -> Quantized:
     like = factors.tensors
     own = tuple(new.reshape(old.shape).to(old) for new, old in zip(tensors, like, strict=True))
-    scales = tuple(grid.to(old) for grid, old in zip(grids, like, strict=True))
+    scales = tuple(grid.to(old.device) for grid, old in zip(grids, like, strict=True))
     return Quantized(Factors(own, factors.shape, factors.rank), scales)
 
 

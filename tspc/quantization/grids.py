@@ -15,7 +15,7 @@ BITS = (32, 16, 8, 6, 5, 4, 3)
 FULL = 32
 SCALE_BYTES = 2
 """A scale is a bfloat16 number."""
-LONG_ROW = 12
+LONG_ROW = 8
 """A factor with shorter rows has one scale for all of them: scales of their own would take much of the memory."""
 SHRINKS = tuple(1 - 0.04 * step for step in range(16))
 """Shares of a row's largest entry that its grid may reach; what is beyond is clipped."""
@@ -26,10 +26,10 @@ def row_count(shape: Shape) -> int:
     return shape[0] if math.prod(shape[1:]) >= LONG_ROW else 1
 
 
-def factor_bytes(shape: Shape, bits: int) -> int:
-    """The bytes of a factor of this shape, with its scales."""
+def factor_bytes(shape: Shape, bits: int, entry_bytes: int = 4) -> int:
+    """The bytes of a factor of this shape, with its scales; with 32 bits those of its floating-point numbers."""
     entries = math.prod(shape)
-    return 4 * entries if bits == FULL else -(-entries * bits // 8) + SCALE_BYTES * row_count(shape)
+    return entry_bytes * entries if bits == FULL else -(-entries * bits // 8) + SCALE_BYTES * row_count(shape)
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,36 @@ class Grid:
         return 2 ** (self.bits - 1) - 1
 
     def integers(self, factor: Tensor) -> Tensor:
-        """The nearest integers, as whole numbers in the factor's dtype."""
-        return (factor / self._spread(factor)).round().clamp(-self.largest, self.largest)
+        """The nearest integers, as whole numbers in float32 or float64: 16 bits have too few digits for them."""
+        wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        return (wide / self._spread(wide)).round().clamp(-self.largest, self.largest)
+
+    def values(self, integers: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the integers stand for."""
+        return (integers * self._spread(integers)).to(dtype)
 
     def rounded(self, factor: Tensor) -> Tensor:
-        """The nearest values on the grid."""
-        return self.integers(factor) * self._spread(factor)
+        """The nearest values on the grid, in the factor's dtype."""
+        return self.values(self.integers(factor), factor.dtype)
 
     def straight_through(self, factor: Tensor) -> Tensor:
         """The nearest values on the grid, with the gradient of the factor (Bengio, Léonard & Courville, 2013)."""
-        return factor + (self.rounded(factor) - factor).detach()
+        return self.rounded(factor).detach() + (factor - factor.detach())  # exactly the rounded values
 
-    def to(self, like: Tensor) -> Grid:
-        """The same grid on the device and in the dtype of a tensor."""
-        return replace(self, scales=self.scales.to(like))
+    def to(self, device: torch.device) -> Grid:
+        """The same grid on a device."""
+        return replace(self, scales=self.scales.to(device, torch.float32))
 
     def _spread(self, factor: Tensor) -> Tensor:
         return self.scales.to(factor).reshape(-1, *(1 for _ in factor.shape[1:]))
 
 
 def as_scales(values: Tensor) -> Tensor:
-    """Positive scales, rounded to what a file holds; a row of zeros has the scale 1."""
-    scales = values.to(torch.bfloat16).to(values.dtype)
+    """Positive scales in float32, rounded up to what a file holds; a row of zeros has the scale 1."""
+    wide = values.float()
+    near = wide.to(torch.bfloat16).float()
+    above = (near.view(torch.int32) + 2**16).view(torch.float32)
+    scales = torch.where(near < wide, above, near)
     return torch.where((scales > 0) & scales.isfinite(), scales, torch.ones_like(scales))
 
 

@@ -63,8 +63,8 @@ class Inputs:
         """The kernel of this shape, of a dense link over the whole window, whose outputs are nearest to `targets`."""
         rows = self.rows.flatten(1)
         gram = rows.mT @ rows
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        return torch.linalg.solve(gram, rows.mT @ targets.to(rows)).mT.reshape(shape)
+        gram.diagonal().add_((RIDGE * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny))
+        return torch.linalg.solve_ex(gram, rows.mT @ targets.to(rows)).result.mT.reshape(shape)
 
 
 def _places(covered: str, inside: bool) -> list[int]:

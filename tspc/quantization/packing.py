@@ -10,6 +10,7 @@ from torch import Tensor
 def packed(integers: Tensor, bits: int) -> Tensor:
     """The lowest `bits` bits of each integer, in two's complement, one after the other: a vector of bytes (uint8)."""
     values = integers.detach().cpu().flatten().to(torch.int32).numpy()
+    assert not values.size or -(1 << bits - 1) <= values.min() <= values.max() < 1 << bits - 1, "integers of this width"
     places = np.arange(bits, dtype=np.int32)
     found = ((values[:, None] >> places) & 1).astype(np.uint8)
     return torch.from_numpy(np.packbits(found.reshape(-1), bitorder="little"))

@@ -118,7 +118,7 @@ _LAYER = {
     "rank": ([SIZE], None),
     **dict.fromkeys(("reason", "note?", "path?"), (str, None)),
     **dict.fromkeys(("error", "output_error"), ERROR),
-    "bits?": COUNT,
+    **dict.fromkeys(("bits?", "entry_bytes?"), COUNT),
 }
 PLAN = {
     "method": dict,
