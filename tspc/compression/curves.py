@@ -24,6 +24,7 @@ from tspc.decompositions.function_space import spectra
 from tspc.decompositions.linalg import Spectra
 from tspc.errors import DecompositionError
 from tspc.layers.dense import DenseLayer, check_values, kernel_of
+from tspc.quantization.grids import FULL
 from tspc.system.modes import own_modes
 from tspc.system.parallel import side_by_side
 from tspc.traversal.hooks import evaluating
@@ -183,7 +184,7 @@ def _curves(
         falling = accumulate((errors[size] for size in sizes), min)
         added = rounding(method, kernel, metric, widths, squared)
         curves.append(ErrorCurve(method, tuple(sizes), tuple(falling), weight.numel(), importance, added))
-    if DENSE in candidates:
+    if DENSE in candidates or min(widths) < FULL:  # what a layer loses that is only rounded
         added = rounding(DENSE, kernel, metric, widths, squared)
         curves.append(ErrorCurve(DENSE, (weight.numel(),), (0.0,), weight.numel(), importance, added))
     return curves

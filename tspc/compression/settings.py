@@ -84,11 +84,22 @@ def share_of(size: str, whole: int) -> float:
 
 
 def goal_of(settings: Mapping[str, Any]) -> str:
-    """What a plan was asked for, as in a folder's name."""
+    """What a plan was asked for, as in a folder's name; `settings` are those of `PlanSettings.identity`.
+
+    It is a rate, a size ("size0.1"), an error ("error0.3"), or the width of a network that is not decomposed ("8bits").
+    """
     if settings.get("size") is not None:
         return f"size{settings['size'].replace(' ', '')}"
-    target = settings.get("target_error")
-    return f"{settings['rate']:g}" if target is None else f"error{target:g}"
+    if settings.get("target_error") is not None:
+        return f"error{settings['target_error']:g}"
+    is_rounded_only = settings["method"]["name"] == DENSE.name and settings.get("rate_unit", PARAMETERS) == PARAMETERS
+    return f"{settings.get('bits')}bits" if is_rounded_only else f"{settings['rate']:g}"
+
+
+def bits_of(settings: Mapping[str, Any]) -> str:
+    """The width that was asked for: "32", "8", …, or "auto"; `settings` are those of any version."""
+    given = settings.get("bits")
+    return given or (str(FULL) if settings.get("size") is None else AUTO)
 
 
 TENSOR_TRAIN, USUAL = TensorTrain(), Selection()
@@ -143,6 +154,8 @@ class PlanSettings:
             value = getattr(self, key)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 object.__setattr__(self, key, f"{value:.10g}")
+            elif isinstance(value, str):
+                object.__setattr__(self, key, value.replace(" ", ""))  # "500 kB" and "500kB" are one size
 
     @classmethod
     def of(cls, method: str | Method | PlanSettings = "tt", rate: float | None = None, **options: Any) -> PlanSettings:
@@ -229,7 +242,7 @@ class PlanSettings:
     @property
     def widths(self) -> Widths:
         """The widths that factors may have."""
-        bits = self.bits or (str(FULL) if self.size is None else AUTO)
+        bits = bits_of({"bits": self.bits, "size": self.size})
         chosen = AUTO_BITS if bits == AUTO else (int(bits),) if bits in WIDTHS else (FULL,)
         return Widths(chosen, self._unit, offers_dense=self._unit == BYTES and min(chosen) < FULL)
 
@@ -241,7 +254,11 @@ class PlanSettings:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings as plain data, without the selection, which belongs to its phase."""
+        """The settings as plain data, without the selection, which belongs to its phase.
+
+        A rate that has no effect is 1, so runs that differ in it only are one run.
+        """
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del plain["selection"]
-        return plain | {"method": self.method.to_dict()}
+        rate = self.rate if self.decomposes else 1.0
+        return plain | {"method": self.method.to_dict(), "rate": rate}
