@@ -64,7 +64,7 @@ class Selection:
         return texts + out_of_range(self, where, {"min_params": NONE_OR_MORE})
 
 
-def _bytes_or_share(size: str) -> float | None:
+def bytes_or_share(size: str) -> float | None:
     """Bytes (above 1) or a share (at most 1) from text; None if it is neither."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?) ?(|B|kB|KB|MB|GB|KiB|MiB|GiB)", size.strip())
     if found is None:
@@ -78,7 +78,7 @@ def _bytes_or_share(size: str) -> float | None:
 
 def share_of(size: str, whole: int) -> float:
     """A size as a share of so many bytes, at most 1."""
-    value = _bytes_or_share(size)
+    value = bytes_or_share(size)
     assert value is not None, "a size that was checked"
     return value if value <= 1 else min(value / whole, 1.0)
 
@@ -197,7 +197,7 @@ class PlanSettings:
             "rate_unit": UNITS,
         }
         found += out_of_range(self, where, allowed)
-        if self.size is not None and _bytes_or_share(self.size) is None:
+        if self.size is not None and bytes_or_share(self.size) is None:
             found.append(
                 f"size={shown(self.size)}: expected a number with a unit, as in 500kB, 2MB or 100000B, or a share of "
                 "the float32 network above 0 and at most 1"
