@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tspc.pages.benchmark import LATENCY, MACS, readable_bytes
+from tspc.pages.benchmark import LATENCY, MACS, readable_bytes, readable_count
 from tspc.pages.drawing import (
     GLYPHS,
     INK,
@@ -57,7 +57,14 @@ RATE = Cost(
 BYTES = Cost("bytes", "Accuracy against bytes", "bytes of the network", lambda row: row.bytes, "bytes", readable_bytes)
 SPEED = (
     Cost("latency", "Accuracy against latency", "latency in ms", lambda row: row.latency, LATENCY),
-    Cost("macs", "Accuracy against operations", "multiply-accumulates of an input", lambda row: row.macs, MACS),
+    Cost(
+        "macs",
+        "Accuracy against operations",
+        "multiply-accumulates of an input",
+        lambda row: row.macs,
+        MACS,
+        readable_count,
+    ),
 )
 
 
