@@ -175,6 +175,10 @@ def test_the_table_of_a_plan_tells_bits_and_bytes_where_entries_have_few_bits():
     assert re.search(r"layers in budget +1,360 → +234 bytes", text)
     assert re.search(rf"whole network +2,500 → +{2500 - 1126 - 680} bytes", text)
     assert re.search(r"whole network +600 → +424 parameters", text)
+    first, second, total, network = str(plan).splitlines()
+    assert first == "a Linear 20×16: svd 4 in 8 bits, chain, 1,360 → 234 bytes"
+    assert second == "b Linear 10×20: dense in 4 bits, 800 → 120 bytes"
+    assert (total, network) == ("total: 340 → 164 parameters", "network: 2,500 → 694 bytes")
 
 
 def test_the_table_of_a_plan_of_float32_factors_counts_parameters():
@@ -186,6 +190,14 @@ def test_the_table_of_a_plan_of_float32_factors_counts_parameters():
     assert "bits" not in text
     assert re.search(r"weights +2,500 → +1,796 bytes", text)
     assert "bits" not in shown(rates_table({0.5: plan}, {}))
+
+
+def test_the_title_of_a_plan_names_a_width_below_32_bits_only():
+    row = LayerPlan("a", "Linear", (20, 16), 320, 144, resolve("svd"), (4,))
+    plan = Plan(resolve("svd"), 0.5, "flat", "layers", "global", (row,), 600, "parameters", "bytes", 2400)
+    text = shown(plan_table(plan, 2400, plan.network_bytes))
+    assert "Plan: svd at 0.5 of the bytes of the tensorized layers, global" in text
+    assert re.search(r"svd 4 +│ +32 │ +1,280 │ +576 │", text)
 
 
 def test_the_table_of_rates_counts_bytes_where_the_budget_does():

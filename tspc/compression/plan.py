@@ -102,7 +102,10 @@ class LayerPlan:
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))
         note = "" if self.note is None else f" ({self.note})"
-        return f"{self.name} {self.kind} {shape}: {self.form}, {self.dense_params:,} → {self.params:,}{note}"
+        sizes = f"{self.dense_params:,} → {self.params:,}"
+        if self.bits < FULL:
+            sizes = f"{self.dense_bytes:,} → {self.bytes:,} bytes"
+        return f"{self.name} {self.kind} {shape}: {self.form}, {sizes}{note}"
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note", "path", "bits")
@@ -210,7 +213,10 @@ class Plan:
         return math.sqrt(sum(e * e for e in known) / len(known)) if len(known) == len(errors) else None
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.layers), f"total: {self.dense_params:,} → {self.params:,} parameters"])
+        totals = [f"total: {self.dense_params:,} → {self.params:,} parameters"]
+        if self.counts_bytes:
+            totals.append(f"network: {self.network_dense_bytes:,} → {self.network_bytes:,} bytes")
+        return "\n".join([*map(str, self.layers), *totals])
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("rate", "rate_decay", "rate_scope", "allocation", "network_dense_params", "objective")

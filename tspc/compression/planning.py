@@ -137,10 +137,8 @@ def _smallest_plan(at: Callable[[float], Plan], low: float, target_error: float)
     best, high = at(1.0), 1.0
     if _expected(best) > target_error:
         least = _expected(best)
-        message = (
-            f"target_error={target_error} cannot be met: at rate 1 the error is {least:.4g}; use allocation=global"
-        )
-        raise ConfigError([message])
+        advice = "use allocation=global" if best.allocation != "global" else "use more bits"
+        raise ConfigError([f"target_error={target_error} cannot be met: at rate 1 the error is {least:.4g}; {advice}"])
     if _expected(smallest := at(low)) <= target_error:
         return smallest
     for _ in range(RATE_STEPS):

@@ -58,7 +58,8 @@ def plan_table(
 def _title(plan: Plan) -> str:
     decay = "" if plan.rate_decay == "flat" else f", {plan.rate_decay}"
     widths = {layer.bits for layer in plan.budgeted}
-    name = f"{plan.method.name} in {widths.pop()} bits" if plan.counts_bytes and len(widths) == 1 else plan.method.name
+    is_narrow = len(widths) == 1 and widths != {FULL}
+    name = f"{plan.method.name} in {widths.pop()} bits" if is_narrow else plan.method.name
     if plan.rate_unit == "parameters":
         scope = "all parameters" if plan.rate_scope == "network" else "the tensorized layers"
         return f"Plan: {name} at rate {plan.rate:.4g} of {scope}, {plan.allocation}{decay}"
