@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -14,8 +15,13 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import TINY
+from tspc.compression.form import DENSE
+from tspc.compression.plan import LayerPlan, Plan
+from tspc.decompositions import resolve
+from tspc.errors import InfeasibleRateError
 from tspc.terminal.checklist import sparkline
 from tspc.terminal.display import PLAIN_WIDTH, Display
+from tspc.terminal.tables import plan_table, rates_table
 
 ROOT = Path(__file__).parent.parent
 SECONDS = re.compile(r"\d+\.\d s|\d+ s left")
@@ -148,3 +154,78 @@ def test_a_sweep_on_a_real_terminal(tmp_path):
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", output.decode())
     assert len(re.findall(r"✓ distill +top-1", text)) >= 2
     assert "Sweep" in text
+
+
+def shown(table) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    return written(console)
+
+
+def test_the_table_of_a_plan_tells_bits_and_bytes_where_entries_have_few_bits():
+    row = LayerPlan("a", "Linear", (20, 16), 340, 4 * 36 + 20, resolve("svd"), (4,), bits=8, path="chain")
+    kept = LayerPlan("b", "Linear", (10, 20), 200, 200, DENSE, (), "final layer", bits=4)
+    plan = Plan(resolve("svd"), 0.3, "flat", "network", "global", (row, kept), 600, "parameters", "bytes", 2500)
+    # 20×4 and 4×16 integers with a scale of 2 bytes for each of 4 rows, and one for the 20 short rows; the bias.
+    assert [row.bytes, kept.bytes] == [80 + 2 + 64 + 8 + 80, 100 + 20]
+    text = shown(plan_table(plan, 2500, plan.network_bytes))
+    assert "svd in 8 bits at 0.3 of the bytes of the network" in text
+    assert re.search(r"svd 4, chain +│ +8 │ +1,360 │ +234 │", text)
+    assert re.search(r"dense: final layer +│ +4 │ +800 │ +120 │", text)
+    assert re.search(r"layers in budget +1,360 → +234 bytes", text)
+    assert re.search(rf"whole network +2,500 → +{2500 - 1126 - 680} bytes", text)
+    assert re.search(r"whole network +600 → +424 parameters", text)
+    first, second, total, network = str(plan).splitlines()
+    assert first == "a Linear 20×16: svd 4 in 8 bits, chain, 1,360 → 234 bytes"
+    assert second == "b Linear 10×20: dense in 4 bits, 800 → 120 bytes"
+    assert (total, network) == ("total: 340 → 164 parameters", "network: 2,500 → 694 bytes")
+
+
+def test_the_table_of_a_plan_of_float32_factors_counts_parameters():
+    row = LayerPlan("a", "Linear", (20, 16), 340, 4 * 36 + 20, resolve("svd"), (4,), path="chain")
+    plan = Plan(resolve("svd"), 0.5, "flat", "layers", "global", (row,), 600)
+    text = shown(plan_table(plan, 2500, 1796))
+    assert "svd at rate 0.5 of the tensorized layers" in text
+    assert re.search(r"svd 4, chain +│ +340 │ +164 │", text)
+    assert "bits" not in text
+    assert re.search(r"weights +2,500 → +1,796 bytes", text)
+    assert "bits" not in shown(rates_table({0.5: plan}, {}))
+
+
+def test_the_title_of_a_plan_names_a_width_below_32_bits_only():
+    row = LayerPlan("a", "Linear", (20, 16), 320, 144, resolve("svd"), (4,))
+    plan = Plan(resolve("svd"), 0.5, "flat", "layers", "global", (row,), 600, "parameters", "bytes", 2400)
+    text = shown(plan_table(plan, 2400, plan.network_bytes))
+    assert "Plan: svd at 0.5 of the bytes of the tensorized layers, global" in text
+    assert re.search(r"svd 4 +│ +32 │ +1,280 │ +576 │", text)
+
+
+def test_the_table_of_rates_counts_bytes_where_the_budget_does():
+    layers = [
+        LayerPlan(name, "Linear", (20, 16), 320, 320, DENSE, (), bits=bits) for name, bits in (("a", 8), ("b", 4))
+    ]
+    plan = Plan(DENSE, 0.4, "flat", "network", "global", tuple(layers), 700, "parameters", "bytes", 2800)
+    text = shown(rates_table({0.4: plan, 0.001: InfeasibleRateError("no", 0.01)}, {}))
+    assert re.search(r"│ +0.4 │ +0.2857 │ +560 │ +800 │ +4 to 8 │ +│ 2 dense", text)
+    assert re.search(r"│ +0.001 │( +│){5} cannot be met: at least 0.01", text)
+
+
+def test_the_bytes_of_a_plan_are_those_of_the_network(cli, tmp_path):
+    code, out, err = cli(*TINY, "phase=[plan,decompose]", "method=cp", "size=0.2")
+    assert (code, err) == (0, "")
+    before, after = re.findall(r"whole network +([\d,]+) → +([\d,]+) bytes", out)[0]
+    assert out.count(f"→ {after:>12} bytes") == 2, "expected and reached"
+    result = json.loads((tmp_path / "outputs/synthetic/resnet8/cp-size0.2/seed0/result.json").read_text())
+    assert [f"{result['bytes'][side]:,}" for side in ("before", "after")] == [before, after]
+    assert f"{before} → {after} bytes; {result['bytes']['file']:,} bytes in" in out
+    assert (result["rate_unit"], result["rate_scope"]) == ("bytes", "network")
+
+
+def test_what_is_only_rounded_is_planned_once(cli):
+    code, out, err = cli(*TINY, "phase=plan", "method=dense", "bits=4")
+    assert (code, err) == (0, "")
+    assert "whole kernels in 4 bits" in out
+    assert "Plan: dense in 4 bits\n" in re.sub(" +\n", "\n", out)
+    (rate,) = re.findall(r"│ +1 │ +(0\.\d+) │ .* (0\.\d+) │ 6 dense", out)
+    assert 0.12 < float(rate[0]) < 0.13
+    assert 0.01 < float(rate[1]) < 0.3, "rounding is expected to change the outputs"

@@ -129,6 +129,25 @@ def test_a_compressed_network_is_not_compressed_again(method):
         plan(compress(resnet("resnet8"), method, 0.3), "svd", 0.3)
 
 
+@pytest.mark.parametrize(("method", "rate"), [("dense", None), ("svd", 1.0)])
+def test_the_error_of_layers_that_are_only_rounded_is_expected(method, rate):
+    model = resnet("resnet8")
+    made = plan(model, method, rate, bits=4)
+    whole = [layer for layer in made.budgeted if not layer.rank]
+    found = {layer.name: layer.error for layer in apply_(model, made).layers}
+    assert whole
+    assert all(layer.bits == 4 for layer in whole)
+    assert [layer.output_error for layer in whole] == pytest.approx([found[x.name] for x in whole], rel=1e-3)
+
+
+def test_a_target_error_counts_rounding():
+    with pytest.raises(ConfigError, match=r"at rate 1 the error is 0\.\d+; use more bits"):
+        plan(resnet("resnet8"), "svd", target_error=0.01, bits=4)
+    made = plan(resnet("resnet8"), "svd", target_error=0.01, bits=8)
+    assert made.output_error is not None
+    assert 0 < made.output_error <= 0.01
+
+
 def test_other_wrong_arguments():
     with pytest.raises(ConfigError, match="rate_decay=up.*rate_scope=all"):
         plan(resnet(), "svd", 0.1, rate_decay="up", rate_scope="all")

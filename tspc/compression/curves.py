@@ -183,7 +183,7 @@ def _curves(
         falling = accumulate((errors[size] for size in sizes), min)
         added = rounding(method, kernel, metric, widths, squared)
         curves.append(ErrorCurve(method, tuple(sizes), tuple(falling), weight.numel(), importance, added))
-    if DENSE in candidates:
+    if DENSE in candidates:  # what a layer loses that is only rounded
         added = rounding(DENSE, kernel, metric, widths, squared)
         curves.append(ErrorCurve(DENSE, (weight.numel(),), (0.0,), weight.numel(), importance, added))
     return curves

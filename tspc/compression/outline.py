@@ -93,8 +93,9 @@ class Outline:
                     f"is {self._least}B",
                     self.smallest_rate,
                 )
+            what = "rank" if self.unit == PARAMETERS else "form"
             raise InfeasibleRateError(
-                f"rate={rate} cannot be met: the smallest rank in every layer already needs {self._least:,} of "
+                f"rate={rate} cannot be met: the smallest {what} in every layer already needs {self._least:,} of "
                 f"{self._base:,} {self.unit}; the smallest feasible rate for this method and network is "
                 f"{self.smallest_rate}",
                 self.smallest_rate,

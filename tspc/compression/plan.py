@@ -83,22 +83,32 @@ class LayerPlan:
         return self.reason in (None, FINAL, SLOWER)
 
     @property
-    def factors(self) -> str:
-        """What the layer becomes: method and ranks, or why it stays dense."""
-        if self.method is None or self.rank is None:
+    def ranks(self) -> str:
+        """Method and ranks, without the width; or why the layer stays dense."""
+        if self.method is None or not self.rank:
             return f"dense: {self.reason or 'kept'}"
+        return f"{self.method.name} {', '.join(map(str, self.rank))}"
+
+    @property
+    def factors(self) -> str:
+        """What the layer becomes: method, ranks and width, or why it stays dense."""
+        if self.method is None or self.rank is None:
+            return self.ranks
         width = "" if self.bits == FULL else f" in {self.bits} bits"
-        return f"{self.method.name} {', '.join(map(str, self.rank))}".rstrip() + width
+        return (self.ranks if self.rank else self.method.name) + width
 
     @property
     def form(self) -> str:
-        """The same as `factors`, with the path if one is chosen."""
-        return self.factors if self.method is None or self.path is None else f"{self.factors}, {self.path}"
+        """The same as `factors`, with the path if there is a choice. A whole kernel has one path only."""
+        return f"{self.factors}, {self.path}" if self.rank and self.path is not None else self.factors
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))
         note = "" if self.note is None else f" ({self.note})"
-        return f"{self.name} {self.kind} {shape}: {self.form}, {self.dense_params:,} → {self.params:,}{note}"
+        sizes = f"{self.dense_params:,} → {self.params:,}"
+        if self.bits < FULL:
+            sizes = f"{self.dense_bytes:,} → {self.bytes:,} bytes"
+        return f"{self.name} {self.kind} {shape}: {self.form}, {sizes}{note}"
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note", "path", "bits")
@@ -143,9 +153,15 @@ class Plan:
         return tuple(layer for layer in self.layers if layer.method is not None)
 
     @property
+    def counts_bytes(self) -> bool:
+        """Whether sizes are told in bytes: the budget counts them, or entries have fewer than 32 bits."""
+        return self.rate_unit == "bytes" or any(layer.bits < FULL for layer in self.layers)
+
+    @property
     def paths(self) -> dict[str, int]:
-        """For each path the number of tensorized layers that take it."""
-        return dict(Counter(layer.path for layer in self.tensorized if layer.path is not None).most_common())
+        """For each path the number of tensorized layers that take it; whole kernels have no choice."""
+        chosen = Counter(layer.path for layer in self.tensorized if layer.rank and layer.path is not None)
+        return dict(chosen.most_common())
 
     @property
     def dense_params(self) -> int:
@@ -156,6 +172,16 @@ class Plan:
     def params(self) -> int:
         """Parameters of the layers that share the budget, after."""
         return sum(layer.params for layer in self.budgeted)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the layers that share the budget, before, in float32."""
+        return sum(layer.dense_bytes for layer in self.budgeted)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the layers that share the budget, after."""
+        return sum(layer.bytes for layer in self.budgeted)
 
     @property
     def network_params(self) -> int:
@@ -182,7 +208,7 @@ class Plan:
         """Bytes after ÷ before, counted over `rate_scope`."""
         if self.rate_scope == "network":
             return self.network_bytes / (self.network_dense_bytes or 4 * self.network_dense_params)
-        return sum(layer.bytes for layer in self.budgeted) / sum(layer.dense_bytes for layer in self.budgeted)
+        return self.bytes / self.dense_bytes
 
     @property
     def output_error(self) -> float | None:
@@ -192,7 +218,10 @@ class Plan:
         return math.sqrt(sum(e * e for e in known) / len(known)) if len(known) == len(errors) else None
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.layers), f"total: {self.dense_params:,} → {self.params:,} parameters"])
+        totals = [f"total: {self.dense_params:,} → {self.params:,} parameters"]
+        if self.counts_bytes:
+            totals.append(f"network: {self.network_dense_bytes:,} → {self.network_bytes:,} bytes")
+        return "\n".join([*map(str, self.layers), *totals])
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("rate", "rate_decay", "rate_scope", "allocation", "network_dense_params", "objective")

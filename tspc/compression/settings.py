@@ -64,7 +64,7 @@ class Selection:
         return texts + out_of_range(self, where, {"min_params": NONE_OR_MORE})
 
 
-def _bytes_or_share(size: str) -> float | None:
+def bytes_or_share(size: str) -> float | None:
     """Bytes (above 1) or a share (at most 1) from text; None if it is neither."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?) ?(|B|kB|KB|MB|GB|KiB|MiB|GiB)", size.strip())
     if found is None:
@@ -78,17 +78,28 @@ def _bytes_or_share(size: str) -> float | None:
 
 def share_of(size: str, whole: int) -> float:
     """A size as a share of so many bytes, at most 1."""
-    value = _bytes_or_share(size)
+    value = bytes_or_share(size)
     assert value is not None, "a size that was checked"
     return value if value <= 1 else min(value / whole, 1.0)
 
 
 def goal_of(settings: Mapping[str, Any]) -> str:
-    """What a plan was asked for, as in a folder's name."""
+    """What a plan was asked for, as in a folder's name; `settings` are those of `PlanSettings.identity`.
+
+    It is a rate, a size ("size0.1"), an error ("error0.3"), or the width of a network that is not decomposed ("8bits").
+    """
     if settings.get("size") is not None:
         return f"size{settings['size'].replace(' ', '')}"
-    target = settings.get("target_error")
-    return f"{settings['rate']:g}" if target is None else f"error{target:g}"
+    if settings.get("target_error") is not None:
+        return f"error{settings['target_error']:g}"
+    is_rounded_only = settings["method"]["name"] == DENSE.name and settings.get("rate_unit", PARAMETERS) == PARAMETERS
+    return f"{settings.get('bits')}bits" if is_rounded_only else f"{settings['rate']:g}"
+
+
+def bits_of(settings: Mapping[str, Any]) -> str:
+    """The width that was asked for: "32", "8", …, or "auto"; `settings` are those of any version."""
+    given = settings.get("bits")
+    return given or (str(FULL) if settings.get("size") is None else AUTO)
 
 
 TENSOR_TRAIN, USUAL = TensorTrain(), Selection()
@@ -141,7 +152,9 @@ class PlanSettings:
         object.__setattr__(self, "method", resolve(self.method))
         for key in ("bits", "size"):  # numbers are welcome, too
             value = getattr(self, key)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, str):
+                object.__setattr__(self, key, value.replace(" ", ""))  # "500 kB" and "500kB" are one size
+            elif value is not None:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 object.__setattr__(self, key, f"{value:.10g}" if is_number else str(value))
 
@@ -185,7 +198,7 @@ class PlanSettings:
             "rate_unit": UNITS,
         }
         found += out_of_range(self, where, allowed)
-        if self.size is not None and _bytes_or_share(self.size) is None:
+        if self.size is not None and bytes_or_share(self.size) is None:
             found.append(
                 f"size={shown(self.size)}: expected a number with a unit, as in 500kB, 2MB or 100000B, or a share of "
                 "the float32 network above 0 and at most 1"
@@ -230,7 +243,7 @@ class PlanSettings:
     @property
     def widths(self) -> Widths:
         """The widths that factors may have."""
-        bits = self.bits or (str(FULL) if self.size is None else AUTO)
+        bits = bits_of({"bits": self.bits, "size": self.size})
         chosen = AUTO_BITS if bits == AUTO else (int(bits),) if bits in WIDTHS else (FULL,)
         return Widths(chosen, self._unit)
 
@@ -246,7 +259,11 @@ class PlanSettings:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings as plain data, without the selection, which belongs to its phase."""
+        """The settings as plain data, without the selection, which belongs to its phase.
+
+        A rate that has no effect is 1, so runs that differ in it only are one run.
+        """
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del plain["selection"]
-        return plain | {"method": self.method.to_dict()}
+        rate = self.rate if self.decomposes else 1.0
+        return plain | {"method": self.method.to_dict(), "rate": rate}

@@ -35,6 +35,14 @@ def figures_of(benchmark: dict[str, Any]) -> list[Figure]:
     return found
 
 
+def readable_bytes(count: float) -> str:
+    """The count in the largest unit that is not above it, with three digits."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
 def readable_count(count: float) -> str:
     """The count as text, exact up to a million."""
     for unit, size in (("G", 1e9), ("M", 1e6)):

@@ -8,6 +8,7 @@ from typing import Any
 
 from tspc.decompositions import names
 from tspc.pages.drawing import style
+from tspc.pages.goals import order_of_goal, readable_goal
 from tspc.pages.records import DAMAGED, DAMAGES, DONE, Broken, Run, damaged, find_runs, read_sweep, split_pattern
 from tspc.pages.render import render
 from tspc.pages.report import write_report
@@ -19,7 +20,6 @@ from tspc.pages.rows import (
     judged_by,
     latex_of,
     markdown_of,
-    order_of_goal,
     row_of,
     row_of_broken,
 )
@@ -71,6 +71,8 @@ def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
         files={name: text for name, text in files.items() if text},
         runs=[row for row in rows if any(row.group) or row.status == DAMAGED],
         phases=phases,
+        readable_goal=readable_goal,
+        has_few_bits=any(row.has_few_bits for row in rows),
         phase_columns=[(phase, "number") for phase in phases],
     )
     for name, text in (files | {"sweep.html": page}).items():

@@ -26,7 +26,9 @@ SERIES = ("#1f5fd0", "#c2410c", "#15803d", "#8b2fb8", "#9a6700", "#0f7c8c", "#be
 """Colours that are dark enough on white; a page in dark mode replaces them by lighter ones."""
 MARKERS = "osD^vPX*"
 """Markers of the series, for readers who cannot tell the colours apart."""
-GLYPHS = dict(zip(MARKERS, "●■◆▲▼✚✖★", strict=True))
+WHOLE = "h"
+"""The marker of networks that are not decomposed."""
+GLYPHS = dict(zip(MARKERS + WHOLE, "●■◆▲▼✚✖★⬢", strict=True))
 LEGEND = "legend"
 """The gid of a figure's legend. A narrow page hides it, and shows the drawing's `legend` instead."""
 LONGEST = 60

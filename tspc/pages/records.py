@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tspc.compression.plan import Plan
-from tspc.compression.settings import goal_of
+from tspc.compression.settings import bits_of, goal_of
 from tspc.errors import RunError, TspcError
+from tspc.pages.goals import SIZE, goal_in
 from tspc.phases.finished import read_record, unfinished
 from tspc.phases.table import NETWORK_PHASES
 from tspc.store.files import read_json
@@ -48,14 +49,23 @@ class Run:
 
     @property
     def series(self) -> str:
-        """The method and the settings in the directory's name, without the rate; runs of one curve share it."""
+        """The method and the settings in the directory's name, without the goal; runs of one curve share it.
+
+        A size is told by the word only: there the plan chooses the widths, and with a rate it does not.
+        """
         head, name = f"{self.method}-{self.goal}", self.path.parent.name
-        return self.method + (name.removeprefix(head) if name.startswith(head) else "")  # a folder may be renamed
+        kind = f"-{SIZE}" if self.goal.startswith(SIZE) else ""
+        return self.method + kind + (name.removeprefix(head) if name.startswith(head) else "")  # it may be renamed
 
     @property
     def goal(self) -> str:
-        """The rate, size or target error that the user gave, as in the directory's name."""
+        """The rate, size, target error or width that the user gave, as in the directory's name."""
         return goal_of(self.identity)
+
+    @property
+    def bits(self) -> str:
+        """The width of the factors' entries that the user gave: "32", "8", …, or "auto"."""
+        return bits_of(self.identity)
 
     @property
     def dataset(self) -> str:
@@ -128,7 +138,7 @@ def _failed(overrides: list[str], error: str) -> Broken:
     """A job without a directory; method and rate come from its command."""
     given = dict(override.split("=", 1) for override in overrides if "=" in override)
     label = " ".join(overrides) or "(defaults)"
-    return Broken(label, error, method=given.get("method", ""), goal=given.get("rate", ""))
+    return Broken(label, error, method=given.get("method", ""), goal=goal_in(given))
 
 
 def damaged(path: Path, error: BaseException) -> Broken:

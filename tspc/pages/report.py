@@ -8,12 +8,15 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tspc.compression.settings import bits_of
 from tspc.errors import RunError
-from tspc.pages.benchmark import LATENCY, MACS, figures_of, readable_count
+from tspc.pages.benchmark import LATENCY, MACS, figures_of, readable_bytes, readable_count
 from tspc.pages.drawing import style
+from tspc.pages.goals import asked_of, readable_goal
 from tspc.pages.records import REFERENCE, Run, read_run
 from tspc.pages.render import render
 from tspc.pages.run_figures import kept, run_drawings, thinned
+from tspc.quantization.grids import FULL
 from tspc.store.files import make_folder, write_text
 from tspc.store.records import FIGURES
 
@@ -43,11 +46,13 @@ def write_report(directory: Path) -> Path:
 def _content(run: Run) -> dict[str, Any]:
     assert run.result is not None
     return {
-        "title": f"{run.network} on {run.dataset}: {run.method} at {run.goal.replace('error', 'error ')}",
+        "title": f"{run.network} on {run.dataset}: {asked_of(run.method, run.goal, run.bits)}",
         "sentence": sentence(run.result),
         "cards": _cards(run),
         "phases": _phases(run.result),
+        "asked": _asked(run),
         "layers": _layers(run),
+        "in_bytes": run.plan is not None and run.plan.counts_bytes,
         "settings": _settings(run),
         "problems": run.problems,
     }
@@ -55,8 +60,9 @@ def _content(run: Run) -> dict[str, Any]:
 
 def sentence(result: dict[str, Any]) -> str:
     """The gain in size and the loss of accuracy, in one sentence."""
-    before, after = result["parameters"]["before"], result["parameters"]["after"]
-    size = f"{result['network']} became {_times(before, after)} smaller: {after:,} of {before:,} parameters are left"
+    unit = "parameters" if bits_of(result) == str(FULL) else "bytes"
+    before, after = result[unit]["before"], result[unit]["after"]
+    size = f"{result['network']} became {_times(before, after)} smaller: {after:,} of {before:,} {unit} are left"
     reference, final = result["reference"]["accuracy"], result["accuracy"]
     if reference is None or final is None:
         return f"{size}. Its accuracy was not measured."
@@ -68,6 +74,20 @@ def sentence(result: dict[str, Any]) -> str:
     if 0 < abs(change) < noise:
         text += f" Over {final['images']:,} test images, a change so small is within chance."
     return text
+
+
+def _asked(run: Run) -> str:
+    """What the user asked for, what was reached, and of what."""
+    assert run.result is not None
+    result, unit = run.result, run.result.get("rate_unit", "parameters")
+    reached, is_whole = f"{result['rate_reached']:.4f}", result["rate_scope"] == "network"
+    if unit == "parameters":
+        scope = "all parameters" if is_whole else "the layers that share the budget"
+        text = f"Rate asked {result['rate']:.4g}, reached {reached} of {scope}"
+    else:
+        scope = "the network" if is_whole else "the layers that share the budget"
+        text = f"Asked: {readable_goal(run.goal)}. Reached: {reached} of the bytes of {scope}"
+    return f"{text}; {result['allocation']} allocation."
 
 
 def _times(before: float, after: float) -> str:
@@ -115,13 +135,6 @@ def _smaller(name: str, before: float, after: float, form: Any, where: str = "")
     return _card(name, form(before), form(after), f"{note}; {where}" if where else note)
 
 
-def readable_bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
 def _phases(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table of phases; a measurement without `top5` or `seconds` has none."""
     rows = []
@@ -138,14 +151,16 @@ def _layers(run: Run) -> list[dict[str, Any]]:
     curves: dict[str, list[dict[str, Any]]] = {}
     for spectrum in run.spectra:
         curves.setdefault(spectrum["layer"], []).append(spectrum)
-    largest = max(layer.dense_params for layer in run.plan.layers)
+    unit = "bytes" if run.plan.counts_bytes else "parameters"
+    largest = max(layer.dense_size(unit) for layer in run.plan.layers)
     worst = max((layer.output_error or 0.0 for layer in run.plan.layers), default=0.0) or 1.0
     return [
         {
             "layer": layer,
-            "path": getattr(layer, "path", None),
-            "before": 100 * layer.dense_params / largest,
-            "after": 100 * layer.params / largest,
+            "path": layer.path if layer.rank else None,
+            "sizes": (layer.dense_size(unit), layer.size(unit)),
+            "before": 100 * layer.dense_size(unit) / largest,
+            "after": 100 * layer.size(unit) / largest,
             "error": 100 * (layer.output_error or 0.0) / worst,
             "sparks": [_spark(spectrum) for spectrum in curves.get(layer.name, [])],
         }

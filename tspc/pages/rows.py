@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from tspc.decompositions import Dense
 from tspc.pages.benchmark import LATENCY, MACS, figures_of
+from tspc.pages.goals import order_of_goal, readable_goal
 from tspc.pages.records import Broken, Run
 from tspc.phases.table import NETWORK_PHASES
 from tspc.store.records import flattened
@@ -34,7 +36,10 @@ _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
 class Row:
     """One run. Accuracies are shares; `judged` is the number of test images for each phase. `latency` is in ms.
 
-    Unknown values are None. `settings` holds the settings that affect the accuracy, by their dotted keys.
+    `bits` is the width that was asked for. With `is_whole` nothing is decomposed: the run shows what rounding alone
+    gives. `unit` says what the rate counts, parameters or bytes; `reached` is the rate reached, and `left` the share of
+    parameters that is left. `before` has the reference's bytes, MACs and latency. Unknown values are None. `settings`
+    holds the settings that affect the accuracy, by their dotted keys.
     """
 
     label: str
@@ -45,7 +50,11 @@ class Row:
     seed: int | None = None
     error: str | None = None
     link: str | None = None
+    bits: str = "32"
+    is_whole: bool = False
+    unit: str = "parameters"
     reached: float | None = None
+    left: float | None = None
     reference: float | None = None
     phases: dict[str, float | None] = field(default_factory=dict)
     final: float | None = None
@@ -53,17 +62,23 @@ class Row:
     bytes: int | None = None
     macs: float | None = None
     latency: float | None = None
+    before: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     judged: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def rate(self) -> float | None:
-        """The rate that the user gave; None if it was a target error."""
+        """The rate of parameters that the user gave; None if the goal was another one."""
         try:
-            return float(self.goal)
+            return float(self.goal) if self.unit == "parameters" else None
         except ValueError:
             return None
+
+    @property
+    def has_few_bits(self) -> bool:
+        """Whether entries of the factors may have fewer than 32 bits."""
+        return self.bits != "32"
 
     @property
     def change(self) -> float | None:
@@ -77,6 +92,8 @@ class Row:
             lines[-1] += f" ({self.change:+.2f})"
         if self.reached is not None and self.parameters is not None:
             lines.append(f"rate {self.reached:.4f}, {self.parameters:,} parameters")
+        if self.bytes is not None and self.has_few_bits:
+            lines[-1] = f"{self.bytes:,} bytes, {self.parameters:,} parameters"
         if self.latency is not None:
             lines.append(f"{self.latency:.3g} ms")
         return "\n".join(lines)
@@ -91,6 +108,8 @@ def row_of(run: Run, page: Path) -> Row:
         "series": run.series,
         "goal": run.goal,
         "status": run.status,
+        "bits": run.bits,
+        "is_whole": run.method == Dense.name,
         "seed": run.identity.get("seed"),
         "error": run.error,
     }
@@ -98,12 +117,15 @@ def row_of(run: Run, page: Path) -> Row:
     if result is None:
         done = {name: _top1(info["accuracy"]) for name, info in run.phases.items()}
         return Row(**common, phases=done)
-    report = run.path / "report.html"
-    measured = {figure.name: figure.after for figure in figures_of(run.benchmark)}
+    report, unit = run.path / "report.html", result.get("rate_unit", "parameters")
+    figures = {figure.name: figure for figure in figures_of(run.benchmark)}
+    measured = {name: figure.after for name, figure in figures.items()}
     return Row(
         **common,
         link=quote(Path(os.path.relpath(report, page)).as_posix()) if report.exists() else None,
+        unit=unit,
         reached=result["rate_reached"],
+        left=result["rate_reached"] if unit == "parameters" else _left(result["parameters"]),
         reference=_top1(result["reference"]["accuracy"]),
         phases={name: _top1(phase["accuracy"]) for name, phase in result["phases"].items()},
         judged={name: p["accuracy"]["images"] for name, p in result["phases"].items() if p["accuracy"]},
@@ -112,9 +134,16 @@ def row_of(run: Run, page: Path) -> Row:
         bytes=result["bytes"]["after"],
         macs=measured.get(MACS),
         latency=measured.get(LATENCY),
+        before={"bytes": result["bytes"]["before"]} | {name: figure.before for name, figure in figures.items()},
         seconds=sum(phase["seconds"] for phase in result["phases"].values()),
         settings={k: v for k, v in flattened(result.get("settings", {})).items() if k.startswith(DECISIVE)},
     )
+
+
+def _left(parameters: dict[str, int]) -> float:
+    """The share of the parameters that is left of the layers that share the budget, or of the whole network."""
+    prefix = "tensorized_" if parameters.get("tensorized_before") else ""
+    return parameters[f"{prefix}after"] / parameters[f"{prefix}before"]
 
 
 def row_of_broken(broken: Broken) -> Row:
@@ -147,10 +176,11 @@ def csv_of(rows: list[Row]) -> str:
     """Every run with every number, unrounded."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = "run dataset network method goal seed status rate_reached reference".split()
+    head = "run dataset network method goal bits seed status rate_reached reference".split()
     writer.writerow([*head, *NETWORK_PHASES, "final", "parameters", "bytes", "macs", "latency_ms", "seconds", "error"])
     for row in rows:
-        known = [row.label, *row.group, row.series, row.goal, row.seed, row.status, row.reached, row.reference]
+        known = [row.label, *row.group, row.series, row.goal, row.bits if any(row.group) else ""]
+        known += [row.seed, row.status, row.reached, row.reference]
         known += [row.phases.get(phase) for phase in NETWORK_PHASES]
         known += [row.final, row.parameters, row.bytes, row.macs, row.latency, row.seconds, row.error]
         writer.writerow([_cell(value) for value in known])
@@ -213,14 +243,12 @@ def grid_of(rows: list[Row], phase: str | None = None) -> Grid | None:
     )
 
 
-def order_of_goal(goal: str) -> tuple[int, float]:
-    """A sort key: rates first, in descending order, then target errors."""
-    kind = goal.startswith("error")
-    return int(kind), -float(goal.removeprefix("error"))
-
-
 def markdown_of(grid: Grid) -> str:
-    lines = [f"{grid.title}{_reference_note(grid)}:", "", "| method | " + " | ".join(grid.goals) + " |"]
+    lines = [
+        f"{grid.title}{_reference_note(grid)}:",
+        "",
+        "| method | " + " | ".join(map(readable_goal, grid.goals)) + " |",
+    ]
     lines.append("|---|" + "---:|" * len(grid.goals))
     for method in grid.methods:
         cells = [
@@ -234,7 +262,7 @@ def markdown_of(grid: Grid) -> str:
 def latex_of(grid: Grid) -> str:
     """A table for booktabs."""
     lines = [f"% {grid.title}{_reference_note(grid)}", rf"\begin{{tabular}}{{l{'r' * len(grid.goals)}}}", r"\toprule"]
-    lines += ["method & " + " & ".join(grid.goals) + r" \\", r"\midrule"]
+    lines += ["method & " + " & ".join(map(readable_goal, grid.goals)) + r" \\", r"\midrule"]
     for method in grid.methods:
         cells = []
         for goal in grid.goals:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tspc.compression.plan import Plan
+from tspc.pages.benchmark import readable_bytes
 from tspc.pages.drawing import GRID, MUTED, SERIES, SOFT, Drawing, Mark, accuracy_axis, canvas, legible, plain_log_axis
 from tspc.pages.records import REFERENCE, Run
 from tspc.phases.table import NETWORK_PHASES
@@ -128,10 +129,11 @@ def _layers(plan: Plan) -> Drawing:
     )
     top = axes[0, 0]
     edges = [place - 0.5 for place in range(len(layers) + 1)]
-    top.stairs([layer.dense_params for layer in layers], edges, fill=True, color=SOFT, label="before")
-    top.stairs([layer.params for layer in layers], edges, fill=True, color=SERIES[0], label="after")
-    top.set_ylabel("parameters")
-    top.yaxis.set_major_formatter(_thousands())
+    unit = "bytes" if plan.counts_bytes else "parameters"
+    top.stairs([layer.dense_size(unit) for layer in layers], edges, fill=True, color=SOFT, label="before")
+    top.stairs([layer.size(unit) for layer in layers], edges, fill=True, color=SERIES[0], label="after")
+    top.set_ylabel(unit)
+    top.yaxis.set_major_formatter(_thousands() if unit == "parameters" else _of_bytes())
     top.legend(loc="upper left", ncols=2)
     top.set_xlim(-0.5, len(layers) - 0.5)
     if has_errors:
@@ -151,10 +153,16 @@ def _layers(plan: Plan) -> Drawing:
         each.grid(False, axis="x")
     largest = max(layers, key=lambda layer: layer.dense_params)
     text = (
-        f"Parameters of {len(layers)} layers before and after, with the relative error of each layer's output. "
-        f"The largest, {largest.name}, goes from {largest.dense_params:,} to {largest.params:,}."
+        f"{unit.capitalize()} of {len(layers)} layers before and after, with the relative error of each layer's "
+        f"output. The largest, {largest.name}, goes from {largest.dense_size(unit):,} to {largest.size(unit):,}."
     )
-    return Drawing("layers", "Where the parameters went", text, figure)
+    return Drawing("layers", f"Where the {unit} went", text, figure)
+
+
+def _of_bytes() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: readable_bytes(value) if value else "0")
 
 
 def _thousands() -> Any:

@@ -1,10 +1,14 @@
-"""The figures of many runs: accuracy against parameters and time, with the Pareto front, for each method."""
+"""The figures of many runs: accuracy against size and time, with the Pareto front, for each method."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from tspc.pages.benchmark import LATENCY, MACS, readable_bytes, readable_count
 from tspc.pages.drawing import (
     GLYPHS,
     INK,
@@ -12,6 +16,7 @@ from tspc.pages.drawing import (
     MARKERS,
     MUTED,
     SERIES,
+    WHOLE,
     Drawing,
     Key,
     Mark,
@@ -20,25 +25,62 @@ from tspc.pages.drawing import (
     legible,
     plain_log_axis,
 )
+from tspc.pages.goals import readable_goal
 from tspc.pages.rows import Row
 
-COSTS: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
-    "rate": ("Accuracy against rate", "parameters left, as a share", lambda row: row.reached),
-    "latency": ("Accuracy against latency", "latency in ms", lambda row: row.latency),
-    "macs": ("Accuracy against operations", "multiply-accumulates of an input", lambda row: row.macs),
-}
-"""Each figure's title, the label of its horizontal axis, and the function that gives its value."""
+NOT_DECOMPOSED = "not decomposed"
+"""What the legend calls the reference and the runs that only round it."""
+
+NAME_WIDTH, NAME_HEIGHT = 0.16, 0.045
+"""The room of a name in a figure, as shares of its axes."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a figure has on its horizontal axis.
+
+    `of` gives the value of a run, or None. `key` is the reference's value in `Row.before`; None if the figure shows the
+    decomposed networks only. `form` writes a number of the axis.
+    """
+
+    name: str
+    title: str
+    label: str
+    of: Callable[[Row], float | None]
+    key: str | None = None
+    form: Callable[[float], str] = "{:g}".format
+
+
+RATE = Cost(
+    "rate", "Accuracy against rate", "parameters left, as a share", lambda row: None if row.is_whole else row.left
+)
+BYTES = Cost("bytes", "Accuracy against bytes", "bytes of the network", lambda row: row.bytes, "bytes", readable_bytes)
+SPEED = (
+    Cost("latency", "Accuracy against latency", "latency in ms", lambda row: row.latency, LATENCY),
+    Cost(
+        "macs",
+        "Accuracy against operations",
+        "multiply-accumulates of an input",
+        lambda row: row.macs,
+        MACS,
+        readable_count,
+    ),
+)
 
 
 def sweep_drawings(rows: list[Row], prefix: str = "") -> list[Drawing]:
-    """The figures for which the runs have data; `prefix` makes their names unique for each group of runs."""
-    order = list(dict.fromkeys(row.series for row in rows))
+    """The figures for which the runs have data; `prefix` makes their names unique for each group of runs.
+
+    The first one counts bytes if entries of any run have fewer than 32 bits, else parameters.
+    """
+    order = list(dict.fromkeys(row.series for row in rows if not row.is_whole))
+    sizes = (BYTES, RATE) if any(row.has_few_bits for row in rows) else (RATE, BYTES)
     drawings = []
-    for name, (title, label, cost) in COSTS.items():
-        shown = [(cost(row), row) for row in rows if row.final is not None]
+    for cost in (*sizes, *SPEED):
+        shown = [(cost.of(row), row) for row in rows if row.final is not None]
         known = [(value, row) for value, row in shown if value is not None]
         if known:
-            drawings.append(_scatter(f"{prefix}{name}", title, label, known, order))
+            drawings.append(_Scatter(cost, known, order).drawing(prefix))
     return drawings
 
 
@@ -52,78 +94,120 @@ def pareto(points: list[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _scatter(name: str, title: str, label: str, known: list[tuple[float, Row]], order: list[str]) -> Drawing:
-    figure, grid = canvas(8.6, 4.6, right=1.55)
-    axes = grid[0, 0]
-    points = [(cost, 100 * row.final) for cost, row in known if row.final is not None]
-    # By the rate asked for: of two runs at it, the worse one is not better for having left a rank unused.
-    by_rate = COSTS["rate"][0] == title
-    front = pareto([(row.rate if by_rate and row.rate else cost, 100 * (row.final or 0)) for cost, row in known])
-    edge = list(zip(*(points[i] for i in front), strict=True))
-    axes.step(*edge, where="post", color=MUTED, linewidth=6, alpha=0.25, label="Pareto front")
-    marks: dict[str, Mark] = {}
-    for number, series in enumerate(order):
-        own = [i for i, (_, row) in enumerate(known) if row.series == series]
-        if own:
-            _series(axes, number, series, own, points, known, marks, front)
-    references = {round(100 * row.reference, 6) for _, row in known if row.reference is not None}
-    for reference in references:
-        axes.axhline(reference, color=INK, linestyle="--", linewidth=1, label="reference")
-    accuracy_axis(axes, [accuracy for _, accuracy in points] + list(references))
-    axes.set_xscale("log")
-    plain_log_axis(axes.xaxis)
-    asked = sorted({row.rate for _, row in known if row.rate is not None})
-    if "parameters" in label and asked:
-        axes.set_xticks(asked, [f"{rate:g}" for rate in asked])
-    axes.set_xlabel(label)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    legend = axes.legend(
-        handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0
-    )
-    legend.set_gid(LEGEND)
-    best = ", ".join(f"{known[i][1].label} {points[i][1]:.2f} %" for i in front)
-    text = f"Top-1 accuracy of {len(points)} runs against {label}. On the Pareto front: {best}."
-    return Drawing(name, title, text, figure, marks, tuple(_keys(order, known)))
+def references_of(rows: list[Row], key: str | None) -> list[tuple[float, float]]:
+    """For each reference its cost (the median, if it was measured several times) and its accuracy in percent."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row.reference is not None and key in row.before:
+            found.setdefault(100 * row.reference, []).append(row.before[key])
+    return [(statistics.median(costs), accuracy) for accuracy, costs in found.items()]
 
 
-def _look(number: int) -> tuple[str, str]:
-    """Colour and marker of a series."""
-    return SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+def _name_of(row: Row) -> str:
+    """What a run is called that decomposes nothing."""
+    return f"{row.series}, {readable_goal(row.goal)}"
 
 
-def _keys(order: list[str], known: list[tuple[float, Row]]) -> Iterator[Key]:
-    shown = {row.series for _, row in known}
-    for number, series in enumerate(order):
-        if series in shown:
-            colour, marker = _look(number)
-            yield Key.of(series, GLYPHS[marker], colour)
-    yield Key.of("Pareto front", "▬", MUTED)
-    if any(row.reference is not None for _, row in known):
-        yield Key.of("reference", "╌", INK)
+class _Scatter:
+    """Runs as marks over one cost: each method's with a line, and those that are not decomposed with their names."""
 
+    def __init__(self, cost: Cost, known: list[tuple[float, Row]], order: list[str]) -> None:
+        self.cost, self.order = cost, order
+        self.rows = [row for _, row in known]
+        self.points = [(value, 100 * (row.final or 0.0)) for value, row in known]
+        self.references = references_of(self.rows, cost.key)
+        # By the rate asked for: of two runs at it, the worse one is not better for having left a rank unused.
+        asked = [
+            row.rate if cost is RATE and row.rate else x for (x, _), row in zip(self.points, self.rows, strict=True)
+        ]
+        judged = [(x, y) for x, (_, y) in zip(asked, self.points, strict=True)]
+        self.front = pareto([*judged, *self.references])
+        self.marks: dict[str, Mark] = {}
 
-def _series(
-    axes: Any,
-    number: int,
-    series: str,
-    own: list[int],
-    points: list[tuple[float, float]],
-    known: list[tuple[float, Row]],
-    marks: dict[str, Mark],
-    front: list[int],
-) -> None:
-    """A method's runs as marks, and a line through the means of those with the same goal."""
-    colour, marker = _look(number)
-    goals: dict[str, list[tuple[float, float]]] = {}
-    for i in own:
-        goals.setdefault(known[i][1].goal, []).append(points[i])
-    means = sorted((sum(x for x, _ in at) / len(at), sum(y for _, y in at) / len(at)) for at in goals.values())
-    axes.plot(*zip(*means, strict=True), color=colour, linewidth=1.2, alpha=0.8)
-    axes.plot([], [], color=colour, marker=marker, markersize=6, linewidth=1.2, label=legible(series, 30))
-    for i in own:
-        row, is_best = known[i][1], i in front
+    def drawing(self, prefix: str) -> Drawing:
+        figure, grid = canvas(8.6, 4.6, right=1.55)
+        axes, all_points = grid[0, 0], [*self.points, *self.references]
+        edge = list(zip(*(all_points[i] for i in self.front), strict=True))
+        axes.step(*edge, where="post", color=MUTED, linewidth=6, alpha=0.25, label="Pareto front")
+        for number, series in enumerate(self.order):
+            own = [i for i, row in enumerate(self.rows) if row.series == series and not row.is_whole]
+            if own:
+                self._series(axes, number, series, own)
+        names = self._whole(axes)
+        references = {100 * row.reference for row in self.rows if row.reference is not None}
+        for reference in references:
+            axes.axhline(reference, color=INK, linestyle="--", linewidth=1, label="reference")
+        accuracy_axis(axes, [accuracy for _, accuracy in self.points] + list(references))
+        self._axis(axes)
+        _put_names(axes, names)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        legend = axes.legend(
+            handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0
+        )
+        legend.set_gid(LEGEND)
+        labels = [*(row.label for row in self.rows), *("the reference" for _ in self.references)]
+        best = ", ".join(f"{labels[i]} {all_points[i][1]:.2f} %" for i in self.front)
+        text = f"Top-1 accuracy of {len(self.points)} runs against {self.cost.label}. On the Pareto front: {best}."
+        return Drawing(f"{prefix}{self.cost.name}", self.cost.title, text, figure, self.marks, tuple(self._keys()))
+
+    def _axis(self, axes: Any) -> None:
+        from matplotlib.ticker import FuncFormatter
+
+        axes.set_xscale("log")
+        plain_log_axis(axes.xaxis)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: self.cost.form(value)))
+        asked = sorted({row.rate for row in self.rows if row.rate is not None})
+        if self.cost is RATE and asked:
+            axes.set_xticks(asked, [f"{rate:g}" for rate in asked])
+        axes.set_xlabel(self.cost.label)
+
+    def _keys(self) -> Iterator[Key]:
+        shown = {row.series for row in self.rows if not row.is_whole}
+        for number, series in enumerate(self.order):
+            if series in shown:
+                colour, marker = _look(number)
+                yield Key.of(series, GLYPHS[marker], colour)
+        if self.references or any(row.is_whole for row in self.rows):
+            yield Key.of(NOT_DECOMPOSED, GLYPHS[WHOLE], INK)
+        yield Key.of("Pareto front", "▬", MUTED)
+        if any(row.reference is not None for row in self.rows):
+            yield Key.of("reference", "╌", INK)
+
+    def _series(self, axes: Any, number: int, series: str, own: list[int]) -> None:
+        """A method's runs as marks, and a line through the means of those with the same goal."""
+        colour, marker = _look(number)
+        goals: dict[str, list[tuple[float, float]]] = {}
+        for i in own:
+            goals.setdefault(self.rows[i].goal, []).append(self.points[i])
+        means = sorted((sum(x for x, _ in at) / len(at), sum(y for _, y in at) / len(at)) for at in goals.values())
+        axes.plot(*zip(*means, strict=True), color=colour, linewidth=1.2, alpha=0.8)
+        axes.plot([], [], color=colour, marker=marker, markersize=6, linewidth=1.2, label=legible(series, 30))
+        for i in own:
+            self._mark(axes, i, marker, colour)
+
+    def _whole(self, axes: Any) -> dict[str, tuple[float, float]]:
+        """The runs that decompose nothing, and the reference, as marks; returns their names and places."""
+        own = [i for i, row in enumerate(self.rows) if row.is_whole]
+        if own or self.references:
+            axes.plot([], [], WHOLE, color=INK, markersize=6, label=NOT_DECOMPOSED)
+        named: dict[str, tuple[float, float]] = {}
+        for i in own:
+            self._mark(axes, i, WHOLE, INK)
+            named.setdefault(_name_of(self.rows[i]), self.points[i])
+        for number, point in enumerate(self.references):
+            is_best = len(self.points) + number in self.front
+            gid, name = f"reference{number}", "dense, float32"
+            axes.plot(*([value] for value in point), WHOLE, color=INK, markersize=9 if is_best else 6, gid=gid)
+            size = f"{self.cost.form(point[0])}, {self.cost.label}"
+            tip = f"reference: {name}\n{point[1]:.2f} % top-1\n{size}"
+            self.marks[gid] = Mark(tip + ("\non the Pareto front" if is_best else ""))
+            named.setdefault(name, point)
+        return named
+
+    def _mark(self, axes: Any, i: int, marker: str, colour: str) -> None:
+        row, is_best = self.rows[i], i in self.front
         axes.plot(
-            *([value] for value in points[i]),
+            *([value] for value in self.points[i]),
             marker,
             color=colour,
             markersize=9 if is_best else 6,
@@ -131,4 +215,24 @@ def _series(
             markerfacecolor=colour if row.status == "done" else "none",
             gid=f"run{i}",
         )
-        marks[f"run{i}"] = Mark(row.tip + ("\non the Pareto front" if is_best else ""), row.link)
+        self.marks[f"run{i}"] = Mark(row.tip + ("\non the Pareto front" if is_best else ""), row.link)
+
+
+def _put_names(axes: Any, named: dict[str, tuple[float, float]]) -> None:
+    """Writes names below their places, each a line lower than a name that would touch it."""
+    (left, right), (bottom, top) = map(math.log, axes.get_xlim()), axes.get_ylim()
+    taken: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(named.items(), key=lambda one: one[1]):
+        across, up = (math.log(x) - left) / (right - left), (y - bottom) / (top - bottom)
+        while any(abs(across - other) < NAME_WIDTH and abs(up - height) < NAME_HEIGHT for other, height in taken):
+            up -= NAME_HEIGHT
+        taken.append((across, up))
+        side = "left" if across < NAME_WIDTH / 2 else "right" if across > 1 - NAME_WIDTH / 2 else "center"
+        axes.text(
+            across, up - NAME_HEIGHT / 2, legible(name, 40), transform=axes.transAxes, ha=side, va="top", fontsize=8.5
+        )
+
+
+def _look(number: int) -> tuple[str, str]:
+    """Colour and marker of a series."""
+    return SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]

@@ -34,9 +34,13 @@ class PlanOverview:
 def plans_at(
     planning: Planning, overview: PlanOverview, asked: Plan, curves: Curves
 ) -> dict[float, Plan | InfeasibleRateError]:
-    """A plan for the run's own rate and for each other rate, or the error if it cannot be met; largest rate first."""
+    """A plan for the run's own rate and for each other rate, or the error if it cannot be met; largest rate first.
+
+    If nothing is decomposed, there are no other rates.
+    """
     plans: dict[float, Plan | InfeasibleRateError] = {asked.rate: asked}
-    for rate in {*overview.rates} - {asked.rate}:
+    others = {*overview.rates} - {asked.rate} if planning.settings.decomposes else ()
+    for rate in others:
         try:
             plans[rate] = planning.at(rate, curves)
         except InfeasibleRateError as error:
@@ -59,6 +63,15 @@ def macs_at(
     return {rate: 1 - macs_saved(reference, plan.tensorized, called) / before for rate, plan in possible.items()}
 
 
+def sizes_of(reference: nn.Module, plan: Plan) -> tuple[int, int]:
+    """The bytes of the network's parameters and buffers before, and those expected after."""
+    if plan.counts_bytes:
+        return plan.network_dense_bytes, plan.network_bytes
+    size = state_bytes(reference)
+    entry = next(p.element_size() for p in reference.parameters())
+    return size, size - entry * (plan.network_dense_params - plan.network_params)
+
+
 def _run(work: Work) -> None:
     planning, reference, display = work.planning, work.reference, work.context.display
     with calibration_samples(planning.calibration, work.context) as samples:
@@ -67,9 +80,7 @@ def _run(work: Work) -> None:
         return
     example, asked = planning.example, planning.plan(curves)
     plans = plans_at(planning, work.settings, asked, curves)
-    size = state_bytes(reference)
-    entry = next(p.element_size() for p in reference.parameters())
-    sizes = size, size - entry * (asked.network_dense_params - asked.network_params)
+    sizes = sizes_of(reference, asked)
     shown = plan_table(asked, *sizes, width=display.console.width)
     display.show(shown, logged=plan_table(asked, *sizes, max_rows=None))
     display.show(rates_table(plans, macs_at(reference, plans, example)))

@@ -41,15 +41,16 @@ def run_folder(config: Config, spec: NetworkSpec) -> Path:
     Settings of the method and of the planning are appended to the rate if they differ from the default (`LABELS`), and
     so is `variant`.
     """
-    planning = config.planning
+    planning, goal = config.planning, goal_of(config.planning.identity)
     settings = planning.method.to_dict()
     defaults = resolve(settings["name"]).to_dict()
-    parts = [f"{settings['name']}-{goal_of(planning.identity)}"]
+    parts = [f"{settings['name']}-{goal}"]
     parts += [f"{key}{_brief(value)}" for key, value in settings.items() if value != defaults[key]]
     usual = {f.name: f.default for f in dataclasses.fields(planning) if f.name not in ("method", *GOALS)}
     for key in sorted(usual, key=[*LABELS, *usual].index):
         if getattr(planning, key) != usual[key]:
-            parts.append(LABELS.get(key, f"{key}{{}}").format(getattr(planning, key)))
+            label = LABELS.get(key, f"{key}{{}}").format(getattr(planning, key))
+            parts.append("" if label == goal else label)
     parts.append(config.variant or "")
     return config.output_dir / config.dataset.name / spec.name / "-".join(filter(None, parts)) / f"seed{config.seed}"
 

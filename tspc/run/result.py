@@ -39,6 +39,8 @@ def result_of(
         "directory": str(directory),
         **config.planning.identity,
         "rate": plan.rate,
+        "rate_unit": plan.rate_unit,
+        "rate_scope": plan.rate_scope,
         "rate_reached": plan.rate_reached,
         "paths": plan.paths,
         "output_error": plan.output_error,

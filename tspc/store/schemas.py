@@ -60,6 +60,8 @@ IDENTITY = {
     "dataset": {"name": str},
     "network": {"name": str},
     "seed?": (Number(-(2**63), 2**64, whole=True), None),
+    **dict.fromkeys(("size?", "bits?"), (str, None)),
+    "rate_unit?": str,
 }
 """`run.json`, as far as a page shows it."""
 
@@ -93,6 +95,8 @@ RESULT = {
     "seed": int,
     "versions": dict,
     "settings?": dict,
+    **dict.fromkeys(("size?", "bits?"), (str, None)),
+    "rate_unit?": str,
     "benchmark?": (BENCHMARK_SHOWN, None),
 }
 """`result.json`."""
@@ -104,6 +108,9 @@ _OUTCOME = {
     "reference?": _MEASURED,
     "accuracy?": (ACCURACY, None),
     "parameters?": _SIZES,
+    "bytes?": _SIZES,
+    "bits?": (str, None),
+    "size?": (str, None),
 }
 JOB = {"job": COUNT, "overrides": [str], "result": (_OUTCOME, None), "error": (str, None)}
 """The record of a job of a sweep. It has a result or an error."""

@@ -13,10 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.settings import bits_of
 from tspc.errors import InfeasibleRateError
+from tspc.quantization.grids import FULL
 
 MAX_ROWS = 60
-COLUMNS = ("layer", "kind", "shape", "ranks", "before", "after", "error", "output\nerror")
+TEXT = ("layer", "kind", "shape", "ranks")
+ERRORS = ("error", "output\nerror")
 
 
 def versions() -> dict[str, str]:
@@ -27,64 +30,80 @@ def versions() -> dict[str, str]:
 def plan_table(
     plan: Plan, bytes_before: int, bytes_after: int, max_rows: int | None = MAX_ROWS, width: int = 100
 ) -> Table:
-    """Every layer of the plan, and totals.
+    """Every layer of the plan, and totals. Sizes are parameters; with few bits or a budget in bytes they are bytes.
 
-    If there are more than `max_rows` layers, the middle ones are left out. If `width` is below 100 columns, the least
-    important columns are left out.
+    `bytes_before` and `bytes_after` are those of the whole network. If there are more than `max_rows` layers, the
+    middle ones are left out. If `width` is below 100 columns, the least important columns are left out.
     """
     table = Table(title=_title(plan), title_justify="left", caption=_totals(plan, bytes_before, bytes_after))
     table.caption_justify = "left"
     spare = {"kind", "error"} if width < 100 else set()
-    names = [name for name in COLUMNS if name not in spare]
-    for name in names:
-        is_text = name in COLUMNS[:4]
+    sizes = ("bits", "bytes\nbefore", "bytes\nafter") if plan.counts_bytes else ("before", "after")
+    columns = (*TEXT, *sizes, *ERRORS)
+    kept = [place for place, name in enumerate(columns) if name not in spare]
+    for name in (columns[place] for place in kept):
+        is_text = name in TEXT
         table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
-    kept = [place for place, name in enumerate(COLUMNS) if name in names]
     rows = list(plan.layers)
     shown = len(rows) if max_rows is None else min(len(rows), max_rows)
     for layer in rows[: (shown + 1) // 2]:
-        table.add_row(*(_row(layer)[place] for place in kept))
+        table.add_row(*(_row(layer, plan.counts_bytes)[place] for place in kept))
     if shown < len(rows):
         table.add_row(f"… {len(rows) - shown} more, see tspc.log")
     for layer in rows[len(rows) - shown // 2 :]:
-        table.add_row(*(_row(layer)[place] for place in kept))
+        table.add_row(*(_row(layer, plan.counts_bytes)[place] for place in kept))
     return table
 
 
 def _title(plan: Plan) -> str:
     decay = "" if plan.rate_decay == "flat" else f", {plan.rate_decay}"
-    what = "rate" if plan.rate_unit == "parameters" else "a share of bytes of"
-    return f"Plan: {plan.method.name} at {what} {plan.rate:.4g} of {_scope(plan)}, {plan.allocation}{decay}"
-
-
-def _scope(plan: Plan) -> str:
-    return f"all {plan.rate_unit}" if plan.rate_scope == "network" else "the tensorized layers"
+    widths = {layer.bits for layer in plan.budgeted}
+    is_narrow = len(widths) == 1 and widths != {FULL}
+    name = f"{plan.method.name} in {widths.pop()} bits" if is_narrow else plan.method.name
+    if plan.rate_unit == "parameters":
+        scope = "all parameters" if plan.rate_scope == "network" else "the tensorized layers"
+        return f"Plan: {name} at rate {plan.rate:.4g} of {scope}, {plan.allocation}{decay}"
+    if plan.method.name == "dense" and plan.rate == 1:  # the width alone makes it smaller
+        return f"Plan: {name}"
+    scope = "the network" if plan.rate_scope == "network" else "the tensorized layers"
+    return f"Plan: {name} at {plan.rate:.4g} of the bytes of {scope}, {plan.allocation}{decay}"
 
 
 def _totals(plan: Plan, bytes_before: int, bytes_after: int) -> Text:
-    rows = [
-        ("layers in budget", plan.dense_params, plan.params, "parameters"),
-        ("whole network", plan.network_dense_params, plan.network_params, "parameters"),
-        ("weights", bytes_before, bytes_after, "bytes"),
-    ]
+    layers = ("layers in budget", plan.dense_params, plan.params, "parameters")
+    network = ("whole network", plan.network_dense_params, plan.network_params, "parameters")
+    if plan.counts_bytes:
+        in_budget = ("layers in budget", plan.dense_bytes, plan.bytes, "bytes")
+        budget = [layers, in_budget] if plan.rate_unit == "parameters" else [in_budget]
+        rows = [*budget, network, ("whole network", bytes_before, bytes_after, "bytes")]
+    else:
+        rows = [layers, network, ("weights", bytes_before, bytes_after, "bytes")]
     return Text("\n".join(f"{n:<18}{a:>14,} → {b:>12,} {unit}  ({b / a:.4f})" for n, a, b, unit in rows), style="")
 
 
-def _row(layer: LayerPlan) -> tuple[str, ...]:
+def _row(layer: LayerPlan, in_bytes: bool) -> tuple[str, ...]:
     shape = "×".join(map(str, layer.shape))
     errors = ("" if error is None else f"{error:.3f}" for error in (layer.error, layer.output_error))
-    before, after = f"{layer.dense_params:,}", f"{layer.params:,}"
-    form = layer.form if layer.note is None else f"{layer.form} ({layer.note})"
-    return escape(layer.name), layer.kind, shape, escape(form), before, after, *errors
+    if in_bytes:  # the width has a column of its own
+        form = f"{layer.ranks}, {layer.path}" if layer.rank and layer.path else layer.ranks
+        sizes = str(layer.bits), f"{layer.dense_bytes:,}", f"{layer.bytes:,}"
+    else:
+        form, sizes = layer.form, (f"{layer.dense_params:,}", f"{layer.params:,}")
+    form = form if layer.note is None else f"{form} ({layer.note})"
+    return escape(layer.name), layer.kind, shape, escape(form), *sizes, *errors
 
 
 def rates_table(plans: dict[float, Plan | InfeasibleRateError], macs: dict[float, float]) -> Table:
     """Size and expected error at each rate: a row for each plan, or the reason why there is none.
 
-    `macs` is the share of the network's multiply-accumulates that is left at each rate; empty if it is unknown.
+    With few bits or a budget in bytes the sizes are bytes. `macs` is the share of the network's multiply-accumulates
+    that is left at each rate; empty if it is unknown.
     """
     table = Table(title="Rates, as expected before any training", title_justify="left")
-    names = ("rate", "reached", "parameters", "network", *(["network MACs"] if macs else []), "output error")
+    in_bytes = any(isinstance(plan, Plan) and plan.counts_bytes for plan in plans.values())
+    sizes = ("bytes", "network\nbytes", "bits") if in_bytes else ("parameters", "network")
+    costs = ["network\nMACs" if in_bytes else "network MACs"] if macs else []
+    names = ("rate", "reached", *sizes, *costs, "output\nerror" if in_bytes else "output error")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("layers", overflow="fold")
@@ -93,10 +112,18 @@ def rates_table(plans: dict[float, Plan | InfeasibleRateError], macs: dict[float
             table.add_row(f"{rate:g}", *[""] * (len(names) - 1), f"cannot be met: at least {plan.smallest:g}")
             continue
         error = "" if plan.output_error is None else f"{plan.output_error:.3f}"
-        counts = f"{plan.params:,}", f"{plan.network_params:,}"
+        counts = (f"{plan.params:,}", f"{plan.network_params:,}")
+        if in_bytes:
+            counts = f"{plan.bytes:,}", f"{plan.network_bytes:,}", _widths(plan)
         share = [f"{macs[rate]:.3f}"] if macs else []
         table.add_row(f"{rate:g}", f"{plan.rate_reached:.4f}", *counts, *share, error, _kinds(plan))
     return table
+
+
+def _widths(plan: Plan) -> str:
+    """The smallest and the largest width of the layers that share the budget, as in "4 to 8"."""
+    widths = [layer.bits for layer in plan.budgeted]
+    return " to ".join(map(str, dict.fromkeys((min(widths), max(widths)))))
 
 
 def _kinds(plan: Plan) -> str:
@@ -131,15 +158,21 @@ def result_table(result: dict[str, Any]) -> Table:
 
 def result_lines(result: dict[str, Any], target: Path) -> list[str]:
     """The rate reached, and the size of the network in the file `target`."""
-    before, after = result["parameters"]["before"], result["parameters"]["after"]
+    sizes, parameters = result["bytes"], result["parameters"]
     asked = f"{result['rate']} asked"
     if result.get("size") is not None:
         asked = f"for a size of at most {result['size']}"
     elif result["target_error"] is not None:
         asked = f"for an expected output error of at most {result['target_error']}"
+    elif result["method"]["name"] == "dense" and result["rate"] == 1:
+        asked = f"{bits_of(result)} bits asked"
+    unit = " of the bytes" if result.get("rate_unit") == "bytes" else ""
+    counts = f"{parameters['before']:,} → {parameters['after']:,} parameters"
+    is_narrow = bits_of(result) != str(FULL)
+    weights = f", {sizes['before']:,} → {sizes['after']:,} bytes;" if is_narrow else ","
     return [
-        f"rate       {result['rate_reached']:.4f} reached, {asked}",
-        f"network    {before:,} → {after:,} parameters, {result['bytes']['file']:,} bytes in {target}",
+        f"rate       {result['rate_reached']:.4f}{unit} reached, {asked}",
+        f"network    {counts}{weights} {sizes['file']:,} bytes in {target}",
     ]
 
 
@@ -148,7 +181,8 @@ def sweep_table(records: list[dict[str, Any]]) -> Table:
     table = Table(title="Sweep", title_justify="left")
     for name in ("job", "run"):
         table.add_column(name, overflow="fold")
-    for name in ("reached", "reference", "final", "parameters"):
+    has_few_bits = any(bits_of(record.get("result") or {}) != str(FULL) for record in records)
+    for name in ("reached", "reference", "final", "parameters", *(["bytes"] if has_few_bits else [])):
         table.add_column(name, justify="right", no_wrap=True)
     # Settings that all jobs share are left out.
     common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
@@ -165,6 +199,8 @@ def sweep_table(records: list[dict[str, Any]]) -> Table:
         reached = f"{result['rate_reached']:.4f}" if "rate_reached" in result else ""
         reference = percent(result["reference"]["accuracy"]) if "reference" in result else ""
         final = percent(result["accuracy"]) if "accuracy" in result else ""
-        row = (reached, reference, final, "" if parameters is None else f"{parameters['after']:,}")
+        row = [reached, reference, final, "" if parameters is None else f"{parameters['after']:,}"]
+        if has_few_bits:
+            row.append(f"{result['bytes']['after']:,}" if "bytes" in result else "")
         table.add_row(str(record["job"]), Text(f"{name}\n{result['directory']}"), *row)
     return table
