@@ -18,7 +18,7 @@ from tests.conftest import Once
 from tests.nets import Net, small_net
 from tests.small import network
 from tspc.compression.apply import compress
-from tspc.deploy import FORMATS, Comparison, Exporter, compare, cost, export, exporting, runtimes, timing
+from tspc.deploy import FORMATS, Comparison, Exporter, Graphs, compare, cost, export, exporting, graphs, runtimes
 from tspc.errors import ConfigError, ExportError
 from tspc.system import extras
 
@@ -220,10 +220,11 @@ def test_both_networks_are_timed_by_turns(small):
 
 
 def test_a_network_is_traced_once_for_all_batch_sizes(monkeypatch):
-    real, traces = timing.traced, []
-    monkeypatch.setattr(timing, "traced", lambda *args: traces.append(args) or real(*args))
-    comparison = Comparison(Net(), small_net("rtk"), (IMAGES,), "onnx", 0.0)
-    found = [comparison.at(size) for size in (1, 4)]
+    real, traces = graphs.traced, []
+    monkeypatch.setattr(graphs, "traced", lambda *args: traces.append(args) or real(*args))
+    networks = Graphs({"dense": Net(), "compressed": small_net("rtk")}, (IMAGES,))
+    comparison = Comparison(networks, (IMAGES,), ("onnx",), 0.0)
+    found = [timing for size in (1, 4) for timing in comparison.at(size)]
     assert [(t.batch_size, t.skipped, t.dense is not None) for t in found] == [(1, None, True), (4, None, True)]
     assert len(traces) == 2
 

@@ -134,7 +134,8 @@ def test_a_network_that_the_quantizer_does_not_take_is_one_line(tmp_path, monkey
 
 def test_the_result_tells_what_each_file_is_and_reaches(cli, tmp_path):
     formats = "phase.export.formats=[onnx,int8,pt2,safetensors]"
-    code, out, err = cli(*RUN, "phase=[pretrain,decompose,export]", formats, "phase.export.eval_samples=60")
+    limit = "phase.export.eval_samples=60"
+    code, out, err = cli(*RUN, "phase=[pretrain,decompose,export]", formats, limit, "report=true")
     assert (code, err) == (0, "")
     run = tmp_path / "outputs/synthetic/resnet8/svd-0.3/seed0"
     found = json.loads((run / "result.json").read_text())["export"]
@@ -153,6 +154,9 @@ def test_the_result_tells_what_each_file_is_and_reaches(cli, tmp_path):
     assert all((run / "export" / file["file"]).stat().st_size == file["bytes"] for file in found["files"])
     assert "in ONNX Runtime" in out
     assert problem(found, FOUND) is None
+    page = (run / "report.html").read_text()
+    assert "model.int8.onnx" in page
+    assert f"{100 * found['accuracy']['top1']:.2f} %" in page
 
     # What an earlier version found has none of this, and is still right.
     record = json.loads((run / "export.json").read_text())
@@ -163,9 +167,10 @@ def test_the_result_tells_what_each_file_is_and_reaches(cli, tmp_path):
     for key in ("calibration", "accuracy_tolerance"):
         del record["settings"][key]
     (run / "export.json").write_text(json.dumps(record))
-    code, out, err = cli(*RUN, "phase=export", formats, "phase.export.eval_samples=60", "report=true")
+    code, out, err = cli(*RUN, "phase=export", formats, limit, "report=true")
     assert (code, err) == (0, "")
     assert "done before" in out
+    assert "Exported files" not in (run / "report.html").read_text()
     assert json.loads((run / "result.json").read_text())["export"] == record["found"]
 
 

@@ -30,8 +30,8 @@ def opened(path: Path, format: str, threads: int | None = None) -> Answer:
     return lambda inputs: run_session(session, inputs)
 
 
-def openvino_session(path: Path, inputs: Inputs, precision: str, threads: int) -> Any:
-    """An OpenVINO request that runs an ONNX file on the CPU, for batches of the size of `inputs`.
+def openvino_session(graph: Path | bytes, inputs: Inputs, precision: str, threads: int) -> Any:
+    """An OpenVINO request that runs an ONNX file, or its bytes, on the CPU, for batches of the size of `inputs`.
 
     `precision` is that of all that the file does not hold as integers: float32 or bfloat16. Raises ExportError if
     OpenVINO does not take the file, or the processor has no bfloat16.
@@ -48,7 +48,7 @@ def openvino_session(path: Path, inputs: Inputs, precision: str, threads: int) -
         "PERFORMANCE_HINT": "LATENCY",
     }
     try:
-        model = core.read_model(str(path))
+        model = core.read_model(graph)
         # OpenVINO plans better if it knows the size of the batch.
         model.reshape({port: list(x.shape) for port, x in zip(model.inputs, inputs, strict=True)})
         return core.compile_model(model, "CPU", settings).create_infer_request()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from tspc.deploy import ENDINGS, FORMATS, INT8, Exported, Exporter, Inputs, chec
 from tspc.deploy.runtimes import opened
 from tspc.errors import ExportError
 from tspc.phases.context import Context
-from tspc.phases.inputs import Example, example
+from tspc.phases.inputs import Example, example, for_ranges
 from tspc.phases.phase import DeliveryPhase, Work
 from tspc.store.files import make_folder
-from tspc.store.schemas import ACCURACY, COUNT, Number
+from tspc.store.schemas import ACCURACY, COUNT, EXPORTED, Number
 from tspc.system.bounds import SHARE, Bounds, out_of_range, shown
 from tspc.terminal.display import Display
 from tspc.terminal.tables import percent
@@ -26,21 +27,11 @@ from tspc.training import accuracy
 FOLDER = "export"
 """Where the files lie in the run's directory."""
 
+_HOW = {"float_layers": [str], "weights": COUNT, "on_grids": COUNT}
 FOUND = {
     "inputs": str,
     "accuracy?": (ACCURACY, None),
-    "files": [
-        {
-            "file": str,
-            "bytes": COUNT,
-            "difference": Number(0, any_float=True),
-            "samples": COUNT,
-            "runtime?": (str, None),
-            "precision?": str,
-            "accuracy?": (ACCURACY, None),
-            "int8?": {"float_layers": [str], "weights": COUNT, "on_grids": COUNT},
-        }
-    ],
+    "files": [EXPORTED | {"difference": Number(0, any_float=True), "samples": COUNT, "int8?": _HOW}],
 }
 """The schema of what `export.json` says was found."""
 
@@ -161,15 +152,7 @@ def _run(work: Work) -> dict[str, Any]:
     settings: Export = work.settings
     tried = example(work.context.place(work.start), work.network, settings.samples, work.context)
 
-    def images() -> list[Tensor | Inputs]:
-        data = work.context.data
-        if data is not None:
-            return list(data.calibration_batches(settings.calibration, 32, torch.device("cpu")))
-        work.context.display.warn(
-            f"export     there is no data, so {tried.source} show the ranges of activations in int8; name a data set"
-        )
-        return [tried.tensors]
-
+    images = partial(for_ranges, settings.calibration, tried, "export", work.context)
     return export_files(work.start, settings, tried, images, work.folder / FOLDER, work.context)
 
 

@@ -8,7 +8,7 @@ from tspc.errors import ConfigError
 
 EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("openvino",),
+    "openvino": ("openvino", "onnx", "onnxscript", "onnxruntime"),
     "timm": ("timm",),
     "transformers": ("transformers",),
 }
