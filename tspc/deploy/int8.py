@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def write_int8(source: Path, target: Path, model: nn.Module, images: Sequence[In
 
     `images` are batches of inputs; they show the ranges of the activations. First all layers are quantised. If the
     file then gives too many of the images another class (LOST; for other answers FAR), the first and the last layer
-    stay in float32, in case that is better. Raises ExportError if the quantizer does not take the network.
+    stay in float32, in case that is better. Raises ExportError if the quantizer does not take the network, or finds no
+    layer in it.
     """
     try:
         return _written(source, target, model, images)
@@ -71,7 +73,7 @@ def _written(source: Path, target: Path, model: nn.Module, images: Sequence[Inpu
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as name, quiet("root"):
+    with tempfile.TemporaryDirectory() as name, quiet("root"), _quiet_runtime():
         folder = Path(name)
         ready = folder / "ready.onnx"
         # Folds batch norms and contracts the kernels of merged links: only constants become integers.
@@ -79,10 +81,9 @@ def _written(source: Path, target: Path, model: nn.Module, images: Sequence[Inpu
         graph = onnx.load(ready).graph
         overrides = _overrides(graph, model)
         nodes = [node.name for node, _ in _weighted(graph)]
-        weights = {weight.name for _, weight in _weighted(graph)}
         answers = _answers(ready, images)
 
-        def tried(excluded: list[str]) -> tuple[Path, tuple[float, float]]:
+        def tried(excluded: list[str]) -> tuple[Path, _Loss]:
             path = folder / f"without-{len(excluded)}.onnx"
             _quantize(ready, path, images, overrides, excluded, folder / "ranges.json")
             return path, _loss(answers, _answers(path, images))
@@ -90,13 +91,44 @@ def _written(source: Path, target: Path, model: nn.Module, images: Sequence[Inpu
         best, loss = tried([])
         float_layers: tuple[str, ...] = ()
         edge = sorted({nodes[0], nodes[-1]}) if nodes else []
-        if len(nodes) > len(edge) and (loss[0] > LOST or loss[1] > FAR):
+        if len(nodes) > len(edge) and loss.is_large:
             other, other_loss = tried(edge)
-            if other_loss < loss:
+            if other_loss.key < loss.key:
                 best, float_layers = other, ("first", "last")
-                weights -= {weight.name for node, weight in _weighted(graph) if node.name in edge}
+        weights, kept = _counted(best, [weight.name for _, weight in _weighted(graph)], overrides)
+        if not weights:
+            raise ExportError("ONNX Runtime can quantise no layer of the network; export it to onnx instead")
         target.write_bytes(best.read_bytes())
-    return Int8(float_layers, len(weights), len(weights & set(overrides)))
+    return Int8(float_layers, weights, kept)
+
+
+@contextmanager
+def _quiet_runtime() -> Iterator[None]:
+    """Only errors from ONNX Runtime; its quantizer opens sessions that warn of what it left in the graph."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # the default
+
+
+def _counted(path: Path, names: Sequence[str], overrides: dict[str, Any]) -> tuple[int, int]:
+    """How many of the weights the file holds as integers, and how many of these have the scales that were given.
+
+    The quantizer takes a larger scale for a channel whose bias would not fit in 32 bits otherwise.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    found = {name for name in names if f"{name}_quantized" in tensors}
+    kept = 0
+    for name in found & set(overrides):
+        given = [channel["scale"] for channel in overrides[name]]
+        kept += bool(np.allclose(given, numpy_helper.to_array(tensors[f"{name}_scale"]), rtol=1e-6, atol=0))
+    return len(found), kept
 
 
 def _quantize(
@@ -145,15 +177,30 @@ def _answers(path: Path, images: Sequence[Inputs]) -> list[Tensor]:
     return [answer for batch in images for answer in run_session(session, batch)]
 
 
-def _loss(wanted: list[Tensor], given: list[Tensor]) -> tuple[float, float]:
-    """The share of images with another class (0 if the answers are no classes), and the answers' relative error."""
+@dataclass(frozen=True)
+class _Loss:
+    """The share of images with another class, None if the answers are no classes; and the answers' relative error."""
+
+    other: float | None
+    error: float
+
+    @property
+    def is_large(self) -> bool:
+        return self.error > FAR if self.other is None else self.other > LOST
+
+    @property
+    def key(self) -> tuple[float, float]:
+        return self.other or 0.0, self.error
+
+
+def _loss(wanted: list[Tensor], given: list[Tensor]) -> _Loss:
     pairs = list(zip(wanted, given, strict=True))
     error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
     size = sum(float(a.double().square().sum()) for a, _ in pairs)
     classes = [(a.argmax(1), b.argmax(1)) for a, b in pairs if a.ndim == 2 and a.shape[1] > 1]
     count = sum(len(a) for a, _ in classes)
     other = sum(int((a != b).sum()) for a, b in classes)
-    return other / count if count else 0.0, (error / size) ** 0.5 if size else 0.0
+    return _Loss(other / count if count else None, (error / size) ** 0.5 if size else 0.0)
 
 
 def _weighted(graph: Any) -> list[tuple[Any, Any]]:
