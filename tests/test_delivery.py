@@ -107,7 +107,7 @@ def test_what_is_missing_is_told_before_any_work(cli, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("phase.export.formats=[tflite]", "phase.export.formats=.*choose from onnx, pt2, safetensors"),
+        ("phase.export.formats=[tflite]", "phase.export.formats=.*choose from onnx, pt2, safetensors, int8"),
         ("phase.export.tolerance=-1", "phase.export.tolerance=-1: expected a number of at least 0"),
         ("phase.export.formats=onnx", r"phase.export.formats=onnx: expected a list, as in \[…\]"),
         ("phase.benchmark.batch_sizes=[0]", r"batch_sizes=\[0\]: expected whole numbers of at least 1"),

@@ -18,7 +18,7 @@ from tests.conftest import Once
 from tests.nets import Net, small_net
 from tests.small import network
 from tspc.compression.apply import compress
-from tspc.deploy import FORMATS, Comparison, Exporter, compare, cost, export, exporting, timing
+from tspc.deploy import FORMATS, Comparison, Exporter, Graphs, compare, cost, export, exporting, graphs, runtimes
 from tspc.errors import ConfigError, ExportError
 from tspc.system import extras
 
@@ -86,10 +86,11 @@ def test_a_file_that_answers_otherwise_is_not_kept(tmp_path, format, monkeypatch
     path.write_text("older")
     # What is read back is another network's answer.
     name = "run_session" if format == "onnx" else "flat"
-    real = getattr(exporting, name)
+    where = exporting if format == "safetensors" else runtimes
+    real = getattr(where, name)
     calls = iter(range(100))
-    wrong = lambda *args: [t + (0.01 if format == "onnx" or next(calls) > 1 else 0) for t in real(*args)]  # noqa: E731
-    monkeypatch.setattr(exporting, name, wrong)
+    wrong = lambda *args: [t + (0.01 if where is runtimes or next(calls) > 1 else 0) for t in real(*args)]  # noqa: E731
+    monkeypatch.setattr(where, name, wrong)
     with pytest.raises(ExportError, match=r"was not replaced, the older file stays: its answers differ .* by 0\.01"):
         export(small_net("rtk"), path, IMAGES)
     assert path.read_text() == "older"
@@ -219,10 +220,11 @@ def test_both_networks_are_timed_by_turns(small):
 
 
 def test_a_network_is_traced_once_for_all_batch_sizes(monkeypatch):
-    real, traces = timing.traced, []
-    monkeypatch.setattr(timing, "traced", lambda *args: traces.append(args) or real(*args))
-    comparison = Comparison(Net(), small_net("rtk"), (IMAGES,), "onnx", 0.0)
-    found = [comparison.at(size) for size in (1, 4)]
+    real, traces = graphs.traced, []
+    monkeypatch.setattr(graphs, "traced", lambda *args: traces.append(args) or real(*args))
+    networks = Graphs({"dense": Net(), "compressed": small_net("rtk")}, (IMAGES,))
+    comparison = Comparison(networks, (IMAGES,), ("onnx",), 0.0)
+    found = [timing for size in (1, 4) for timing in comparison.at(size)]
     assert [(t.batch_size, t.skipped, t.dense is not None) for t in found] == [(1, None, True), (4, None, True)]
     assert len(traces) == 2
 

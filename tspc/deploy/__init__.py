@@ -1,21 +1,28 @@
 """Export to files that run without tspc, folding for inference, and the cost of a forward pass."""
 
 from tspc.deploy.cost import Cost, cost
-from tspc.deploy.exporting import FORMATS, Exported, Exporter, check_formats, export
+from tspc.deploy.exporting import ENDINGS, FORMATS, INT8, Exported, Exporter, check_formats, export
+from tspc.deploy.graphs import Graphs
 from tspc.deploy.programs import Inputs
-from tspc.deploy.timing import RUNTIMES, Comparison, Timing, compare
+from tspc.deploy.timing import RUNTIMES, USUAL, Comparison, Timing, check_runtimes, compare, families
 
 __all__ = [
+    "ENDINGS",
     "FORMATS",
+    "INT8",
     "RUNTIMES",
+    "USUAL",
     "Comparison",
     "Cost",
     "Exported",
     "Exporter",
+    "Graphs",
     "Inputs",
     "Timing",
     "check_formats",
+    "check_runtimes",
     "compare",
     "cost",
     "export",
+    "families",
 ]

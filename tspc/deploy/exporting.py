@@ -1,11 +1,15 @@
-"""Files that run without tspc: written, read back, run, and kept only if they give the network's answers."""
+"""Files that run without tspc: written, read back, run, and kept only if they give the network's answers.
+
+A file of 8-bit integers gives other answers by its nature. It is kept, and what it loses is measured and told.
+"""
 
 from __future__ import annotations
 
 import math
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from tspc.deploy.programs import (
-    Inputs,
-    as_inputs,
-    first_line,
-    flat,
-    on_cpu,
-    onnx_program,
-    onnx_session,
-    run_session,
-    take,
-    traced,
-)
+from tspc.deploy.int8 import Int8, write_int8
+from tspc.deploy.programs import Inputs, as_inputs, first_line, flat, on_cpu, onnx_program, take, traced
+from tspc.deploy.runtimes import Answer, opened
 from tspc.errors import ExportError, TspcWarning
 from tspc.models.weights import load_state
 from tspc.store.files import write_atomically
@@ -36,9 +31,13 @@ from tspc.system.launch import is_first
 from tspc.system.modes import own_modes
 
 FORMATS = ("onnx", "pt2", "safetensors")
-"""The formats; they are also the endings of the files."""
-
-Answer = Callable[[Inputs], list[Tensor]]
+"""The formats whose answers are the network's; they are also the endings of the files."""
+INT8 = "int8"
+"""ONNX with 8-bit integers."""
+ENDINGS = {INT8: "int8.onnx"} | {name: name for name in FORMATS}
+"""The formats and the endings of their files; longer endings first."""
+RUNTIMES_OF = {"onnx": "ONNX Runtime", INT8: "ONNX Runtime", "pt2": "torch.export", "safetensors": None}
+"""What a file is run with; None if it needs a network that loads it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Exported:
     """A file that was written and checked.
 
     `difference` is the largest difference between its answers and the network's, over all entries of `samples` inputs.
-    `relative` is this divided by the network's largest answer.
+    `relative` is this divided by the network's largest answer. `runtime` is what the file was run with; None for the
+    state dict. `int8` says how a file of 8-bit integers was made.
     """
 
     format: str
@@ -55,19 +55,31 @@ class Exported:
     difference: float
     relative: float
     samples: int
+    runtime: str | None
+    precision: str
+    int8: Int8 | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        if self.int8 is None:
+            del found["int8"]
+        return found
 
 
 def check_formats(formats: tuple[str, ...]) -> None:
     """Raises ConfigError if a format needs packages that are not installed."""
-    if "onnx" in formats:
+    if {"onnx", INT8} & set(formats):
         extras.require("onnx", "the export to ONNX (formats=[pt2,safetensors] leaves it out)")
 
 
 def export(
-    model: nn.Module, path: str | Path, inputs: Tensor | Inputs, *, tolerance: float = 1e-4, format: str | None = None
+    model: nn.Module,
+    path: str | Path,
+    inputs: Tensor | Inputs,
+    *,
+    tolerance: float = 1e-4,
+    format: str | None = None,
+    calibration: Sequence[Tensor | Inputs] | None = None,
 ) -> Exported:
     """Writes `model` for use elsewhere: `.onnx`, `.pt2` (torch.export), or `.safetensors` (the state dict alone).
 
@@ -75,25 +87,37 @@ def export(
     tensors, batch first; the batch size of the graph is free. The file is read back and tried on `inputs`, as a batch
     and one by one. The network is written in eval mode, on the CPU.
 
+    `.int8.onnx` (or `format="int8"`) is ONNX with 8-bit integers. Its answers are near the network's, but not within
+    the tolerance. `calibration` are batches of inputs that show the ranges of its activations; by default `inputs`.
+
     Raises ExportError if the network cannot take the inputs or be traced, if the file cannot be run, or if its answers
     differ by more than `tolerance`, relative to the network's largest answer. An older file of this name is then kept.
     Raises ConfigError if packages are missing. Of several processes only the first one keeps its file.
     """
     path = Path(path)
-    format = format or path.suffix.removeprefix(".")
-    if format not in FORMATS:
-        raise ExportError(f"{path}: cannot export as {format!r}; choose one of {', '.join(FORMATS)}")
+    endings = (name for name, ending in ENDINGS.items() if path.name.endswith(f".{ending}"))
+    format = format or next(endings, path.suffix.removeprefix("."))
+    if format not in ENDINGS:
+        raise ExportError(f"{path}: cannot export as {format!r}; choose one of {', '.join((*FORMATS, INT8))}")
     check_formats((format,))
-    return Exporter(model, inputs, tolerance).write(path, format)
+    return Exporter(model, inputs, tolerance, calibration).write(path, format)
 
 
 class Exporter:
     """Writes one network in several formats; it is traced once. Raises ExportError if it cannot take the inputs."""
 
     @own_modes()
-    def __init__(self, model: nn.Module, inputs: Tensor | Inputs, tolerance: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor | Inputs,
+        tolerance: float,
+        calibration: Sequence[Tensor | Inputs] | None = None,
+    ) -> None:
         self.model, self.tolerance = on_cpu(model), tolerance
         self.inputs = tuple(x.cpu() for x in as_inputs(inputs))
+        self.calibration = [self.inputs] if calibration is None else [as_inputs(batch) for batch in calibration]
+        self._int8: Int8 | None = None
         self._expected = [(tried, self._own_answer(tried)) for tried in (self.inputs, take(self.inputs, 1))]
         self._program: ExportedProgram | None = None
 
@@ -109,9 +133,13 @@ class Exporter:
         found: list[Exported] = []
 
         def write(temporary: Path) -> None:
-            difference, relative = self._checked(getattr(self, f"_write_{format}")(temporary), path)
-            size = temporary.stat().st_size
-            found.append(Exported(format, path.name, size, difference, relative, len(self.inputs[0])))
+            tolerance = math.inf if format == INT8 else self.tolerance
+            difference, relative = self._checked(getattr(self, f"_write_{format}")(temporary), path, tolerance)
+            size, precision = temporary.stat().st_size, INT8 if format == INT8 else _precision(self.model)
+            tried, how = len(self.inputs[0]), self._int8 if format == INT8 else None
+            found.append(
+                Exported(format, path.name, size, difference, relative, tried, RUNTIMES_OF[format], precision, how)
+            )
 
         if is_first():
             write_atomically(path, write)
@@ -122,15 +150,19 @@ class Exporter:
 
     def _write_onnx(self, path: Path) -> Answer:
         onnx_program(self.program, self.inputs).save(str(path), external_data=False)
-        session = onnx_session(path)
-        return lambda inputs: run_session(session, inputs)
+        return opened(path, "onnx")
+
+    def _write_int8(self, path: Path) -> Answer:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "model.onnx")
+            self._write_onnx(source)
+            self._int8 = write_int8(source, path, self.model, self.calibration)
+        return opened(path, INT8)
 
     def _write_pt2(self, path: Path) -> Answer:
         with path.open("wb") as file:  # with a path, torch requires its own ending
             torch.export.save(self.program, file)
-        with path.open("rb") as file:
-            network = torch.export.load(file).module()
-        return lambda inputs: flat(network(*inputs))
+        return opened(path, "pt2")
 
     def _write_safetensors(self, path: Path) -> Answer:
         network = on_cpu(self.model)
@@ -158,7 +190,7 @@ class Exporter:
             ) from error
 
     @torch.no_grad()
-    def _checked(self, answer: Answer, path: Path) -> tuple[float, float]:
+    def _checked(self, answer: Answer, path: Path, tolerance: float) -> tuple[float, float]:
         """Largest difference, absolute and relative, as a batch and alone. Raises ExportError above the tolerance."""
         difference = largest = 0.0
         refused = f"{path} was not {'replaced, the older file stays' if path.exists() else 'kept'}"
@@ -176,12 +208,21 @@ class Exporter:
                     difference = _larger(difference, float((ours - theirs).abs().max()))
                     largest = _larger(largest, float(ours.abs().max()))
         relative = difference / largest if largest > 0 else difference
-        if not relative <= self.tolerance:
+        if not relative <= tolerance:
             raise ExportError(
                 f"{refused}: its answers differ from the network's by {difference:.3g}, {relative:.3g} "
-                f"of the largest, above the tolerance of {self.tolerance:g}"
+                f"of the largest, above the tolerance of {tolerance:g}"
             )
         return difference, relative
+
+
+def _precision(model: nn.Module) -> str:
+    """The number format of most of the weights."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensor_state(model).values():
+        if tensor.is_floating_point():
+            sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
 def _larger(a: float, b: float) -> float:

@@ -110,8 +110,10 @@ def onnx_program(program: ExportedProgram, inputs: Inputs) -> Any:
     return made
 
 
-def onnx_session(path: Path, threads: int | None = None, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> Any:
-    """An ONNX Runtime session. Raises ExportError if ONNX Runtime does not take the file."""
+def onnx_session(
+    graph: Path | bytes, threads: int | None = None, providers: tuple[str, ...] = ("CPUExecutionProvider",)
+) -> Any:
+    """An ONNX Runtime session of a file, or of its bytes. Raises ExportError if ONNX Runtime does not take it."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()
@@ -120,7 +122,8 @@ def onnx_session(path: Path, threads: int | None = None, providers: tuple[str, .
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        source = graph if isinstance(graph, bytes) else str(graph)
+        return onnxruntime.InferenceSession(source, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's own family
         raise ExportError(f"ONNX Runtime does not take the network: {first_line(error)}") from error
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tspc.deploy.programs import Inputs, first_line, onnx_program, onnx_session, quiet, run_session, take, traced
+from tspc.deploy.exporting import INT8
+from tspc.deploy.graphs import Graphs
+from tspc.deploy.programs import Inputs, first_line, onnx_session, quiet, run_session, take
+from tspc.deploy.runtimes import BFLOAT16, openvino_session, run_openvino
 from tspc.errors import ExportError
 from tspc.system import extras
 from tspc.traversal.copying import copied
 
-RUNTIMES = ("eager", "compile", "onnx")
+FLOAT32 = "float32"
+USUAL = ("eager", "compile", "onnx")
+"""The runtimes without a choice; of these one that is not installed is left out."""
+RUNTIMES = (*USUAL, "onnx-int8", "openvino", "openvino-bfloat16", "openvino-int8")
+"""A name is a family and, after a hyphen, the precision; without one it is the network's own precision."""
+EXTRAS = {"onnx": "onnx", "openvino": "openvino"}
+"""For each family of runtimes the extra that installs it."""
+SIDES = ("dense", "compressed")
 LEAST_REPEATS = 5
 
 Run = Callable[[], object]
@@ -28,8 +36,10 @@ Run = Callable[[], object]
 class Timing:
     """One runtime at one batch size: seconds for a batch, of the dense and the compressed network, timed in turn.
 
-    `speedup` is the median of dense ÷ compressed over the turns. If the runtime could not be used, `skipped` says why,
-    and there are no numbers.
+    `speedup` is the median of dense ÷ compressed over the turns, both in this runtime. `against` is there for a family
+    with several precisions: for each of both networks how many times it is as fast as the dense network in float32 and,
+    if it was timed, in int8, in the same turns. If the runtime could not be used, `skipped` says why, and there are no
+    numbers.
     """
 
     runtime: str
@@ -39,79 +49,146 @@ class Timing:
     compressed: dict[str, float] | None = None
     speedup: float | None = None
     skipped: str | None = None
+    against: dict[str, dict[str, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+def family(runtime: str) -> str:
+    """The runtime without its precision."""
+    return runtime.partition("-")[0]
+
+
+def precision(runtime: str) -> str:
+    """The precision in a runtime's name; float32 stands for the network's own."""
+    return runtime.partition("-")[2] or FLOAT32
+
+
+def families(runtimes: Sequence[str]) -> list[tuple[str, ...]]:
+    """The runtimes by family, in order. The precisions of a family are timed together."""
+    names = dict.fromkeys(map(family, runtimes))
+    return [tuple(dict.fromkeys(runtime for runtime in runtimes if family(runtime) == name)) for name in names]
+
+
+def check_runtimes(runtimes: Sequence[str]) -> None:
+    """Raises ConfigError if a runtime that is not among the usual ones is asked for, but not installed."""
+    for runtime in runtimes:
+        if runtime not in USUAL:
+            extras.require(EXTRAS[family(runtime)], f"the runtime {runtime} (phase.benchmark.runtimes)")
+
+
 def compare(
     dense: nn.Module, compressed: nn.Module, inputs: Inputs, batch_size: int, runtime: str, seconds: float
 ) -> Timing:
-    """`Comparison.at` for a single batch size."""
-    return Comparison(dense, compressed, inputs, runtime, seconds).at(batch_size)
+    """`Comparison.at` for a single runtime and batch size."""
+    return Comparison(Graphs({"dense": dense, "compressed": compressed}, inputs), inputs, (runtime,), seconds).at(
+        batch_size
+    )[0]
 
 
 class Comparison:
-    """Two networks in one runtime. Each batch size is timed in turn for about `seconds`, with at least five turns.
+    """Two networks, "dense" and "compressed", in the runtimes of one family.
 
-    `inputs` are on the device of the networks. Graphs for ONNX Runtime take any batch size, so each network is traced
-    once.
+    Each batch size is timed in turns, with at least five of them, for about `seconds` for each runtime. `inputs` are on
+    the device of the networks.
     """
 
-    def __init__(self, dense: nn.Module, compressed: nn.Module, inputs: Inputs, runtime: str, seconds: float) -> None:
-        self.inputs, self.runtime, self.seconds = inputs, runtime, seconds
-        self._networks = dense, compressed
-        self._sessions: list[Any] | _Unusable | None = None
+    def __init__(self, graphs: Graphs, inputs: Inputs, runtimes: Sequence[str], seconds: float) -> None:
+        self.graphs, self.inputs, self.seconds = graphs, inputs, seconds
+        self.runtimes = tuple(runtimes)
+        self._sessions: dict[tuple[str, str], Any] = {}
 
     @torch.no_grad()
-    def at(self, batch_size: int) -> Timing:
-        """The timing at a batch size, after a warm-up. If the runtime cannot run it, `Timing.skipped` says why."""
+    def at(self, batch_size: int) -> list[Timing]:
+        """A timing for each runtime, after a warm-up. If one cannot run the batch, `Timing.skipped` says why."""
         batch = take(self.inputs, batch_size)
         device = batch[0].device
+        runs: dict[tuple[str, str], Run] = {}
+        skipped: dict[str, str] = {}
         try:
-            runs = self._prepared(batch)
-            for run in runs:
-                for _ in range(2):
-                    _timed(run, device)
-            turns = list(_turns(runs[0], runs[1], device, self.seconds))
-        except _Unusable as reason:
-            return Timing(self.runtime, batch_size, skipped=str(reason))
+            for runtime in self.runtimes:
+                try:
+                    runs |= {(side, runtime): self._warm(side, runtime, batch) for side in SIDES}
+                except _Unusable as reason:
+                    skipped[runtime] = str(reason)
+            base = family(self.runtimes[0])
+            if runs and ("dense", base) not in runs:
+                runs["dense", base] = self._warm("dense", base, batch)
+            seconds = self.seconds * len(self.runtimes)
+            turns = list(_turns(list(runs.values()), device, seconds)) if runs else []
+        except _Unusable as reason:  # no float32 to compare with
+            return [Timing(runtime, batch_size, skipped=str(reason)) for runtime in self.runtimes]
         finally:
-            if self.runtime == "compile":
+            if "compile" in self.runtimes:
                 torch.compiler.reset()
-        first, second = ([turn[i] for turn in turns] for i in (0, 1))
-        ratio = statistics.median(a / b for a, b in turns)
-        summaries = _summary(first, batch_size), _summary(second, batch_size)
-        return Timing(self.runtime, batch_size, len(turns), *summaries, ratio)
+        times = {key: [turn[place] for turn in turns] for place, key in enumerate(runs)}
+        return [
+            Timing(runtime, batch_size, skipped=skipped[runtime])
+            if runtime in skipped
+            else _timing(runtime, batch_size, times)
+            for runtime in self.runtimes
+        ]
 
-    def _prepared(self, batch: Inputs) -> list[Run]:
-        """Calls that run the batch. Raises _Unusable."""
-        if self.runtime != "onnx":
-            return [_prepared(network, batch, self.runtime) for network in self._networks]
-        if self._sessions is None:
-            try:
-                self._sessions = [_session(network, self.inputs) for network in self._networks]
-            except _Unusable as reason:
-                self._sessions = reason
-        if isinstance(self._sessions, _Unusable):
-            raise self._sessions
-        return [_in_session(session, batch) for session in self._sessions]
+    def _warm(self, side: str, runtime: str, batch: Inputs) -> Run:
+        """A call that runs the batch, and has run it. Raises _Unusable."""
+        if family(runtime) in EXTRAS:
+            run = self._in_family(side, runtime, batch)
+        else:
+            run = _prepared(self.graphs.networks[side], batch, runtime)
+        for _ in range(2):
+            _timed(run, batch[0].device)
+        return run
+
+    def _in_family(self, side: str, runtime: str, batch: Inputs) -> Run:
+        name = family(runtime)
+        lack = extras.missing(EXTRAS[name])
+        if lack is not None:
+            raise _Unusable(lack)
+        try:
+            if name == "onnx":
+                key = side, runtime
+                if key not in self._sessions:  # takes any batch size
+                    self._sessions[key] = _session(self.graphs, side, runtime, batch)
+                return _in_session(self._sessions[key], batch)
+            return _in_openvino(self.graphs, side, runtime, batch)
+        except ExportError as error:
+            raise _Unusable(str(error)) from error
 
 
 class _Unusable(Exception):
     """Why a runtime is left out."""
 
 
-def _turns(dense: Run, compressed: Run, device: torch.device, seconds: float) -> Iterator[tuple[float, float]]:
-    """Times both networks in each turn, so that other work of the machine affects both."""
+def _timing(runtime: str, batch_size: int, times: dict[tuple[str, str], list[float]]) -> Timing:
+    """`times` has the seconds of each turn, for each network and runtime of the family."""
+    dense, small = (times[side, runtime] for side in SIDES)
+    summaries = _summary(dense, batch_size), _summary(small, batch_size)
+    speedup = _ratio(dense, small)
+    against = None
+    name = family(runtime)
+    if len({of for _, of in times}) > 1:
+        bases = {FLOAT32: ("dense", name), INT8: ("dense", f"{name}-{INT8}")}
+        against = {
+            side: {base: _ratio(times[key], times[side, runtime]) for base, key in bases.items() if key in times}
+            for side in SIDES
+        }
+    return Timing(runtime, batch_size, len(dense), *summaries, speedup, against=against)
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def _turns(runs: Sequence[Run], device: torch.device, seconds: float) -> Iterator[list[float]]:
+    """Times all calls in each turn, so that other work of the machine affects all of them."""
     end, done = time.perf_counter() + seconds, 0
     while done < LEAST_REPEATS or time.perf_counter() < end:
-        # The first one finds the caches as the other left them, so the order alternates.
+        # Each call finds the caches as the one before left them, so the order alternates.
         if done % 2:
-            later = _timed(compressed, device)
-            yield _timed(dense, device), later
+            yield [_timed(run, device) for run in reversed(runs)][::-1]
         else:
-            yield _timed(dense, device), _timed(compressed, device)
+            yield [_timed(run, device) for run in runs]
         done += 1
 
 
@@ -157,26 +234,15 @@ def _prepared(model: nn.Module, batch: Inputs, runtime: str) -> Run:
     return run
 
 
-def _session(model: nn.Module, inputs: Inputs) -> Any:
-    """The network in ONNX Runtime. Raises _Unusable."""
-    lack = extras.missing("onnx")
-    if lack is not None:
-        raise _Unusable(lack)
+def _session(graphs: Graphs, side: str, runtime: str, batch: Inputs) -> Any:
+    """The network in ONNX Runtime. Raises _Unusable, ExportError."""
     import onnxruntime
 
-    device = inputs[0].device
+    device = batch[0].device
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers() or device.type == "mps":
         raise _Unusable(f"this ONNX Runtime does not run on {device.type}")
-    host = copied(model).cpu().eval()
-    inputs = tuple(x.cpu() for x in inputs)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        try:
-            onnx_program(traced(host, inputs), inputs).save(str(path), external_data=False)
-            return onnx_session(path, torch.get_num_threads(), (provider,))
-        except ExportError as error:
-            raise _Unusable(str(error)) from error
+    return onnx_session(graphs.graph(side, precision(runtime)), torch.get_num_threads(), (provider,))
 
 
 def _in_session(session: Any, batch: Inputs) -> Run:
@@ -187,3 +253,18 @@ def _in_session(session: Any, batch: Inputs) -> Run:
         raise _Unusable(f"ONNX Runtime: {first_line(error)}") from error
     feed = {entry.name: x.cpu().numpy() for entry, x in zip(session.get_inputs(), batch, strict=True)}
     return lambda: session.run(None, feed)
+
+
+def _in_openvino(graphs: Graphs, side: str, runtime: str, batch: Inputs) -> Run:
+    """A call that runs the batch. Raises _Unusable, ExportError."""
+    if batch[0].device.type != "cpu":
+        raise _Unusable("OpenVINO is timed on the CPU only: device=cpu")
+    graph = graphs.graph(side, precision(runtime))
+    computes = BFLOAT16 if precision(runtime) == BFLOAT16 else FLOAT32
+    request = openvino_session(graph, batch, computes, torch.get_num_threads())
+    try:
+        run_openvino(request, batch)
+    except Exception as error:  # OpenVINO's own family
+        raise _Unusable(f"OpenVINO: {first_line(error)}") from error
+    given = [x.contiguous().numpy() for x in batch]
+    return lambda: request.infer(given)

@@ -51,6 +51,7 @@ def _content(run: Run) -> dict[str, Any]:
         "cards": _cards(run),
         "phases": _phases(run.result),
         "asked": _asked(run),
+        "files": _files(run.result),
         "layers": _layers(run),
         "in_bytes": run.plan is not None and run.plan.counts_bytes,
         "settings": _settings(run),
@@ -141,6 +142,23 @@ def _phases(result: dict[str, Any]) -> list[dict[str, Any]]:
     for name, entry in ({REFERENCE: result["reference"]} | result["phases"]).items():
         accuracy = entry["accuracy"] and {"top5": None} | entry["accuracy"]
         rows.append({"name": name, "accuracy": accuracy, "seconds": entry.get("seconds")})
+    return rows
+
+
+def _files(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of exported files, the network first; empty if there are none, or none was measured."""
+    found: dict[str, Any] = result.get("export") or {"files": []}
+    own = found.get("accuracy")
+    if not any(file.get("runtime") for file in found["files"]):
+        return []
+    network = {"file": "the network", "precision": "", "runtime": "PyTorch", "bytes": result["bytes"]["after"]}
+    rows = [network | {"accuracy": own, "change": ""}]
+    for file in found["files"]:
+        accuracy = file.get("accuracy")
+        change = f"{100 * (accuracy['top1'] - own['top1']):+.2f}" if accuracy and own else ""
+        name, runtime = file["file"], file.get("runtime") or "a network that loads it"
+        row = {"file": name, "precision": file.get("precision", ""), "runtime": runtime, "bytes": file["bytes"]}
+        rows.append(row | {"accuracy": accuracy, "change": change})
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +11,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from tspc.deploy import RUNTIMES, Comparison, cost
+from tspc.deploy import RUNTIMES, USUAL, Comparison, Graphs, check_runtimes, cost, families
 from tspc.deploy.programs import take
-from tspc.phases.inputs import Example, example
+from tspc.phases.context import Context
+from tspc.phases.inputs import Example, example, for_ranges
 from tspc.phases.phase import DeliveryPhase, Work
 from tspc.store.schemas import COUNT, POSITIVE, SIZE, Number
 from tspc.system.bounds import Bounds, out_of_range, shown
-from tspc.terminal.display import Display
 from tspc.traversal.copying import copied
 
 _SIDE = {"median": POSITIVE, "p95": POSITIVE, "throughput": Number(0)}
+_RATIOS = {"float32": Number(0), "int8?": Number(0)}
 _COST = dict.fromkeys(("macs", "parameters", "weight_bytes", "peak_bytes"), COUNT)
 _TIMING = {"runtime": str, "batch_size": SIZE}
 FOUND = {
@@ -30,7 +32,9 @@ FOUND = {
     "timings": [
         (
             _TIMING | {"skipped": str},
-            _TIMING | {"skipped": None, "dense": _SIDE, "compressed": _SIDE, "speedup": Number(0)},
+            _TIMING
+            | {"skipped": None, "dense": _SIDE, "compressed": _SIDE, "speedup": Number(0)}
+            | {"against?": ({"dense": _RATIOS, "compressed": _RATIOS}, None)},
         )
     ],
 }
@@ -39,38 +43,47 @@ FOUND = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What and how long to measure. `seconds` is the time for one runtime and batch size, both networks together."""
+    """What and how long to measure. `seconds` is the time for one runtime and batch size, both networks together.
+
+    `calibration` training images show the ranges of activations in int8.
+    """
 
     batch_sizes: tuple[int, ...] = (1, 32)
-    runtimes: tuple[str, ...] = RUNTIMES
+    runtimes: tuple[str, ...] = USUAL
     seconds: float = 5.0
+    calibration: int = 256
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
         sizes = Bounds(1, 1e5)
-        found = out_of_range(self, where, {"seconds": Bounds(0, 1e5)})
+        found = out_of_range(self, where, {"seconds": Bounds(0, 1e5), "calibration": Bounds(1, 1e6)})
         if not self.batch_sizes or any(size not in sizes for size in self.batch_sizes):
             found.append(f"{where}.batch_sizes={shown(self.batch_sizes)}: expected {sizes.of('whole numbers')}")
         if not self.runtimes or not set(self.runtimes) <= set(RUNTIMES):
             found.append(f"{where}.runtimes={shown(self.runtimes)}: expected a list of {', '.join(RUNTIMES)}")
         return found
 
+    def check(self) -> None:
+        """Raises ConfigError if a runtime was asked for that is not installed, unless it is one of the usual ones."""
+        check_runtimes(self.runtimes)
+
 
 def measure(
-    dense: nn.Module, compressed: nn.Module, settings: Benchmark, example: Example, display: Display
+    dense: nn.Module, compressed: nn.Module, settings: Benchmark, example: Example, context: Context
 ) -> dict[str, Any]:
     """Measures both networks in eval mode, in every runtime and batch size; returns plain data."""
     inputs = example.tensors
     largest = max(settings.batch_sizes)
     networks = {"dense": dense.eval(), "compressed": compressed.eval()}
     timings: list[dict[str, Any]] = []
-    total = len(settings.runtimes) * len(settings.batch_sizes)
-    with display.bar(f"{'benchmark':<9} {total} settings", total) as bar:
-        for runtime in settings.runtimes:
-            comparison = Comparison(dense, compressed, inputs, runtime, settings.seconds)
+    graphs = Graphs(networks, inputs, partial(for_ranges, settings.calibration, example, "benchmark", context))
+    total = len(set(settings.runtimes)) * len(settings.batch_sizes)
+    with context.display.bar(f"{'benchmark':<9} {total} settings", total) as bar:
+        for runtimes in families(settings.runtimes):
+            comparison = Comparison(graphs, inputs, runtimes, settings.seconds)
             for size in settings.batch_sizes:
-                timings.append(comparison.at(size).to_dict())
-                bar.advance(len(timings), f"{runtime}, batch {size}")
+                timings += [timing.to_dict() for timing in comparison.at(size)]
+                bar.advance(len(timings), f"{runtimes[-1]}, batch {size}")
     return {
         "inputs": example.source,
         "shape": [list(x.shape[1:]) for x in inputs],
@@ -87,8 +100,9 @@ def _device(device: torch.device) -> str:
 
 
 def benchmark_tables(found: dict[str, Any]) -> list[Table]:
-    """Tables of the latency and of the other costs of a forward pass."""
-    return [_timing_table(found), _cost_table(found)]
+    """Tables of the latency, of the precisions if there are several, and of the other costs of a forward pass."""
+    several = [entry for entry in found["timings"] if entry.get("against")]
+    return [_timing_table(found), *([_precision_table(several)] if several else []), _cost_table(found)]
 
 
 def _timing_table(found: dict[str, Any]) -> Table:
@@ -113,6 +127,21 @@ def _timing_table(found: dict[str, Any]) -> Table:
     return table
 
 
+def _precision_table(timings: list[dict[str, Any]]) -> Table:
+    """How fast each network is in each precision, against the dense one in float32 and in int8."""
+    table = Table(title="Times as fast as the dense network, in the same turns", title_justify="left")
+    table.add_column("runtime")
+    for head in ("batch", "network", "milliseconds", "dense float32", "dense int8"):
+        table.add_column(head, justify="left" if head == "network" else "right", no_wrap=True)
+    for entry in timings:
+        for side in ("dense", "compressed"):
+            ratios = entry["against"][side]
+            fast = [f"{ratios[base]:.2f}×" if base in ratios else "" for base in ("float32", "int8")]
+            milliseconds = f"{1000 * entry[side]['median']:.3g}"
+            table.add_row(entry["runtime"], str(entry["batch_size"]), side, milliseconds, *fast)
+    return table
+
+
 def _cost_table(found: dict[str, Any]) -> Table:
     table = Table(title="What a forward pass costs", title_justify="left")
     table.add_column("")
@@ -134,7 +163,7 @@ def _run(work: Work) -> dict[str, Any]:
     settings: Benchmark = work.settings
     dense, small = (work.context.place(copied(network)) for network in (work.reference, work.start))
     tried = example(small, work.network, max(settings.batch_sizes), work.context)
-    return measure(dense, small, settings, tried, work.context.display)
+    return measure(dense, small, settings, tried, work.context)
 
 
-PHASE = DeliveryPhase("benchmark", Benchmark, run=_run, schema=FOUND, tables=benchmark_tables)
+PHASE = DeliveryPhase("benchmark", Benchmark, run=_run, check=Benchmark.check, schema=FOUND, tables=benchmark_tables)

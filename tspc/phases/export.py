@@ -2,47 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tspc.deploy import FORMATS, Exporter, check_formats
-from tspc.phases.inputs import Example, example
+from tspc.deploy import ENDINGS, FORMATS, INT8, Exported, Exporter, Inputs, check_formats
+from tspc.deploy.runtimes import opened
+from tspc.errors import ExportError
+from tspc.phases.context import Context
+from tspc.phases.inputs import Example, example, for_ranges
 from tspc.phases.phase import DeliveryPhase, Work
 from tspc.store.files import make_folder
-from tspc.store.schemas import COUNT, Number
+from tspc.store.schemas import ACCURACY, COUNT, EXPORTED, Number
 from tspc.system.bounds import SHARE, Bounds, out_of_range, shown
 from tspc.terminal.display import Display
+from tspc.terminal.tables import percent
+from tspc.training import accuracy
 
 FOLDER = "export"
 """Where the files lie in the run's directory."""
 
+_HOW = {"float_layers": [str], "weights": COUNT, "on_grids": COUNT}
 FOUND = {
     "inputs": str,
-    "files": [{"file": str, "bytes": COUNT, "difference": Number(0, any_float=True), "samples": COUNT}],
+    "accuracy?": (ACCURACY, None),
+    "files": [EXPORTED | {"difference": Number(0, any_float=True), "samples": COUNT, "int8?": _HOW}],
 }
 """The schema of what `export.json` says was found."""
+
+Images = Callable[[], list[Tensor | Inputs]]
 
 
 @dataclass(frozen=True)
 class Export:
     """Which files to write, and how much their answers may differ from the network's.
 
-    The `tolerance` is relative to the network's largest answer. The comparison uses `samples` inputs.
+    The `tolerance` is relative to the network's largest answer. The comparison uses `samples` inputs. `calibration`
+    training images show the ranges of activations in int8. The accuracy of each file is measured on `eval_samples` test
+    images, None for all. A warning names a file that loses more than `accuracy_tolerance`, a share of the images.
     """
 
     formats: tuple[str, ...] = FORMATS
     tolerance: float = 1e-4
     samples: int = 8
+    calibration: int = 256
+    eval_samples: int | None = None
+    accuracy_tolerance: float = 0.01
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
-        bounds = {"tolerance": SHARE, "samples": Bounds(1, 1e5)}
-        unknown = [name for name in self.formats if name not in FORMATS]
+        bounds = {
+            "tolerance": SHARE,
+            "samples": Bounds(1, 1e5),
+            "calibration": Bounds(1, 1e6),
+            "eval_samples": Bounds(1),
+            "accuracy_tolerance": SHARE,
+        }
+        unknown = [name for name in self.formats if name not in ENDINGS]
         wrong = unknown or not self.formats
-        chosen = [f"{where}.formats={shown(self.formats)}: choose from {', '.join(FORMATS)}"] if wrong else []
+        known = ", ".join((*FORMATS, INT8))
+        chosen = [f"{where}.formats={shown(self.formats)}: choose from {known}"] if wrong else []
         return chosen + out_of_range(self, where, bounds)
 
     def check(self) -> None:
@@ -51,29 +75,85 @@ class Export:
 
 
 def export_files(
-    model: nn.Module, settings: Export, example: Example, folder: Path, display: Display
+    model: nn.Module, settings: Export, example: Example, images: Images, folder: Path, context: Context
 ) -> dict[str, Any]:
-    """Writes `model.<format>` into `folder`; returns what was found, as plain data. Raises ExportError, RunError."""
+    """Writes `model.<ending>` into `folder` for each format; returns what was found, as plain data.
+
+    `images` reads batches of images for the ranges of activations in int8. Raises ExportError, RunError.
+    """
     make_folder(folder)
-    exporter = Exporter(model, example.tensors, settings.tolerance)
+    calibration = images() if INT8 in settings.formats else None
+    exporter = Exporter(model, example.tensors, settings.tolerance, calibration)
+    own = _measured(model, settings, context, context.device)
     files = []
     for name in settings.formats:
-        done = exporter.write(folder / f"model.{name}", name)
-        display.line(describe(folder, done.to_dict(), example.source))
-        files.append(done.to_dict())
-    return {"inputs": example.source, "tolerance": settings.tolerance, "files": files}
+        done = exporter.write(folder / f"model.{ENDINGS[name]}", name)
+        files.append(done.to_dict() | {"accuracy": _accuracy(folder, done, settings, context)})
+        context.display.line(describe(folder, files[-1], example.source))
+        _tell_loss(files[-1], own, settings, context.display)
+    return {"inputs": example.source, "tolerance": settings.tolerance, "accuracy": own, "files": files}
+
+
+class _Opened(nn.Module):
+    """An exported file as a network."""
+
+    def __init__(self, path: Path, format: str) -> None:
+        super().__init__()
+        self._answer = opened(path, format, torch.get_num_threads())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._answer((images,))[0]
+
+
+def _accuracy(folder: Path, done: Exported, settings: Export, context: Context) -> dict[str, Any] | None:
+    """The accuracy of a file in its runtime; None if it has no runtime or there is no data."""
+    if done.runtime is None or context.data is None:
+        return None
+    try:
+        return _measured(_Opened(folder / done.file, done.format), settings, context, torch.device("cpu"))
+    except ExportError as error:
+        raise ExportError(f"{folder / done.file}: {error}") from error
+
+
+def _measured(network: nn.Module, settings: Export, context: Context, device: torch.device) -> dict[str, Any] | None:
+    """The accuracy on the test split. Only the first of several processes exports, so it measures alone."""
+    if context.data is None:
+        return None
+    batches = context.data.test_batches(250, device, settings.eval_samples)
+    return accuracy(network, batches, context.data.num_classes, device, alone=True).to_dict()
+
+
+def _tell_loss(file: dict[str, Any], own: dict[str, Any] | None, settings: Export, display: Display) -> None:
+    """Warns if a file loses more accuracy than the tolerance."""
+    given = file["accuracy"]
+    if given is None or own is None or own["top1"] - given["top1"] <= settings.accuracy_tolerance:
+        return
+    points = 100 * (own["top1"] - given["top1"])
+    display.warn(
+        f"export     {file['file']} loses {points:.2f} points of top-1 against the network: {percent(own)} → "
+        f"{percent(given)} on {given['images']:,} test images; phase.export.accuracy_tolerance="
+        f"{settings.accuracy_tolerance:g} allows {100 * settings.accuracy_tolerance:g}"
+    )
 
 
 def describe(folder: Path, file: dict[str, Any], source: str) -> str:
     """A line about an exported file."""
-    difference = f"differs from the network by at most {file['difference']:.2g} on {file['samples']} {source}"
-    return f"export     {folder / file['file']}  {file['bytes']:,} bytes, {difference}"
+    parts = [f"{file['bytes']:,} bytes"]
+    parts.append(f"differs from the network by at most {file['difference']:.2g} on {file['samples']} {source}")
+    if file.get("accuracy"):
+        parts.append(f"top-1 {percent(file['accuracy'])} in {file['runtime']}")
+    if "int8" in file:
+        kept = " and the ".join(file["int8"]["float_layers"])
+        parts.append(f"the {kept} layer stay in float32" if kept else "all layers in int8")
+    return f"export     {folder / file['file']}  {', '.join(parts)}"
 
 
 def _run(work: Work) -> dict[str, Any]:
     settings: Export = work.settings
     tried = example(work.context.place(work.start), work.network, settings.samples, work.context)
-    return export_files(work.start, settings, tried, work.folder / FOLDER, work.context.display)
+
+    images = partial(for_ranges, settings.calibration, tried, "export", work.context)
+    return export_files(work.start, settings, tried, images, work.folder / FOLDER, work.context)
 
 
 PHASE = DeliveryPhase(

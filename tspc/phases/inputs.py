@@ -1,11 +1,11 @@
-"""The inputs on which a network is tried: images of the data set, or random ones if there is no data."""
+"""The inputs on which a network is tried, and those that show the ranges of its activations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tspc.deploy import Inputs
 from tspc.errors import ConfigError
@@ -20,6 +20,18 @@ class Example:
 
     tensors: Inputs
     source: str
+
+
+def for_ranges(count: int, tried: Example, phase: str, context: Context) -> list[Tensor | Inputs]:
+    """Batches of `count` training images on the CPU, which show the ranges of activations in int8.
+
+    Without data these are the inputs of the example, and a warning says so. `phase` is the one that asks.
+    """
+    if context.data is not None:
+        return list(context.data.calibration_batches(count, 32, torch.device("cpu")))
+    text = f"there is no data, so {tried.source} show the ranges of activations in int8; name a data set"
+    context.display.warn(f"{phase:<9}  {text}")
+    return [tried.tensors]
 
 
 def example(model: nn.Module, spec: NetworkSpec, count: int, context: Context) -> Example:

@@ -83,6 +83,14 @@ BENCHMARK_SHOWN = {
         None,
     ),
 }
+EXPORTED = {
+    "file": str,
+    "bytes": COUNT,
+    "runtime?": (str, None),
+    "precision?": str,
+    "accuracy?": (ACCURACY, None),
+}
+"""A file of `phase=export`, as far as a page shows it. Earlier versions did not measure its accuracy."""
 RESULT = {
     "rate": POSITIVE,
     "rate_reached": Number(0),
@@ -98,6 +106,7 @@ RESULT = {
     **dict.fromkeys(("size?", "bits?"), (str, None)),
     "rate_unit?": str,
     "benchmark?": (BENCHMARK_SHOWN, None),
+    "export?": ({"accuracy?": (ACCURACY, None), "files": [EXPORTED]}, None),
 }
 """`result.json`."""
 

@@ -8,6 +8,7 @@ from tspc.errors import ConfigError
 
 EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "onnx", "onnxscript", "onnxruntime"),
     "timm": ("timm",),
     "transformers": ("transformers",),
 }

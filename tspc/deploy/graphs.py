@@ -1,0 +1,69 @@
+"""The dense and the compressed network as ONNX graphs in several precisions; each is made when it is first needed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tspc.deploy.exporting import INT8
+from tspc.deploy.int8 import write_int8
+from tspc.deploy.programs import Inputs, as_inputs, on_cpu, onnx_program, traced
+from tspc.errors import ExportError
+
+
+class Graphs:
+    """ONNX graphs of `networks`, as the bytes of a file. They take any batch size, so each network is traced once.
+
+    `calibration` reads batches of inputs, which show the ranges of activations in int8; by default they are `inputs`.
+    """
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        inputs: Inputs,
+        calibration: Callable[[], Sequence[Tensor | Inputs]] | None = None,
+    ) -> None:
+        self.networks, self._inputs = networks, tuple(x.cpu() for x in inputs)
+        self._read = calibration or (lambda: [self._inputs])
+        self._made: dict[tuple[str, bool], bytes | ExportError] = {}
+
+    def graph(self, side: str, precision: str) -> bytes:
+        """The graph of the network named `side`; for int8 with 8-bit integers, else in its own precision.
+
+        Raises ExportError if the network cannot be written so.
+        """
+        key = side, precision == INT8
+        if key not in self._made:
+            try:
+                self._made[key] = self._int8(side) if precision == INT8 else self._plain(side)
+            except ExportError as error:
+                self._made[key] = error
+        found = self._made[key]
+        if isinstance(found, ExportError):
+            raise found
+        return found
+
+    @cached_property
+    def _calibration(self) -> list[Inputs]:
+        return [as_inputs(batch) for batch in self._read()]
+
+    def _plain(self, side: str) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            program = traced(on_cpu(self.networks[side]), self._inputs)
+            onnx_program(program, self._inputs).save(str(path), external_data=False)
+            return path.read_bytes()
+
+    @torch.no_grad()
+    def _int8(self, side: str) -> bytes:
+        plain = self.graph(side, "float32")
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "model.onnx"), Path(folder, "model.int8.onnx")
+            source.write_bytes(plain)
+            write_int8(source, target, self.networks[side], self._calibration)
+            return target.read_bytes()

@@ -1,0 +1,62 @@
+"""Opens exported files in the runtimes that run them without tspc."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tspc.deploy.programs import Inputs, first_line, flat, onnx_session, run_session
+from tspc.errors import ExportError
+
+Answer = Callable[[Inputs], list[Tensor]]
+
+BFLOAT16 = "bfloat16"
+
+
+def opened(path: Path, format: str, threads: int | None = None) -> Answer:
+    """What an exported file answers to inputs on the CPU, in ONNX Runtime (`onnx`, `int8`) or torch.export (`pt2`).
+
+    Raises ExportError if ONNX Runtime does not take the file.
+    """
+    if format == "pt2":
+        with path.open("rb") as file:  # with a path, torch requires its own ending
+            network = torch.export.load(file).module()
+        return lambda inputs: flat(network(*inputs))
+    session = onnx_session(path, threads)
+    return lambda inputs: run_session(session, inputs)
+
+
+def openvino_session(graph: Path | bytes, inputs: Inputs, precision: str, threads: int) -> Any:
+    """An OpenVINO request that runs an ONNX file, or its bytes, on the CPU, for batches of the size of `inputs`.
+
+    `precision` is that of all that the file does not hold as integers: float32 or bfloat16. Raises ExportError if
+    OpenVINO does not take the file, or the processor has no bfloat16.
+    """
+    import openvino
+
+    core = openvino.Core()
+    if precision == BFLOAT16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ExportError("this processor has no bfloat16, so OpenVINO would compute in float32")
+    hint = {BFLOAT16: openvino.Type.bf16}.get(precision, openvino.Type.f32)
+    settings = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    try:
+        model = core.read_model(graph)
+        # OpenVINO plans better if it knows the size of the batch.
+        model.reshape({port: list(x.shape) for port, x in zip(model.inputs, inputs, strict=True)})
+        return core.compile_model(model, "CPU", settings).create_infer_request()
+    except Exception as error:  # OpenVINO's own family
+        raise ExportError(f"OpenVINO does not take the network: {first_line(error)}") from error
+
+
+def run_openvino(request: Any, inputs: Inputs) -> list[Tensor]:
+    """The answers of `openvino_session` to inputs of its batch size."""
+    found = request.infer([x.detach().cpu().contiguous().numpy() for x in inputs])
+    return [torch.from_numpy(value.copy()) for value in found.values()]
