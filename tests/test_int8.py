@@ -72,14 +72,16 @@ def test_weights_lie_on_the_grids_of_the_network(made):
         for factor, grid in zip(layer.factor_tensors(), layer.grids, strict=True)
     ]
     assert done.int8 is not None
-    assert not done.int8.float_layers
-    assert done.int8.weights == len(found)
-    assert done.int8.on_grids == len(expected) > 5
-    for rows in expected:
+    assert done.int8.on_grids == done.int8.weights == len(found)
+
+    def is_there(rows: np.ndarray) -> bool:
         # A batch norm that is folded into a weight may turn the sign of a row.
-        same = [all((a == b).all() or (a == -b).all() for a, b in zip(rows, other.reshape(len(other), -1), strict=True))
-                for other in found if other.reshape(len(other), -1).shape == rows.shape]  # fmt: skip
-        assert any(same)
+        others = [other.reshape(len(other), -1) for other in found]
+        pairs = [zip(rows, other, strict=True) for other in others if other.shape == rows.shape]
+        return any(all((a == b).all() or (a == -b).all() for a, b in pair) for pair in pairs)
+
+    # The first and the last layer stay in float32 where that is nearer to the network.
+    assert sum(map(is_there, expected)) == len(expected) - len(done.int8.float_layers) > 5
 
 
 def test_the_file_is_smaller_than_in_float32(made, tmp_path):

@@ -23,6 +23,7 @@ from tspc.deploy.int8 import Int8, write_int8
 from tspc.deploy.programs import Inputs, as_inputs, first_line, flat, on_cpu, onnx_program, take, traced
 from tspc.deploy.runtimes import Answer, opened
 from tspc.errors import ExportError, TspcWarning
+from tspc.layers.forms import tensorized_layers
 from tspc.models.weights import load_state
 from tspc.store.files import write_atomically
 from tspc.store.state import packed, tensor_state
@@ -166,6 +167,8 @@ class Exporter:
 
     def _write_safetensors(self, path: Path) -> Answer:
         network = on_cpu(self.model)
+        for layer in tensorized_layers(network).values():
+            layer.take_off_grids_()
         tensors, beside = packed(network)
         if "extra" in beside:
             message = f"{path.name} holds the tensors alone, not the extra state {', '.join(beside['extra'])}"

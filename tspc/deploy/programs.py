@@ -47,11 +47,8 @@ def flat(outputs: Any) -> list[Tensor]:
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
-    """A copy for files: on the CPU, in eval mode, in the default layout, with floating-point numbers alone."""
-    model = copied(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    for layer in tensorized_layers(model).values():
-        layer.take_off_grids_()
-    return model
+    """A copy for files: on the CPU, in eval mode, in the default layout."""
+    return copied(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
