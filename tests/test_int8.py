@@ -50,6 +50,7 @@ def made(request, once: Once, tmp_path_factory) -> tuple[nn.Module, Path, export
     return small, path, export(small, path, images(4), calibration=images(64).split(32))
 
 
+@pytest.mark.own_process
 def test_both_runtimes_answer_nearly_as_the_network(made):
     small, path, done = made
     batch = images()

@@ -37,6 +37,7 @@ def test_families_keep_their_precisions_together():
     assert timing.precision("onnx") == "float32"
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("runtimes", [("onnx", "onnx-int8"), PRECISIONS])
 def test_precisions_are_timed_in_the_same_turns(runtimes, monkeypatch):
     if "openvino-bfloat16" in runtimes:
@@ -65,6 +66,7 @@ def test_int8_alone_is_compared_with_float32_too():
     assert plain.against is None
 
 
+@pytest.mark.own_process
 def test_openvino_answers_as_the_network_in_every_precision(monkeypatch):
     openvino = pytest.importorskip("openvino")
     small, batch = small_net("svd"), images(16)
@@ -82,6 +84,7 @@ def test_openvino_answers_as_the_network_in_every_precision(monkeypatch):
         openvino_session(graphs.graph("small", "float32"), (batch,), "bfloat16", 1)
 
 
+@pytest.mark.own_process
 def test_what_openvino_refuses_is_one_line(monkeypatch):
     pytest.importorskip("openvino")
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))

@@ -79,7 +79,7 @@ def test_plans_of_earlier_versions_are_read():
         ({"bits": 7}, "bits=7: expected one of"),
         ({"bits": "auto"}, "give size="),
         ({"size": 500}, "size=500: expected a number with a unit"),
-        ({"size": "10 parsecs"}, "size=10 parsecs: expected"),
+        ({"size": "10 parsecs"}, "size=10parsecs: expected"),
         ({"size": 0}, "size=0: expected"),
         ({"size": "nan"}, "size=nan: expected"),
         ({"size": "10kB", "rate": 0.1}, "rate=0.1 and size=10kB are two goals"),
