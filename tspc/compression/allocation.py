@@ -18,11 +18,10 @@ from functools import cached_property
 import numpy as np
 
 from tspc.compression.error_curve import Curves
-from tspc.compression.form import DENSE, PARAMETERS, Form, FormCurve, Widths
+from tspc.compression.form import DENSE, PLAIN, Form, FormCurve, Widths
 from tspc.compression.plan import SLOWER, LayerPlan
 from tspc.decompositions import Method, Rank
 
-PLAIN = Widths()
 BISECTIONS = 100
 KEPT_SHARE = 0.5
 """If some layers stay dense for speed, the others keep at least this share of their parameters."""
@@ -61,7 +60,7 @@ class Candidate:
     @property
     def bias(self) -> int:
         """The size of the bias."""
-        return _bias_size(self.layer, self.unit)
+        return self.layer.bias_size(self.unit)
 
     @cached_property
     def smallest(self) -> dict[Form, int]:
@@ -123,15 +122,11 @@ def candidate(
 ) -> Candidate | None:
     """The layer as a candidate; None if no form makes it smaller, even at the smallest rank."""
     made = [Form(each, bits, widths.unit) for each in widths.methods(method, layer.shape) for bits in widths.bits]
-    whole = layer.dense_size(widths.unit) - _bias_size(layer, widths.unit)
+    whole = layer.dense_size(widths.unit) - layer.bias_size(widths.unit)
     forms = tuple(form for form in made if form.smallest(layer, multiple) < whole)
     by_method = {} if curves is None else {curve.method: curve for curve in curves[layer.name]}
     known = () if curves is None else tuple(FormCurve.of(f, by_method[f.method], layer) for f in forms)
     return Candidate(layer, forms, known, multiple, widths.least_error(by_method.get(DENSE))) if forms else None
-
-
-def _bias_size(layer: LayerPlan, unit: str) -> int:
-    return layer.bias_params * (1 if unit == PARAMETERS else layer.entry_bytes)
 
 
 def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: int) -> list[LayerPlan]:

@@ -16,7 +16,7 @@ from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Part, Samples, Survey
 from tspc.calibration.sketches import sketches_of
 from tspc.compression.error_curve import LEAST, ErrorCurve
-from tspc.compression.form import DENSE, Widths, rank_for, rounding
+from tspc.compression.form import DENSE, PLAIN, Widths, rank_for, rounding
 from tspc.compression.plan import LayerPlan
 from tspc.compression.spreading import over_processes
 from tspc.decompositions import Decomposition, Method, Metric, Rank, Shape, double
@@ -44,7 +44,6 @@ WIDE = 1024
 several second moments, and its products are large enough for all threads."""
 WIDEST = 4096
 """With more inputs than this, a few rows are enough to show the curve."""
-PLAIN = Widths()
 MOST = 1 - 1e-9
 """A larger squared relative error counts as 1."""
 

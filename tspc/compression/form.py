@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tspc.compression.error_curve import ErrorCurve
-from tspc.compression.plan import LayerPlan
+from tspc.compression.plan import PARAMETERS, LayerPlan
 from tspc.decompositions import Decomposition, Dense, Method, Metric, Rank, Shape
 from tspc.quantization.factors import expected_share, nearest
 from tspc.quantization.grids import FULL, factor_bytes
@@ -21,9 +21,6 @@ SAFE = 8
 it."""
 ROUNDED = 0.2
 """The size of the fit whose factors are rounded; it shows how much of the output rounding changes."""
-PARAMETERS, BYTES = "parameters", "bytes"
-UNITS = (PARAMETERS, BYTES)
-"""What a budget counts."""
 
 
 @lru_cache(maxsize=65536)
@@ -124,6 +121,10 @@ class Widths:
     def of_rules(self) -> int:
         """The width of layers that a rule keeps dense."""
         return max(self.bits) if len(self.bits) == 1 else SAFE
+
+
+PLAIN = Widths()
+"""Floating-point numbers, under a budget of parameters."""
 
 
 def rounding(

@@ -30,17 +30,11 @@ def on_grids(model: nn.Module) -> dict[str, TensorizedLayer]:
 
 def state_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, as a file holds them."""
-    layers = on_grids(model)
-    narrow = {id(p): layer.bits for layer in layers.values() for p in layer.factor_parameters()}
-    shapes = {
-        id(p): tuple(f.shape)
-        for layer in layers.values()
-        for p, f in zip(layer.factor_parameters(), layer.factor_tensors(), strict=True)
-    }
-    parameters = {name: p for name, p in model.state_dict(keep_vars=True).items() if id(p) in narrow}
-    known = {*parameters, *(name for layer_name, layer in layers.items() for name in _scales(layer_name, layer))}
-    rest = sum(t.numel() * t.element_size() for name, t in tensor_state(model).items() if name not in known)
-    return rest + sum(factor_bytes(shapes[id(p)], narrow[id(p)]) for p in parameters.values())
+    total, apart = 0, set[str]()
+    for layer_name, layer in on_grids(model).items():
+        apart |= {*_scales(layer_name, layer), *(name for name, _, _ in _factors(layer_name, layer))}
+        total += _layer_bytes(layer)
+    return total + sum(t.numel() * t.element_size() for name, t in tensor_state(model).items() if name not in apart)
 
 
 def with_integers(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -77,7 +71,7 @@ def without_integers(
         dtype = FORMATS.get(str(header[layer_name].get("dtype", "float32")))
         data = found.pop(f"{layer_name}.{ENTRY}", None)
         factors = list(_factors(layer_name, layer))
-        expected = sum(factor_bytes(tuple(factor.shape), layer.bits) for _, factor, _ in factors)
+        expected = _layer_bytes(layer)
         if dtype is None or data is None or data.dtype != torch.uint8 or tuple(data.shape) != (expected,):
             raise WeightsError(_damaged(layer_name))
         for (name, factor, _), scales_name in zip(factors, _scales(layer_name, layer), strict=True):
@@ -89,6 +83,11 @@ def without_integers(
             found[name] = values.reshape(layer.get_parameter(name.removeprefix(f"{layer_name}.")).shape)
             found[scales_name] = scales.view(torch.int32)
     return found
+
+
+def _layer_bytes(layer: TensorizedLayer) -> int:
+    """The bytes of a layer's factors, with their scales."""
+    return sum(factor_bytes(tuple(factor.shape), layer.bits) for factor in layer.factor_tensors())
 
 
 def _damaged(layer: str) -> str:

@@ -9,9 +9,9 @@ from torch import nn
 
 from tspc.compression.allocation import Candidate, candidate
 from tspc.compression.error_curve import Curves
-from tspc.compression.form import DENSE, PARAMETERS, Widths
+from tspc.compression.form import DENSE, Widths
 from tspc.compression.integers import state_bytes
-from tspc.compression.plan import LayerPlan
+from tspc.compression.plan import PARAMETERS, LayerPlan
 from tspc.compression.selection import DEPTHWISE, UNTOUCHED, FilterFn, select, why_dense
 from tspc.compression.settings import PlanSettings, share_of
 from tspc.errors import ConfigError, InfeasibleRateError

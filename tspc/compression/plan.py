@@ -13,6 +13,9 @@ from tspc.quantization.grids import FULL, factor_bytes
 
 FINAL = "final layer"
 """The reason why the network's last layer stays dense."""
+PARAMETERS, BYTES = "parameters", "bytes"
+UNITS = (PARAMETERS, BYTES)
+"""What a budget counts."""
 SLOWER = "no path is faster"
 """The reason why a layer that shares the budget stays dense when the objective is speed."""
 
@@ -67,15 +70,19 @@ class LayerPlan:
             return self.dense_bytes
         shapes = self.method.factor_shapes(self.shape, self.rank)
         factors = sum(factor_bytes(shape, self.bits, self.entry_bytes) for shape in shapes)
-        return factors + self.entry_bytes * self.bias_params
+        return factors + self.bias_size(BYTES)
 
     def size(self, unit: str) -> int:
         """The parameters or the bytes after, with the bias."""
-        return self.bytes if unit == "bytes" else self.params
+        return self.bytes if unit == BYTES else self.params
 
     def dense_size(self, unit: str) -> int:
         """The parameters or the bytes before, with the bias."""
-        return self.dense_bytes if unit == "bytes" else self.dense_params
+        return self.dense_bytes if unit == BYTES else self.dense_params
+
+    def bias_size(self, unit: str) -> int:
+        """The parameters or the bytes of the bias."""
+        return self.entry_bytes * self.bias_params if unit == BYTES else self.bias_params
 
     @property
     def compensates(self) -> bool:
@@ -140,7 +147,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     network_dense_params: int
     objective: str = "parameters"
-    rate_unit: str = "parameters"
+    rate_unit: str = PARAMETERS
     network_dense_bytes: int = 0
 
     @property
@@ -155,7 +162,7 @@ class Plan:
     @property
     def counts_bytes(self) -> bool:
         """Whether sizes are told in bytes: the budget counts them, or entries have fewer than 32 bits."""
-        return self.rate_unit == "bytes" or any(layer.bits < FULL for layer in self.layers)
+        return self.rate_unit == BYTES or any(layer.bits < FULL for layer in self.layers)
 
     @property
     def paths(self) -> dict[str, int]:
@@ -191,7 +198,7 @@ class Plan:
     @property
     def rate_reached(self) -> float:
         """Parameters or bytes after ÷ before, counted over `rate_scope`; never above `rate`."""
-        if self.rate_unit == "bytes":
+        if self.rate_unit == BYTES:
             return self.bytes_reached
         if self.rate_scope == "network":
             return self.network_params / self.network_dense_params

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,7 +98,7 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
             is_slow = lambda row: not costs.is_faster(model.get_submodule(row.name), row)  # noqa: E731
             ranked = without_slower(candidates, budget, ranked, share_out, is_slow)
         by_name = {layer.name: layer for layer in ranked}
-        final = tuple(_narrowed(by_name.get(layer.name, layer), asked.widths, curves) for layer in sketch.layers)
+        final = tuple(_narrowed(by_name.get(layer.name, layer), asked.widths) for layer in sketch.layers)
         settled = asked.method, rate, asked.rate_decay, asked.scope, asked.allocation
         return Plan(*settled, final, sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes)
 
@@ -108,19 +107,12 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
     return _smallest_plan(at, sketch.smallest_rate, asked.target_error)
 
 
-def _narrowed(layer: LayerPlan, widths: Widths, curves: Curves | None) -> LayerPlan:
-    """A layer that the allocation keeps dense has the width that was asked for, too, if it is one.
-
-    Its expected error is then that of rounding, as far as it was measured.
-    """
+def _narrowed(layer: LayerPlan, widths: Widths) -> LayerPlan:
+    """A layer that the allocation keeps dense has the width that was asked for, too, if it is one."""
     if layer.method is not None or layer.reason not in (None, SLOWER) or len(widths.bits) > 1:
         return layer
     bits = max(widths.bits)
-    if bits == FULL:
-        return layer
-    known = [curve for curve in (curves or {}).get(layer.name, ()) if curve.method == DENSE]
-    error = math.sqrt(known[0].rounding_at(bits)) if known else layer.output_error
-    return replace(layer, method=DENSE, rank=(), bits=bits, output_error=error)
+    return layer if bits == FULL else replace(layer, method=DENSE, rank=(), bits=bits)
 
 
 def _weights(model: nn.Module, layers: list[LayerPlan], rate_decay: str) -> list[float]:

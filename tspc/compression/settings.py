@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tspc.compression.form import BYTES, DENSE, PARAMETERS, UNITS, Widths
+from tspc.compression.form import DENSE, Widths
+from tspc.compression.plan import BYTES, PARAMETERS, UNITS
 from tspc.decompositions import Auto, Decomposition, Method, TensorTrain, resolve
 from tspc.errors import ConfigError
 from tspc.quantization.grids import BITS, FULL
@@ -89,7 +90,7 @@ def goal_of(settings: Mapping[str, Any]) -> str:
     It is a rate, a size ("size0.1"), an error ("error0.3"), or the width of a network that is not decomposed ("8bits").
     """
     if settings.get("size") is not None:
-        return f"size{settings['size'].replace(' ', '')}"
+        return f"size{settings['size']}"
     if settings.get("target_error") is not None:
         return f"error{settings['target_error']:g}"
     is_rounded_only = settings["method"]["name"] == DENSE.name and settings.get("rate_unit", PARAMETERS) == PARAMETERS

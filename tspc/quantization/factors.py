@@ -66,7 +66,7 @@ def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, m
     """The links of a chain, rounded one after the other; None if the factors are not the links of one."""
     axes = method.chain_axes(factors.shape)
     links = [_four(tensor) for tensor in factors.tensors]
-    if axes is None or any(_kind(link, links[i - 1] if i else None, kernel) is None for i, link in enumerate(links)):
+    if axes is None or not all(_is_link(link, links[i - 1] if i else None, kernel) for i, link in enumerate(links)):
         return None
     links = _balanced([link.to(torch.float32) for link in links])
     inputs = Inputs.of_layer(metric, factors.shape)
@@ -100,12 +100,10 @@ def _is_depthwise(link: Tensor, before: Tensor | None) -> bool:
     return before is not None and link.shape[1] == 1 and len(link) == len(before) and len(link) > 1
 
 
-def _kind(link: Tensor, before: Tensor | None, kernel: Tensor) -> str | None:
-    """How a link takes its channels: "dense" or "depthwise"; None for other groups."""
+def _is_link(link: Tensor, before: Tensor | None, kernel: Tensor) -> bool:
+    """Whether a link takes all channels, or each one alone; other groups are not known here."""
     channels = kernel.shape[1] if before is None else len(before)
-    if link.shape[1] == channels:
-        return "dense"
-    return "depthwise" if _is_depthwise(link, before) else None
+    return link.shape[1] == channels or _is_depthwise(link, before)
 
 
 def _balanced(links: list[Tensor]) -> list[Tensor]:

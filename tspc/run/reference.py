@@ -16,7 +16,7 @@ from tspc import __version__
 from tspc.calibration.samples import Samples
 from tspc.compression import checkpoint
 from tspc.compression.error_curve import Curves, ErrorCurve
-from tspc.compression.form import Widths
+from tspc.compression.form import PLAIN
 from tspc.compression.outline import Outline
 from tspc.data import Data, DataSpec
 from tspc.errors import TrainingError, TspcError
@@ -156,7 +156,7 @@ def reference_curves(
         "data": None if samples is None or context.data is None else context.data.fingerprint,
         "dataset": None if samples is None else data_identity(config),
     }
-    if config.planning.widths != Widths():
+    if config.planning.widths != PLAIN:
         identity["widths"] = plain(config.planning.widths)
     path = folder / f"curves-{fingerprint(identity)}.json"
     known = processes.by_first(lambda: _known_curves(path, [layer.name for layer in sketch.chosen]))
