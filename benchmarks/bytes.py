@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import machine, table
+from benchmarks.common import kept, machine, table
 from benchmarks.no_training import accuracy, cifar, lite0
 from tspc.calibration import Calibration
 from tspc.calibration.samples import Samples
@@ -35,7 +34,6 @@ from tspc.compression.settings import PlanSettings
 from tspc.errors import InfeasibleRateError
 from tspc.layers.forms import tensorized_layers
 from tspc.quantization.factors import nearest
-from tspc.store.files import write_json
 from tspc.training import place
 
 
@@ -63,7 +61,7 @@ class Bench:
             curves, seconds = self.curves[method]
             return self._measured(planned(self.model, sketch, curves, None), seconds)
 
-        return self._kept(f"{method}-{size}", make)
+        return kept(self.out, f"{method}-{size}", make)
 
     def dense(self, bits: int, rounds_to_nearest: bool) -> dict[str, Any]:
         """The dense network in a few bits."""
@@ -73,10 +71,10 @@ class Bench:
             rows = tuple(row if row.method is None else dataclasses.replace(row, bits=bits) for row in made.layers)
             return self._measured(dataclasses.replace(made, layers=rows), 0.0, rounds_to_nearest)
 
-        return self._kept(f"dense-{bits}{'-nearest' if rounds_to_nearest else ''}", make)
+        return kept(self.out, f"dense-{bits}{'-nearest' if rounds_to_nearest else ''}", make)
 
     def reference(self) -> dict[str, Any]:
-        return self._kept("reference", lambda: {"top1": accuracy(self.model, self.test), "share": 1.0})
+        return kept(self.out, "reference", lambda: {"top1": accuracy(self.model, self.test), "share": 1.0})
 
     def _measured(self, made: Plan, seconds: float, rounds_to_nearest: bool = False) -> dict[str, Any]:
         started = time.monotonic()
@@ -95,14 +93,6 @@ class Bench:
             "bits": {str(bits): widths.count(bits) for bits in sorted(set(widths))},
             "methods": sorted({row.method.name for row in made.layers if row.method is not None}),
         }
-
-    def _kept(self, name: str, make: Any) -> dict[str, Any]:
-        path = self.out / f"{name}.json"
-        if not path.exists():
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(path, make())
-            print(f"{name}: {path.read_text()}", flush=True)
-        return json.loads(path.read_text())
 
 
 @torch.no_grad()

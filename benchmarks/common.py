@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from tspc.data import Data, load_data
 from tspc.run.config import Config, read_config
 from tspc.run.pipeline import run
 from tspc.run.reference import untrained_reference
+from tspc.store.files import write_json
 from tspc.terminal.display import Display
 from tspc.terminal.tables import versions
 from tspc.traversal.hooks import outputs_of
@@ -34,6 +36,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--out", default="outputs/benchmark", help="runs are kept here, and not repeated")
     return result
+
+
+def kept(folder: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` found; it is kept as `<name>.json` in the folder, and not made again."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, make())
+        print(f"{name}: {json.loads(path.read_text())}", flush=True)
+    return json.loads(path.read_text())
 
 
 def cifar_config(options: argparse.Namespace, *overrides: str) -> Config:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import cifar_reference, machine, table
+from benchmarks.common import cifar_reference, kept, machine, table
 from tspc import decompositions
 from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import tensorized
@@ -36,7 +35,6 @@ from tspc.compression.planning import plan
 from tspc.compression.settings import PlanSettings
 from tspc.decompositions import names
 from tspc.layers.replacing import set_module
-from tspc.store.files import write_json
 from tspc.training import place
 
 WAYS = ("original", "+global", "+function space", "+compensation")
@@ -107,18 +105,12 @@ class Bench:
         self.samples: dict[bool, Samples] = {}
 
     def reference(self) -> float:
-        return cast(float, self._kept("reference", lambda: {"top1": accuracy(self.model, self.test)})["top1"])
+        return cast(float, kept(self.out, "reference", lambda: {"top1": accuracy(self.model, self.test)})["top1"])
 
     def run(self, way: str, method: str, rate: float) -> dict[str, Any]:
-        return self._kept(f"{method}-{rate}-{way.strip('+').replace(' ', '-')}", lambda: self._run(way, method, rate))
-
-    def _kept(self, name: str, make: Any) -> dict[str, Any]:
-        path = self.out / f"{name}.json"
-        if not path.exists():
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(path, make())
-            print(f"{name}: {json.loads(path.read_text())}", flush=True)
-        return json.loads(path.read_text())
+        return kept(
+            self.out, f"{method}-{rate}-{way.strip('+').replace(' ', '-')}", lambda: self._run(way, method, rate)
+        )
 
     def _run(self, way: str, method: str, rate: float) -> dict[str, Any]:
         samples = self._samples(way == "+compensation") if WAYS.index(way) >= 2 else None
