@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions import function_space
-from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, check_finite
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, check_finite, levels
 from tspc.decompositions.linalg import squared_singular_values
 from tspc.decompositions.metric import Metric
 from tspc.errors import DecompositionError
@@ -172,7 +172,8 @@ class Decomposition(ABC):
             tensors = self.fit(kernel if kernel.dtype == torch.float64 else kernel.float(), rank)
         else:
             tensors = function_space.fit(self, kernel, rank, metric)
-        return Factors(tuple(t.to(weight).contiguous() for t in tensors), shape, rank)
+        level = zip(tensors, levels(tensors), strict=True)
+        return Factors(tuple((t * scale).to(weight).contiguous() for t, scale in level), shape, rank)
 
     @property
     def is_spectral(self) -> bool:

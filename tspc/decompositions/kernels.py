@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
+import torch
 from torch import Tensor
 
 from tspc.errors import DecompositionError
@@ -42,6 +46,21 @@ class Axes:
     def modes(self) -> tuple[tuple[tuple[str, int], ...], ...]:
         """The kernel's modes alone: outputs, then inputs."""
         return tuple(self.outputs.items()), tuple(self.inputs.items())
+
+
+def levels(tensors: Sequence[Tensor]) -> list[float]:
+    """For each factor a power of two: times these, all have entries of about one size, and the kernel is the same.
+
+    Steps of an optimizer such as Adam have one size for all entries. A factor with much smaller entries than another
+    would change too fast, or the other one too slowly. Powers of two round nothing.
+    """
+    wide = [t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    sizes = [float(torch.linalg.vector_norm(t)) / math.sqrt(t.numel()) for t in wide]
+    if not all(0 < size < math.inf for size in sizes):
+        return [1.0] * len(sizes)
+    mean = math.fsum(map(math.log2, sizes)) / len(sizes)
+    wanted = accumulate((mean - math.log2(size) for size in sizes), initial=0.0)
+    return [2.0 ** (b - a) for a, b in pairwise(map(round, wanted))]  # the exponents add up to zero
 
 
 def double(tensor: Tensor) -> Tensor:

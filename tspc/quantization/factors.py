@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tspc.decompositions import Decomposition, Factors, Metric, Shape
+from tspc.decompositions.kernels import levels
 from tspc.quantization.grids import Grid, grid_for
 from tspc.quantization.links import Inputs
 from tspc.quantization.rounding import with_feedback
@@ -86,9 +87,9 @@ def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, m
 
 
 def _on(factors: Factors, grids: Sequence[Grid], tensors: Sequence[Tensor]) -> Quantized:
-    like = factors.tensors
-    own = tuple(new.reshape(old.shape).to(old) for new, old in zip(tensors, like, strict=True))
-    scales = tuple(grid.to(old.device) for grid, old in zip(grids, like, strict=True))
+    like, level = factors.tensors, levels(tensors)
+    own = tuple((new * by).reshape(old.shape).to(old) for new, old, by in zip(tensors, like, level, strict=True))
+    scales = tuple(Grid(g.bits, g.scales * by).to(old.device) for g, old, by in zip(grids, like, level, strict=True))
     return Quantized(Factors(own, factors.shape, factors.rank), scales)
 
 
