@@ -59,8 +59,8 @@ class Candidate:
 
     @property
     def bias(self) -> int:
-        """The size of the bias."""
-        return self.layer.bias_size(self.unit)
+        """The size of the bias in the largest width."""
+        return replace(self.layer, bits=max(form.bits for form in self.forms)).bias_size(self.unit)
 
     @cached_property
     def smallest(self) -> dict[Form, int]:

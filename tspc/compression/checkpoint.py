@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tspc.compression.header import FORMAT, FORMAT_OF_NUMBERS, checked_header, method_of
 from tspc.compression.integers import on_grids, with_integers, without_integers
+from tspc.compression.vectors import with_vectors, without_vectors
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.layers.dense import DenseLayer, Form, kernel_shape, kind_of
@@ -48,13 +49,19 @@ def save(
     }
     require_sizes(model)
     tensors, beside = packed(model)
-    tensors = with_integers(tensors, model)
-    header = {
-        "format": FORMAT if on_grids(model) else FORMAT_OF_NUMBERS,
-        "layers": layers,
-        "network": None if network is None else network.to_dict(),
-        "info": info or {},
-    } | beside
+    beside_vectors: dict[str, Any] = {}
+    if on_grids(model):
+        tensors, beside_vectors = with_vectors(with_integers(tensors, model), model)
+    header = (
+        {
+            "format": FORMAT if on_grids(model) else FORMAT_OF_NUMBERS,
+            "layers": layers,
+            "network": None if network is None else network.to_dict(),
+            "info": info or {},
+        }
+        | beside
+        | beside_vectors
+    )
     write_atomically(Path(path), lambda temporary: write_tensors(temporary, tensors, json.dumps(header)))
 
 
@@ -87,7 +94,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise WeightsError(f"{path}: {error}") from error
     replace_layers(model, small)
     try:
-        _fill_(model, header, state, path)
+        _fill_(model, header, _whole(state, model, header, path), path)
     except WeightsError:
         set_modules(model, {name: modules[name] for name in small})
         raise
@@ -96,6 +103,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     warn_of_state_hooks({name: modules[name] for name in small})
     refuse_save_pretrained_(model)
     return model
+
+
+def _whole(state: dict[str, Tensor], model: nn.Module, header: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    try:
+        return without_vectors(state, model, header)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
 
 
 def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from tspc.calibration.targets import moments_in_turn
 from tspc.compression.curves import naming
 from tspc.compression.plan import LayerPlan
 from tspc.compression.spreading import over_processes
-from tspc.decompositions import Metric
+from tspc.decompositions import Factors, Metric
 from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape
 from tspc.layers.forms import TensorizedLayer, tensorize, untrained
 from tspc.layers.replacing import replace_layers
@@ -35,12 +35,16 @@ is the layer's own, and the norm is None."""
 class Fits:
     """Replaces layers in `work`, a copy of the reference `model`. `done` has the rows of the plan with the errors.
 
+    The factors of some layers may be `known`; they are only rounded.
+
     Inside `processes.sharing` each process fits some of the layers that do not depend on each other, and all get all.
     """
 
-    def __init__(self, model: nn.Module, work: nn.Module, on_layer: OnLayer) -> None:
+    def __init__(
+        self, model: nn.Module, work: nn.Module, on_layer: OnLayer, known: Mapping[str, Factors] | None = None
+    ) -> None:
         self.work, self.done = work, dict[str, LayerPlan]()
-        self._model, self._on_layer = model, on_layer
+        self._model, self._on_layer, self._known = model, on_layer, known or {}
 
     def to_moments(self, layers: Sequence[LayerPlan], samples: Samples, survey: Survey) -> None:
         """Fits layers in function space, in the order of their calls; those that are too wide are left out."""
@@ -59,7 +63,7 @@ class Fits:
             # Fitted in the precision of the layer, but at least in float32.
             kernel = statistics.target.to(torch.promote_types(kernel_of(layer).dtype, torch.float32))
             kernel = kernel.reshape(kernel_shape(layer))
-            module, row = _fitted(layer, rows[name], kernel, statistics)
+            module, row = self._fitted(layer, rows[name], kernel, statistics)
             self._shift_(module, statistics, survey.trace.batch_norms.get(name))
             self._keep(module, row, kernel, statistics.metric)
 
@@ -69,7 +73,7 @@ class Fits:
         for name, sketch in sketches_of(self.work, list(rows), samples, survey):
             layer = _dense(self.work, name)
             kernel = sketch.kernel.reshape(kernel_shape(layer))
-            self._keep(*_fitted(layer, rows[name], kernel, sketch), kernel, sketch.metric)
+            self._keep(*self._fitted(layer, rows[name], kernel, sketch), kernel, sketch.metric)
 
     def to_kernels(self, layers: Sequence[LayerPlan]) -> None:
         """Fits layers to their kernels alone."""
@@ -77,7 +81,7 @@ class Fits:
         dense = {layer.name: _dense(self.work, layer.name) for layer in layers}
 
         def fitted(row: LayerPlan) -> tuple[nn.Module, LayerPlan]:
-            return _fitted(dense[row.name], row, kernel_of(dense[row.name]), None)
+            return self._fitted(dense[row.name], row, kernel_of(dense[row.name]), None)
 
         def fit(some: Sequence[LayerPlan]) -> None:
             modules = {}
@@ -87,6 +91,11 @@ class Fits:
             replace_layers(self.work, modules)
 
         self._spread(layers, None, fit)
+
+    def _fitted(
+        self, dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | Sketch | None
+    ) -> tuple[nn.Module, LayerPlan]:
+        return _fitted(dense, layer, kernel, statistics, self._known.get(layer.name))
 
     def _keep(self, module: nn.Module, row: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:
         replace_layers(self.work, {row.name: module})
@@ -163,7 +172,7 @@ def _mean(model: nn.Module, batch_norm: str) -> Tensor:
 
 
 def _fitted(
-    dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | Sketch | None
+    dense: DenseLayer, layer: LayerPlan, kernel: Tensor, statistics: Statistics | Sketch | None, known: Factors | None
 ) -> tuple[nn.Module, LayerPlan]:
     """The layer's replacement, and its row with the errors.
 
@@ -176,9 +185,8 @@ def _fitted(
                 kernel_of(module).copy_(kernel)
         else:
             metric = None if statistics is None else statistics.metric
-            module = tensorize(
-                dense, layer.method, layer.rank, kernel=kernel, metric=metric, path=layer.path, bits=layer.bits
-            )
+            form = {"path": layer.path, "bits": layer.bits}
+            module = tensorize(dense, layer.method, layer.rank, kernel=kernel, metric=metric, known=known, **form)
     rebuilt = kernel_of(module).detach()
     note = None
     if isinstance(module, TensorizedLayer):

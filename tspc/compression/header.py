@@ -18,10 +18,11 @@ from tspc.store.files import parsed_json
 from tspc.store.schemas import SIZE, problem
 from tspc.system.bounds import shown
 
-FORMAT, FORMAT_OF_NUMBERS = 2, 1
+FORMAT, FORMAT_OF_NUMBERS = 3, 1
 """Versions of the header's layout; raised when a reader of the old one would fail.
 
-Files without integers have the first one, which earlier versions read, too."""
+Files without integers have the first one, which earlier versions read, too. The second one had integers, but no narrow
+vectors."""
 
 _LAYER = {"method": {"name": str}, "shape": [SIZE], "rank": [SIZE], "path?": (str, None), "bits?": SIZE, "dtype?": str}
 _NETWORK = {
@@ -31,7 +32,7 @@ _NETWORK = {
 }
 SCHEMA = {
     **{"format": SIZE, "layers": {...: _LAYER}, "network?": (None, _NETWORK), "info": dict},
-    **{"extra?": dict, "buffers?": {...: str}},
+    **{"extra?": dict, "buffers?": {...: str}, "vectors?": [str], "norms?": [str]},
 }
 """The keys and kinds of values in a header."""
 

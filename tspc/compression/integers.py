@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.compression.selection import DTYPES
+from tspc.compression.vectors import state_saved
 from tspc.errors import WeightsError, shortened
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.tensorized import TensorizedLayer, scales_of
@@ -34,6 +35,8 @@ def state_bytes(model: nn.Module) -> int:
     for layer_name, layer in on_grids(model).items():
         apart |= {*_scales(layer_name, layer), *(name for name, _, _ in _factors(layer_name, layer))}
         total += _layer_bytes(layer)
+    if apart:
+        total -= state_saved(model)
     return total + sum(t.numel() * t.element_size() for name, t in tensor_state(model).items() if name not in apart)
 
 

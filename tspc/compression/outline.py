@@ -11,9 +11,10 @@ from tspc.compression.allocation import Candidate, candidate
 from tspc.compression.error_curve import Curves
 from tspc.compression.form import DENSE, Widths
 from tspc.compression.integers import state_bytes
-from tspc.compression.plan import PARAMETERS, LayerPlan
+from tspc.compression.plan import BYTES, PARAMETERS, LayerPlan
 from tspc.compression.selection import DEPTHWISE, UNTOUCHED, FilterFn, select, why_dense
 from tspc.compression.settings import PlanSettings, share_of
+from tspc.compression.vectors import bytes_saved
 from tspc.errors import ConfigError, InfeasibleRateError
 from tspc.quantization.grids import FULL, LONG_ROW
 
@@ -22,13 +23,15 @@ from tspc.quantization.grids import FULL, LONG_ROW
 class Outline:
     """What is known of a plan before any rank is chosen: the layers, and what a rate leaves them.
 
-    `network_bytes` are those of all parameters and buffers that a file holds.
+    `network_bytes` are those of all parameters and buffers that a file holds. `vectors_saved` are the bytes by which
+    the biases and norms beside the layers become smaller, if factors lie on grids.
     """
 
     settings: PlanSettings
     layers: tuple[LayerPlan, ...]
     network_params: int
     network_bytes: int
+    vectors_saved: int = 0
 
     @property
     def chosen(self) -> list[LayerPlan]:
@@ -70,6 +73,8 @@ class Outline:
             return 0
         fixed = [layer for layer in self.layers if layer.reason is not None]
         saved = sum(layer.dense_size(self.unit) - layer.size(self.unit) for layer in fixed)
+        if self.unit == BYTES and any(layer.bits != FULL for layer in fixed):
+            saved += self.vectors_saved
         return self._base - self._dense - saved
 
     @property
@@ -112,7 +117,8 @@ def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None
         raise ConfigError([f"the network has no layer to tensorize ({kept})"])
     modules = dict(model.named_modules())
     layers = tuple(_rounded(layer, modules[layer.name], settings.widths) for layer in layers)
-    return Outline(settings, layers, sum(p.numel() for p in model.parameters()), state_bytes(model))
+    saved = bytes_saved(model, [layer.name for layer in layers]) if settings.widths.offers_dense else 0
+    return Outline(settings, layers, sum(p.numel() for p in model.parameters()), state_bytes(model), saved)
 
 
 def _rounded(layer: LayerPlan, module: nn.Module, widths: Widths) -> LayerPlan:

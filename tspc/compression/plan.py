@@ -9,7 +9,7 @@ from typing import Any
 
 from tspc import decompositions
 from tspc.decompositions import Decomposition, Method, Rank, Shape
-from tspc.quantization.grids import FULL, factor_bytes
+from tspc.quantization.grids import FULL, VECTOR_BYTES, factor_bytes
 
 FINAL = "final layer"
 """The reason why the network's last layer stays dense."""
@@ -81,8 +81,9 @@ class LayerPlan:
         return self.dense_bytes if unit == BYTES else self.dense_params
 
     def bias_size(self, unit: str) -> int:
-        """The parameters or the bytes of the bias."""
-        return self.entry_bytes * self.bias_params if unit == BYTES else self.bias_params
+        """The parameters or the bytes of the bias, after."""
+        entry_bytes = self.entry_bytes if self.bits == FULL else min(self.entry_bytes, VECTOR_BYTES)
+        return entry_bytes * self.bias_params if unit == BYTES else self.bias_params
 
     @property
     def compensates(self) -> bool:
@@ -136,7 +137,8 @@ class Plan:
     """Ranks for a whole network at one rate. `layers` also lists the layers that stay dense.
 
     `rate` is the ceiling that the user gave, or that was found for a target error; it counts parameters or bytes
-    (`rate_unit`). `network_dense_bytes` are the bytes of the network's parameters and buffers before.
+    (`rate_unit`). `network_dense_bytes` are the bytes of the network's parameters and buffers before, and
+    `vectors_saved` those by which the biases and norms beside the `layers` become smaller.
     """
 
     method: Method
@@ -149,6 +151,7 @@ class Plan:
     objective: str = "parameters"
     rate_unit: str = PARAMETERS
     network_dense_bytes: int = 0
+    vectors_saved: int = 0
 
     @property
     def budgeted(self) -> tuple[LayerPlan, ...]:
@@ -208,7 +211,7 @@ class Plan:
     def network_bytes(self) -> int:
         """Bytes of the whole network's parameters and buffers after."""
         before = self.network_dense_bytes or 4 * self.network_dense_params  # of a plan of an earlier version
-        return before - sum(layer.dense_bytes - layer.bytes for layer in self.layers)
+        return before - sum(layer.dense_bytes - layer.bytes for layer in self.layers) - self.vectors_saved
 
     @property
     def bytes_reached(self) -> float:
@@ -232,7 +235,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("rate", "rate_decay", "rate_scope", "allocation", "network_dense_params", "objective")
-        plain += ("rate_unit", "network_dense_bytes")
+        plain += ("rate_unit", "network_dense_bytes", "vectors_saved")
         layers = [layer.to_dict() for layer in self.layers]
         return {k: getattr(self, k) for k in plain} | {"method": self.method.to_dict(), "layers": layers}
 

@@ -100,7 +100,8 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
         by_name = {layer.name: layer for layer in ranked}
         final = tuple(_narrowed(by_name.get(layer.name, layer), asked.widths) for layer in sketch.layers)
         settled = asked.method, rate, asked.rate_decay, asked.scope, asked.allocation
-        return Plan(*settled, final, sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes)
+        saved = sketch.vectors_saved if any(layer.bits != FULL for layer in final) else 0
+        return Plan(*settled, final, sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes, saved)
 
     if asked.target_error is None:
         return at(sketch.rate)

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.decompositions import Decomposition, Metric, Rank
+from tspc.decompositions import Decomposition, Factors, Metric, Rank
 from tspc.layers.chains import CHAIN, REBUILT, stages_of
 from tspc.layers.dense import DenseLayer, Form, kernel_of, kernel_shape
 from tspc.layers.tensorized import TensorizedLayer as TensorizedLayer
@@ -136,17 +136,19 @@ def tensorize(
     metric: Metric | None = None,
     path: str | None = None,
     bits: int = FULL,
+    known: Factors | None = None,
 ) -> TensorizedLayer:
     """Decomposes the kernel of `layer` and returns the layer that runs on the factors, in the same mode.
 
     Stride, padding (every mode), dilation, groups and bias are kept. If `kernel` is given (see
     `tspc.layers.dense.as_kernel`), it is decomposed instead of the layer's own. `metric` is the norm of the fit. With
-    fewer than 32 `bits` the factors are rounded to grids, see `tspc.quantization.factors.quantized`. Raises
-    DecompositionError as `decompose` does, and ConfigError for a path that the layer does not have.
+    fewer than 32 `bits` the factors are rounded to grids, see `tspc.quantization.factors.quantized`. With `known`
+    factors of the kernel there is nothing to decompose. Raises DecompositionError as `decompose` does, and ConfigError
+    for a path that the layer does not have.
     """
     decomposition = decomposition.for_shape(kernel_shape(layer))
     kernel = kernel_of(layer).detach() if kernel is None else kernel
-    factors = decomposition.decompose(kernel, rank, metric)
+    factors = known or decomposition.decompose(kernel, rank, metric)
     result = untrained(layer, decomposition, rank, path)
     if bits != FULL:
         on_grids = quantized(decomposition, factors, kernel, bits, metric)

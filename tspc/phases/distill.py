@@ -9,13 +9,17 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tspc.calibration import Calibration
+from tspc.compression.fits import OnLayer
+from tspc.compression.progress import FIT, work_on
+from tspc.compression.rounding import put_on_grids_, take_off_grids_
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.activations import Kept, augmented_images
@@ -24,10 +28,12 @@ from tspc.phases.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
 from tspc.phases.phase import NetworkPhase, Work
+from tspc.phases.planning import calibration_samples
 from tspc.phases.refit import adapted_layers, can_be_refitted, refit_
 from tspc.system import processes
 from tspc.system.bounds import COUNT, NONE_OR_MORE, SHARE_BELOW_ONE, out_of_range
 from tspc.system.modes import own_modes
+from tspc.system.tally import counting
 from tspc.training import Progress, Recipe, Step, Watchers, fit
 from tspc.traversal.blocks import block_of, find_blocks
 from tspc.traversal.hooks import evaluating
@@ -76,7 +82,12 @@ class Distillation(Recipe):
 
 @own_modes(exact=False)
 def distill(
-    model: nn.Module, reference: nn.Module, settings: Distillation, context: Context, progress: Progress
+    model: nn.Module,
+    reference: nn.Module,
+    settings: Distillation,
+    context: Context,
+    progress: Progress,
+    calibration: Calibration | None = None,
 ) -> None:
     """Trains the blocks of `model` in order, in place.
 
@@ -87,9 +98,15 @@ def distill(
     set back if it gives the reference's class on fewer held-out images than before, by more than chance explains. This
     last check is left out if the blocks were named.
 
+    Factors on grids are floating-point numbers meanwhile. At the end they are rounded again, with the images that
+    `calibration` asks for (by default with its default): that is better than to train rounded factors, because a few
+    small steps seldom move an entry to another value of its grid.
+
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
     adapted, start = adapted_layers(model, reference), copy.deepcopy(model.state_dict())
+    blocks = find_blocks(reference, list(tensorized_layers(model)), settings.blocks)
+    widths = take_off_grids_(model, lambda name: block_of(name, blocks) is not None)
     progress.restore_(model)
     model.eval().requires_grad_(False)
     reference.eval()
@@ -114,11 +131,28 @@ def distill(
                 else:
                     _train_block(model, reference, segment.module, number, label, kept, settings, context, progress)
                 progress.save(number + 1, {"network": model.state_dict()})
+        if widths:
+            _round_(model, reference, widths, calibration or Calibration(), context)
         if settings.blocks is None:
             keep_better_(model, start, reference, _unseen(kept, settings, context), context)
     finally:
         room.close()
     model.eval().requires_grad_(True)
+
+
+def _round_(
+    model: nn.Module, reference: nn.Module, widths: Mapping[str, int], calibration: Calibration, context: Context
+) -> None:
+    """Puts the factors on grids again."""
+    layers = tensorized_layers(model)
+    sizes = {name: work_on(math.prod(layers[name].shape)) for name in widths}
+    with (
+        calibration_samples(calibration, context) as samples,
+        context.tally("distill", f"rounding of {len(widths)} layers", FIT * sum(sizes.values())) as tally,
+        counting(samples, tally),
+    ):
+        done: OnLayer = lambda layer, *fitted: tally.add(layer.name, FIT * sizes[layer.name])  # noqa: E731
+        put_on_grids_(model, reference, widths, samples, done)
 
 
 def _trace(model: nn.Module, reference: nn.Module, adapted: list[str], images: Tensor, settings: Distillation) -> Trace:
@@ -237,7 +271,7 @@ def _stalled(losses: list[float], least_gain: float) -> bool:
 
 
 def _run(work: Work) -> tuple[nn.Module, None]:
-    distill(work.start, work.reference, work.settings, work.context, work.progress)
+    distill(work.start, work.reference, work.settings, work.context, work.progress, work.planning.calibration)
     return work.start, None
 
 

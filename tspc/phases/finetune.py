@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tspc.compression.integers import on_grids
+from tspc.compression.vectors import narrow_vectors_
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.agreement import class_counts, distance
 from tspc.phases.batch_norm import SHOWN, rebase_
@@ -83,6 +85,9 @@ def finetune(
 ) -> None:
     """Trains all parameters of `model` on the labels and on the reference's answers, in place.
 
+    Factors on grids stay there: the network computes with rounded values, and the gradient goes straight through to
+    the values behind them.
+
     Raises TrainingError if the loss stops being finite.
     """
     reference.eval()
@@ -116,6 +121,8 @@ def finetune(
             rebase_(model, show)
             recipe = _careful(settings, distance(found), context, phase) if settings.is_careful else settings
         _train(model, recipe, context, progress, phase, loss_of)
+    if on_grids(model):
+        narrow_vectors_(model)
 
 
 def _careful(settings: Finetuning, apart: float, context: Context, phase: str) -> Finetuning:

@@ -15,6 +15,8 @@ BITS = (32, 16, 8, 6, 5, 4, 3)
 FULL = 32
 SCALE_BYTES = 2
 """A scale is a bfloat16 number."""
+VECTOR_BYTES = 2
+"""Beside factors on grids a number of a bias or a norm is a float16 number."""
 LONG_ROW = 8
 """A factor with shorter rows has one scale for all of them: scales of their own would take much of the memory."""
 SHRINKS = tuple(1 - 0.04 * step for step in range(16))

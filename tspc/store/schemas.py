@@ -143,6 +143,7 @@ PLAN = {
     "layers": [_LAYER],
     "network_dense_params": SIZE,
     "network_dense_bytes?": SIZE,
+    "vectors_saved?": COUNT,
     "rate_unit?": str,
 }
 FINISHED = {
