@@ -47,6 +47,14 @@ ANSWERS = (
 """Of the earlier version."""
 
 
+INTEGERS = "integers/resnet8-cp-size0.3.safetensors"
+"""Factors in few bits beside batch norms in float32."""
+OF_INTEGERS = (
+    (0.712633, -0.737509, -0.38723, 0.266839, 0.008126, -0.643872, -0.536279, -0.253763, 0.507361, 0.494121),
+    (1.987773, -2.098388, 0.008744, 0.792977, -0.807578, 0.187507, -1.060665, -0.587999, 0.77303, 1.396344),
+)
+
+
 @pytest.fixture
 def outputs(tmp_path) -> Path:
     return shutil.copytree(EARLIER, tmp_path / "outputs")
@@ -57,6 +65,13 @@ def test_a_network_of_an_earlier_version_answers_as_it_did():
     x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(model(x), torch.tensor(ANSWERS), atol=1e-5)
+
+
+def test_factors_in_few_bits_of_an_earlier_version_answer_as_they_did():
+    model = tspc.load(EARLIER / INTEGERS).eval()
+    x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(model(x), torch.tensor(OF_INTEGERS), atol=1e-5)
 
 
 def test_a_run_of_an_earlier_version_is_not_done_again(cli, outputs):

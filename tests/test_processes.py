@@ -41,6 +41,10 @@ small, tuned = (compress(reference, "tk", 0.3, allocation="uniform") for _ in ra
 sgd = {"optimizer": "sgd", "held_out": 0}
 distill(small, reference, Distillation(3, 50, 1e-2, images=200, schedule="cosine", **sgd), context, Progress())
 finetune(tuned, reference, Finetuning(2, 50, 1e-2, warmup=0.0, **sgd), context, Progress(), "finetune")
+rounded = compress(reference, "tk", 0.3, allocation="uniform", bits=4)
+distill(rounded, reference, Distillation(1, 50, 1e-2, images=100, steps=2, **sgd), context, Progress())
+own = torch.stack([value.double().abs().sum() for value in rounded.state_dict().values()])
+assert torch.equal(processes.summed(own), own * processes.count()), "each process has rounded by itself"
 found = evaluate(small, context.data, CPU, batch_size=7)
 if processes.is_first():
     networks = {"trained": model, "distilled": small, "tuned": tuned}

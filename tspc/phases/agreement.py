@@ -44,6 +44,42 @@ def keep_better_(
     context.display.line(f"distill    undone: {text}, after it on {after:,}")
 
 
+@torch.no_grad()
+def keep_closer_(
+    model: nn.Module, start: dict[str, Tensor], reference: nn.Module, images: Images, context: Context
+) -> None:
+    """Undoes the training if the network's answers are now farther from the reference's.
+
+    Factors that were trained and rounded again may have lost more than they had gained. The distance is the squared
+    error over the images, relative to the size of the reference's answers. A network whose answer is not a tensor is
+    not changed.
+    """
+    trained = copy.deepcopy(model.state_dict())
+    after = _error(model, reference, images)
+    model.load_state_dict(start)
+    before = _error(model, reference, images)
+    if after is None or before is None or after <= before:
+        model.load_state_dict(trained)
+        return
+    context.note({"phase": "distill", "event": "undone", "before": before, "after": after})
+    context.display.line(f"distill    undone: the relative error of the answers was {before:.4f}, after it {after:.4f}")
+
+
+def _error(network: nn.Module, reference: nn.Module, images: Images) -> float | None:
+    """The relative squared error of the answers of all processes; None if they are no tensors."""
+    sums: list[Tensor] = []
+    with evaluating(network), evaluating(reference):
+        for batch in images():
+            answer, wanted = network(batch), reference(batch)
+            if not (isinstance(answer, Tensor) and isinstance(wanted, Tensor)):
+                return None
+            sums.append(torch.stack([(answer - wanted).float().square().sum(), wanted.float().square().sum()]))
+    if not sums:
+        return None
+    error, size = processes.summed(torch.stack(sums).sum(0)).tolist()
+    return error / size if size > 0 else error
+
+
 def _classes(network: nn.Module, images: Images) -> Tensor | None:
     """The class of each image; None if the network does not classify."""
     found: list[Tensor] = []

@@ -23,7 +23,7 @@ from tspc.compression.rounding import put_on_grids_, take_off_grids_
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.activations import Kept, augmented_images
-from tspc.phases.agreement import keep_better_
+from tspc.phases.agreement import keep_better_, keep_closer_
 from tspc.phases.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
 from tspc.phases.context import Context
 from tspc.phases.finetune import relative_error
@@ -100,7 +100,8 @@ def distill(
 
     Factors on grids are floating-point numbers meanwhile. At the end they are rounded again, with the images that
     `calibration` asks for (by default with its default): that is better than to train rounded factors, because a few
-    small steps seldom move an entry to another value of its grid.
+    small steps seldom move an entry to another value of its grid. The network is set back if its answers are then
+    farther from the reference's than before.
 
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
@@ -133,7 +134,8 @@ def distill(
                 progress.save(number + 1, {"network": model.state_dict()})
         if widths:
             _round_(model, reference, widths, calibration or Calibration(), context)
-        if settings.blocks is None:
+            keep_closer_(model, start, reference, _unseen(kept, settings, context), context)
+        elif settings.blocks is None:
             keep_better_(model, start, reference, _unseen(kept, settings, context), context)
     finally:
         room.close()

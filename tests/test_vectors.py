@@ -1,0 +1,160 @@
+"""Biases and norms beside factors on grids: 16 bits for a number, and batch norms without statistics."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tspc
+from tspc.compression.checkpoint import read_header
+from tspc.compression.integers import state_bytes
+from tspc.compression.vectors import ENTRY, bytes_saved, narrow_vectors_, state_saved
+from tspc.errors import WeightsError
+from tspc.models.safe_files import read_tensors, write_tensors
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.BatchNorm2d(32, eps=1e-3),
+        nn.ReLU(),
+        nn.Conv2d(32, 16, 3),
+        nn.Flatten(),
+        nn.Linear(16 * 4 * 4, 10),
+        nn.LayerNorm(10),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    for _ in range(3):
+        model(3 * torch.randn(16, 3, 10, 10) + 1)
+    return model.eval()
+
+
+IMAGES = torch.randn(32, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+
+
+def small(**options) -> nn.Module:
+    return tspc.compress(network(), "svd", calibration=IMAGES, **options).eval()
+
+
+def test_narrow_vectors_give_the_same_answers_and_are_float16_numbers():
+    model = network()
+    with torch.no_grad():
+        wanted = model(IMAGES)
+        narrow_vectors_(model)
+        assert torch.allclose(model(IMAGES), wanted, atol=5e-3 * float(wanted.std()), rtol=0)
+    for name, value in model.state_dict().items():
+        if value.ndim == 1:
+            assert value.dtype == torch.float32
+            assert torch.equal(value.half().float(), value), name
+    for norm in (model[1], model[4]):
+        assert not norm.running_mean.any()
+        assert (norm.running_var == 1).all()
+        assert norm.num_batches_tracked == 0
+
+
+def test_narrowing_twice_changes_nothing_more():
+    model = network()
+    narrow_vectors_(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    narrow_vectors_(model)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, before[name], rtol=2**-10, atol=0), name
+
+
+def test_vectors_that_float16_cannot_hold_are_left_alone():
+    model = network()
+    with torch.no_grad():
+        model[1].weight[3] = 1e7
+        model[6].bias[0] = 1e6
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        wanted = model(IMAGES)
+        narrow_vectors_(model)
+        for name in ("1.weight", "1.bias", "1.running_mean", "1.running_var", "6.bias"):
+            kept = torch.allclose(model.state_dict()[name], before[name], rtol=1e-3, atol=1e-6)
+            assert kept, name
+        assert torch.isfinite(model(IMAGES)).all()
+        assert torch.allclose(model(IMAGES), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_without_few_bits_nothing_is_narrow(tmp_path):
+    model = small(rate=0.4)
+    assert model[1].running_mean.any()
+    tspc.save(model, tmp_path / "a.safetensors")
+    header = read_header(tmp_path / "a.safetensors")
+    assert "vectors" not in header
+    assert header["format"] == 1
+
+
+def test_a_file_has_one_entry_for_all_vectors_and_no_statistics(tmp_path):
+    model, path = small(size=0.2), tmp_path / "a.safetensors"
+    tspc.save(model, path)
+    file = read_tensors(path)
+    assert file.tensors[ENTRY].dtype == torch.float16
+    assert not any("running" in name or "num_batches" in name for name in file.names)
+    assert sum(x.numel() * x.element_size() for x in file.tensors.values()) == state_bytes(model)
+    loaded = tspc.load(path, network())
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_the_plan_knows_the_size_of_the_file():
+    made = tspc.plan(network(), "svd", size=0.25, calibration=IMAGES)
+    model = small(size=0.25)
+    assert made.network_bytes == state_bytes(model)
+    assert made.network_bytes <= 0.25 * state_bytes(network())
+
+
+def test_what_is_saved_is_what_was_foreseen():
+    model = network()
+    foreseen = bytes_saved(model, [])
+    narrow_vectors_(model)
+    assert foreseen == state_saved(model) > 0
+
+
+def test_a_narrow_network_that_is_trained_is_saved_exactly(tmp_path):
+    model = small(size=0.3)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    model(IMAGES).square().sum().backward()
+    optimizer.step()
+    model.eval()
+    tspc.save(model, tmp_path / "a.safetensors")
+    loaded = tspc.load(tmp_path / "a.safetensors", network())
+    for name in ("1.running_mean", "1.running_var", "1.weight", "1.num_batches_tracked", "4.bias"):
+        assert torch.equal(loaded.state_dict()[name], model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("damage", ["shorter", "missing", "unknown", "matrix", "norms"])
+def test_damaged_vectors_are_refused_with_one_clear_error(tmp_path, damage):
+    path = tmp_path / "a.safetensors"
+    tspc.save(small(size=0.3), path)
+    file, header = read_tensors(path), json.loads(read_tensors(path).header)
+    tensors = dict(file.tensors)
+    if damage == "shorter":
+        tensors[ENTRY] = tensors[ENTRY][:-1].clone()
+    elif damage == "missing":
+        del tensors[ENTRY]
+    elif damage == "unknown":
+        header["vectors"][0] = "none.weight"
+    elif damage == "matrix":
+        header["vectors"][0] = "8.weight"
+    else:
+        header["norms"] = ["0"]
+    write_tensors(path, tensors, json.dumps(header))
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(WeightsError, match="biases and norms") as raised:
+        tspc.load(path, model)
+    assert str(path) in str(raised.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
