@@ -1,7 +1,8 @@
-"""Biases and norms of a network whose factors lie on grids: 16 bits for a number, and no statistics.
+"""Biases and norms of a network whose factors lie on grids: 16 bits for a number, 8 bits for a statistic.
 
-In eval mode a batch norm is a scale and a shift for each channel. Of a small network its four vectors in float32 would
-be a third of the bytes.
+Of a small network the four vectors of a batch norm in float32 would be a third of the bytes. In eval mode it is a scale
+and a shift for each channel, so its statistics may be rounded much: weight and bias make up for it. They still serve
+further training, which would have to find them anew if they were left out.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ from tspc.errors import WeightsError
 from tspc.quantization.grids import VECTOR_BYTES
 from tspc.store.state import tensor_state
 
-ENTRY = "vectors"
-"""The name of the entry of a file that holds all narrow vectors, one after the other."""
+ENTRY, STATISTICS = "vectors", "statistics"
+"""The names of the entries of a file that hold all narrow vectors, and all narrow statistics, one after the other."""
+DEVIATION, RATIO = torch.float8_e5m2, torch.float8_e4m3fn
+"""The formats of a standard deviation, and of a mean divided by it. All products of such numbers are exact."""
 LOST = 1e-3
 """The largest error of a narrow vector, relative to its largest entry; rounding to float16 causes half of it."""
 
 
 @torch.no_grad()
 def narrow_vectors_(model: nn.Module) -> None:
-    """Rounds the vectors of `model` to float16 numbers, and moves the statistics of batch norms into scale and shift.
+    """Rounds the vectors of `model` to float16 numbers, and the statistics of its batch norms to fewer bits.
 
-    The running mean becomes 0 and the running variance 1; the answers in eval mode stay the same up to rounding.
-    Vectors that float16 cannot hold are left alone. All keep their dtype.
+    The batch norms' weights and biases change with their statistics, so that the answers in eval mode stay the same up
+    to rounding to float16. Vectors that float16 cannot hold are left alone. All keep their dtype.
     """
     for norm in _norms(model).values():
-        scale, shift = _affine(norm)
-        if _fits(scale) and _fits(shift):
-            norm.weight.copy_(_rounded(scale))
-            norm.bias.copy_(_rounded(shift))
-            norm.reset_running_stats()
+        narrow = _narrowed(norm)
+        if narrow is not None:
+            for own, value in zip((norm.weight, norm.bias, norm.running_mean, norm.running_var), narrow, strict=True):
+                cast(Tensor, own).copy_(value)
+            cast(Tensor, norm.num_batches_tracked).zero_()
     for parameter in model.parameters():
         if _is_vector(parameter) and _fits(parameter):
             parameter.copy_(_rounded(parameter))
@@ -48,9 +51,9 @@ def bytes_saved(model: nn.Module, layers: Collection[str]) -> int:
     left_out = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
     saved = 0
     for name, norm in _norms(model).items():
-        if all(map(_fits, _affine(norm))):
+        if _narrowed(norm) is not None:
             left_out |= {f"{name}.{kind}" for kind in ("weight", "bias")}
-            saved += sum(_bytes(state[key]) for key in _statistics(name) if key in state)
+            saved += sum(_bytes(state[key]) for key in _statistics(name) if key in state) - 2 * norm.num_features
             saved += 2 * norm.num_features * (norm.weight.element_size() - VECTOR_BYTES)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     vectors = (x for name, x in state.items() if name in parameters - left_out and _is_vector(x) and _fits(x))
@@ -60,21 +63,26 @@ def bytes_saved(model: nn.Module, layers: Collection[str]) -> int:
 def state_saved(model: nn.Module) -> int:
     """The bytes that `with_vectors` saves."""
     names, norms = _narrow(model)
-    state = tensor_state(model)
-    dropped = sum(_bytes(state[key]) for norm in norms for key in _statistics(norm) if key in state)
+    state, modules = tensor_state(model), _norms(model)
+    dropped = sum(_bytes(state[key]) for norm in norms for key in _statistics(norm))
+    dropped -= sum(2 * modules[norm].num_features for norm in norms)
     return dropped + sum(_bytes(state[name]) - VECTOR_BYTES * state[name].numel() for name in names)
 
 
 def with_vectors(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """The tensors of a file, in which one entry holds all narrow vectors, and what its header says of them.
+    """The tensors of a file, in which one entry holds all narrow vectors and one all narrow statistics.
 
-    Nothing is lost: a vector is narrow if float16 holds it exactly. Statistics of 0 and 1 are left out.
+    Also returns what the file's header says of them. Nothing is lost: a vector is narrow if float16 holds it exactly,
+    and statistics if they are as `narrow_vectors_` makes them.
     """
     names, norms = _narrow(model)
     dropped = {*names, *(key for norm in norms for key in _statistics(norm))}
     found = {name: value for name, value in tensors.items() if name not in dropped}
     if names:
         found[ENTRY] = torch.cat([tensors[name].to(torch.float16) for name in names])
+    if norms:
+        modules = _norms(model)
+        found[STATISTICS] = torch.cat([code.cpu().view(torch.uint8) for n in norms for code in _codes(modules[n])])
     return found, {key: said for key, said in (("vectors", names), ("norms", norms)) if said}
 
 
@@ -85,20 +93,27 @@ def without_vectors(
     names, norms = header.get("vectors", []), header.get("norms", [])
     if not names and not norms:
         return dict(tensors)
-    found, own = dict(tensors), tensor_state(model)
-    data = found.pop(ENTRY, None) if names else torch.empty(0, dtype=torch.float16)
+    found, own, modules = dict(tensors), tensor_state(model), _norms(model)
     sizes = [own[name].numel() if name in own and own[name].ndim == 1 else -1 for name in names]
-    modules = _norms(model)
-    if data is None or data.dtype != torch.float16 or data.ndim != 1 or min(sizes, default=0) < 0:
-        raise WeightsError(_DAMAGED)
-    if sum(sizes) != len(data) or not set(norms) <= set(modules):
-        raise WeightsError(_DAMAGED)
-    found |= {name: part.float() for name, part in zip(names, data.split(sizes), strict=True)}
-    for name in norms:
+    features = [modules[name].num_features if name in modules else -1 for name in norms for _ in range(2)]
+    vectors = _parts(found.pop(ENTRY, None), torch.float16, sizes)
+    codes = _parts(found.pop(STATISTICS, None), torch.uint8, features)
+    found |= {name: part.float() for name, part in zip(names, vectors, strict=True)}
+    for name, deviation, ratio in zip(norms, codes[::2], codes[1::2], strict=True):
         mean, variance, count = _statistics(name)
-        size = modules[name].num_features
-        found |= {mean: torch.zeros(size), variance: torch.ones(size), count: torch.tensor(0)}
+        wide = _decoded(deviation.clone().view(DEVIATION), ratio.clone().view(RATIO))
+        if not all(bool(value.isfinite().all()) for value in wide):
+            raise WeightsError(_DAMAGED)
+        found |= {mean: wide[0], variance: wide[1], count: torch.tensor(0)}
     return found
+
+
+def _parts(data: Tensor | None, dtype: torch.dtype, sizes: list[int]) -> tuple[Tensor, ...]:
+    """The parts of an entry. Raises WeightsError if it is not of this dtype and of these sizes together."""
+    data = torch.empty(0, dtype=dtype) if data is None else data
+    if data.dtype != dtype or data.ndim != 1 or min(sizes, default=0) < 0 or sum(sizes) != len(data):
+        raise WeightsError(_DAMAGED)
+    return data.split(sizes) if sizes else ()
 
 
 _DAMAGED = (
@@ -116,25 +131,49 @@ def _norms(model: nn.Module) -> dict[str, BatchNorm]:
     }
 
 
-def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """The weight and the bias that the batch norm would have with the statistics 0 and 1."""
+def _narrowed(norm: BatchNorm) -> tuple[Tensor, ...] | None:
+    """Weight, bias, mean and variance in few bits that give the same answers; None if float16 cannot hold the first."""
     mean, variance = (double(cast(Tensor, x)) for x in (norm.running_mean, norm.running_var))
+    new_mean, new_variance = _decoded(*_codes(norm))
     scale = double(norm.weight) / (variance + norm.eps).sqrt()
-    return (scale * (1 + norm.eps) ** 0.5).float(), (double(norm.bias) - scale * mean).float()
+    spread = (double(new_variance) + norm.eps).sqrt()
+    weight = (scale * spread).float()
+    # The rounded scale is exact where it matters most, at the mean.
+    bias = (double(norm.bias) + double(_rounded(weight)) / spread * (double(new_mean) - mean)).float()
+    if not (_fits(weight) and _fits(bias)):
+        return None
+    return _rounded(weight), _rounded(bias), new_mean, new_variance
+
+
+def _codes(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """The standard deviation, and the mean divided by it, in 8 bits each."""
+    mean, variance = (cast(Tensor, x).detach() for x in (norm.running_mean, norm.running_var))
+    least, most = torch.finfo(DEVIATION).smallest_normal, torch.finfo(DEVIATION).max
+    deviation = variance.sqrt().nan_to_num(least).clamp(least, most).to(DEVIATION)
+    limit = torch.finfo(RATIO).max
+    return deviation, (mean / deviation.float()).nan_to_num(0.0).clamp(-limit, limit).to(RATIO)
+
+
+def _decoded(deviation: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance."""
+    return deviation.float() * ratio.float(), deviation.float().square()
 
 
 def _narrow(model: nn.Module) -> tuple[list[str], list[str]]:
-    """The names of the vectors in the state that float16 holds exactly, and of batch norms with statistics 0 and 1."""
-    norms = [name for name, norm in _norms(model).items() if _has_no_statistics(norm)]
+    """The names of the vectors in the state that float16 holds exactly, and of batch norms with narrow statistics."""
+    norms = [name for name, norm in _norms(model).items() if _has_few_bits(norm)]
     dropped = {key for norm in norms for key in _statistics(norm)}
     state = tensor_state(model).items()
     names = [name for name, x in state if name not in dropped and _is_vector(x) and torch.equal(_rounded(x), x)]
     return names, norms
 
 
-def _has_no_statistics(norm: BatchNorm) -> bool:
-    mean, variance, count = (cast(Tensor, x) for x in (norm.running_mean, norm.running_var, norm.num_batches_tracked))
-    return not mean.is_meta and not bool(mean.any()) and bool((variance == 1).all()) and not bool(count)
+def _has_few_bits(norm: BatchNorm) -> bool:
+    """Whether 8 bits hold the statistics exactly."""
+    own = norm.running_mean, norm.running_var
+    if own[0] is None or own[0].is_meta or bool(cast(Tensor, norm.num_batches_tracked)):
+        return False
+    return all(torch.equal(value, cast(Tensor, x)) for value, x in zip(_decoded(*_codes(norm)), own, strict=True))
 
 
 def _statistics(norm: str) -> Iterator[str]:
