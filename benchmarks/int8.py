@@ -1,63 +1,101 @@
-"""Int8 weights (torchao, weight only) on a compressed ResNet-32: accuracy and bytes before and after.
+"""Exported files with 8-bit integers: their accuracy in ONNX Runtime and in OpenVINO, and their bytes. ResNet-32.
 
-    python -m benchmarks.int8 --data CIFAR --weights resnet32.pt [--methods cp,tt --rates 0.2,0.1]
+    pip install -e '.[onnx,openvino]'
+    python -m benchmarks.int8 --data CIFAR --weights resnet32.pt [--methods svd,cp --rate 0.2]
 
-Decomposition in function space with 512 images, no training. torchao quantises dense layers; here that is the last one.
+Factors in 8 bits, in function space with 512 images, no training; 256 training images show the ranges of the
+activations. "Paths": `rebuilt` writes the dense kernels, `factors` the links of the chain where a method has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import tspc
 from benchmarks.common import cifar_reference, machine, parser, table
-from tspc.calibration.samples import Calibration
-from tspc.compression.apply import compress
 from tspc.data import Data
-from tspc.training import evaluate
+from tspc.deploy.runtimes import opened, openvino_session, run_openvino
+from tspc.deploy.timing import FLOAT32
+from tspc.layers.chains import CHAIN, REBUILT
+from tspc.layers.forms import tensorized_layers
+from tspc.training import accuracy
 from tspc.traversal.copying import copied
 
-
-def quantised(model: nn.Module) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    small = copied(model)
-    quantize_(small, Int8WeightOnlyConfig())
-    return small
+BATCH = 250
+CPU = torch.device("cpu")
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Of parameters and buffers, as torchao keeps them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(
-        sum(getattr(t, name).nbytes for name in ("qdata", "scale")) if hasattr(t, "qdata") else t.nbytes
-        for t in tensors
-    )
+class Answering(nn.Module):
+    """A function from images to answers, as a network."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = answer
 
 
-def row(name: str, model: nn.Module, data: Data) -> list[str]:
-    cpu, small = torch.device("cpu"), quantised(model)
-    tops = [f"{100 * evaluate(network, data, cpu).top1:.2f}" for network in (model, small)]
-    return [name, *tops, *(f"{held_bytes(network):,}" for network in (model, small))]
+def in_onnx(path: Path, format: str) -> nn.Module:
+    answer = opened(path, format, torch.get_num_threads())
+    return Answering(lambda images: answer((images,))[0])
+
+
+def in_openvino(path: Path, example: Tensor) -> nn.Module:
+    request = openvino_session(path, (example,), FLOAT32, torch.get_num_threads())
+    return Answering(lambda images: run_openvino(request, (images,))[0])
+
+
+def on_path(model: nn.Module, path: str) -> nn.Module:
+    found = copied(model)
+    for layer in tensorized_layers(found).values():
+        layer.path = path if path in layer.paths else layer.path
+    return found
+
+
+def row(name: str, model: nn.Module, data: Data, calibration: list[Tensor]) -> list[str]:
+    """The accuracy of the network, of its float32 file and of its int8 file, and the bytes of both files."""
+
+    def top1(network: nn.Module) -> float:
+        return 100 * accuracy(network.eval(), data.test_batches(BATCH, CPU), data.num_classes, CPU).top1
+
+    example = torch.cat(calibration)[:BATCH].contiguous()
+    with tempfile.TemporaryDirectory() as folder:
+        plain, int8 = Path(folder, "model.onnx"), Path(folder, "model.int8.onnx")
+        tspc.export(model, plain, example)
+        made = tspc.export(model, int8, example, calibration=calibration)
+        own = top1(model)
+        found = [top1(in_onnx(plain, "onnx")), top1(in_onnx(int8, "int8")), top1(in_openvino(int8, example))]
+        cells = [f"{own:.2f}", *(f"{value:.2f} ({value - own:+.2f})" for value in found)]
+        assert made.int8 is not None
+        in_float = " and ".join(made.int8.float_layers) or "none"
+        return [name, *cells, *(f"{path.stat().st_size:,}" for path in (plain, int8)), in_float]
 
 
 def main() -> None:
     arguments: argparse.ArgumentParser = parser(__doc__)
-    arguments.add_argument("--methods", default="svd,tk,cp")
-    arguments.add_argument("--rates", default="0.2")
+    arguments.add_argument("--methods", default="dense,svd,cp,tk,tt,rcp,rtk,rtt")
+    arguments.add_argument("--rate", type=float, default=0.2)
     options = arguments.parse_args()
     _, data, model = cifar_reference(options)
-    images = torch.cat(list(data.calibration_batches(512, 512, torch.device("cpu"))))
-    rows = [row("dense", model.eval(), data)]
+    images = torch.cat(list(data.calibration_batches(512, 512, CPU)))
+    calibration = list(images[:256].split(32))
+    rows = [row("dense, float32", model.eval(), data, calibration)]
     for method in options.methods.split(","):
-        for rate in map(float, options.rates.split(",")):
-            small = compress(model, method, rate, calibration=images, settings=Calibration(samples=512))
-            rows.append(row(f"{method}, {rate:g}", small.eval(), data))
-            print(rows[-1], flush=True)
+        rate = {} if method == "dense" else {"rate": options.rate}
+        small = tspc.compress(model, method, bits=8, calibration=images, **rate).eval()
+        paths = {path for layer in tensorized_layers(small).values() for path in layer.paths}
+        for path, label in ((CHAIN, "factors"), (REBUILT, "rebuilt")):
+            if path in paths and not (method == "dense" and path == CHAIN):
+                name = f"`{method}`" if method == "dense" else f"`{method}`, {options.rate:g}, {label}"
+                rows.append(row(name, on_path(small, path), data, calibration))
+                print(*rows[-1], sep=" | ", flush=True)
     print(f"\n{machine(options.seed)}\n")
-    print(table(["network", "top-1, float32", "top-1, int8 weights", "bytes, float32", "bytes, int8 weights"], rows))
+    files = ["float32 file in ONNX Runtime", "int8 file in ONNX Runtime", "int8 file in OpenVINO"]
+    print(table(["network", "top-1 %", *files, "bytes, float32", "bytes, int8", "layers in float32"], rows))
 
 
 if __name__ == "__main__":
