@@ -108,9 +108,9 @@ class Widths:
         """Whether a layer may keep its whole kernel in one of these widths."""
         return min(self.bits) < FULL
 
-    def methods(self, method: Method, shape: Shape) -> tuple[Decomposition, ...]:
-        """The methods that a layer with a kernel of this shape may take."""
-        found = method.candidates(shape)
+    def methods(self, method: Method, layer: LayerPlan) -> tuple[Decomposition, ...]:
+        """The methods that a layer may take."""
+        found = () if layer.is_table else method.candidates(layer.shape)
         return tuple(dict.fromkeys((*found, DENSE))) if self.offers_dense else found
 
     def least_error(self, dense: ErrorCurve | None) -> float:

@@ -126,7 +126,7 @@ def _trace(model: nn.Module, reference: nn.Module, adapted: list[str], images: T
 
     The reference is traced, because in the compressed network the factors of a layer would count as layers of a block.
     """
-    layers = list(tensorized_layers(model))
+    layers = list(tensorized_layers(model, tables=False))  # a table has no block before it to learn from
     blocks = find_blocks(reference, layers, settings.blocks)
     found = trace(reference, layers + adapted, images, blocks)
     # If blocks are named, nothing else is changed. With the reference's inputs its own layer is the best one.
