@@ -24,10 +24,10 @@ def tables_of(
 ) -> Iterator[tuple[str, Sketch]]:
     """For each table that the network looks rows up in, the norm of an error D (tokens × length) of its rows.
 
-    A table is a dense layer whose input is 1 at the token and 0 elsewhere. The second moments of such inputs are the
-    frequencies p of the tokens on their diagonal. So the squared error is Σ p·dᵀGd over the rows d of D, where G is the
-    sensitivity of the outputs. It has the units of the other layers' errors. Here p stands for the norm's outputs, and G
-    for its inputs, because a table has its tokens in the first axis.
+    A table is a dense layer whose input is 1 at the token and 0 elsewhere. The second moments of such inputs have the
+    frequencies p of the tokens on their diagonal, and 0 elsewhere. So the squared error is Σ p·dᵀGd over the rows d of
+    D, where G is the sensitivity of the outputs. It has the units of the other layers' errors. In the norm p stands for
+    the outputs and G for the inputs, because a table has its tokens in the first axis.
     """
     for name, counts in _counts(model, tables, samples).items():
         kernel = kernel_of(model.get_submodule(name)).detach().float()

@@ -38,8 +38,9 @@ def select(
 ) -> list[LayerPlan]:
     """A row for every convolution and dense layer, still dense; `reason` says which rule keeps it dense, or is None.
 
-    With `widths` below 32 bits there is a row for every table of embeddings, too. The last rule is `filter_fn`: it is called for layers that no other rule keeps dense, and those for which it is
-    false stay dense. Raises ConfigError if the network is compressed already, or a wildcard matches nothing.
+    With `widths` below 32 bits there is a row for every table of embeddings, too. The last rule is `filter_fn`: it is
+    called for layers that no other rule keeps dense, and those for which it is false stay dense. Raises ConfigError if
+    the network is compressed already, or a wildcard matches nothing.
     """
     require_sizes(model)
     done = next(iter(tensorized_layers(model)), None)

@@ -4,8 +4,8 @@ The parameters are the factors, on every path (see `tspc.layers.chains`). The me
 
 - `Chain`: its children are ordinary convolutions (or dense layers), and their weights are the factors. On the path
   "chain" it is just a sequence of them;
-- `Contracted`: the factors are a list of matrices. The kernels of the path are contracted from them. `Table` is the form
-  of an embedding: it looks rows up, and rounds those rows alone.
+- `Contracted`: the factors are a list of matrices. The kernels of the path are contracted from them. An embedding takes
+  the form `Table`, which looks up rows and rounds those rows alone.
 
 In training kernels are contracted at each call. In eval mode they are contracted once and kept until the factors
 change. Both forms have `weight` (rebuilt, differentiable), `bias` and the plain attributes (`in_features`, `stride`, …)
@@ -116,7 +116,9 @@ class Table(Contracted):
     def as_embedding(self) -> nn.Embedding:
         """An ordinary table with the values that this one looks up."""
         return nn.Embedding.from_pretrained(
-            self.weight.detach().clone(), freeze=not self.factor_parameters()[0].requires_grad, padding_idx=self.padding_idx
+            self.weight.detach().clone(),
+            freeze=not self.factor_parameters()[0].requires_grad,
+            padding_idx=self.padding_idx,
         )
 
 
