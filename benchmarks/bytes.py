@@ -44,7 +44,7 @@ from tspc.training import place
 NETWORKS: dict[str, Callable[[argparse.Namespace], tuple[nn.Module, Tensor, Split | Judge]]]
 NETWORKS = {"resnet32": cifar, "lite0": lite0, "minilm": minilm}
 METHODS, WIDTHS = "auto,cp,svd,tk,tt,dense", "8,6,5,4"
-SENTENCES = {"methods": "auto,dense", "dense": "8,4"}
+SENTENCES = {"methods": "svd", "dense": "8,4"}
 """Other defaults of `minilm`: for matrices `svd`, `cp`, `tk` and `tt` are the same."""
 
 
