@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import tspc
 from tspc.calibration.samples import Calibration, Samples
 from tspc.calibration.tables import tables_of
+from tspc.compression.apply import tensorized
 from tspc.compression.integers import state_bytes
 from tspc.compression.planning import plan
 from tspc.deploy.folding import plain
@@ -231,3 +232,15 @@ def test_a_file_that_gives_a_table_ranks_is_refused(tmp_path):
     other.words = nn.Embedding(90, WIDTH)
     with pytest.raises(WeightsError, match=r"words was a kernel of shape \[150, 32\]"):
         tspc.load(path, other)
+
+
+@pytest.mark.parametrize("size", [0.24, 0.18])
+def test_the_plan_expects_about_the_error_that_comes(size):
+    ids = texts()
+    with Samples(ids, Calibration(samples=64)) as samples:
+        made = plan(encoder(), "dense", size=size, calibration=samples)
+        _, done = tensorized(encoder(), made, samples)
+    rows = zip(made.layers, done.layers, strict=True)
+    errors = [(row.output_error, fitted.output_error) for row, fitted in rows if row.is_table]
+    assert len(errors) == 2
+    assert all(0.8 < expected / found < 1.25 for expected, found in errors)

@@ -106,7 +106,7 @@ def _measured(
     def measured(name: str, metric: Metric | None = None) -> list[ErrorCurve]:
         weight = kernel_of(model.get_submodule(name)).detach()
         with naming(name):
-            return _curves(widths.methods(method, rows[name]), weight, metric, widths.bits)
+            return _curves(widths.methods(method, rows[name]), weight, metric, widths.bits, rows[name].is_table)
 
     rest = dict.fromkeys(rows)
     if samples is not None and survey is not None:
@@ -144,7 +144,11 @@ def naming(layer: str) -> Iterator[None]:
 
 
 def _curves(
-    candidates: Sequence[Decomposition], weight: Tensor, metric: Metric | None, widths: Sequence[int]
+    candidates: Sequence[Decomposition],
+    weight: Tensor,
+    metric: Metric | None,
+    widths: Sequence[int],
+    is_table: bool,
 ) -> list[ErrorCurve]:
     """One curve for each method."""
     methods = [method for method in candidates if method != DENSE]
@@ -197,7 +201,7 @@ def _curves(
         added = rounding(method, kernel, metric, widths, squared)
         curves.append(ErrorCurve(method, tuple(sizes), tuple(falling), weight.numel(), importance, added))
     if DENSE in candidates:  # what a layer loses that is only rounded
-        added = rounding(DENSE, kernel, metric, widths, squared)
+        added = rounding(DENSE, kernel, metric, widths, squared, is_table)
         curves.append(ErrorCurve(DENSE, (weight.numel(),), (0.0,), weight.numel(), importance, added))
     return curves
 
