@@ -21,7 +21,7 @@ from tspc.calibration.sensitivity import enough, output_sensitivity
 from tspc.calibration.statistics import Statistics
 from tspc.decompositions import Metric
 from tspc.errors import ConfigError, DataError
-from tspc.layers.dense import DenseLayer, kernel_of, kind_of
+from tspc.layers.dense import DenseLayer, has_inputs, kernel_of
 from tspc.system.bounds import COUNT, NONE_OR_MORE, Bounds, out_of_range
 from tspc.system.modes import own_modes
 from tspc.system.tally import Tally
@@ -214,7 +214,7 @@ class Samples:
             return
         images = next(iter(self))
         self._layout = torch.channels_last if takes_channels_last(model, images[:2]) else None
-        names = [name for name, module in model.named_modules() if kind_of(module) is not None]
+        names = [name for name, module in model.named_modules() if has_inputs(module)]
         few = next(iter(self))[:FEW]
         wanted = self.settings.precision == "auto"
         self.short = wanted and is_short_enough(model, names, few, len(self))

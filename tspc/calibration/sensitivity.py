@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tspc.calibration.patches import rows_of
 from tspc.calibration.products import Products, Squares, is_diagonal, products_of_outputs
 from tspc.errors import TspcWarning, some
-from tspc.layers.dense import DenseLayer, kernel_shape
+from tspc.layers.dense import DenseLayer, output_count
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.parallel import in_parts
 from tspc.system.tally import Tally
@@ -171,7 +171,7 @@ def _without_parameters(model: nn.Module) -> Iterator[None]:
 
 def _numbers(layer: nn.Module) -> int:
     """How many the matrix of a layer holds."""
-    outputs = kernel_shape(layer)[0]
+    outputs = output_count(layer)
     return outputs if is_diagonal(outputs) else outputs**2
 
 

@@ -67,6 +67,14 @@ class Candidate:
         """For each form its smallest size, with bias."""
         return {form: form.smallest(self.layer, self.multiple) + self.bias for form in self.forms}
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """SIZES sizes from the smallest form to the dense one. A table has no other sizes than those of its forms."""
+        if not self.layer.is_table:
+            return np.linspace(self.minimum, self.dense_size, SIZES).astype(int)
+        known = sorted({*self.smallest.values(), self.dense_size})
+        return np.array(known[:1] * (SIZES - len(known)) + known)
+
     def squared_error(self, form: Form, size: int) -> float:
         """Expected squared relative error at this size, bias included."""
         return self._curve(form).at(size - self.bias)
@@ -121,7 +129,7 @@ def candidate(
     layer: LayerPlan, method: Method, curves: Curves | None, multiple: int, widths: Widths = PLAIN
 ) -> Candidate | None:
     """The layer as a candidate; None if no form makes it smaller, even at the smallest rank."""
-    made = [Form(each, bits, widths.unit) for each in widths.methods(method, layer.shape) for bits in widths.bits]
+    made = [Form(each, bits, widths.unit) for each in widths.methods(method, layer) for bits in widths.bits]
     whole = layer.dense_size(widths.unit) - layer.bias_size(widths.unit)
     forms = tuple(form for form in made if form.smallest(layer, multiple) < whole)
     by_method = {} if curves is None else {curve.method: curve for curve in curves[layer.name]}
@@ -153,7 +161,7 @@ def uniform(candidates: Sequence[Candidate], weights: Sequence[float], budget: i
 
 def overall(candidates: Sequence[Candidate], budget: int) -> list[LayerPlan]:
     """The least sum of weighted squared relative errors within the budget."""
-    sizes = np.array([np.linspace(c.minimum, c.dense_size, SIZES).astype(int) for c in candidates])
+    sizes = np.array([c.sizes for c in candidates])
     errors = np.array([c.weight * c.squared_errors(row) for c, row in zip(candidates, sizes, strict=True)])
     errors[:, -1] = [c.weight * c.least_error for c in candidates]  # the last size is the dense layer
     rows = np.arange(len(candidates))

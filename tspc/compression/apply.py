@@ -19,7 +19,7 @@ from tspc.compression.selection import FilterFn, why_dense
 from tspc.compression.settings import PlanSettings
 from tspc.compression.vectors import narrow_vectors_
 from tspc.decompositions import Factors, Method
-from tspc.layers.dense import check_values, kind_of
+from tspc.layers.dense import check_values, has_inputs, kind_of
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
 from tspc.models.lazy import require_sizes
 from tspc.quantization.grids import FULL
@@ -62,7 +62,8 @@ def compress(
     small = copied(model)
     # The predicate is asked about the caller's modules, which it may know.
     chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
-    layers = {name: layer for name, layer in small.named_modules() if kind_of(layer) is not None}
+    counted = kind_of if asked.widths.offers_dense else has_inputs
+    layers = {name: layer for name, layer in small.named_modules() if counted(layer)}
     sizes = {name: work_on(sum(p.numel() for p in layer.parameters())) for name, layer in layers.items()}
     total = (FIT + asked.needs_curves) * sum(sizes.values())
     with (
@@ -141,10 +142,13 @@ def _tensorized(model: nn.Module, fits: Fits, plan: Plan, samples: Samples | Non
     check_values(model)
     if samples is not None:
         samples.tally.total += passes(model, samples)
-        layers = to_fit(model, plan, samples)
-        survey = samples.survey(model, [layer.name for layer in layers])
+        tables = [layer for layer in plan.tensorized if layer.is_table]
+        layers = [layer for layer in to_fit(model, plan, samples) if not layer.is_table]
+        survey = samples.survey(model, [layer.name for layer in layers], [layer.name for layer in tables])
+        fits.to_counts(tables, samples, survey)
         fits.to_moments(layers, samples, survey)
-        fits.to_sketches([layer for layer in plan.tensorized if layer.name not in fits.done], samples, survey)
+        wide = [layer for layer in plan.tensorized if layer.name not in fits.done and not layer.is_table]
+        fits.to_sketches(wide, samples, survey)
     # Without samples, or never called: the kernel alone is used.
     fits.to_kernels([layer for layer in plan.tensorized if layer.name not in fits.done])
     if samples is not None:

@@ -8,12 +8,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from tspc.compression.form import DENSE
 from tspc.compression.header import FORMAT, FORMAT_OF_NUMBERS, checked_header, method_of
 from tspc.compression.integers import on_grids, with_integers, without_integers
 from tspc.compression.vectors import with_vectors, without_vectors
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
-from tspc.layers.dense import DenseLayer, Form, kernel_shape, kind_of
+from tspc.layers.dense import DenseLayer, Form, is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers, untrained
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, set_modules, warn_of_state_hooks
 from tspc.layers.tensorized import TensorizedLayer
@@ -135,6 +136,8 @@ def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str,
             f"{found} there; pass the dense architecture that was compressed"
         )
     method, rank, way = method_of(layer), tuple(layer["rank"]), layer.get("path")
+    if is_table(dense) and method != DENSE:
+        raise WeightsError(f"{path}: layer {shortened(name)} is a table of embeddings, which has no ranks")
     paths = paths_of(method, kernel_shape(dense), rank, Form.of(dense).groups)
     if way is not None and way not in paths:
         raise WeightsError(f"{path}: layer {shortened(name)} has no path {way}; choose one of {', '.join(paths)}")

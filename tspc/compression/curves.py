@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Part, Samples, Survey
 from tspc.calibration.sketches import sketches_of
+from tspc.calibration.tables import tables_of
 from tspc.compression.error_curve import LEAST, ErrorCurve
 from tspc.compression.form import DENSE, PLAIN, Widths, rank_for, rounding
 from tspc.compression.plan import LayerPlan
@@ -69,16 +71,18 @@ def error_curves(
     """
     curves: dict[str, Sequence[ErrorCurve]] = {}
     waiting = [layer for layer in layers if layer.reason is None]
-    later = [layer.name for layer in layers if layer.compensates]
+    later = [layer.name for layer in layers if layer.compensates or layer in waiting]
+    called = [layer.name for layer in waiting if not layer.is_table]
     check_values(model)
-    survey = None if samples is None else samples.survey(model, [layer.name for layer in waiting], later)
+    survey = None if samples is None else samples.survey(model, called, later)
 
     def keep(name: str, found: Sequence[ErrorCurve]) -> None:
         curves[name] = found
         on_layer(name)
 
     def some(names: list[str]) -> dict[str, list[dict[str, Any]]]:
-        for name, found in _measured(model, names, (method, widths), samples, survey):
+        asked = [layer for layer in waiting if layer.name in names]
+        for name, found in _measured(model, asked, (method, widths), samples, survey):
             keep(name, found)
         return {name: [curve.to_dict() for curve in curves[name]] for name in names}
 
@@ -90,30 +94,40 @@ def error_curves(
 
 def _measured(
     model: nn.Module,
-    names: list[str],
+    layers: Sequence[LayerPlan],
     asked: tuple[Method, Widths],
     samples: Samples | None,
     survey: Survey | None,
 ) -> Iterator[tuple[str, list[ErrorCurve]]]:
     """The curves of some layers, one after the other."""
     method, widths = asked
+    rows = {layer.name: layer for layer in layers}
 
     def measured(name: str, metric: Metric | None = None) -> list[ErrorCurve]:
         weight = kernel_of(model.get_submodule(name)).detach()
         with naming(name):
-            return _curves(widths.methods(method, tuple(weight.shape)), weight, metric, widths.bits)
+            return _curves(widths.methods(method, rows[name]), weight, metric, widths.bits, rows[name].is_table)
 
-    rest = dict.fromkeys(names)
+    rest = dict.fromkeys(rows)
     if samples is not None and survey is not None:
         part = Part(samples)
         with evaluating(model):
+            tables = [layer.name for layer in layers if layer.is_table]
+            for name, sketch in tables_of(model, tables, samples, survey):
+                found = measured(name, sketch.metric.sketch())
+                # Without the sensitivity all layers weigh the same.
+                known = survey.weights(name) is not None
+                yield name, found if known else [replace(curve, weight=1.0) for curve in found]
+                del rest[name]
+            names = [name for name in rows if name not in tables]
             narrow = [name for name in names if kernel_of(model.get_submodule(name))[0].numel() <= WIDEST]
             for name, moments in moments_of(model, narrow, samples, survey.trace, part):
                 dense = cast(DenseLayer, model.get_submodule(name))
                 metric = survey.metric(name, dense, moments, part).sketch()
                 del moments, rest[name]  # room for the fits
                 yield name, measured(name, metric)
-            for name, sketch in sketches_of(model, list(rest), samples, survey, part):
+            wide = [name for name in rest if name not in tables]
+            for name, sketch in sketches_of(model, wide, samples, survey, part):
                 del rest[name]
                 yield name, measured(name, sketch.metric.sketch())
     # Without samples, or never called: the kernel alone is used.
@@ -130,7 +144,11 @@ def naming(layer: str) -> Iterator[None]:
 
 
 def _curves(
-    candidates: Sequence[Decomposition], weight: Tensor, metric: Metric | None, widths: Sequence[int]
+    candidates: Sequence[Decomposition],
+    weight: Tensor,
+    metric: Metric | None,
+    widths: Sequence[int],
+    is_table: bool,
 ) -> list[ErrorCurve]:
     """One curve for each method."""
     methods = [method for method in candidates if method != DENSE]
@@ -183,7 +201,7 @@ def _curves(
         added = rounding(method, kernel, metric, widths, squared)
         curves.append(ErrorCurve(method, tuple(sizes), tuple(falling), weight.numel(), importance, added))
     if DENSE in candidates:  # what a layer loses that is only rounded
-        added = rounding(DENSE, kernel, metric, widths, squared)
+        added = rounding(DENSE, kernel, metric, widths, squared, is_table)
         curves.append(ErrorCurve(DENSE, (weight.numel(),), (0.0,), weight.numel(), importance, added))
     return curves
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from tspc.calibration.gathering import is_narrow
 from tspc.calibration.samples import Samples, Survey
 from tspc.calibration.sketches import Sketch, sketches_of
 from tspc.calibration.statistics import Statistics
+from tspc.calibration.tables import tables_of
 from tspc.calibration.targets import moments_in_turn
 from tspc.compression.curves import naming
 from tspc.compression.plan import LayerPlan
@@ -69,8 +70,15 @@ class Fits:
 
     def to_sketches(self, layers: Sequence[LayerPlan], samples: Samples, survey: Survey) -> None:
         """Fits wide layers to a few of their inputs in the compressed network."""
+        self._to_sketches(layers, sketches_of(self.work, [layer.name for layer in layers], samples, survey))
+
+    def to_counts(self, tables: Sequence[LayerPlan], samples: Samples, survey: Survey) -> None:
+        """Fits tables of embeddings to how often each token comes."""
+        self._to_sketches(tables, tables_of(self.work, [table.name for table in tables], samples, survey))
+
+    def _to_sketches(self, layers: Sequence[LayerPlan], sketches: Iterable[tuple[str, Sketch]]) -> None:
         rows = {layer.name: layer for layer in layers}
-        for name, sketch in sketches_of(self.work, list(rows), samples, survey):
+        for name, sketch in sketches:
             layer = _dense(self.work, name)
             kernel = sketch.kernel.reshape(kernel_shape(layer))
             self._keep(*self._fitted(layer, rows[name], kernel, sketch), kernel, sketch.metric)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tspc.compression.error_curve import ErrorCurve
 from tspc.compression.plan import PARAMETERS, LayerPlan
 from tspc.decompositions import Decomposition, Dense, Method, Metric, Rank, Shape
-from tspc.quantization.factors import expected_share, nearest
+from tspc.quantization.factors import expected_share, measured_share, nearest
 from tspc.quantization.grids import FULL, factor_bytes
 
 DENSE = Dense()
@@ -108,9 +108,9 @@ class Widths:
         """Whether a layer may keep its whole kernel in one of these widths."""
         return min(self.bits) < FULL
 
-    def methods(self, method: Method, shape: Shape) -> tuple[Decomposition, ...]:
-        """The methods that a layer with a kernel of this shape may take."""
-        found = method.candidates(shape)
+    def methods(self, method: Method, layer: LayerPlan) -> tuple[Decomposition, ...]:
+        """The methods that a layer may take."""
+        found = () if layer.is_table else method.candidates(layer.shape)
         return tuple(dict.fromkeys((*found, DENSE))) if self.offers_dense else found
 
     def least_error(self, dense: ErrorCurve | None) -> float:
@@ -133,19 +133,24 @@ def rounding(
     metric: Metric | None,
     widths: Sequence[int],
     squared: Callable[[Tensor], float],
+    is_table: bool = False,
 ) -> tuple[tuple[int, float], ...]:
-    """For each width the squared relative error that rounding adds, from the factors of one fit."""
+    """For each width the squared relative error that rounding adds, from the factors of one fit.
+
+    What error feedback leaves of it is known about, or for a table measured.
+    """
     shape, narrow = tuple(kernel.shape), [bits for bits in widths if bits != FULL]
     whole = squared(kernel.flatten(1))
     if not narrow or not whole > 0:
         return ()
     size = max(int(ROUNDED * kernel.numel()), method.min_params(shape))
     factors = method.sketch().decompose(kernel, rank_for(method, shape, size), metric)
-    rebuilt, gained = method.reconstruct(factors), expected_share(method, shape, metric)
+    rebuilt, usual = method.reconstruct(factors), expected_share(method, shape, metric)
     kept = squared(rebuilt.flatten(1))
 
     def added(bits: int) -> float:
         rounded = method.reconstruct(nearest(factors, bits).factors)
+        gained = measured_share(method, kernel, bits, metric) if is_table else usual
         return min(1.0, gained * squared((rounded - rebuilt).flatten(1)) / kept) if kept > 0 else 0.0
 
     return tuple((bits, added(bits)) for bits in narrow)

@@ -110,7 +110,7 @@ class Outline:
 
 def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None = None) -> Outline:
     """Finds the layers that can be tensorized. Raises ConfigError if there is none, and what `select` raises."""
-    selected = select(model, settings.selection, filter_fn)
+    selected = select(model, settings.selection, filter_fn, settings.widths)
     layers = tuple(_smaller(layer, settings) for layer in selected)
     if all(layer.reason is not None for layer in layers):
         kept = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no Conv2d or Linear"
@@ -141,6 +141,8 @@ def _smaller(layer: LayerPlan, settings: PlanSettings) -> LayerPlan:
     method, multiple = settings.method, settings.rank_multiple
     if layer.reason is not None or candidate(layer, method, None, multiple, settings.widths) is not None:
         return layer
+    if layer.is_table:
+        return replace(layer, reason="no width makes it smaller")
     forms = method.candidates(layer.shape)
     minimum = min(form.min_params(layer.shape, multiple) for form in forms) + layer.bias_params
     rank = "rank 1" if multiple == 1 else f"rank {multiple}"

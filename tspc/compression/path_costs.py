@@ -149,6 +149,8 @@ class Costs:
         method = row.method.for_shape(row.shape)
         options = paths_of(method, row.shape, row.rank, Form.of(layer).groups)
         rank = row.rank
+        if len(options) == 1:
+            return replace(row, path=options[0])
 
         def cost(path: str) -> float:
             return self.of(layer, row.name, method, rank, path) / (1.0 if path == REBUILT else GAIN)

@@ -16,13 +16,15 @@ FINAL = "final layer"
 PARAMETERS, BYTES = "parameters", "bytes"
 UNITS = (PARAMETERS, BYTES)
 """What a budget counts."""
+TABLE = "Embedding"
+"""The kind of a row about a table of embeddings."""
 SLOWER = "no path is faster"
 """The reason why a layer that shares the budget stays dense when the objective is speed."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one convolution or dense layer.
+    """What happens to one convolution or dense layer, or to a table of embeddings.
 
     `dense_params` and `params` count the kernel (or its factors) and the bias. `method` and `rank` are None if the
     layer stays dense. `reason` then says which rule keeps it dense, and is None if the allocation chose it.
@@ -48,6 +50,11 @@ class LayerPlan:
     path: str | None = None
     bits: int = FULL
     entry_bytes: int = 4
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the layer is a table of embeddings, whose only form is its whole kernel."""
+        return self.kind == TABLE
 
     @property
     def kernel_params(self) -> int:
@@ -88,7 +95,7 @@ class LayerPlan:
     @property
     def compensates(self) -> bool:
         """Whether a layer that stays dense may still correct the errors of the layers before it."""
-        return self.reason in (None, FINAL, SLOWER)
+        return self.reason in (None, FINAL, SLOWER) and not self.is_table
 
     @property
     def ranks(self) -> str:

@@ -120,7 +120,7 @@ def _weights(model: nn.Module, layers: list[LayerPlan], rate_decay: str) -> list
     """The relative rate of each layer: 1 for all, or the number of its block, counted from the first or the last."""
     if rate_decay == "flat":
         return [1.0] * len(layers)
-    blocks = find_blocks(model, [layer.name for layer in layers])
+    blocks = find_blocks(model, [layer.name for layer in layers if not layer.is_table])
     depths = [block_of(layer.name, blocks) or 0 for layer in layers]
     return [float(d + 1 if rate_decay == "linear_inc" else len(blocks) - d) for d in depths]
 

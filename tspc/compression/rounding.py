@@ -14,9 +14,9 @@ from tspc.compression.apply import tensorized
 from tspc.compression.fits import OnLayer
 from tspc.compression.form import DENSE
 from tspc.compression.integers import on_grids
-from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.plan import TABLE, LayerPlan, Plan
 from tspc.decompositions import Factors
-from tspc.layers.dense import kernel_of
+from tspc.layers.dense import is_table, kernel_of
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.tensorized import TensorizedLayer
 from tspc.quantization.grids import Grid, row_count
@@ -54,7 +54,7 @@ def put_on_grids_(
     """
     layers = {name: layer for name, layer in tensorized_layers(model).items() if name in widths}
     trained = _dense(model, reference)
-    rows = tuple(_row(name, layer, widths[name]) for name, layer in layers.items())
+    rows = tuple(_row(name, layer, trained.get_submodule(name), widths[name]) for name, layer in layers.items())
     plan = Plan(DENSE, 1.0, "flat", "layers", "uniform", rows, sum(p.numel() for p in trained.parameters()))
     # Whole kernels have no factors to keep: the kernel that makes up for earlier errors is rounded itself.
     known = {name: _values(layer) for name, layer in layers.items() if layer.decomposition != DENSE}
@@ -89,10 +89,11 @@ def _values(layer: TensorizedLayer) -> Factors:
     return replace(found, tensors=tuple(tensor.detach().clone() for tensor in found.tensors))
 
 
-def _row(name: str, layer: TensorizedLayer, bits: int) -> LayerPlan:
+def _row(name: str, layer: TensorizedLayer, dense: nn.Module, bits: int) -> LayerPlan:
     params, bias = math.prod(layer.shape), 0 if layer.bias is None else layer.shape[0]
     factors = sum(tensor.numel() for tensor in layer.factor_tensors())
     method, rank = layer.decomposition, layer.rank
     sizes = params + bias, factors + bias
     form = {"path": layer.path, "bits": bits, "entry_bytes": layer.factor_tensors()[0].element_size()}
-    return LayerPlan(name, layer.kind, layer.shape, *sizes, method, rank, **form)
+    kind = TABLE if is_table(dense) else type(dense).__name__
+    return LayerPlan(name, kind, layer.shape, *sizes, method, rank, **form)

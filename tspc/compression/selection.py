@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from tspc.compression.plan import FINAL, LayerPlan
+from tspc.compression.form import PLAIN, Widths
+from tspc.compression.plan import FINAL, PARAMETERS, TABLE, LayerPlan
 from tspc.compression.settings import Selection
 from tspc.errors import ConfigError, some
-from tspc.layers.dense import kernel_shape, kind_of
+from tspc.layers.dense import is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers
 from tspc.models.lazy import require_sizes
+from tspc.quantization.grids import LONG_ROW
 from tspc.traversal.hooks import evaluating
 
 FilterFn = Callable[[str, nn.Module], bool]
@@ -25,28 +27,36 @@ DEPTHWISE, SHARED = "depthwise convolution", "its weight is shared with another 
 EXCLUDED, NOT_INCLUDED, FILTERED = "excluded", "not included", "left out by filter_fn"
 UNTOUCHED = (SHARED, EXCLUDED, NOT_INCLUDED, FILTERED)
 """The reasons for which a layer keeps its kernel as it is, also where other dense layers have fewer bits."""
+LOOKED_UP, SHORT_ROWS = "a table, which has no ranks", f"rows of fewer than {LONG_ROW} numbers"
+"""Why a table of embeddings takes no part in a budget of parameters; and in none."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types of numbers in which a kernel can be decomposed."""
 
 
-def select(model: nn.Module, selection: Selection, filter_fn: FilterFn | None = None) -> list[LayerPlan]:
+def select(
+    model: nn.Module, selection: Selection, filter_fn: FilterFn | None = None, widths: Widths = PLAIN
+) -> list[LayerPlan]:
     """A row for every convolution and dense layer, still dense; `reason` says which rule keeps it dense, or is None.
 
-    The last rule is `filter_fn`: it is called for layers that no other rule keeps dense, and those for which it is
-    false stay dense. Raises ConfigError if the network is compressed already, or a wildcard matches nothing.
+    With `widths` below 32 bits there is a row for every table of embeddings, too. The last rule is `filter_fn`: it is
+    called for layers that no other rule keeps dense, and those for which it is false stay dense. Raises ConfigError if
+    the network is compressed already, or a wildcard matches nothing.
     """
     require_sizes(model)
     done = next(iter(tensorized_layers(model)), None)
     if done is not None:
         raise ConfigError([f"the network is compressed already (layer {done}); give the original one"])
     with evaluating(model):  # in training mode, reading a weight of spectral norm changes it
-        modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd) or kind_of(m)}
+        known = nn.Linear | nn.Embedding | _ConvNd
+        everything = {n: m for n, m in model.named_modules() if isinstance(m, known) or kind_of(m)}
+        tables = {name for name, module in everything.items() if isinstance(module, nn.Embedding)}
+        modules = {n: m for n, m in everything.items() if widths.offers_dense or n not in tables}
         shapes = {name: kernel_shape(module) for name, module in modules.items()}
     shared = _shared_weights(model)
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
-    last = next(reversed(modules), None)
+    last = next((name for name in reversed(modules) if name not in tables), None)
     for key, patterns in (("include", selection.include), ("exclude", selection.exclude)):
-        idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in modules)]
+        idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in everything)]
         if idle:
             raise ConfigError(
                 [f"{key}={idle}: no convolution or dense layer has such a name; there are {some(modules)}"]
@@ -54,6 +64,8 @@ def select(model: nn.Module, selection: Selection, filter_fn: FilterFn | None = 
     layers = []
     for name, module in modules.items():
         reason = why_dense(module)
+        if reason is None and name in tables and widths.unit == PARAMETERS:
+            reason = LOOKED_UP
         params = sum(p.numel() for p in module.parameters(recurse=False))
         if name in shared:
             reason = SHARED
@@ -70,7 +82,7 @@ def select(model: nn.Module, selection: Selection, filter_fn: FilterFn | None = 
         elif reason is None and filter_fn is not None and not filter_fn(name, module):
             reason = FILTERED
         entry = next((p.element_size() for p in module.parameters(recurse=False)), 4)
-        kind = type(module).__name__
+        kind = TABLE if name in tables else type(module).__name__
         layers.append(LayerPlan(name, kind, shapes[name], params, params, reason=reason, entry_bytes=entry))
     return layers
 
@@ -85,9 +97,20 @@ def why_dense(module: nn.Module) -> str | None:
         return f"its weight has numbers of the type {str(module.weight.dtype).removeprefix('torch.')}"
     if module._buffers or module._modules or set(module._parameters) - {"weight", "bias"}:
         return "it holds parameters, buffers or modules of its own"
+    if is_table(module):
+        return _why_no_table(module)
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1 and module.groups == module.in_channels:
         return DEPTHWISE
     return None
+
+
+def _why_no_table(table: nn.Module) -> str | None:
+    """Why a table of embeddings cannot have fewer bits; None if it can."""
+    if table.max_norm is not None:
+        return "max_norm changes its rows when it is called"
+    if table.sparse:
+        return "its gradients are sparse"
+    return SHORT_ROWS if kernel_shape(table)[1] < LONG_ROW else None
 
 
 def _shared_weights(model: nn.Module) -> set[str]:

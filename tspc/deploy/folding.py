@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tspc.errors import DataError, TspcWarning
 from tspc.layers.chains import REBUILT
 from tspc.layers.dense import AXES, kind_of
-from tspc.layers.forms import Chain, TensorizedLayer, tensorized_layers
+from tspc.layers.forms import Chain, Table, TensorizedLayer, tensorized_layers
 from tspc.layers.norms import BatchNorm, is_exact, is_untouched
 from tspc.layers.replacing import forbid_save_pretrained_, replace_layer, saves_pretrained
 from tspc.models.lazy import require_sizes
@@ -190,6 +190,8 @@ def plain(layer: TensorizedLayer, path: str | None = None) -> nn.Module:
     """
     layer = copied(layer).eval()
     layer.path = path or layer.path
+    if isinstance(layer, Table):
+        return layer.as_embedding().eval()
     if isinstance(layer, Chain) and layer.runs_factors:
         return _showing(list(layer), layer)
     with torch.no_grad():

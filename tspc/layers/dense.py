@@ -1,4 +1,8 @@
-"""The layers that can be tensorized: their kernels, and how to run the same convolution with another kernel."""
+"""The layers that can be tensorized: their kernels, and how to run the same convolution with another kernel.
+
+A table of embeddings (`nn.Embedding`) counts as a kernel with a row for each token. It has no decompositions; only its
+entries can have fewer bits.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +22,39 @@ from tspc.layers.chains import Stage
 DenseLayer = nn.Conv1d | nn.Conv2d | nn.Linear
 """Also transformers' `Conv1D`, a dense layer with its matrix transposed, told by its name and its attributes."""
 
+EMBEDDING = "embedding"
+"""The kind of a table: its rows are looked up, and no inputs are multiplied with it."""
 AXES = {"conv1d": "w", "conv2d": "hw"}
 """The kernel's axes that each kind of convolution has."""
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """ "linear", "transposed" (linear), "conv1d" or "conv2d"; None for other modules, also for subclasses."""
+    """ "linear", "transposed" (linear), "conv1d", "conv2d" or "embedding"; None for other modules and subclasses."""
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2:
         return "transposed"
-    return {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}.get(type(module))  # type: ignore[call-overload]
+    kinds = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Embedding: EMBEDDING}
+    return kinds.get(type(module))  # type: ignore[call-overload]
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether a module is a table of embeddings."""
+    return kind_of(module) == EMBEDDING
+
+
+def has_inputs(module: nn.Module) -> bool:
+    """Whether a module is a convolution or a dense layer of a known kind, which multiplies its inputs by a kernel."""
+    return kind_of(module) not in (None, EMBEDDING)
+
+
+def output_count(layer: nn.Module) -> int:
+    """The number of entries of an output row: the output channels, or the length of an embedding."""
+    return kernel_shape(layer)[-1 if is_table(layer) else 0]
 
 
 def as_kernel(weight: Tensor, kind: str | None) -> Tensor:
     """A layer's weight as a kernel: (T, S) for a dense layer, (T, S of one group, H, W) for a convolution.
 
-    In a 1-d convolution H is 1.
+    In a 1-d convolution H is 1. A table is (tokens, length of an embedding).
     """
     if kind == "transposed":
         return weight.T

@@ -4,7 +4,8 @@ The parameters are the factors, on every path (see `tspc.layers.chains`). The me
 
 - `Chain`: its children are ordinary convolutions (or dense layers), and their weights are the factors. On the path
   "chain" it is just a sequence of them;
-- `Contracted`: the factors are a list of matrices. The kernels of the path are contracted from them.
+- `Contracted`: the factors are a list of matrices. The kernels of the path are contracted from them. An embedding takes
+  the form `Table`, which looks up rows and rounds those rows alone.
 
 In training kernels are contracted at each call. In eval mode they are contracted once and kept until the factors
 change. Both forms have `weight` (rebuilt, differentiable), `bias` and the plain attributes (`in_features`, `stride`, …)
@@ -17,11 +18,12 @@ import math
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspc.decompositions import Decomposition, Factors, Metric, Rank
 from tspc.layers.chains import CHAIN, REBUILT, stages_of
-from tspc.layers.dense import DenseLayer, Form, kernel_of, kernel_shape
+from tspc.layers.dense import DenseLayer, Form, is_table, kernel_of, kernel_shape
 from tspc.layers.tensorized import TensorizedLayer as TensorizedLayer
 from tspc.quantization.factors import quantized
 from tspc.quantization.grids import FULL, Grid, row_count
@@ -81,7 +83,7 @@ class Contracted(TensorizedLayer):
         # Stored as matrices: `model.to(memory_format=torch.channels_last)` treats any 4-d or 5-d parameter as images.
         matrices = [(math.prod(s[:-1]), s[-1]) for s in self._factor_shapes]
         self.factor_list = nn.ParameterList(torch.empty(m, **_like(layer)) for m in matrices)
-        bias = layer.bias is not None
+        bias = _bias_of(layer) is not None
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **_like(layer))) if bias else None)
         self._prepare(layer, decomposition, rank, path or default_path(layer, decomposition))
 
@@ -90,6 +92,38 @@ class Contracted(TensorizedLayer):
 
     def factor_tensors(self) -> list[Tensor]:
         return [matrix.view(s) for matrix, s in zip(self.factor_list, self._factor_shapes, strict=True)]
+
+
+class Table(Contracted):
+    """A table of embeddings in few bits. A call rounds the rows that it looks up, never the whole table."""
+
+    padding_idx: int | None
+
+    def _contract(self) -> tuple[Tensor, ...]:
+        """The scales of the rows, and no kernel: eval mode would keep it, and it is as large as the table."""
+        return tuple(grid.scales for grid in self.grids)
+
+    def _run(self, x: Tensor) -> Tensor:
+        (table,), found = self.factor_tensors(), self.kernels()
+        rows = F.embedding(x, table, self.padding_idx)
+        if not found:
+            return rows
+        scales = found[0].expand(len(table)) if len(found[0]) == 1 else found[0]
+        grid, flat = Grid(self.bits, scales[x.flatten()]), rows.flatten(0, -2)
+        rounded = grid.straight_through(flat) if flat.requires_grad else grid.rounded(flat)
+        return rounded.reshape(rows.shape)
+
+    def as_embedding(self) -> nn.Embedding:
+        """An ordinary table with the values that this one looks up."""
+        return nn.Embedding.from_pretrained(
+            self.weight.detach().clone(),
+            freeze=not self.factor_parameters()[0].requires_grad,
+            padding_idx=self.padding_idx,
+        )
+
+
+def _bias_of(layer: nn.Module) -> nn.Parameter | None:
+    return cast("nn.Parameter | None", getattr(layer, "bias", None))  # a table has none
 
 
 def _like(layer: DenseLayer) -> dict[str, Any]:
@@ -115,12 +149,13 @@ def untrained(
     weight, the bias from its bias. Raises ConfigError for a path that the layer does not have.
     """
     decomposition = decomposition.for_shape(kernel_shape(layer))
-    form = Chain if is_chain(layer, decomposition) else Contracted
+    form = Table if is_table(layer) else Chain if is_chain(layer, decomposition) else Contracted
     result = form(layer, decomposition, rank, path)
     for factor in result.factor_parameters():
         factor.requires_grad_(layer.weight.requires_grad)
-    if layer.bias is not None:
-        cast(nn.Parameter, result.bias).requires_grad_(layer.bias.requires_grad)
+    bias = _bias_of(layer)
+    if bias is not None:
+        cast(nn.Parameter, result.bias).requires_grad_(bias.requires_grad)
     if bits != FULL:
         counts = map(row_count, decomposition.factor_shapes(kernel_shape(layer), rank))
         result.put_on_([Grid(bits, torch.ones(count, device=layer.weight.device)) for count in counts])
@@ -157,11 +192,13 @@ def tensorize(
     with torch.no_grad():
         for own, value in zip(result.factor_tensors(), factors.tensors, strict=True):
             own.copy_(value)
-        if layer.bias is not None:
-            cast(nn.Parameter, result.bias).copy_(layer.bias)
+        bias = _bias_of(layer)
+        if bias is not None:
+            cast(nn.Parameter, result.bias).copy_(bias)
     return result.train(layer.training)
 
 
-def tensorized_layers(model: nn.Module) -> dict[str, TensorizedLayer]:
-    """All tensorized layers of a network by name, in module order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, TensorizedLayer)}
+def tensorized_layers(model: nn.Module, tables: bool = True) -> dict[str, TensorizedLayer]:
+    """All tensorized layers of a network by name, in module order; tables of embeddings only with `tables`."""
+    kept = {name: module for name, module in model.named_modules() if isinstance(module, TensorizedLayer)}
+    return {name: module for name, module in kept.items() if tables or not isinstance(module, Table)}

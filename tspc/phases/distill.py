@@ -106,8 +106,9 @@ def distill(
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
     adapted, start = adapted_layers(model, reference), copy.deepcopy(model.state_dict())
-    blocks = find_blocks(reference, list(tensorized_layers(model)), settings.blocks)
-    widths = take_off_grids_(model, lambda name: block_of(name, blocks) is not None)
+    layers = tensorized_layers(model, tables=False)
+    blocks = find_blocks(reference, list(layers), settings.blocks)
+    widths = take_off_grids_(model, lambda name: name in layers and block_of(name, blocks) is not None)
     progress.restore_(model)
     model.eval().requires_grad_(False)
     reference.eval()
@@ -162,7 +163,7 @@ def _trace(model: nn.Module, reference: nn.Module, adapted: list[str], images: T
 
     The reference is traced, because in the compressed network the factors of a layer would count as layers of a block.
     """
-    layers = list(tensorized_layers(model))
+    layers = list(tensorized_layers(model, tables=False))  # a table has no block before it to learn from
     blocks = find_blocks(reference, layers, settings.blocks)
     found = trace(reference, layers + adapted, images, blocks)
     # If blocks are named, nothing else is changed. With the reference's inputs its own layer is the best one.

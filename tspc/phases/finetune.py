@@ -91,7 +91,7 @@ def finetune(
     Raises TrainingError if the loss stops being finite.
     """
     reference.eval()
-    blocks = find_blocks(reference, list(tensorized_layers(model))) if settings.features else []
+    blocks = find_blocks(reference, list(tensorized_layers(model, tables=False))) if settings.features else []
     with outputs_of(reference, blocks) as wanted, outputs_of(model, blocks) as given:
 
         def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

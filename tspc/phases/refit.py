@@ -12,7 +12,7 @@ from tspc.calibration.gathering import is_narrow
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions, input_patches, output_rows
 from tspc.calibration.samples import Calibration
-from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape, kind_of
+from tspc.layers.dense import DenseLayer, has_inputs, kernel_of, kernel_shape
 from tspc.system import processes
 from tspc.system.modes import own_modes
 from tspc.traversal.tracing import Trace
@@ -21,8 +21,8 @@ from tspc.traversal.tracing import Trace
 def adapted_layers(model: nn.Module, reference: nn.Module) -> list[str]:
     """The dense layers that differ from the reference's, because they correct the errors of the layers before them."""
     ours = dict(model.named_modules())
-    dense = [(name, layer) for name, layer in reference.named_modules() if kind_of(layer) is not None]
-    return [name for name, layer in dense if kind_of(ours[name]) is not None and not _are_equal(ours[name], layer)]
+    dense = [(name, layer) for name, layer in reference.named_modules() if has_inputs(layer)]
+    return [name for name, layer in dense if has_inputs(ours[name]) and not _are_equal(ours[name], layer)]
 
 
 def _are_equal(layer: nn.Module, other: nn.Module) -> bool:

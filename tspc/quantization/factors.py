@@ -17,6 +17,8 @@ from tspc.system.modes import own_modes
 
 OF_ONE, OF_CHAIN = 0.3, 0.5
 """About what error feedback leaves of the squared error of rounding to nearest, for one link and for a chain."""
+FEW = 512
+"""So many rows of a table show what it leaves there."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,18 @@ def expected_share(method: Decomposition, shape: Shape, metric: Metric | None) -
     """About how much of the squared error of `nearest` is left with `quantized`."""
     axes = None if metric is None else method.chain_axes(shape)
     return 1.0 if axes is None else OF_ONE if len(axes) == 1 else OF_CHAIN
+
+
+def measured_share(method: Decomposition, kernel: Tensor, bits: int, metric: Metric | None) -> float:
+    """The same for a table (tokens × length), measured on a few of its rows; each row is rounded on its own."""
+    if metric is None:
+        return 1.0
+    few = kernel[:: max(1, len(kernel) // FEW)]
+    weights = None if metric.outputs is None else metric.outputs[:: max(1, len(kernel) // FEW)]
+    norm, factors = Metric(metric.inputs, weights), Factors((few,), tuple(few.shape), ())
+    found = quantized(method, factors, few, bits, norm), nearest(factors, bits)
+    ours, plain = (norm.squared(few - each.factors.tensors[0]) for each in found)
+    return ours / plain if plain > 0 else 1.0
 
 
 def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, metric: Metric) -> Quantized | None:

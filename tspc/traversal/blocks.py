@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from tspc.errors import ConfigError
-from tspc.layers.dense import kind_of
+from tspc.layers.dense import has_inputs
 
 
 def find_blocks(model: nn.Module, layers: Collection[str], pattern: str | None = None) -> list[str]:
@@ -71,4 +71,4 @@ def _is_block(module: nn.Module) -> bool:
 
 def _has_kernel(module: nn.Module) -> bool:
     # Layers of subclasses stay dense, but they count here.
-    return kind_of(module) is not None or isinstance(module, nn.Conv2d | nn.Linear)
+    return has_inputs(module) or isinstance(module, nn.Conv2d | nn.Linear)
