@@ -50,9 +50,10 @@ def save(
     }
     require_sizes(model)
     tensors, beside = packed(model)
-    beside_vectors: dict[str, Any] = {}
+    compact: dict[str, Any] = {}
     if on_grids(model):
-        tensors, beside_vectors = with_vectors(with_integers(tensors, model), model)
+        tensors, compact = with_vectors(with_integers(tensors, model), model)
+        compact["methods"] = _by_place_(layers)
     header = (
         {
             "format": FORMAT if on_grids(model) else FORMAT_OF_NUMBERS,
@@ -61,9 +62,19 @@ def save(
             "info": info or {},
         }
         | beside
-        | beside_vectors
+        | compact
     )
     write_atomically(Path(path), lambda temporary: write_tensors(temporary, tensors, json.dumps(header)))
+
+
+def _by_place_(layers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The methods of the layers, each once; a layer then names its method by the place in this list."""
+    methods: list[dict[str, Any]] = []
+    for layer in layers.values():
+        if layer["method"] not in methods:
+            methods.append(layer["method"])
+        layer["method"] = methods.index(layer["method"])
+    return methods
 
 
 def _width(layer: TensorizedLayer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tspc.models import FAMILIES, NetworkSpec
 from tspc.models.described import room_for
 from tspc.quantization.grids import BITS, FULL, factor_bytes
 from tspc.store.files import parsed_json
-from tspc.store.schemas import SIZE, problem
+from tspc.store.schemas import COUNT, SIZE, problem
 from tspc.system.bounds import shown
 
 FORMAT, FORMAT_OF_NUMBERS = 3, 1
@@ -24,17 +24,25 @@ FORMAT, FORMAT_OF_NUMBERS = 3, 1
 Files without integers have the first one, which earlier versions read, too. The second one had integers, but no narrow
 vectors."""
 
-_LAYER = {"method": {"name": str}, "shape": [SIZE], "rank": [SIZE], "path?": (str, None), "bits?": SIZE, "dtype?": str}
+_METHOD = {"name": str}
+_LAYER = {
+    "method": (_METHOD, COUNT),
+    "shape": [SIZE],
+    "rank": [SIZE],
+    "path?": (str, None),
+    "bits?": SIZE,
+    "dtype?": str,
+}
 _NETWORK = {
     **dict.fromkeys(("family", "name"), str),
     **dict.fromkeys(("num_classes?", "image_size?"), (SIZE, None)),
     **{"in_channels?": SIZE, "factory?": (str, None), "kwargs?": dict},
 }
 SCHEMA = {
-    **{"format": SIZE, "layers": {...: _LAYER}, "network?": (None, _NETWORK), "info": dict},
+    **{"format": SIZE, "layers": {...: _LAYER}, "methods?": [_METHOD], "network?": (None, _NETWORK), "info": dict},
     **{"extra?": dict, "buffers?": {...: str}, "vectors?": [str], "norms?": [str]},
 }
-"""The keys and kinds of values in a header."""
+"""The keys and kinds of values in a header. A layer may name its method by the place in the list `methods`."""
 
 
 class _DamageError(Exception):
@@ -66,6 +74,14 @@ def _checked(text: str, elements: int) -> dict[str, Any]:
     wrong = problem(header, SCHEMA)
     if wrong is not None:
         raise _DamageError(shortened(wrong, 200))
+    methods = header.get("methods", [])
+    for name, layer in header["layers"].items():
+        place = layer["method"]
+        if isinstance(place, int):
+            _require(
+                place < len(methods), f"layers.{name}.method", place, f"a place in the list of {len(methods)} methods"
+            )
+            layer["method"] = methods[place]
     left = elements
     for name, layer in header["layers"].items():
         left -= _layer_size(f"layers.{name}", layer, elements)
