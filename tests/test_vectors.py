@@ -136,6 +136,20 @@ def test_a_file_has_one_entry_for_all_vectors_and_one_for_all_statistics(tmp_pat
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+def test_a_header_holds_each_method_once(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tspc.save(small(size=0.2), path)
+    raw = json.loads(read_tensors(path).header)
+    names = [method["name"] for method in raw["methods"]]
+    assert len(names) == len(set(names)) <= 2
+    header = read_header(path)
+    assert {layer["method"]["name"] for layer in header["layers"].values()} == set(names)
+    raw["layers"]["0"]["method"] = 7
+    write_tensors(path, read_tensors(path).tensors, json.dumps(raw))
+    with pytest.raises(WeightsError, match=r"layers\.0\.method is 7, expected a place"):
+        tspc.load(path, network())
+
+
 def test_the_plan_knows_the_size_of_the_file():
     made = tspc.plan(network(), "svd", size=0.25, calibration=IMAGES)
     model = small(size=0.25)
