@@ -15,6 +15,7 @@ from tspc.deploy import Graphs
 from tspc.deploy.calls import EXTRAS, FLOAT32, Unusable, call, family, precision
 from tspc.deploy.exporting import INT8
 from tspc.deploy.runtimes import BFLOAT16
+from tspc.system.precision import rough
 from tspc.traversal.copying import copied
 
 TORCH = ("eager", "channels_last", "compile", "eager-bfloat16", "compile-bfloat16")
@@ -47,7 +48,7 @@ def runner(graphs: Graphs, side: str, runtime: str, images: Tensor) -> Callable[
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
     if precision(runtime) == BFLOAT16:
-        if not torch.cpu._is_avx512_bf16_supported():  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        if rough(images.device) != torch.bfloat16:
             raise Unusable("this processor has no bfloat16")
         model, images = model.bfloat16(), images.bfloat16()
     how = "compile" if family(runtime) == "compile" else "eager"
