@@ -29,7 +29,7 @@ WORK = {
     "eager": EAGER,
     "compile": EAGER,
     "onnx": EAGER,
-    "onnx-int8": EAGER,
+    "onnx-int8": Work(4, 16, 11.0, 43.0, 15.0, 2.8e6),
     "openvino": EAGER,
     "openvino-bfloat16": EAGER,
     "openvino-int8": EAGER,
