@@ -5,7 +5,7 @@
 A block of one to three convolutions is repeated MANY times and once. The difference of their times is the time of
 MANY − 1 blocks: what stands around a network, such as the conversion to 8 bits, falls out. The time of a block is
 fitted, by least squares of the relative errors, as a sum of what its convolutions do: multiply-adds with channels in
-multiples of some number, entries read and written, weights read, and calls. Printed are the constants in multiply-adds,
+multiples of some number, entries read or written, weights read, and calls. Printed are the constants in multiply-adds,
 and how far the fit is from the times. The times are kept in `--out`, and not measured again.
 """
 
@@ -50,7 +50,7 @@ def blocks() -> Iterator[tuple[int, tuple[Conv, ...]]]:
 
 def network(convs: Sequence[Conv], repeats: int) -> nn.Sequential:
     torch.manual_seed(0)
-    made = [nn.Conv2d(s, t, k, padding=k // 2) for t, s, k in convs * repeats]
+    made = [nn.Conv2d(s, t, k, padding=k // 2) for _ in range(repeats) for t, s, k in convs]
     return nn.Sequential(*made).eval()
 
 
@@ -86,11 +86,11 @@ def seconds_of_block(
 
 
 def features(convs: Sequence[Conv], side: int, batch: int, inputs: int, outputs: int) -> list[float]:
-    """Multiply-adds, entries read, entries written, weights, calls."""
-    found = np.zeros(5)
+    """Multiply-adds, entries of activations read or written, weights, calls."""
+    found = np.zeros(4)
     for t, s, k in convs:
         padded = -(-t // outputs) * outputs * -(-s // inputs) * inputs
-        found += [batch * side**2 * padded * k**2, batch * side**2 * s, batch * side**2 * t, t * s * k**2, 1]
+        found += [batch * side**2 * padded * k**2, batch * side**2 * (s + t), t * s * k**2, 1]
     return found.tolist()
 
 
@@ -130,7 +130,7 @@ def main() -> None:
             seconds = found[runtime].get(str(batch), 0.0)
             if seconds > 0:  # a difference of noisy times may be negative
                 points[runtime].append((convs, side, batch, seconds))
-    heads = ("runtime", "inputs", "outputs", "10⁹ macs/s", "read", "written", "weight", "call", "mean error", "median")
+    heads = ("runtime", "inputs", "outputs", "10⁹ macs/s", "entry", "weight", "call", "mean error", "median")
     print(f"\n{machine(0)}\n\n{table(list(heads), [[r, *fitted(p)] for r, p in points.items() if p])}")
 
 

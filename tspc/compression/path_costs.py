@@ -173,7 +173,7 @@ def estimate(form: Form, stages: list[Stage], size: Size, work: Work) -> float:
         t, s, h, w = stage.shape
         written = math.prod(size) * t
         padded = 1 if stage.groups > 1 else rounded_up(t, work.outputs) / t * (rounded_up(s, work.inputs) / s)
-        total += written * s * h * w * padded + work.read * read + work.written * written
+        total += written * s * h * w * padded + work.entry * (read + written)
         total += (work.weight * math.prod(stage.shape) + work.call) / BATCH
     return total
 

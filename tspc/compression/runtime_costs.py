@@ -1,6 +1,6 @@
 """How long each runtime needs for the parts of a convolution, in multiply-adds of this runtime on one core.
 
-`python -m benchmarks.fit_costs` fits the numbers to times on a CPU with AVX-512.
+`python -m benchmarks.fit_costs` fits the numbers to times on a CPU with AVX-512 and 8-bit products, without AMX.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ from dataclasses import dataclass
 class Work:
     """What one convolution takes besides its multiply-adds, which have channels in multiples of `inputs`, `outputs`.
 
-    `read`, `written` and `weight` are for an entry of the input map, of the output map and of the kernel; `call` is for
-    the operation itself, once for a batch.
+    `entry` is for an entry of the input map or of the output map, which 8-bit runtimes round. `weight` is for an entry
+    of the kernel, and `call` for the operation itself; both are once for a batch.
     """
 
     inputs: int
     outputs: int
-    read: float
-    written: float
+    entry: float
     weight: float
     call: float
 
 
-EAGER = Work(16, 16, 32.0, 32.0, 32.0, 2e5)
+EAGER = Work(16, 16, 32.0, 32.0, 2e5)
 WORK = {
     "eager": EAGER,
     "compile": EAGER,
-    "onnx": EAGER,
-    "onnx-int8": Work(4, 16, 11.0, 43.0, 15.0, 2.8e6),
-    "openvino": EAGER,
-    "openvino-bfloat16": EAGER,
-    "openvino-int8": EAGER,
+    "onnx": Work(16, 16, 2.5, 52.0, 0.0),
+    "onnx-int8": Work(16, 32, 8.4, 19.0, 3.3e4),
+    "openvino": Work(1, 16, 2.3, 0.0, 0.0),
+    "openvino-bfloat16": Work(1, 16, 0.0, 64.0, 0.0),
+    "openvino-int8": Work(1, 1, 12.0, 0.0, 9.6e5),
 }
-"""The runtimes of `tspc.deploy.RUNTIMES`."""
+"""For each of `tspc.deploy.RUNTIMES`."""
 
 
 def rounded_up(count: int, multiple: int) -> int:
