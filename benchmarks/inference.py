@@ -114,7 +114,8 @@ def tables(options: argparse.Namespace) -> str:
                 cells = [f"{seconds:.4g}", *(shown(ratio.get(key)) for key in (FLOAT32, INT8, BASE))]
                 faster = statistics.median(ratio.get(BASE) or [0.0])
                 if faster > best.get(batch, (0.0, ""))[0]:
-                    beside = f", {shown(ratio[INT8])} the dense network in int8 in the same runtime" * (INT8 in ratio)
+                    int8 = shown(ratio.get(INT8))
+                    beside = f", {int8} the dense network in int8 in the same runtime" if int8 else ""
                     text = f"`{method}` in {runtime}: {shown(ratio[BASE])} dense float32 in ONNX Runtime{beside}"
                     best[batch] = faster, text
             elif runtime in found["failed"]:
