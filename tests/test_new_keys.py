@@ -20,14 +20,18 @@ RUN = "outputs/synthetic/resnet8/svd-0.2/seed0"
 
 @pytest.fixture
 def earlier(cli, tmp_path, monkeypatch) -> Path:
-    """A run of a version that does not know three of the settings."""
+    """A run of a version that does not know four of the settings."""
     identity, decisive, plain = PlanSettings.identity, NetworkPhase.decisive, records.plain
 
     def without(key, data):
         return {name: value for name, value in data.items() if name != key}
 
     with monkeypatch.context() as old:
-        old.setattr(PlanSettings, "identity", property(lambda self: without("objective", identity.fget(self))))
+        old.setattr(
+            PlanSettings,
+            "identity",
+            property(lambda self: without("runtime", without("objective", identity.fget(self)))),
+        )
         old.setattr(NetworkPhase, "decisive", lambda self, of: without("schedule", decisive(self, of)))
         old.setattr("tspc.run.reference.plain", lambda settings: without("flip", plain(settings)))
         assert cli(*COMMAND)[0] == 0
@@ -66,6 +70,7 @@ def test_a_key_may_be_taken_out_of_a_record(cli, tmp_path):
     ("change", "told"),
     [
         ("objective=macs", "objective: parameters → macs"),
+        ("runtime=onnx-int8", "runtime: eager → onnx-int8"),
         ("phase.distill.schedule=cosine", "phase.distill.schedule: constant → cosine"),
         ("+dataset.flip=true", "dataset.flip: False → True"),
     ],

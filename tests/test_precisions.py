@@ -12,8 +12,7 @@ from torch import nn
 
 from tests.conftest import TINY
 from tests.nets import Net, images, small_net
-from tspc.deploy import RUNTIMES, Comparison, Graphs, compare, families, timing
-from tspc.deploy import runtimes as opening
+from tspc.deploy import RUNTIMES, Comparison, Graphs, calls, compare, families, timing
 from tspc.deploy.runtimes import openvino_session, run_openvino
 from tspc.errors import ExportError
 from tspc.phases.benchmark import FOUND, benchmark_tables
@@ -32,9 +31,9 @@ def comparison(*runtimes: str) -> Comparison:
 def test_families_keep_their_precisions_together():
     asked = ("onnx", "openvino-int8", "eager", "onnx-int8", "openvino")
     assert families(asked) == [("onnx", "onnx-int8"), ("openvino-int8", "openvino"), ("eager",)]
-    assert {timing.family(name) for name in RUNTIMES} == {"eager", "compile", "onnx", "openvino"}
-    assert timing.precision("openvino-bfloat16") == "bfloat16"
-    assert timing.precision("onnx") == "float32"
+    assert {calls.family(name) for name in RUNTIMES} == {"eager", "compile", "onnx", "openvino"}
+    assert calls.precision("openvino-bfloat16") == "bfloat16"
+    assert calls.precision("onnx") == "float32"
 
 
 @pytest.mark.own_process
@@ -94,7 +93,6 @@ def test_what_openvino_refuses_is_one_line(monkeypatch):
         with pytest.raises(ExportError, match="^OpenVINO does not take the network: ") as caught:
             openvino_session(graph, (batch,), "float32", 1)
         assert "\n" not in str(caught.value)
-    monkeypatch.setattr(timing, "openvino_session", opening.openvino_session)
     monkeypatch.setattr(Graphs, "graph", lambda *args: b"no graph")
     found = compare(model, model, (torch.zeros(2, 3),), 2, "openvino", 0.0)
     assert str(found.skipped).startswith("OpenVINO does not take the network: ")

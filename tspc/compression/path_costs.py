@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tspc.compression.plan import LayerPlan
+from tspc.compression.runtime_costs import WORK, Work, rounded_up
 from tspc.decompositions import Decomposition, Rank
+from tspc.deploy.calls import EXTRAS, Run, Unusable, call, family
+from tspc.deploy.graphs import Graphs
+from tspc.errors import ConfigError
 from tspc.layers.chains import REBUILT, Stage, paths_of, stages_of
 from tspc.layers.dense import DenseLayer, Form, kernel_shape
 from tspc.layers.forms import untrained
@@ -26,12 +30,6 @@ from tspc.traversal.hooks import evaluating, first_argument, hooked
 NOMINAL = (14, 14)
 BATCH = 8
 """Inputs in a batch; they share one reading of the kernels."""
-VECTOR = 16
-"""Channels are computed in multiples of this number."""
-MACS_PER_BYTE = 8.0
-"""To move a byte takes as long as this number of float32 multiply-adds, on one core of a CPU with AVX-512."""
-CALL = 2e5
-"""One more operation for a batch takes as long as this number of multiply-adds."""
 GAIN = 0.9
 """A path is faster than the dense kernel if it costs less than this share of it, because no estimate is exact."""
 RUNS, WARM = 5, 2
@@ -117,13 +115,15 @@ def macs_saved(model: nn.Module, rows: Iterable[LayerPlan], called: Mapping[str,
 class Costs:
     """The cost of a path; smaller is better, and the unit depends on the settings.
 
-    With `objective="macs"` the cost is the multiply-adds. Else `source="model"` estimates the time from multiply-adds
-    and bytes moved, and `source="measure"` measures it on the layer's device, in its precision, for `BATCH` inputs.
+    With `objective="macs"` the cost is the multiply-adds. Else `source="model"` estimates the time in `runtime` from
+    multiply-adds and entries moved, and `source="measure"` measures it there, for `BATCH` inputs. Without another
+    precision in the runtime's name this is the layer's own, on its device.
     """
 
     source: str = "model"
     objective: str = "parameters"
     sizes: Mapping[str, Size] = field(default_factory=dict)
+    runtime: str = "eager"
     _known: dict[object, float] = field(default_factory=dict)
 
     def of(self, layer: nn.Module, name: str, decomposition: Decomposition, rank: Rank, path: str) -> float:
@@ -136,9 +136,9 @@ class Costs:
             if self.objective == "macs":
                 cost: float = macs_of(form, stages, size)
             elif self.source == "model":
-                cost = estimate(form, stages, size)
+                cost = estimate(form, stages, size, WORK[self.runtime])
             else:
-                cost = measure(cast(DenseLayer, layer), decomposition, rank, path, size)
+                cost = measure(cast(DenseLayer, layer), decomposition, rank, path, size, self.runtime)
             self._known[key] = cost
         return self._known[key]
 
@@ -167,22 +167,28 @@ class Costs:
         return own < GAIN * dense
 
 
-def estimate(form: Form, stages: list[Stage], size: Size) -> float:
+def estimate(form: Form, stages: list[Stage], size: Size, work: Work) -> float:
     """Estimated time for one input, in multiply-adds: computing, and moving activations and the kernels' share."""
     total = 0.0
     for stage in stages:
-        before, size = math.prod(size) * stage.channels, output_size(form, stage, size)
+        read, size = math.prod(size) * stage.channels, output_size(form, stage, size)
         t, s, h, w = stage.shape
-        after = math.prod(size) * t
-        vectors = 1 if stage.groups > 1 else -(-t // VECTOR) * VECTOR / t * (-(-s // VECTOR) * VECTOR / s)
-        moved = 4 * (before + after + math.prod(stage.shape) / BATCH)
-        total += after * s * h * w * vectors + MACS_PER_BYTE * moved + CALL / BATCH
+        written = math.prod(size) * t
+        padded = 1 if stage.groups > 1 else rounded_up(t, work.outputs) / t * (rounded_up(s, work.inputs) / s)
+        total += written * s * h * w * padded + work.entry * (read + written)
+        total += (work.weight * math.prod(stage.shape) + work.call) / BATCH
     return total
 
 
 @torch.no_grad()
-def measure(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str, size: Size) -> float:
-    """Least seconds of a few runs in eval mode on random inputs, channels last."""
+def measure(
+    layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: str, size: Size, runtime: str = "eager"
+) -> float:
+    """Least seconds of a few runs in eval mode on random inputs; in PyTorch channels last.
+
+    In another runtime this includes what stands around a single layer, such as the conversion to 8 bits; it is the same
+    for all paths. Raises ConfigError if the runtime does not take the layer.
+    """
     module = untrained(layer, decomposition, rank, path)
     for parameter in module.parameters():
         parameter.fill_(0.01)
@@ -193,14 +199,26 @@ def measure(layer: DenseLayer, decomposition: Decomposition, rank: Rank, path: s
     )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(layer.weight)
-    if x.ndim == 4:
-        x = x.to(memory_format=torch.channels_last)
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run = _in_pytorch(module, x) if family(runtime) not in EXTRAS else _elsewhere(module, x, runtime)
     best = math.inf
     for _ in range(RUNS + WARM):
         started = time.perf_counter()
-        module(x)
+        run()
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         best = min(best, time.perf_counter() - started)
     return best
+
+
+def _in_pytorch(module: nn.Module, x: Tensor) -> Run:
+    if x.ndim == 4:
+        x = x.to(memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return lambda: module(x)
+
+
+def _elsewhere(module: nn.Module, x: Tensor, runtime: str) -> Run:
+    try:
+        return call(Graphs({"layer": module}, (x,)), "layer", runtime, (x,))
+    except Unusable as error:
+        raise ConfigError([f"runtime={runtime} with paths=measure: {error}"]) from error

@@ -82,7 +82,7 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
     """
     asked = sketch.settings
     sizes = {} if example is None else input_sizes(model, [layer.name for layer in sketch.chosen], example)
-    costs, candidates = Costs(asked.paths, asked.objective, sizes), sketch.candidates(curves)
+    costs, candidates = Costs(asked.paths, asked.objective, sizes, asked.runtime), sketch.candidates(curves)
     names = [layer.name for layer in sketch.chosen]
     weights = dict(zip(names, _weights(model, sketch.chosen, asked.rate_decay), strict=True))
 

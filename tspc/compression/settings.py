@@ -11,8 +11,10 @@ from typing import Any
 from tspc.compression.form import DENSE, Widths
 from tspc.compression.plan import BYTES, PARAMETERS, UNITS
 from tspc.decompositions import Auto, Decomposition, Method, TensorTrain, resolve
+from tspc.deploy.calls import EXTRAS, RUNTIMES, family
 from tspc.errors import ConfigError
 from tspc.quantization.grids import BITS, FULL
+from tspc.system import extras
 from tspc.system.bounds import COUNT, NONE_OR_MORE, POSITIVE_SHARE, out_of_range, shown, unknown
 
 GOALS = ("rate", "target_error", "size")
@@ -133,6 +135,8 @@ class PlanSettings:
       half of their parameters; with "parameters" no layer stays dense for this reason.
     - `paths`: every tensorized layer takes its cheapest path. The costs come from a cost "model", or from the clock
       ("measure").
+    - `runtime`: where the network will run, and in which precision; a name of `tspc.deploy.RUNTIMES`. The costs of
+      paths are those there. "compile" counts as "eager".
     - `selection`: which layers stay dense.
     """
 
@@ -148,6 +152,7 @@ class PlanSettings:
     rank_multiple: int = 1
     objective: str = "parameters"
     paths: str = "model"
+    runtime: str = "eager"
     selection: Selection = USUAL
 
     def __post_init__(self) -> None:
@@ -196,6 +201,7 @@ class PlanSettings:
             "rank_multiple": COUNT,
             "objective": OBJECTIVES,
             "paths": PATH_COSTS,
+            "runtime": RUNTIMES,
             "bits": WIDTHS,
             "rate_unit": UNITS,
         }
@@ -213,9 +219,17 @@ class PlanSettings:
             found.append("bits=auto compares widths under a budget in bytes: give size=…, or rate_unit=bytes")
         if is_method and self.method == DENSE and self.widths.bits == (FULL,):
             found.append("method=dense is smaller only with fewer bits: give bits=8, for example, or size=…")
+        lack = extras.missing(EXTRAS[family(self.runtime)]) if self._times_elsewhere else None
+        if lack is not None:
+            found.append(f"runtime={self.runtime} with paths={self.paths}: {lack}")
         if self.rate_decay in RATE_DECAYS[1:] and self.allocation == "global":
             found.append(f"rate_decay={self.rate_decay} sets the rate of each layer, so it needs allocation=uniform")
         return found + self.selection.problems(where)
+
+    @property
+    def _times_elsewhere(self) -> bool:
+        """Whether layers are timed in a runtime that needs an extra. The cost model needs none."""
+        return self.paths == "measure" and self.runtime in RUNTIMES and family(self.runtime) in EXTRAS
 
     @property
     def _goals(self) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.deploy.exporting import INT8
-from tspc.deploy.int8 import write_int8
+from tspc.deploy.int8 import Int8, write_int8
 from tspc.deploy.programs import Inputs, as_inputs, on_cpu, onnx_program, traced
 from tspc.errors import ExportError
 
@@ -20,6 +20,7 @@ class Graphs:
     """ONNX graphs of `networks`, as the bytes of a file. They take any batch size, so each network is traced once.
 
     `calibration` reads batches of inputs, which show the ranges of activations in int8; by default they are `inputs`.
+    `int8` says how each graph of 8-bit integers was made.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Graphs:
     ) -> None:
         self.networks, self._inputs = networks, tuple(x.cpu() for x in inputs)
         self._read = calibration or (lambda: [self._inputs])
+        self.int8: dict[str, Int8] = {}
         self._made: dict[tuple[str, bool], bytes | ExportError] = {}
 
     def graph(self, side: str, precision: str) -> bytes:
@@ -65,5 +67,5 @@ class Graphs:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "model.onnx"), Path(folder, "model.int8.onnx")
             source.write_bytes(plain)
-            write_int8(source, target, self.networks[side], self._calibration)
+            self.int8[side] = write_int8(source, target, self.networks[side], self._calibration)
             return target.read_bytes()

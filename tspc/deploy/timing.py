@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tspc.deploy.calls import EXTRAS, FLOAT32, USUAL, Run, Sessions, Unusable, call, family
 from tspc.deploy.exporting import INT8
 from tspc.deploy.graphs import Graphs
-from tspc.deploy.programs import Inputs, first_line, onnx_session, quiet, run_session, take
-from tspc.deploy.runtimes import BFLOAT16, openvino_session, run_openvino
-from tspc.errors import ExportError
+from tspc.deploy.programs import Inputs, take
 from tspc.system import extras
-from tspc.traversal.copying import copied
 
-FLOAT32 = "float32"
-USUAL = ("eager", "compile", "onnx")
-"""The runtimes without a choice; of these one that is not installed is left out."""
-RUNTIMES = (*USUAL, "onnx-int8", "openvino", "openvino-bfloat16", "openvino-int8")
-"""A name is a family and, after a hyphen, the precision; without one it is the network's own precision."""
-EXTRAS = {"onnx": "onnx", "openvino": "openvino"}
-"""For each family of runtimes the extra that installs it."""
 SIDES = ("dense", "compressed")
 LEAST_REPEATS = 5
-
-Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -53,16 +42,6 @@ class Timing:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def family(runtime: str) -> str:
-    """The runtime without its precision."""
-    return runtime.partition("-")[0]
-
-
-def precision(runtime: str) -> str:
-    """The precision in a runtime's name; float32 stands for the network's own."""
-    return runtime.partition("-")[2] or FLOAT32
 
 
 def families(runtimes: Sequence[str]) -> list[tuple[str, ...]]:
@@ -97,7 +76,7 @@ class Comparison:
     def __init__(self, graphs: Graphs, inputs: Inputs, runtimes: Sequence[str], seconds: float) -> None:
         self.graphs, self.inputs, self.seconds = graphs, inputs, seconds
         self.runtimes = tuple(runtimes)
-        self._sessions: dict[tuple[str, str], Any] = {}
+        self._sessions: Sessions = {}
 
     @torch.no_grad()
     def at(self, batch_size: int) -> list[Timing]:
@@ -110,14 +89,14 @@ class Comparison:
             for runtime in self.runtimes:
                 try:
                     runs |= {(side, runtime): self._warm(side, runtime, batch) for side in SIDES}
-                except _Unusable as reason:
+                except Unusable as reason:
                     skipped[runtime] = str(reason)
             base = family(self.runtimes[0])
             if runs and ("dense", base) not in runs:
                 runs["dense", base] = self._warm("dense", base, batch)
             seconds = self.seconds * len(self.runtimes)
             turns = list(_turns(list(runs.values()), device, seconds)) if runs else []
-        except _Unusable as reason:  # no float32 to compare with
+        except Unusable as reason:  # no float32 to compare with
             return [Timing(runtime, batch_size, skipped=str(reason)) for runtime in self.runtimes]
         finally:
             if "compile" in self.runtimes:
@@ -131,33 +110,11 @@ class Comparison:
         ]
 
     def _warm(self, side: str, runtime: str, batch: Inputs) -> Run:
-        """A call that runs the batch, and has run it. Raises _Unusable."""
-        if family(runtime) in EXTRAS:
-            run = self._in_family(side, runtime, batch)
-        else:
-            run = _prepared(self.graphs.networks[side], batch, runtime)
+        """A call that runs the batch, and has run it. Raises Unusable."""
+        run = call(self.graphs, side, runtime, batch, self._sessions)
         for _ in range(2):
             _timed(run, batch[0].device)
         return run
-
-    def _in_family(self, side: str, runtime: str, batch: Inputs) -> Run:
-        name = family(runtime)
-        lack = extras.missing(EXTRAS[name])
-        if lack is not None:
-            raise _Unusable(lack)
-        try:
-            if name == "onnx":
-                key = side, runtime
-                if key not in self._sessions:  # takes any batch size
-                    self._sessions[key] = _session(self.graphs, side, runtime, batch)
-                return _in_session(self._sessions[key], batch)
-            return _in_openvino(self.graphs, side, runtime, batch)
-        except ExportError as error:
-            raise _Unusable(str(error)) from error
-
-
-class _Unusable(Exception):
-    """Why a runtime is left out."""
 
 
 def _timing(runtime: str, batch_size: int, times: dict[tuple[str, str], list[float]]) -> Timing:
@@ -213,58 +170,3 @@ def _summary(times: list[float], batch_size: int) -> dict[str, float]:
     median = statistics.median(ordered)
     p95 = ordered[min(len(ordered) - 1, -(-95 * len(ordered) // 100) - 1)]
     return {"median": median, "p95": p95, "throughput": batch_size / median}
-
-
-def _prepared(model: nn.Module, batch: Inputs, runtime: str) -> Run:
-    """A call that runs the batch in PyTorch. Raises _Unusable."""
-    network = copied(model).eval()
-    if runtime == "eager":
-        return lambda: network(*batch)
-    compiled = torch.compile(network, dynamic=False)
-
-    def run() -> object:
-        return compiled(*batch)
-
-    try:
-        with quiet("torch.utils.cpp_extension"):  # it says that there is no GPU
-            run()
-    except Exception as error:  # no compiler, or a network that it does not take
-        lines = str(error).splitlines()
-        raise _Unusable(f"torch.compile: {type(error).__name__}: {lines[0] if lines else ''}") from error
-    return run
-
-
-def _session(graphs: Graphs, side: str, runtime: str, batch: Inputs) -> Any:
-    """The network in ONNX Runtime. Raises _Unusable, ExportError."""
-    import onnxruntime
-
-    device = batch[0].device
-    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
-    if provider not in onnxruntime.get_available_providers() or device.type == "mps":
-        raise _Unusable(f"this ONNX Runtime does not run on {device.type}")
-    return onnx_session(graphs.graph(side, precision(runtime)), torch.get_num_threads(), (provider,))
-
-
-def _in_session(session: Any, batch: Inputs) -> Run:
-    """A call that runs the batch. Raises _Unusable."""
-    try:
-        run_session(session, batch)
-    except Exception as error:  # ONNX Runtime's own family, or a type of number that it does not take
-        raise _Unusable(f"ONNX Runtime: {first_line(error)}") from error
-    feed = {entry.name: x.cpu().numpy() for entry, x in zip(session.get_inputs(), batch, strict=True)}
-    return lambda: session.run(None, feed)
-
-
-def _in_openvino(graphs: Graphs, side: str, runtime: str, batch: Inputs) -> Run:
-    """A call that runs the batch. Raises _Unusable, ExportError."""
-    if batch[0].device.type != "cpu":
-        raise _Unusable("OpenVINO is timed on the CPU only: device=cpu")
-    graph = graphs.graph(side, precision(runtime))
-    computes = BFLOAT16 if precision(runtime) == BFLOAT16 else FLOAT32
-    request = openvino_session(graph, batch, computes, torch.get_num_threads())
-    try:
-        run_openvino(request, batch)
-    except Exception as error:  # OpenVINO's own family
-        raise _Unusable(f"OpenVINO: {first_line(error)}") from error
-    given = [x.contiguous().numpy() for x in batch]
-    return lambda: request.infer(given)

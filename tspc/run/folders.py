@@ -27,6 +27,7 @@ LABELS = {
     "rate_unit": "{}",
     "objective": "",
     "paths": "",
+    "runtime": "",
     "selection": "",
 }
 """How a planning setting that differs from its default is written in the folder's name.
