@@ -44,7 +44,9 @@ finetune(tuned, reference, Finetuning(2, 50, 1e-2, warmup=0.0, **sgd), context, 
 rounded = compress(reference, "tk", 0.3, allocation="uniform", bits=4)
 distill(rounded, reference, Distillation(1, 50, 1e-2, images=100, steps=2, **sgd), context, Progress())
 own = torch.stack([value.double().abs().sum() for value in rounded.state_dict().values()])
-assert torch.equal(processes.summed(own), own * processes.count()), "each process has rounded by itself"
+assert torch.equal(processes.summed(own.clone()), own * processes.count()), "each process has rounded by itself"
+nested = processes.by_first(lambda: (processes.by_first(lambda: 3), processes.count()))
+assert nested == (3, 1), "while the others wait, the first process exchanges nothing with them"
 found = evaluate(small, context.data, CPU, batch_size=7)
 if processes.is_first():
     networks = {"trained": model, "distilled": small, "tuned": tuned}

@@ -116,11 +116,11 @@ def _accuracy(folder: Path, done: Exported, settings: Export, context: Context) 
 
 
 def _measured(network: nn.Module, settings: Export, context: Context, device: torch.device) -> dict[str, Any] | None:
-    """The accuracy on the test split. Only the first of several processes exports, so it measures alone."""
+    """The accuracy on the test split; None without data."""
     if context.data is None:
         return None
     batches = context.data.test_batches(250, device, settings.eval_samples)
-    return accuracy(network, batches, context.data.num_classes, device, alone=True).to_dict()
+    return accuracy(network, batches, context.data.num_classes, device).to_dict()
 
 
 def _tell_loss(file: dict[str, Any], own: dict[str, Any] | None, settings: Export, display: Display) -> None:

@@ -32,13 +32,15 @@ _TOLD = "_is_told_to_all_processes"
 """An attribute of errors that all processes know of."""
 
 _is_shared: ContextVar[bool] = ContextVar("is_shared", default=False)
+_is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """The number of processes; 1 for the one that works `alone`."""
+    return dist.get_world_size() if dist.is_initialized() and not _is_alone.get() else 1
 
 
 def rank() -> int:
@@ -93,11 +95,17 @@ def wait() -> None:
 
 
 def by_first(work: Callable[[], Result]) -> Result:
-    """Runs `work` in the first process; all processes get its result. If it raises, the others raise TspcError."""
+    """Runs `work` in the first process; all processes get its result. If it raises, the others raise TspcError.
+
+    Meanwhile the others wait, so the first process works `alone`.
+    """
     if count() == 1:
         return work()
+    result = None
     with _telling():
-        result = work() if is_first() else None
+        if is_first():
+            with alone():
+                result = work()
     return cast(Result, _agreed(result)[0])
 
 
@@ -121,12 +129,12 @@ def sharing(is_on: bool = True) -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside this context the process does all work itself, also inside `sharing`."""
-    token = _is_shared.set(False)
+    """Inside this context the process does all work itself, and exchanges nothing with the others."""
+    token = _is_alone.set(True)
     try:
         yield
     finally:
-        _is_shared.reset(token)
+        _is_alone.reset(token)
 
 
 def is_shared() -> bool:

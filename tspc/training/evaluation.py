@@ -38,10 +38,8 @@ def evaluate(
 
 @own_modes(exact=False)
 @torch.no_grad()
-def accuracy(
-    model: nn.Module, batches: Iterable[Batch], num_classes: int, device: torch.device, *, alone: bool = False
-) -> Accuracy:
-    """Accuracy over the batches of this process and of all others; with `alone` over those of this process."""
+def accuracy(model: nn.Module, batches: Iterable[Batch], num_classes: int, device: torch.device) -> Accuracy:
+    """Accuracy over the batches of this process and of all others."""
     # Right, right among five, all: whole numbers, exact up to 16 million.
     counts = torch.zeros(3, dtype=torch.float32, device=device)
     with evaluating(model):
@@ -52,5 +50,5 @@ def accuracy(
                 raise ConfigError([f"the network answers with shape {shape}, but the data has {num_classes} classes"])
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             counts += torch.stack((hits[:, 0].sum(), hits.sum(), torch.ones_like(labels).sum())).to(counts)
-    right, right5, count = (counts if alone else processes.summed(counts)).tolist()
+    right, right5, count = processes.summed(counts).tolist()
     return Accuracy(right / count, right5 / count if num_classes >= 100 else None, int(count))
