@@ -220,7 +220,7 @@ def test_a_file_that_gives_a_table_ranks_is_refused(tmp_path):
     tspc.save(tspc.compress(encoder(), "dense", bits=8), path)
     file = read_tensors(path)
     header = str(file.header).replace(
-        '"method": {"name": "dense"}, "shape": [150, 32], "rank": []',
+        '"method": 0, "shape": [150, 32], "rank": []',
         '"method": {"name": "svd"}, "shape": [150, 32], "rank": [2]',
     )
     assert header != file.header
@@ -244,3 +244,8 @@ def test_the_plan_expects_about_the_error_that_comes(size):
     errors = [(row.output_error, fitted.output_error) for row, fitted in rows if row.is_table]
     assert len(errors) == 2
     assert all(0.8 < expected / found < 1.25 for expected, found in errors)
+
+
+def test_a_single_token_gives_a_single_row():
+    model = tspc.compress(nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 32), nn.Linear(32, 32)), "svd", size=0.35)
+    assert torch.equal(model(torch.tensor(5)), model(torch.tensor([5]))[0])

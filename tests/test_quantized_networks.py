@@ -142,3 +142,10 @@ def test_a_trained_network_is_the_one_that_is_saved(tmp_path):
         optimizer.step()
     tspc.save(small.eval(), tmp_path / "small.safetensors")
     assert torch.equal(tspc.load(tmp_path / "small.safetensors", network())(images()), small(images()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+def test_the_tracer_of_torchscript_takes_factors_on_grids():
+    small = tspc.compress(network(), "svd", 0.6, bits=4).eval()
+    traced = torch.jit.trace(small, images()[:2])
+    torch.testing.assert_close(traced(images()), small(images()))

@@ -33,7 +33,7 @@ class LayerPlan:
     of the layer's output against the reference's: first the expected one, from the error curves, then the measured one.
     `note` names a problem of the decomposition. `path` says how a tensorized layer computes, see `tspc.layers.chains`.
     `bits` is the width of the factors' entries; with fewer than 32 they lie on grids, see `tspc.quantization`.
-    `entry_bytes` are those of a number of the network.
+    `entry_bytes` are those of a number of the network. With `has_narrow_bias` the bias has 16 bits beside such factors.
     """
 
     name: str
@@ -50,6 +50,7 @@ class LayerPlan:
     path: str | None = None
     bits: int = FULL
     entry_bytes: int = 4
+    has_narrow_bias: bool = True
 
     @property
     def is_table(self) -> bool:
@@ -89,7 +90,8 @@ class LayerPlan:
 
     def bias_size(self, unit: str) -> int:
         """The parameters or the bytes of the bias, after."""
-        entry_bytes = self.entry_bytes if self.bits == FULL else min(self.entry_bytes, VECTOR_BYTES)
+        is_narrow = self.bits != FULL and self.has_narrow_bias
+        entry_bytes = min(self.entry_bytes, VECTOR_BYTES) if is_narrow else self.entry_bytes
         return entry_bytes * self.bias_params if unit == BYTES else self.bias_params
 
     @property
@@ -127,7 +129,7 @@ class LayerPlan:
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note", "path", "bits")
-        plain += ("entry_bytes",)
+        plain += ("entry_bytes", "has_narrow_bias")
         rank = None if self.rank is None else list(self.rank)
         method = None if self.method is None else self.method.to_dict()
         return {k: getattr(self, k) for k in plain} | {"shape": list(self.shape), "rank": rank, "method": method}

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from tspc.compression.form import PLAIN, Widths
 from tspc.compression.plan import FINAL, PARAMETERS, TABLE, LayerPlan
 from tspc.compression.settings import Selection
+from tspc.compression.vectors import has_narrow_bias
 from tspc.errors import ConfigError, some
 from tspc.layers.dense import is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers
@@ -83,7 +84,8 @@ def select(
             reason = FILTERED
         entry = next((p.element_size() for p in module.parameters(recurse=False)), 4)
         kind = TABLE if name in tables else type(module).__name__
-        layers.append(LayerPlan(name, kind, shapes[name], params, params, reason=reason, entry_bytes=entry))
+        numbers = {"entry_bytes": entry, "has_narrow_bias": has_narrow_bias(module)}
+        layers.append(LayerPlan(name, kind, shapes[name], params, params, reason=reason, **numbers))
     return layers
 
 

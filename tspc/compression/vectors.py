@@ -7,8 +7,9 @@ further training, which would have to find them anew if they were left out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 from tspc.calibration.recalibration import BatchNorm
 from tspc.decompositions import double
 from tspc.errors import WeightsError
+from tspc.layers.dense import kind_of
+from tspc.layers.forms import tensorized_layers
+from tspc.layers.norms import is_exact
 from tspc.quantization.grids import VECTOR_BYTES
 from tspc.store.state import tensor_state
 
-ENTRY, STATISTICS = "vectors", "statistics"
-"""The names of the entries of a file that hold all narrow vectors, and all narrow statistics, one after the other."""
+ENTRY, STATISTICS = ".vectors", ".statistics"
+"""The names of the entries of a file that hold all narrow vectors, and all narrow statistics, one after the other. No
+entry of a network's state begins with a dot."""
 DEVIATION, RATIO = torch.float8_e5m2, torch.float8_e4m3fn
 """The formats of a standard deviation, and of a mean divided by it. All products of such numbers are exact."""
 LOST = 1e-3
@@ -32,8 +37,10 @@ def narrow_vectors_(model: nn.Module) -> None:
     """Rounds the vectors of `model` to float16 numbers, and the statistics of its batch norms to fewer bits.
 
     The batch norms' weights and biases change with their statistics, so that the answers in eval mode stay the same up
-    to rounding to float16. Vectors that float16 cannot hold are left alone. All keep their dtype.
+    to rounding to float16. Left alone are vectors that float16 cannot hold, those of layers whose kernels are not on
+    grids, and batch norms that share a tensor with another module or do more than an affine map. All keep their dtype.
     """
+    kept = _kept(model)
     for norm in _norms(model).values():
         narrow = _narrowed(norm)
         if narrow is not None:
@@ -41,8 +48,23 @@ def narrow_vectors_(model: nn.Module) -> None:
                 cast(Tensor, own).copy_(value)
             cast(Tensor, norm.num_batches_tracked).zero_()
     for parameter in model.parameters():
-        if _is_vector(parameter) and _fits(parameter):
+        if _is_vector(parameter) and id(parameter) not in kept and _fits(parameter):
             parameter.copy_(_rounded(parameter))
+
+
+def _kept(model: nn.Module) -> set[int]:
+    """The parameters of convolutions and dense layers, by identity, whose kernels are floating-point numbers."""
+    tensorized = tensorized_layers(model).values()
+    links = {id(module) for layer in tensorized for module in layer.modules()}
+    layers: list[nn.Module] = [layer for layer in tensorized if not layer.grids]
+    layers += [module for module in model.modules() if kind_of(module) is not None and id(module) not in links]
+    return {id(parameter) for layer in layers for parameter in layer.parameters()}
+
+
+def has_narrow_bias(layer: nn.Module) -> bool:
+    """Whether float16 can hold the bias of a convolution or dense layer, if it has one."""
+    bias = getattr(layer, "bias", None)
+    return not isinstance(bias, Tensor) or bias.element_size() == VECTOR_BYTES or (_is_vector(bias) and _fits(bias))
 
 
 def bytes_saved(model: nn.Module, layers: Collection[str]) -> int:
@@ -93,7 +115,7 @@ def without_vectors(
     names, norms = header.get("vectors", []), header.get("norms", [])
     if not names and not norms:
         return dict(tensors)
-    found, own, modules = dict(tensors), tensor_state(model), _norms(model)
+    found, own, modules = dict(tensors), tensor_state(model), _all_norms(model)
     sizes = [own[name].numel() if name in own and own[name].ndim == 1 else -1 for name in names]
     features = [modules[name].num_features if name in modules else -1 for name in norms for _ in range(2)]
     vectors = _parts(found.pop(ENTRY, None), torch.float16, sizes)
@@ -117,18 +139,34 @@ def _parts(data: Tensor | None, dtype: torch.dtype, sizes: list[int]) -> tuple[T
 
 
 _DAMAGED = (
-    "the biases and norms are missing, damaged, or not those of this network; fetch the file again, or make it again"
+    "the biases and norms are missing, damaged, or not those of this network; give load the architecture that was "
+    "compressed, or fetch the file again"
 )
 
 
 def _norms(model: nn.Module) -> dict[str, BatchNorm]:
-    """Batch norms in float32 with a scale, a shift and statistics."""
+    """Batch norms in float32 whose statistics may be rounded: weight and bias, all their own, make up for that.
+
+    Without a momentum the statistics are the mean of all batches so far, and their number could not be rounded.
+    """
+    owners = Counter(id(x) for m in model.modules() for x in (*m._parameters.values(), *m._buffers.values()))
+
+    def is_own(norm: BatchNorm) -> bool:
+        tensors = _tensors(norm)
+        return all(x.dtype == torch.float32 and owners[id(x)] == 1 for x in tensors)
+
+    norms = _all_norms(model).items()
+    return {name: norm for name, norm in norms if is_exact(norm) and norm.momentum is not None and is_own(norm)}
+
+
+def _all_norms(model: nn.Module) -> dict[str, BatchNorm]:
+    """Batch norms with a scale, a shift and statistics."""
     norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
-    return {
-        name: m
-        for name, m in norms.items()
-        if m.affine and m.running_mean is not None and m.weight.dtype == m.running_mean.dtype == torch.float32
-    }
+    return {n: m for n, m in norms.items() if None not in (*_tensors(m), m.num_batches_tracked)}
+
+
+def _tensors(norm: BatchNorm) -> list[Any]:
+    return [norm.weight, norm.bias, norm.running_mean, norm.running_var]
 
 
 def _narrowed(norm: BatchNorm) -> tuple[Tensor, ...] | None:
@@ -139,10 +177,14 @@ def _narrowed(norm: BatchNorm) -> tuple[Tensor, ...] | None:
     spread = (double(new_variance) + norm.eps).sqrt()
     weight = (scale * spread).float()
     # The rounded scale is exact where it matters most, at the mean.
-    bias = (double(norm.bias) + double(_rounded(weight)) / spread * (double(new_mean) - mean)).float()
-    if not (_fits(weight) and _fits(bias)):
+    bias = double(norm.bias) + double(_rounded(weight)) / spread * (double(new_mean) - mean)
+    # If the mean is large beside the deviation, the new bias is, too, and its rounding would change the output much.
+    size = double(norm.bias).abs() + double(norm.weight).abs()
+    error = (double(_rounded(bias.float())) - bias).abs()
+    is_small = mean.is_meta or bool((error <= LOST * (size + 0.01 * size.amax())).all())
+    if not (is_small and _fits(weight)):
         return None
-    return _rounded(weight), _rounded(bias), new_mean, new_variance
+    return _rounded(weight), _rounded(bias.float()), new_mean, new_variance
 
 
 def _codes(norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -171,7 +213,7 @@ def _narrow(model: nn.Module) -> tuple[list[str], list[str]]:
 def _has_few_bits(norm: BatchNorm) -> bool:
     """Whether 8 bits hold the statistics exactly."""
     own = norm.running_mean, norm.running_var
-    if own[0] is None or own[0].is_meta or bool(cast(Tensor, norm.num_batches_tracked)):
+    if bool(cast(Tensor, norm.num_batches_tracked)):
         return False
     return all(torch.equal(value, cast(Tensor, x)) for value, x in zip(_decoded(*_codes(norm)), own, strict=True))
 
@@ -181,12 +223,14 @@ def _statistics(norm: str) -> Iterator[str]:
 
 
 def _is_vector(x: Tensor) -> bool:
-    return x.ndim == 1 and x.dtype == torch.float32 and x.layout == torch.strided and not x.is_meta
+    return x.ndim == 1 and x.dtype == torch.float32 and x.layout == torch.strided
 
 
 def _fits(x: Tensor) -> bool:
-    """Whether rounding to float16 changes a vector little."""
+    """Whether rounding to float16 changes a vector little; without values it is supposed to."""
     x = x.detach()
+    if x.is_meta:
+        return True
     return bool(((_rounded(x) - x).abs() <= LOST * x.abs().amax()).all()) if x.numel() else True
 
 

@@ -105,13 +105,13 @@ class Table(Contracted):
 
     def _run(self, x: Tensor) -> Tensor:
         (table,), found = self.factor_tensors(), self.kernels()
-        rows = F.embedding(x, table, self.padding_idx)
         if not found:
-            return rows
-        scales = found[0].expand(len(table)) if len(found[0]) == 1 else found[0]
-        grid, flat = Grid(self.bits, scales[x.flatten()]), rows.flatten(0, -2)
-        rounded = grid.straight_through(flat) if flat.requires_grad else grid.rounded(flat)
-        return rounded.reshape(rows.shape)
+            return F.embedding(x, table, self.padding_idx)
+        places = x.flatten()
+        rows = F.embedding(places, table, self.padding_idx)
+        grid = Grid(self.bits, (found[0].expand(len(table)) if len(found[0]) == 1 else found[0])[places])
+        rounded = grid.straight_through(rows) if rows.requires_grad else grid.rounded(rows)
+        return rounded.reshape(*x.shape, rounded.shape[-1])
 
     def as_embedding(self) -> nn.Embedding:
         """An ordinary table with the values that this one looks up."""

@@ -96,7 +96,7 @@ class TensorizedLayer(nn.Module):
     def grids(self) -> list[Grid]:
         """The grid of each factor; empty with 32 bits."""
         count = 0 if self.bits == FULL else len(self.factor_parameters())
-        return [Grid(self.bits, self.get_buffer(scales_of(i)).view(torch.float32)) for i in range(count)]
+        return [Grid(self.bits, _as_float(self.get_buffer(scales_of(i)))) for i in range(count)]
 
     def put_on_(self, grids: Sequence[Grid]) -> None:
         """From now on the layer computes with the values on these grids, one for each factor, that are nearest."""
@@ -204,6 +204,13 @@ class TensorizedLayer(nn.Module):
     def extra_repr(self) -> str:
         bits = "" if self.bits == FULL else f", bits={self.bits}"
         return f"{self.decomposition.name}, shape={self.shape}, rank={self.rank}, path={self.path}{bits}"
+
+
+def _as_float(bits: Tensor) -> Tensor:
+    """The float32 numbers with these bits. The tracer of `torch.jit` knows no `view` of another dtype: a constant."""
+    if _is_tracing():
+        return torch.from_numpy(bits.detach().cpu().numpy().view("float32")).to(bits.device)
+    return bits.view(torch.float32)
 
 
 def scales_of(factor: int) -> str:

@@ -62,7 +62,7 @@ def keep_closer_(
         model.load_state_dict(trained)
         return
     context.note({"phase": "distill", "event": "undone", "before": before, "after": after})
-    context.display.line(f"distill    undone: the relative error of the answers was {before:.4f}, after it {after:.4f}")
+    context.display.line(f"distill    undone: the relative error of the answers was {before:.3g}, after it {after:.3g}")
 
 
 def _error(network: nn.Module, reference: nn.Module, images: Images) -> float | None:

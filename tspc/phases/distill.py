@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from tspc.calibration import Calibration
 from tspc.compression.fits import OnLayer
+from tspc.compression.integers import on_grids
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.rounding import put_on_grids_, take_off_grids_
+from tspc.compression.vectors import narrow_vectors_
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.activations import Kept, augmented_images
@@ -136,7 +138,9 @@ def distill(
         if widths:
             _round_(model, reference, widths, calibration or Calibration(), context)
             keep_closer_(model, start, reference, _unseen(kept, settings, context), context)
-        elif settings.blocks is None:
+        elif on_grids(model):
+            narrow_vectors_(model)
+        if settings.blocks is None and not widths:
             keep_better_(model, start, reference, _unseen(kept, settings, context), context)
     finally:
         room.close()

@@ -135,6 +135,7 @@ _LAYER = {
     **dict.fromkeys(("reason", "note?", "path?"), (str, None)),
     **dict.fromkeys(("error", "output_error"), ERROR),
     **dict.fromkeys(("bits?", "entry_bytes?"), COUNT),
+    "has_narrow_bias?": bool,
 }
 PLAN = {
     "method": dict,
