@@ -273,3 +273,15 @@ def test_a_run_keeps_its_paths(cli, tmp_path):
     loaded = tensorized_layers(tspc.load(run / "model.safetensors"))
     assert result["objective"] == "latency"
     assert result["paths"] == dict(Counter(layer.path for layer in loaded.values()))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(("path", "convolutions"), [("chain", 3), ("12|3", 2), ("rebuilt", 1)])
+def test_an_exported_file_computes_as_the_path_says(tmp_path, bits, path, convolutions):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 3)).eval()
+    small = tspc.compress(model, "tk", 0.5, bits=bits, allocation="uniform", include=["1"], keep_first=False).eval()
+    small[1].path = path
+    tspc.export(small, tmp_path / "small.pt2", torch.randn(2, 8, 9, 9))
+    graph = torch.export.load(tmp_path / "small.pt2").graph
+    assert sum("conv2d" in str(node.target) for node in graph.nodes) == 2 + convolutions

@@ -20,6 +20,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tspc.decompositions import Decomposition, Factors, Metric, Rank
 from tspc.layers.chains import CHAIN, REBUILT, stages_of
@@ -30,7 +32,8 @@ from tspc.quantization.grids import FULL, Grid, row_count
 
 
 def _is_ordinary(weight: Any) -> bool:
-    return type(weight) in (Tensor, nn.Parameter)
+    # torch.export traces with stand-ins of the weights.
+    return type(weight) in (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 class Chain(TensorizedLayer, nn.Sequential):
