@@ -101,9 +101,8 @@ def distill(
     last check is left out if the blocks were named.
 
     Factors on grids are floating-point numbers meanwhile. At the end they are rounded again, with the images that
-    `calibration` asks for (by default with its default): that is better than to train rounded factors, because a few
-    small steps seldom move an entry to another value of its grid. The network is set back if its answers are then
-    farther from the reference's than before.
+    `calibration` asks for (by default with its default): a few small steps seldom move a rounded entry to another value
+    of its grid. The network is set back if its answers are then farther from the reference's than before.
 
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
