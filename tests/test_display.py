@@ -167,18 +167,18 @@ def test_the_table_of_a_plan_tells_bits_and_bytes_where_entries_have_few_bits():
     kept = LayerPlan("b", "Linear", (10, 20), 200, 200, DENSE, (), "final layer", bits=4)
     plan = Plan(resolve("svd"), 0.3, "flat", "network", "global", (row, kept), 600, "parameters", "bytes", 2500)
     # 20×4 and 4×16 integers with a scale of 2 bytes for each of 4 rows, and one for the 20 short rows; the bias.
-    assert [row.bytes, kept.bytes] == [80 + 2 + 64 + 8 + 80, 100 + 20]
+    assert [row.bytes, kept.bytes] == [80 + 2 + 64 + 8 + 40, 100 + 20]
     text = shown(plan_table(plan, 2500, plan.network_bytes))
     assert "svd in 8 bits at 0.3 of the bytes of the network" in text
-    assert re.search(r"svd 4, chain +│ +8 │ +1,360 │ +234 │", text)
+    assert re.search(r"svd 4, chain +│ +8 │ +1,360 │ +194 │", text)
     assert re.search(r"dense: final layer +│ +4 │ +800 │ +120 │", text)
-    assert re.search(r"layers in budget +1,360 → +234 bytes", text)
-    assert re.search(rf"whole network +2,500 → +{2500 - 1126 - 680} bytes", text)
+    assert re.search(r"layers in budget +1,360 → +194 bytes", text)
+    assert re.search(rf"whole network +2,500 → +{2500 - 1166 - 680} bytes", text)
     assert re.search(r"whole network +600 → +424 parameters", text)
     first, second, total, network = str(plan).splitlines()
-    assert first == "a Linear 20×16: svd 4 in 8 bits, chain, 1,360 → 234 bytes"
+    assert first == "a Linear 20×16: svd 4 in 8 bits, chain, 1,360 → 194 bytes"
     assert second == "b Linear 10×20: dense in 4 bits, 800 → 120 bytes"
-    assert (total, network) == ("total: 340 → 164 parameters", "network: 2,500 → 694 bytes")
+    assert (total, network) == ("total: 340 → 164 parameters", "network: 2,500 → 654 bytes")
 
 
 def test_the_table_of_a_plan_of_float32_factors_counts_parameters():
