@@ -20,7 +20,7 @@ SAFE = 8
 """The width at which rounding costs hardly anything; where the plan chooses widths, layers that a rule keeps dense have
 it."""
 ROUNDED = 0.2
-"""The size of the fit whose factors are rounded; it shows how much of the output rounding changes."""
+"""The size of the fit whose factors are rounded, as a share of the kernel; it shows what rounding changes."""
 
 
 @lru_cache(maxsize=65536)
@@ -89,7 +89,14 @@ class FormCurve:
         """The expected squared relative errors at sizes without the bias, rounding included."""
         params = np.interp(sizes, np.maximum.accumulate(self.sizes), (*self.curve.params, self.curve.dense))
         truncated = self.curve.on(params)
-        return truncated + self.curve.rounding_at(self.form.bits) * (1 - truncated)
+        return truncated + self.curve.rounding_at(self.form.bits) * self._growth(params) * (1 - truncated)
+
+    def _growth(self, params: np.ndarray) -> np.ndarray | float:
+        """How much larger the error of rounding is than that of the fit in which it was measured.
+
+        Each further component adds about the same error, and less and less to the kernel. A whole kernel has none.
+        """
+        return 1.0 if self.form.method == DENSE else np.maximum(1.0, params / (ROUNDED * self.curve.dense))
 
     def at(self, size: int) -> float:
         """The same at one size."""
