@@ -81,8 +81,8 @@ def test_the_error_that_is_expected_counts_the_rounding():
 
 
 def test_layers_that_would_be_slower_keep_their_whole_kernel_in_few_bits():
-    made = plan(network(), "svd", size=0.15, objective="latency", calibration=images())
-    assert made.rate_reached <= 0.15
+    made = plan(network(), "svd", size=0.12, objective="latency", calibration=images())
+    assert made.rate_reached <= 0.12
     slower = [row for row in made.budgeted if row.reason is not None]
     assert slower
     assert all(row.bits < 32 for row in slower)
