@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 import tspc
 from benchmarks.common import cifar_reference, machine, parser, table
 from tspc.data import Data
-from tspc.deploy.runtimes import opened, openvino_session, run_openvino
-from tspc.deploy.timing import FLOAT32
+from tspc.deploy.calls import FLOAT32
+from tspc.deploy.runtimes import Answering, opened, openvino_session, run_openvino
 from tspc.layers.chains import CHAIN, REBUILT
 from tspc.layers.forms import tensorized_layers
 from tspc.training import accuracy
@@ -31,22 +30,13 @@ BATCH = 250
 CPU = torch.device("cpu")
 
 
-class Answering(nn.Module):
-    """A function from images to answers, as a network."""
-
-    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.forward = answer
-
-
 def in_onnx(path: Path, format: str) -> nn.Module:
-    answer = opened(path, format, torch.get_num_threads())
-    return Answering(lambda images: answer((images,))[0])
+    return Answering(opened(path, format, torch.get_num_threads()))
 
 
 def in_openvino(path: Path, example: Tensor) -> nn.Module:
     request = openvino_session(path, (example,), FLOAT32, torch.get_num_threads())
-    return Answering(lambda images: run_openvino(request, (images,))[0])
+    return Answering(lambda inputs: run_openvino(request, inputs))
 
 
 def on_path(model: nn.Module, path: str) -> nn.Module:

@@ -95,7 +95,7 @@ def apply_(
     the compressed network and y its output in the reference. Then W̃ = Cov(y, x)(Cov(x) + λI)⁻¹ is decomposed in the
     norm of Cov(x), and the mean of y goes into the bias or the batch norm.
 
-    If factors lie on grids, all biases and norms of the network are rounded to 16 bits (`narrow_vectors_`).
+    If factors lie on grids, the biases beside them and the norms of the network are rounded, too (`narrow_vectors_`).
 
     Raises DecompositionError if a kernel cannot be decomposed, or a parameter holds NaN or infinite values. The message
     names the layer, and the network is unchanged.

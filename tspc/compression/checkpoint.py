@@ -106,7 +106,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise WeightsError(f"{path}: {error}") from error
     replace_layers(model, small)
     try:
-        _fill_(model, header, _whole(state, model, header, path), path)
+        _fill_(model, header, state, path)
     except WeightsError:
         set_modules(model, {name: modules[name] for name in small})
         raise
@@ -117,16 +117,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     return model
 
 
-def _whole(state: dict[str, Tensor], model: nn.Module, header: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    try:
-        return without_vectors(state, model, header)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
-
-
 def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: str | Path) -> None:
     """Loads the state of the file into the network, which has the compressed layers already; all or nothing."""
     try:
+        state = without_vectors(state, model, header)
         extra = unpacked_extra(header, state)
         check_state(model, state | extra, str(path))
         take_kinds_(model, state, header)

@@ -19,7 +19,6 @@ from tspc.decompositions import Factors
 from tspc.layers.dense import is_table, kernel_of
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.tensorized import TensorizedLayer
-from tspc.quantization.grids import Grid, row_count
 from tspc.store.state import tensor_state
 from tspc.system import processes
 from tspc.system.modes import own_modes
@@ -65,8 +64,7 @@ def put_on_grids_(
 
     state = processes.by_first(rounded)
     for name, layer in layers.items():
-        counts = [row_count(tuple(factor.shape)) for factor in layer.factor_tensors()]
-        layer.put_on_([Grid(widths[name], torch.ones(count)) for count in counts])
+        layer.make_room_for_grids_(widths[name])
     own = tensor_state(model)
     model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
 

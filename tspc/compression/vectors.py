@@ -75,20 +75,26 @@ def bytes_saved(model: nn.Module, layers: Collection[str]) -> int:
     for name, norm in _norms(model).items():
         if _narrowed(norm) is not None:
             left_out |= {f"{name}.{kind}" for kind in ("weight", "bias")}
-            saved += sum(_bytes(state[key]) for key in _statistics(name) if key in state) - 2 * norm.num_features
-            saved += 2 * norm.num_features * (norm.weight.element_size() - VECTOR_BYTES)
+            saved += _saved_by_statistics(name, norm, state) + _saved(norm.weight) + _saved(norm.bias)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     vectors = (x for name, x in state.items() if name in parameters - left_out and _is_vector(x) and _fits(x))
-    return saved + sum(_bytes(x) - VECTOR_BYTES * x.numel() for x in vectors)
+    return saved + sum(map(_saved, vectors))
 
 
 def state_saved(model: nn.Module) -> int:
     """The bytes that `with_vectors` saves."""
     names, norms = _narrow(model)
-    state, modules = tensor_state(model), _norms(model)
-    dropped = sum(_bytes(state[key]) for norm in norms for key in _statistics(norm))
-    dropped -= sum(2 * modules[norm].num_features for norm in norms)
-    return dropped + sum(_bytes(state[name]) - VECTOR_BYTES * state[name].numel() for name in names)
+    state = tensor_state(model)
+    of_statistics = sum(_saved_by_statistics(name, norm, state) for name, norm in norms.items())
+    return of_statistics + sum(_saved(state[name]) for name in names)
+
+
+def _saved_by_statistics(name: str, norm: BatchNorm, state: Mapping[str, Tensor]) -> int:
+    return sum(_bytes(state[key]) for key in _statistics(name) if key in state) - 2 * norm.num_features
+
+
+def _saved(vector: Tensor) -> int:
+    return _bytes(vector) - VECTOR_BYTES * vector.numel()
 
 
 def with_vectors(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
@@ -103,9 +109,9 @@ def with_vectors(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[
     if names:
         found[ENTRY] = torch.cat([tensors[name].to(torch.float16) for name in names])
     if norms:
-        modules = _norms(model)
-        found[STATISTICS] = torch.cat([code.cpu().view(torch.uint8) for n in norms for code in _codes(modules[n])])
-    return found, {key: said for key, said in (("vectors", names), ("norms", norms)) if said}
+        codes = (code for norm in norms.values() for code in _codes(norm))
+        found[STATISTICS] = torch.cat([code.cpu().view(torch.uint8) for code in codes])
+    return found, {key: said for key, said in (("vectors", names), ("norms", list(norms))) if said}
 
 
 def without_vectors(
@@ -201,9 +207,9 @@ def _decoded(deviation: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     return deviation.float() * ratio.float(), deviation.float().square()
 
 
-def _narrow(model: nn.Module) -> tuple[list[str], list[str]]:
-    """The names of the vectors in the state that float16 holds exactly, and of batch norms with narrow statistics."""
-    norms = [name for name, norm in _norms(model).items() if _has_few_bits(norm)]
+def _narrow(model: nn.Module) -> tuple[list[str], dict[str, BatchNorm]]:
+    """The names of the vectors in the state that float16 holds exactly, and the batch norms with narrow statistics."""
+    norms = {name: norm for name, norm in _norms(model).items() if _has_few_bits(norm)}
     dropped = {key for norm in norms for key in _statistics(norm)}
     state = tensor_state(model).items()
     names = [name for name, x in state if name not in dropped and _is_vector(x) and torch.equal(_rounded(x), x)]

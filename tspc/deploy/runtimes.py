@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tspc.deploy.programs import Inputs, first_line, flat, onnx_session, run_session
 from tspc.errors import ExportError
@@ -15,6 +15,17 @@ from tspc.errors import ExportError
 Answer = Callable[[Inputs], list[Tensor]]
 
 BFLOAT16 = "bfloat16"
+
+
+class Answering(nn.Module):
+    """An opened file as a network of one input: its first answer to a batch."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._answer((images,))[0]
 
 
 def opened(path: Path, format: str, threads: int | None = None) -> Answer:

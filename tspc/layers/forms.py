@@ -28,7 +28,7 @@ from tspc.layers.chains import CHAIN, REBUILT, stages_of
 from tspc.layers.dense import DenseLayer, Form, is_table, kernel_of, kernel_shape
 from tspc.layers.tensorized import TensorizedLayer as TensorizedLayer
 from tspc.quantization.factors import quantized
-from tspc.quantization.grids import FULL, Grid, row_count
+from tspc.quantization.grids import FULL, Grid
 
 
 def _is_ordinary(weight: Any) -> bool:
@@ -160,8 +160,7 @@ def untrained(
     if bias is not None:
         cast(nn.Parameter, result.bias).requires_grad_(bias.requires_grad)
     if bits != FULL:
-        counts = map(row_count, decomposition.factor_shapes(kernel_shape(layer), rank))
-        result.put_on_([Grid(bits, torch.ones(count, device=layer.weight.device)) for count in counts])
+        result.make_room_for_grids_(bits)
     return result
 
 

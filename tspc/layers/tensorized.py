@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tspc.decompositions import Decomposition, Factors, Rank, Shape
 from tspc.layers.chains import Stage, contracted, paths_of, stages_of
 from tspc.layers.dense import DenseLayer, Form, as_weight, kernel_shape, shown_by
-from tspc.quantization.grids import FULL, Grid
+from tspc.quantization.grids import FULL, Grid, row_count
 
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
 _TracerWarning: type[Warning] = torch.jit.TracerWarning  # pyright: ignore[reportPrivateImportUsage]
@@ -106,6 +106,11 @@ class TensorizedLayer(nn.Module):
             # Their bits as whole numbers: `half` and the like would round floating-point numbers.
             self.register_buffer(scales_of(i), scales.clone().view(torch.int32))
         self.path = self.path
+
+    def make_room_for_grids_(self, bits: int) -> None:
+        """Puts the factors on grids of this width whose scales are 1; a state that is loaded then has the scales."""
+        counts = [row_count(tuple(factor.shape)) for factor in self.factor_tensors()]
+        self.put_on_([Grid(bits, torch.ones(count)) for count in counts])
 
     @torch.no_grad()
     def take_off_grids_(self) -> None:

@@ -107,7 +107,7 @@ def distill(
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
     adapted, start = adapted_layers(model, reference), copy.deepcopy(model.state_dict())
-    layers = tensorized_layers(model, tables=False)
+    layers = tensorized_layers(model, tables=False)  # a table has no block before it to learn from
     blocks = find_blocks(reference, list(layers), settings.blocks)
     widths = take_off_grids_(model, lambda name: name in layers and block_of(name, blocks) is not None)
     progress.restore_(model)
@@ -116,7 +116,7 @@ def distill(
     room = Room(settings.memory)
     try:
         images = augmented_images(settings, settings.images, context, room)
-        found = _trace(model, reference, adapted, images[0][:2], settings)
+        found = _trace(reference, list(layers), blocks, adapted, images[0][:2], settings)
         kept = Kept(reference, model, found, images, room, settings.inputs, context.seed)
         for number, segment in enumerate(found.segments):
             kept.advance()
@@ -161,13 +161,18 @@ def _round_(
         put_on_grids_(model, reference, widths, samples, done)
 
 
-def _trace(model: nn.Module, reference: nn.Module, adapted: list[str], images: Tensor, settings: Distillation) -> Trace:
+def _trace(
+    reference: nn.Module,
+    layers: list[str],
+    blocks: list[str],
+    adapted: list[str],
+    images: Tensor,
+    settings: Distillation,
+) -> Trace:
     """The blocks, and the adapted layers outside them that can be solved anew; each such layer is a segment.
 
     The reference is traced, because in the compressed network the factors of a layer would count as layers of a block.
     """
-    layers = list(tensorized_layers(model, tables=False))  # a table has no block before it to learn from
-    blocks = find_blocks(reference, layers, settings.blocks)
     found = trace(reference, layers + adapted, images, blocks)
     # If blocks are named, nothing else is changed. With the reference's inputs its own layer is the best one.
     if settings.blocks is not None or settings.inputs == "parallel":

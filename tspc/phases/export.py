@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.deploy import ENDINGS, FORMATS, INT8, Exported, Exporter, Inputs, check_formats
-from tspc.deploy.runtimes import opened
+from tspc.deploy.runtimes import Answering, opened
 from tspc.errors import ExportError
 from tspc.phases.context import Context
 from tspc.phases.inputs import Example, example, for_ranges
@@ -94,23 +94,13 @@ def export_files(
     return {"inputs": example.source, "tolerance": settings.tolerance, "accuracy": own, "files": files}
 
 
-class _Opened(nn.Module):
-    """An exported file as a network."""
-
-    def __init__(self, path: Path, format: str) -> None:
-        super().__init__()
-        self._answer = opened(path, format, torch.get_num_threads())
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self._answer((images,))[0]
-
-
 def _accuracy(folder: Path, done: Exported, settings: Export, context: Context) -> dict[str, Any] | None:
     """The accuracy of a file in its runtime; None if it has no runtime or there is no data."""
     if done.runtime is None or context.data is None:
         return None
     try:
-        return _measured(_Opened(folder / done.file, done.format), settings, context, torch.device("cpu"))
+        network = Answering(opened(folder / done.file, done.format, torch.get_num_threads()))
+        return _measured(network, settings, context, torch.device("cpu"))
     except ExportError as error:
         raise ExportError(f"{folder / done.file}: {error}") from error
 
