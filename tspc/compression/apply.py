@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,13 @@ from tspc.compression.fits import Fits, OnLayer
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import plan
 from tspc.compression.progress import FIT, progress_bar, work_on
-from tspc.compression.selection import FilterFn, why_dense
+from tspc.compression.selection import UNTOUCHED, FilterFn, why_dense
 from tspc.compression.settings import PlanSettings
 from tspc.compression.vectors import narrow_vectors_
 from tspc.decompositions import Factors, Method
 from tspc.layers.dense import check_values, has_inputs, kind_of
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
 from tspc.models.lazy import require_sizes
-from tspc.quantization.grids import FULL
 from tspc.store.state import tensor_state
 from tspc.system import processes
 from tspc.system.modes import is_of_inference, own_modes
@@ -95,7 +94,7 @@ def apply_(
     the compressed network and y its output in the reference. Then W̃ = Cov(y, x)(Cov(x) + λI)⁻¹ is decomposed in the
     norm of Cov(x), and the mean of y goes into the bias or the batch norm.
 
-    If factors lie on grids, the biases beside them and the norms of the network are rounded, too (`narrow_vectors_`).
+    If factors lie on grids, what the network holds beside them is rounded, too (`narrow_vectors_`).
 
     Raises DecompositionError if a kernel cannot be decomposed, or a parameter holds NaN or infinite values. The message
     names the layer, and the network is unchanged.
@@ -120,22 +119,26 @@ def tensorized(
     *,
     shares_tensors: bool = False,
     known: Mapping[str, Factors] | None = None,
+    kept: Collection[str] = (),
 ) -> tuple[nn.Module, Plan]:
     """A tensorized copy of `model`, in eval mode, and the plan with the errors of each layer; see `apply_`.
 
     With `shares_tensors` what is not tensorized has the parameters and buffers of `model`; only without `samples`. The
-    factors of some layers may be `known`; they are only rounded to their grids.
+    factors of some layers may be `known`; they are only rounded to their grids. The parameters named in `kept` are not
+    rounded.
     """
     with evaluating(model), torch.random.fork_rng(devices=[]):
         fits = Fits(model, copied(model, shares_tensors), on_layer, known)
-        small, done = _tensorized(model, fits, plan, samples)
+        small, done = _tensorized(model, fits, plan, samples, kept)
     if processes.is_shared():  # what each process has computed itself may differ in the last bits
         first = processes.by_first(lambda: {name: value.cpu() for name, value in tensor_state(small).items()})
         small.load_state_dict(first, strict=False)
     return small, done
 
 
-def _tensorized(model: nn.Module, fits: Fits, plan: Plan, samples: Samples | None) -> tuple[nn.Module, Plan]:
+def _tensorized(
+    model: nn.Module, fits: Fits, plan: Plan, samples: Samples | None, kept: Collection[str]
+) -> tuple[nn.Module, Plan]:
     dense = {layer.name: model.get_submodule(layer.name) for layer in plan.tensorized}
     warn_of_state_hooks(dense)
     warn_of_parameter_hooks(dense)
@@ -153,10 +156,16 @@ def _tensorized(model: nn.Module, fits: Fits, plan: Plan, samples: Samples | Non
     fits.to_kernels([layer for layer in plan.tensorized if layer.name not in fits.done])
     if samples is not None:
         recalibrate_(fits.work, model, samples)
-    if any(layer.bits != FULL for layer in plan.tensorized):
-        narrow_vectors_(fits.work)
+    if any(layer.is_on_grids for layer in plan.layers):
+        narrow_vectors_(fits.work, {*kept, *_untouched(model, plan)})
     refuse_save_pretrained_(fits.work)
     return fits.work, replace(plan, layers=tuple(fits.done.get(layer.name, layer) for layer in plan.layers))
+
+
+def _untouched(model: nn.Module, plan: Plan) -> set[str]:
+    """The names of the parameters that stay as they are: of shared layers, and of those that the user left out."""
+    layers = [layer.name for layer in plan.layers if layer.reason in UNTOUCHED]
+    return {f"{layer}.{name}" for layer in layers for name, _ in model.get_submodule(layer).named_parameters()}
 
 
 def to_fit(model: nn.Module, plan: Plan, samples: Samples | None) -> list[LayerPlan]:

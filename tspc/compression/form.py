@@ -117,17 +117,22 @@ class Widths:
 
     def methods(self, method: Method, layer: LayerPlan) -> tuple[Decomposition, ...]:
         """The methods that a layer may take."""
-        found = () if layer.is_table else method.candidates(layer.shape)
+        found = () if layer.is_whole else method.candidates(layer.shape)
         return tuple(dict.fromkeys((*found, DENSE))) if self.offers_dense else found
 
     def least_error(self, dense: ErrorCurve | None) -> float:
         """The squared error of a layer with its whole kernel: of several widths, the largest one is float32."""
-        return dense.rounding_at(self.bits[0]) if dense is not None and len(self.bits) == 1 else 0.0
+        return dense.rounding_at(self.bits[0]) if dense is not None and not self.is_choice else 0.0
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether the budget decides the width of each layer."""
+        return len(self.bits) > 1
 
     @property
     def of_rules(self) -> int:
         """The width of layers that a rule keeps dense."""
-        return max(self.bits) if len(self.bits) == 1 else SAFE
+        return SAFE if self.is_choice else self.bits[0]
 
 
 PLAIN = Widths()

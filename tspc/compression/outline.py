@@ -14,8 +14,9 @@ from tspc.compression.integers import state_bytes
 from tspc.compression.plan import BYTES, PARAMETERS, LayerPlan
 from tspc.compression.selection import DEPTHWISE, UNTOUCHED, FilterFn, select, why_dense
 from tspc.compression.settings import PlanSettings, share_of
-from tspc.compression.vectors import bytes_saved
+from tspc.compression.vectors import NARROW, bytes_saved, is_narrow_whole
 from tspc.errors import ConfigError, InfeasibleRateError
+from tspc.layers.dense import kind_of
 from tspc.quantization.grids import FULL, LONG_ROW
 
 
@@ -73,9 +74,7 @@ class Outline:
             return 0
         fixed = [layer for layer in self.layers if layer.reason is not None]
         saved = sum(layer.dense_size(self.unit) - layer.size(self.unit) for layer in fixed)
-        if self.unit == BYTES and any(layer.bits != FULL for layer in fixed):
-            saved += self.vectors_saved
-        return self._base - self._dense - saved
+        return self._base - self._dense - saved - (self.vectors_saved if self.unit == BYTES else 0)
 
     @property
     def _least(self) -> int:
@@ -86,6 +85,12 @@ class Outline:
     def smallest_rate(self) -> float:
         """The smallest feasible rate; rounded up, so that it is itself feasible."""
         return -(-self._least * 10_000 // self._base) / 10_000
+
+    @property
+    def without_grids(self) -> Outline:
+        """The same if no layer gets fewer bits: then nothing beside them does."""
+        wide = tuple(layer if layer.is_on_grids else replace(layer, bits=FULL) for layer in self.layers)
+        return replace(self, layers=wide, vectors_saved=0)
 
     def budget(self, rate: float) -> int:
         """What these layers together may have. Raises InfeasibleRateError if they cannot have so little."""
@@ -117,14 +122,22 @@ def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None
         raise ConfigError([f"the network has no layer to tensorize ({kept})"])
     modules = dict(model.named_modules())
     layers = tuple(_rounded(layer, modules[layer.name], settings.widths) for layer in layers)
-    saved = bytes_saved(model, [layer.name for layer in layers]) if settings.widths.offers_dense else 0
+    counted = [
+        layer.name for layer in layers if kind_of(modules[layer.name]) or layer.reason in UNTOUCHED or layer.bits < FULL
+    ]
+    saved = bytes_saved(model, counted) if settings.widths.offers_dense else 0
     return Outline(settings, layers, sum(p.numel() for p in model.parameters()), state_bytes(model), saved)
 
 
 def _rounded(layer: LayerPlan, module: nn.Module, widths: Widths) -> LayerPlan:
-    """A layer that a rule keeps dense, in fewer bits; unchanged if the user left it out or its kernel is shared."""
-    if layer.reason in (None, *UNTOUCHED) or why_dense(module) not in (None, DEPTHWISE) or widths.of_rules == FULL:
+    """A layer that a rule keeps dense, in fewer bits; unchanged if the user left it out or its kernel is shared.
+
+    A layer of a kind that is not known has float16 numbers.
+    """
+    if layer.reason in (None, *UNTOUCHED) or widths.of_rules == FULL:
         return layer
+    if why_dense(module) not in (None, DEPTHWISE):
+        return replace(layer, bits=NARROW) if is_narrow_whole(module) else layer
     if layer.reason == DEPTHWISE and math.prod(layer.shape[1:]) < LONG_ROW:  # its channels would share one scale
         return layer
     return replace(layer, method=DENSE, rank=(), bits=widths.of_rules)
@@ -141,7 +154,7 @@ def _smaller(layer: LayerPlan, settings: PlanSettings) -> LayerPlan:
     method, multiple = settings.method, settings.rank_multiple
     if layer.reason is not None or candidate(layer, method, None, multiple, settings.widths) is not None:
         return layer
-    if layer.is_table:
+    if layer.is_whole:
         return replace(layer, reason="no width makes it smaller")
     forms = method.candidates(layer.shape)
     minimum = min(form.min_params(layer.shape, multiple) for form in forms) + layer.bias_params

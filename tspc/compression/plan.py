@@ -33,7 +33,9 @@ class LayerPlan:
     of the layer's output against the reference's: first the expected one, from the error curves, then the measured one.
     `note` names a problem of the decomposition. `path` says how a tensorized layer computes, see `tspc.layers.chains`.
     `bits` is the width of the factors' entries; with fewer than 32 they lie on grids, see `tspc.quantization`.
+    A layer that is not tensorized may have 16 bits beside layers on grids; its numbers are then float16.
     `entry_bytes` are those of a number of the network. With `has_narrow_bias` the bias has 16 bits beside such factors.
+    With `is_whole` the only form of the layer is its whole kernel, in few bits.
     """
 
     name: str
@@ -51,11 +53,17 @@ class LayerPlan:
     bits: int = FULL
     entry_bytes: int = 4
     has_narrow_bias: bool = True
+    is_whole: bool = False
 
     @property
     def is_table(self) -> bool:
-        """Whether the layer is a table of embeddings, whose only form is its whole kernel."""
+        """Whether the layer is a table of embeddings, which has no inputs and no ranks."""
         return self.kind == TABLE
+
+    @property
+    def is_on_grids(self) -> bool:
+        """Whether the entries of the layer's factors, or of its whole kernel, are integers of a few bits."""
+        return self.method is not None and self.bits != FULL
 
     @property
     def kernel_params(self) -> int:
@@ -75,7 +83,7 @@ class LayerPlan:
     def bytes(self) -> int:
         """Bytes of the factors with the scales of their grids, and of the bias."""
         if self.method is None or self.rank is None:
-            return self.dense_bytes
+            return min(self.entry_bytes, self.bits // 8) * self.dense_params
         shapes = self.method.factor_shapes(self.shape, self.rank)
         factors = sum(factor_bytes(shape, self.bits, self.entry_bytes) for shape in shapes)
         return factors + self.bias_size(BYTES)
@@ -90,7 +98,7 @@ class LayerPlan:
 
     def bias_size(self, unit: str) -> int:
         """The parameters or the bytes of the bias, after."""
-        is_narrow = self.bits != FULL and self.has_narrow_bias
+        is_narrow = self.is_on_grids and self.has_narrow_bias
         entry_bytes = min(self.entry_bytes, VECTOR_BYTES) if is_narrow else self.entry_bytes
         return entry_bytes * self.bias_params if unit == BYTES else self.bias_params
 
@@ -129,7 +137,7 @@ class LayerPlan:
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("name", "kind", "dense_params", "params", "reason", "error", "output_error", "note", "path", "bits")
-        plain += ("entry_bytes", "has_narrow_bias")
+        plain += ("entry_bytes", "has_narrow_bias", "is_whole")
         rank = None if self.rank is None else list(self.rank)
         method = None if self.method is None else self.method.to_dict()
         return {k: getattr(self, k) for k in plain} | {"shape": list(self.shape), "rank": rank, "method": method}

@@ -91,26 +91,35 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
         ranked = overall(those, budget) if asked.allocation == "global" else uniform(those, share, budget)
         return [costs.best(model.get_submodule(row.name), row) for row in ranked]
 
-    def at(rate: float) -> Plan:
-        budget = sketch.budget(rate)
-        ranked = share_out(candidates, budget)
+    def ranked(budget: int) -> dict[str, LayerPlan]:
+        found = share_out(candidates, budget)
         if asked.objective != "parameters":
             is_slow = lambda row: not costs.is_faster(model.get_submodule(row.name), row)  # noqa: E731
-            ranked = without_slower(candidates, budget, ranked, share_out, is_slow)
-        by_name = {layer.name: layer for layer in ranked}
-        final = tuple(_narrowed(by_name.get(layer.name, layer), asked.widths) for layer in sketch.layers)
+            found = without_slower(candidates, budget, found, share_out, is_slow)
+        return {row.name: _narrowed(row, asked.widths) for row in found}
+
+    def at(rate: float) -> Plan:
+        wide, found = sketch.without_grids, ranked(sketch.budget(rate))
+        if not _is_any_on_grids(found.values(), wide.layers):
+            found = ranked(wide.budget(rate))  # nothing beside the layers becomes smaller
+        used = sketch if _is_any_on_grids(found.values(), wide.layers) else wide
+        rows = tuple(found.get(layer.name, layer) for layer in used.layers)
         settled = asked.method, rate, asked.rate_decay, asked.scope, asked.allocation
-        saved = sketch.vectors_saved if any(layer.bits != FULL for layer in final) else 0
-        return Plan(*settled, final, sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes, saved)
+        sizes = sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes, used.vectors_saved
+        return Plan(*settled, rows, *sizes)
 
     if asked.target_error is None:
         return at(sketch.rate)
     return _smallest_plan(at, sketch.smallest_rate, asked.target_error)
 
 
+def _is_any_on_grids(*groups: Iterable[LayerPlan]) -> bool:
+    return any(layer.is_on_grids for group in groups for layer in group)
+
+
 def _narrowed(layer: LayerPlan, widths: Widths) -> LayerPlan:
     """A layer that the allocation keeps dense has the width that was asked for, too, if it is one."""
-    if layer.method is not None or layer.reason not in (None, SLOWER) or len(widths.bits) > 1:
+    if layer.method is not None or layer.reason not in (None, SLOWER) or widths.is_choice:
         return layer
     bits = max(widths.bits)
     return layer if bits == FULL else replace(layer, method=DENSE, rank=(), bits=bits)

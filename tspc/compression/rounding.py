@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -43,13 +43,14 @@ def put_on_grids_(
     widths: Mapping[str, int],
     samples: Samples | None = None,
     on_layer: OnLayer = lambda *fitted: None,
+    kept: Collection[str] = (),
 ) -> None:
     """Rounds the factors of some layers of `model`, in place, as `apply_` rounds them after a decomposition.
 
     The layers follow each other: each one is rounded for the inputs that the layers before it give once they are
     rounded, and makes up for their errors. `widths` has the bits of each layer. `reference` is the network that was
-    compressed; only its structure counts. Without `samples` each entry is rounded to the nearest value. With several
-    processes the first one rounds, and all get its result.
+    compressed; only its structure counts. The parameters named in `kept` keep their numbers. Without `samples` each
+    entry is rounded to the nearest value. With several processes the first one rounds, and all get its result.
     """
     layers = {name: layer for name, layer in tensorized_layers(model).items() if name in widths}
     trained = _dense(model, reference)
@@ -59,7 +60,7 @@ def put_on_grids_(
     known = {name: _values(layer) for name, layer in layers.items() if layer.decomposition != DENSE}
 
     def rounded() -> dict[str, Tensor]:
-        found, _ = tensorized(trained, plan, samples, on_layer, known=known)
+        found, _ = tensorized(trained, plan, samples, on_layer, known=known, kept=kept)
         return {name: value.cpu() for name, value in tensor_state(found).items()}
 
     state = processes.by_first(rounded)

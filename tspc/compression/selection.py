@@ -24,6 +24,7 @@ FilterFn = Callable[[str, nn.Module], bool]
 """Whether a layer, given by its name and itself, may be tensorized."""
 
 
+FIRST = "first convolution"
 DEPTHWISE, SHARED = "depthwise convolution", "its weight is shared with another layer"
 EXCLUDED, NOT_INCLUDED, FILTERED = "excluded", "not included", "left out by filter_fn"
 UNTOUCHED = (SHARED, EXCLUDED, NOT_INCLUDED, FILTERED)
@@ -68,14 +69,15 @@ def select(
         if reason is None and name in tables and widths.unit == PARAMETERS:
             reason = LOOKED_UP
         params = sum(p.numel() for p in module.parameters(recurse=False))
+        is_whole = name in tables
         if name in shared:
             reason = SHARED
-        elif selection.keep_first and name == first:
-            reason = "first convolution"
-        elif selection.keep_last and name == last and reason is None:
-            reason = FINAL
         elif any(fnmatchcase(name, pattern) for pattern in selection.exclude):
             reason = EXCLUDED
+        elif (selection.keep_first and name == first) or (selection.keep_last and name == last and reason is None):
+            # Where the budget decides the widths, it decides theirs, too.
+            is_whole = reason is None and widths.is_choice
+            reason = None if is_whole else FIRST if name == first else FINAL
         elif selection.include and not any(fnmatchcase(name, pattern) for pattern in selection.include):
             reason = NOT_INCLUDED
         elif reason is None and params < selection.min_params:
@@ -84,7 +86,7 @@ def select(
             reason = FILTERED
         entry = next((p.element_size() for p in module.parameters(recurse=False)), 4)
         kind = TABLE if name in tables else type(module).__name__
-        numbers = {"entry_bytes": entry, "has_narrow_bias": has_narrow_bias(module)}
+        numbers = {"entry_bytes": entry, "has_narrow_bias": has_narrow_bias(module), "is_whole": is_whole}
         layers.append(LayerPlan(name, kind, shapes[name], params, params, reason=reason, **numbers))
     return layers
 

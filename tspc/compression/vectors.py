@@ -1,8 +1,9 @@
-"""Biases and norms of a network whose factors lie on grids: 16 bits for a number, 8 bits for a statistic.
+"""What a network holds beside factors on grids: 16 bits for a number, 8 bits for a statistic of a batch norm.
 
-Of a small network the four vectors of a batch norm in float32 would be a third of the bytes. In eval mode it is a scale
-and a shift for each channel, so its statistics may be rounded much: weight and bias make up for it. They still serve
-further training, which would have to find them anew if they were left out.
+These are biases, norms, and the parameters of modules that are not tensorized, such as an LSTM. Of a small network the
+four vectors of a batch norm in float32 would be a third of the bytes. In eval mode it is a scale and a shift for each
+channel, so its statistics may be rounded much: weight and bias make up for it. They still serve further training, which
+would have to find them anew if they were left out.
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ ENTRY, STATISTICS = ".vectors", ".statistics"
 entry of a network's state begins with a dot."""
 DEVIATION, RATIO = torch.float8_e5m2, torch.float8_e4m3fn
 """The formats of a standard deviation, and of a mean divided by it. All products of such numbers are exact."""
+NARROW = 8 * VECTOR_BYTES
+"""The width of numbers beside factors on grids."""
 LOST = 1e-3
 """The largest error of a narrow vector, relative to its largest entry; rounding to float16 causes half of it."""
 
 
 @torch.no_grad()
-def narrow_vectors_(model: nn.Module) -> None:
-    """Rounds the vectors of `model` to float16 numbers, and the statistics of its batch norms to fewer bits.
+def narrow_vectors_(model: nn.Module, kept: Collection[str] = ()) -> None:
+    """Rounds the parameters of `model` to float16 numbers, and the statistics of its batch norms to fewer bits.
 
     The batch norms' weights and biases change with their statistics, so that the answers in eval mode stay the same up
-    to rounding to float16. Left alone are vectors that float16 cannot hold, those of layers whose kernels are not on
-    grids, and batch norms that share a tensor with another module or do more than an affine map. All keep their dtype.
+    to rounding to float16. Left alone are factors on grids, the parameters named in `kept`, those that float16 cannot
+    hold, those of convolutions and dense layers of a known kind whose kernels are not on grids, and batch norms that
+    share a tensor with another module or do more than an affine map. All keep their dtype.
     """
-    kept = _kept(model)
+    left_alone = _left_alone(model) | {id(x) for name, x in _parameters(model) if name in kept}
     for norm in _norms(model).values():
         narrow = _narrowed(norm)
         if narrow is not None:
@@ -48,43 +52,55 @@ def narrow_vectors_(model: nn.Module) -> None:
                 cast(Tensor, own).copy_(value)
             cast(Tensor, norm.num_batches_tracked).zero_()
     for parameter in model.parameters():
-        if _is_vector(parameter) and id(parameter) not in kept and _fits(parameter):
+        if _is_float32(parameter) and id(parameter) not in left_alone and _fits(parameter):
             parameter.copy_(_rounded(parameter))
 
 
-def _kept(model: nn.Module) -> set[int]:
-    """The parameters of convolutions and dense layers, by identity, whose kernels are floating-point numbers."""
+def wide_parameters(model: nn.Module) -> set[str]:
+    """The names of the parameters that float16 does not hold exactly. Training makes all parameters such."""
+    return {name for name, x in _parameters(model) if not (_is_float32(x) and torch.equal(_rounded(x), x))}
+
+
+def _left_alone(model: nn.Module) -> set[int]:
+    """By identity: factors on grids, and the parameters of layers of a known kind with floating-point kernels."""
     tensorized = tensorized_layers(model).values()
     links = {id(module) for layer in tensorized for module in layer.modules()}
     layers: list[nn.Module] = [layer for layer in tensorized if not layer.grids]
     layers += [module for module in model.modules() if kind_of(module) is not None and id(module) not in links]
-    return {id(parameter) for layer in layers for parameter in layer.parameters()}
+    factors = {id(factor) for layer in tensorized for factor in layer.factor_parameters()}
+    return factors | {id(parameter) for layer in layers for parameter in layer.parameters()}
 
 
 def has_narrow_bias(layer: nn.Module) -> bool:
     """Whether float16 can hold the bias of a convolution or dense layer, if it has one."""
     bias = getattr(layer, "bias", None)
-    return not isinstance(bias, Tensor) or bias.element_size() == VECTOR_BYTES or (_is_vector(bias) and _fits(bias))
+    return not isinstance(bias, Tensor) or bias.element_size() == VECTOR_BYTES or (_is_float32(bias) and _fits(bias))
+
+
+def is_narrow_whole(layer: nn.Module) -> bool:
+    """Whether float16 can hold all parameters of a layer of a kind that is not known."""
+    return kind_of(layer) is None and all(_is_float32(x) and _fits(x) for x in layer.parameters(recurse=False))
 
 
 def bytes_saved(model: nn.Module, layers: Collection[str]) -> int:
-    """The bytes of a file that `narrow_vectors_` saves, without the vectors of the named layers."""
+    """The bytes of a file that `narrow_vectors_` saves, without the parameters of the named layers."""
     state = tensor_state(model)
-    left_out = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
+    own = {name: model.get_submodule(name).named_parameters(recurse=False) for name in layers}
+    left_out = {f"{name}.{kind}" for name, parameters in own.items() for kind, _ in parameters}
     saved = 0
     for name, norm in _norms(model).items():
         if _narrowed(norm) is not None:
             left_out |= {f"{name}.{kind}" for kind in ("weight", "bias")}
             saved += _saved_by_statistics(name, norm, state) + _saved(norm.weight) + _saved(norm.bias)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    vectors = (x for name, x in state.items() if name in parameters - left_out and _is_vector(x) and _fits(x))
+    parameters = {name for name, _ in _parameters(model)}
+    vectors = (x for name, x in state.items() if name in parameters - left_out and _is_float32(x) and _fits(x))
     return saved + sum(map(_saved, vectors))
 
 
 def state_saved(model: nn.Module) -> int:
     """The bytes that `with_vectors` saves."""
-    names, norms = _narrow(model)
     state = tensor_state(model)
+    names, norms = _narrow(model, state)
     of_statistics = sum(_saved_by_statistics(name, norm, state) for name, norm in norms.items())
     return of_statistics + sum(_saved(state[name]) for name in names)
 
@@ -103,11 +119,11 @@ def with_vectors(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[
     Also returns what the file's header says of them. Nothing is lost: a vector is narrow if float16 holds it exactly,
     and statistics if they are as `narrow_vectors_` makes them.
     """
-    names, norms = _narrow(model)
+    names, norms = _narrow(model, tensors)
     dropped = {*names, *(key for norm in norms for key in _statistics(norm))}
     found = {name: value for name, value in tensors.items() if name not in dropped}
     if names:
-        found[ENTRY] = torch.cat([tensors[name].to(torch.float16) for name in names])
+        found[ENTRY] = torch.cat([tensors[name].to(torch.float16).flatten() for name in names])
     if norms:
         codes = (code for norm in norms.values() for code in _codes(norm))
         found[STATISTICS] = torch.cat([code.cpu().view(torch.uint8) for code in codes])
@@ -122,11 +138,11 @@ def without_vectors(
     if not names and not norms:
         return dict(tensors)
     found, own, modules = dict(tensors), tensor_state(model), _all_norms(model)
-    sizes = [own[name].numel() if name in own and own[name].ndim == 1 else -1 for name in names]
+    sizes = [own[name].numel() if name in own else -1 for name in names]
     features = [modules[name].num_features if name in modules else -1 for name in norms for _ in range(2)]
     vectors = _parts(found.pop(ENTRY, None), torch.float16, sizes)
     codes = _parts(found.pop(STATISTICS, None), torch.uint8, features)
-    found |= {name: part.float() for name, part in zip(names, vectors, strict=True)}
+    found |= {name: part.float().reshape(own[name].shape) for name, part in zip(names, vectors, strict=True)}
     for name, deviation, ratio in zip(norms, codes[::2], codes[1::2], strict=True):
         mean, variance, count = _statistics(name)
         wide = _decoded(deviation.clone().view(DEVIATION), ratio.clone().view(RATIO))
@@ -207,12 +223,15 @@ def _decoded(deviation: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     return deviation.float() * ratio.float(), deviation.float().square()
 
 
-def _narrow(model: nn.Module) -> tuple[list[str], dict[str, BatchNorm]]:
-    """The names of the vectors in the state that float16 holds exactly, and the batch norms with narrow statistics."""
+def _narrow(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], dict[str, BatchNorm]]:
+    """The names of the tensors that float16 holds exactly, and the batch norms with narrow statistics."""
     norms = {name: norm for name, norm in _norms(model).items() if _has_few_bits(norm)}
-    dropped = {key for norm in norms for key in _statistics(norm)}
-    state = tensor_state(model).items()
-    names = [name for name, x in state if name not in dropped and _is_vector(x) and torch.equal(_rounded(x), x)]
+    factors = {id(x) for layer in tensorized_layers(model).values() for x in layer.factor_parameters()}
+    elsewhere = {key for norm in norms for key in _statistics(norm)}
+    elsewhere |= {name for name, x in _parameters(model) if id(x) in factors}
+    names = [
+        name for name, x in tensors.items() if name not in elsewhere and _is_float32(x) and torch.equal(_rounded(x), x)
+    ]
     return names, norms
 
 
@@ -228,12 +247,17 @@ def _statistics(norm: str) -> Iterator[str]:
     return (f"{norm}.{key}" for key in ("running_mean", "running_var", "num_batches_tracked"))
 
 
-def _is_vector(x: Tensor) -> bool:
-    return x.ndim == 1 and x.dtype == torch.float32 and x.layout == torch.strided
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters with their names in the network's state; a shared one has several."""
+    return model.named_parameters(remove_duplicate=False)
+
+
+def _is_float32(x: Tensor) -> bool:
+    return x.ndim > 0 and x.dtype == torch.float32 and x.layout == torch.strided
 
 
 def _fits(x: Tensor) -> bool:
-    """Whether rounding to float16 changes a vector little; without values it is supposed to."""
+    """Whether rounding to float16 changes a tensor little; without values it is supposed to."""
     x = x.detach()
     if x.is_meta:
         return True

@@ -21,7 +21,7 @@ from tspc.compression.fits import OnLayer
 from tspc.compression.integers import on_grids
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.rounding import put_on_grids_, take_off_grids_
-from tspc.compression.vectors import narrow_vectors_
+from tspc.compression.vectors import narrow_vectors_, wide_parameters
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.activations import Kept, augmented_images
@@ -106,7 +106,7 @@ def distill(
 
     Raises TrainingError if a loss stops being finite, ConfigError if the pattern matches no block.
     """
-    adapted, start = adapted_layers(model, reference), copy.deepcopy(model.state_dict())
+    adapted, wide, start = adapted_layers(model, reference), wide_parameters(model), copy.deepcopy(model.state_dict())
     layers = tensorized_layers(model, tables=False)  # a table has no block before it to learn from
     blocks = find_blocks(reference, list(layers), settings.blocks)
     widths = take_off_grids_(model, lambda name: name in layers and block_of(name, blocks) is not None)
@@ -135,10 +135,10 @@ def distill(
                     _train_block(model, reference, segment.module, number, label, kept, settings, context, progress)
                 progress.save(number + 1, {"network": model.state_dict()})
         if widths:
-            _round_(model, reference, widths, calibration or Calibration(), context)
+            _round_(model, reference, widths, wide, calibration or Calibration(), context)
             keep_closer_(model, start, reference, _unseen(kept, settings, context), context)
         elif on_grids(model):
-            narrow_vectors_(model)
+            narrow_vectors_(model, wide)
         if settings.blocks is None and not widths:
             keep_better_(model, start, reference, _unseen(kept, settings, context), context)
     finally:
@@ -147,9 +147,14 @@ def distill(
 
 
 def _round_(
-    model: nn.Module, reference: nn.Module, widths: Mapping[str, int], calibration: Calibration, context: Context
+    model: nn.Module,
+    reference: nn.Module,
+    widths: Mapping[str, int],
+    wide: set[str],
+    calibration: Calibration,
+    context: Context,
 ) -> None:
-    """Puts the factors on grids again."""
+    """Puts the factors on grids again; the parameters named in `wide` stay as they are."""
     layers = tensorized_layers(model)
     sizes = {name: work_on(math.prod(layers[name].shape)) for name in widths}
     with (
@@ -158,7 +163,7 @@ def _round_(
         counting(samples, tally),
     ):
         done: OnLayer = lambda layer, *fitted: tally.add(layer.name, FIT * sizes[layer.name])  # noqa: E731
-        put_on_grids_(model, reference, widths, samples, done)
+        put_on_grids_(model, reference, widths, samples, done, kept=wide)
 
 
 def _trace(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspc.compression.integers import on_grids
-from tspc.compression.vectors import narrow_vectors_
+from tspc.compression.vectors import narrow_vectors_, wide_parameters
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.agreement import class_counts, distance
 from tspc.phases.batch_norm import SHOWN, rebase_
@@ -91,6 +91,7 @@ def finetune(
     Raises TrainingError if the loss stops being finite.
     """
     reference.eval()
+    wide = wide_parameters(model)
     blocks = find_blocks(reference, list(tensorized_layers(model, tables=False))) if settings.features else []
     with outputs_of(reference, blocks) as wanted, outputs_of(model, blocks) as given:
 
@@ -122,7 +123,7 @@ def finetune(
             recipe = _careful(settings, distance(found), context, phase) if settings.is_careful else settings
         _train(model, recipe, context, progress, phase, loss_of)
     if on_grids(model):
-        narrow_vectors_(model)
+        narrow_vectors_(model, wide)
 
 
 def _careful(settings: Finetuning, apart: float, context: Context, phase: str) -> Finetuning:

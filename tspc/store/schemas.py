@@ -135,7 +135,7 @@ _LAYER = {
     **dict.fromkeys(("reason", "note?", "path?"), (str, None)),
     **dict.fromkeys(("error", "output_error"), ERROR),
     **dict.fromkeys(("bits?", "entry_bytes?"), COUNT),
-    "has_narrow_bias?": bool,
+    **dict.fromkeys(("has_narrow_bias?", "is_whole?"), bool),
 }
 PLAN = {
     "method": dict,

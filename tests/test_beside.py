@@ -1,0 +1,138 @@
+"""What lies beside factors on grids: layers of kinds that are not known, and layers that a rule keeps whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tspc
+from tspc.compression.integers import state_bytes
+from tspc.compression.plan import Plan
+from tspc.compression.vectors import narrow_vectors_, wide_parameters
+
+IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Own(nn.Conv2d):
+    """A convolution of a class of its own, as many networks have."""
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 24, 3, padding=1)
+        self.own = Own(24, 24, 3, padding=1, groups=24)
+        self.middle = nn.Conv2d(24, 32, 3, padding=1)
+        self.up = nn.ConvTranspose2d(32, 32, 2)
+        self.places = nn.Parameter(torch.randn(81, 32))
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.recurrent = nn.GRU(32, 32, batch_first=True)
+        self.sharpness = nn.Parameter(torch.tensor(1.2345678))
+        self.last = nn.Linear(32, 40)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(self.middle(self.own(self.first(x)).relu()).relu()).relu()
+        x = x.flatten(2).mT + self.places
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.sharpness * self.last(self.recurrent(x)[0][:, -1])
+
+
+def network() -> Network:
+    return Network().eval()
+
+
+def plan(**options) -> Plan:
+    return tspc.plan(network(), "svd", calibration=IMAGES, **options)
+
+
+def small(**options) -> nn.Module:
+    return tspc.compress(network(), "svd", calibration=IMAGES, **options).eval()
+
+
+BESIDE = ("own.weight", "own.bias", "up.weight", "places", "attention.in_proj_weight", "recurrent.weight_hh_l0")
+
+
+def test_kinds_that_are_not_known_have_16_bits(tmp_path):
+    made, wanted = small(size=0.4), network()
+    state, before = made.state_dict(), wanted.state_dict()
+    for name in BESIDE:
+        assert state[name].dtype == torch.float32
+        assert torch.equal(state[name], before[name].half().float()), name
+    assert torch.equal(made.sharpness, wanted.sharpness)
+    with torch.no_grad():
+        assert (made(IMAGES) - wanted(IMAGES)).norm() < 0.2 * wanted(IMAGES).norm()
+    assert state_bytes(made) <= 0.4 * state_bytes(wanted)
+    found = plan(size=0.4)
+    assert found.network_bytes == state_bytes(made)
+    kept = {row.name: row.bits for row in found.layers if row.reason is not None}
+    assert kept == {"own": 16, "up": 16, "attention.out_proj": 16}
+    tspc.save(made, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_size < 0.4 * state_bytes(wanted) + 6000
+    assert torch.equal(tspc.load(tmp_path / "a.safetensors", network())(IMAGES), made(IMAGES))
+
+
+def test_what_the_user_left_out_keeps_its_numbers():
+    made = small(size=0.5, exclude=["own", "first", "last"])
+    for name in ("own", "first", "last"):
+        kept, before = made.get_submodule(name), network().get_submodule(name)
+        assert type(kept) is type(before)
+        assert torch.equal(kept.weight, before.weight), name
+        assert torch.equal(kept.bias, before.bias), name
+    assert plan(size=0.5, exclude=["own", "first", "last"]).network_bytes == state_bytes(made)
+
+
+def test_training_keeps_the_widths():
+    made = small(size=0.4, exclude=["own"])
+    wide = wide_parameters(made)
+    assert "own.weight" in wide
+    assert not wide & {"up.weight", "places", "middle.bias"}
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(1e-5 * torch.randn_like(parameter))
+    before = made.own.weight.clone()
+    narrow_vectors_(made, wide)
+    assert torch.equal(made.own.weight, before)
+    assert "own.weight" in wide_parameters(made)
+    assert not wide_parameters(made) & {"up.weight", "places", "middle.bias"}
+
+
+def test_numbers_that_float16_cannot_hold_stay_and_count():
+    model = network()
+    with torch.no_grad():
+        model.up.weight.mul_(1e-9)
+        model.places.mul_(1e-9)
+    made = tspc.compress(model, "svd", size=0.5, calibration=IMAGES)
+    assert torch.equal(made.places, model.places)
+    assert torch.equal(made.up.weight, model.up.weight)
+    assert tspc.plan(model, "svd", size=0.5, calibration=IMAGES).network_bytes == state_bytes(made)
+    assert state_bytes(made) <= 0.5 * state_bytes(model)
+
+
+@pytest.mark.parametrize("size", [0.999, 1.0])
+def test_without_a_layer_in_few_bits_nothing_else_has_fewer(size):
+    made = small(size=size)
+    assert state_bytes(made) == plan(size=size).network_bytes <= size * state_bytes(network())
+    if size == 1.0:
+        assert wide_parameters(made) == wide_parameters(network())
+
+
+def test_the_budget_decides_the_width_of_the_first_and_the_last_layer():
+    found = {size: {row.name: row for row in plan(size=size).layers} for size in (0.45, 0.36)}
+    for rows in found.values():
+        for name in ("first", "last"):
+            assert rows[name].reason is None
+            assert rows[name].method is None or rows[name].method.name == "dense"
+    assert found[0.36]["last"].bits < found[0.45]["last"].bits
+    fixed = {row.name: row for row in plan(rate=0.4, bits=8).layers}
+    assert (fixed["last"].reason, fixed["last"].bits) == ("final layer", 8)
+
+
+def test_what_is_left_of_a_budget_widens_whole_kernels():
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))).eval()
+    whole = 4 * 64 * 64 * 4
+    for share in (0.14, 0.17, 0.2):
+        made = tspc.plan(model, "dense", size=share, calibration=torch.randn(64, 64))
+        step = 64 * 64 // 8  # a bit more in one layer
+        assert share * whole - 2 * step < made.network_bytes <= share * whole
