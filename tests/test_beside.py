@@ -110,6 +110,14 @@ def test_numbers_that_float16_cannot_hold_stay_and_count():
     assert state_bytes(made) <= 0.5 * state_bytes(model)
 
 
+def test_a_plan_counts_the_numbers_of_the_networks_format():
+    for dtype, each in ((torch.float64, 8), (torch.float32, 4), (torch.float16, 2)):
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)).to(dtype)
+        made = tspc.plan(model, "svd", 0.5, rate_unit="bytes", keep_last=True)
+        assert made.layers[-1].bytes == made.layers[-1].dense_bytes == each * 272
+        assert made.network_bytes == state_bytes(tspc.compress(model, "svd", 0.5, rate_unit="bytes"))
+
+
 @pytest.mark.parametrize("size", [0.999, 1.0])
 def test_without_a_layer_in_few_bits_nothing_else_has_fewer(size):
     made = small(size=size)

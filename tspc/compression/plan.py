@@ -83,7 +83,7 @@ class LayerPlan:
     def bytes(self) -> int:
         """Bytes of the factors with the scales of their grids, and of the bias."""
         if self.method is None or self.rank is None:
-            return min(self.entry_bytes, self.bits // 8) * self.dense_params
+            return (self.entry_bytes if self.bits == FULL else VECTOR_BYTES) * self.dense_params
         shapes = self.method.factor_shapes(self.shape, self.rank)
         factors = sum(factor_bytes(shape, self.bits, self.entry_bytes) for shape in shapes)
         return factors + self.bias_size(BYTES)

@@ -121,9 +121,9 @@ class PlanSettings:
     - `bits`: the width of the factors' entries: "32" (floating-point numbers), "16", "8", "6", "5", "4" or "3"
       (integers, with a scale for each row), or "auto", which chooses a width for each layer and needs a budget in
       bytes. None: "32" with a rate, "auto" with a size. With fewer than 32 bits layers that stay dense are rounded,
-      too: to the same width, or with "auto" to 8 bits where a rule keeps them dense; the first convolution and the last
-      layer then share the budget with their whole kernels. So are tables of embeddings; a
-      budget in bytes counts them, and chooses their width.
+      too: to the same width, or with "auto" to 8 bits where a rule keeps them dense. The first convolution and the last
+      layer then share the budget, as whole kernels. So do tables of embeddings, if the budget counts bytes; they are
+      rounded like dense layers.
     - `rate_unit`: what the rate counts: "parameters", or "bytes", compared with float32.
     - `allocation`: "global" spends the budget where it lowers the error most, and may keep layers dense; "uniform"
       gives every layer the same rate. If a layer's share is too small for the smallest rank, the layer takes this rank,
