@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from tspc.system import processes
 from tspc.traversal.hooks import evaluating
 
 Images = Callable[[], Iterable[Tensor]]
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -29,16 +31,13 @@ def keep_better_(
     wanted = _classes(reference, images)
     if wanted is None:
         return
-    trained = copy.deepcopy(model.state_dict())
-    after = _classes(model, images) == wanted
-    model.load_state_dict(start)
-    before = _classes(model, images) == wanted
+    before, after = _before_and_after(model, start, lambda: _classes(model, images) == wanted)
     lost, gained = before & ~after, after & ~before
     counts = torch.stack([flags.sum() for flags in (lost, gained, before, after, torch.ones_like(after))])
     lost, gained, before, after, count = processes.summed(counts).tolist()
     if lost - gained <= 2 * math.sqrt(lost + gained):
-        model.load_state_dict(trained)
         return
+    model.load_state_dict(start)
     context.note({"phase": "distill", "event": "undone", "before": before, "after": after, "images": count})
     text = f"before it the network gave the reference's class on {before:,} of {count:,} training images"
     context.display.line(f"distill    undone: {text}, after it on {after:,}")
@@ -54,15 +53,21 @@ def keep_closer_(
     error over the images, relative to the size of the reference's answers. A network whose answer is not a tensor is
     not changed.
     """
-    trained = copy.deepcopy(model.state_dict())
-    after = _error(model, reference, images)
-    model.load_state_dict(start)
-    before = _error(model, reference, images)
+    before, after = _before_and_after(model, start, lambda: _error(model, reference, images))
     if after is None or before is None or after <= before:
-        model.load_state_dict(trained)
         return
+    model.load_state_dict(start)
     context.note({"phase": "distill", "event": "undone", "before": before, "after": after})
     context.display.line(f"distill    undone: the relative error of the answers was {before:.3g}, after it {after:.3g}")
+
+
+def _before_and_after(model: nn.Module, start: dict[str, Tensor], judge: Callable[[], T]) -> tuple[T, T]:
+    """What a judge says of the model at its `start`, and of the model as it is now."""
+    after, trained = judge(), copy.deepcopy(model.state_dict())
+    model.load_state_dict(start)
+    before = judge()
+    model.load_state_dict(trained)
+    return before, after
 
 
 def _error(network: nn.Module, reference: nn.Module, images: Images) -> float | None:
