@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from tspc.calibration.recalibration import passes, recalibrate_
 from tspc.calibration.samples import Calibration, Samples, kept
+from tspc.compression.beside import narrow_beside_
 from tspc.compression.fits import Fits, OnLayer
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import plan
 from tspc.compression.progress import FIT, progress_bar, work_on
-from tspc.compression.selection import UNTOUCHED, FilterFn, why_dense
+from tspc.compression.selection import FilterFn, why_dense
 from tspc.compression.settings import PlanSettings
-from tspc.compression.vectors import narrow_vectors_
 from tspc.decompositions import Factors, Method
 from tspc.layers.dense import check_values, has_inputs, kind_of
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
@@ -94,7 +94,7 @@ def apply_(
     the compressed network and y its output in the reference. Then W̃ = Cov(y, x)(Cov(x) + λI)⁻¹ is decomposed in the
     norm of Cov(x), and the mean of y goes into the bias or the batch norm.
 
-    If factors lie on grids, what the network holds beside them is rounded, too (`narrow_vectors_`).
+    If factors lie on grids, what the network holds beside them is rounded, too (`narrow_beside_`).
 
     Raises DecompositionError if a kernel cannot be decomposed, or a parameter holds NaN or infinite values. The message
     names the layer, and the network is unchanged.
@@ -157,15 +157,9 @@ def _tensorized(
     if samples is not None:
         recalibrate_(fits.work, model, samples)
     if any(layer.is_on_grids for layer in plan.layers):
-        narrow_vectors_(fits.work, {*kept, *_untouched(model, plan)})
+        narrow_beside_(fits.work, {*plan.kept, *kept})
     refuse_save_pretrained_(fits.work)
     return fits.work, replace(plan, layers=tuple(fits.done.get(layer.name, layer) for layer in plan.layers))
-
-
-def _untouched(model: nn.Module, plan: Plan) -> set[str]:
-    """The names of the parameters that stay as they are: of shared layers, and of those that the user left out."""
-    layers = [layer.name for layer in plan.layers if layer.reason in UNTOUCHED]
-    return {f"{layer}.{name}" for layer in layers for name, _ in model.get_submodule(layer).named_parameters()}
 
 
 def to_fit(model: nn.Module, plan: Plan, samples: Samples | None) -> list[LayerPlan]:

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from tspc.compression.beside import with_narrow, without_narrow
 from tspc.compression.form import DENSE
 from tspc.compression.header import FORMAT, FORMAT_OF_NUMBERS, checked_header, method_of
 from tspc.compression.integers import on_grids, with_integers, without_integers
-from tspc.compression.vectors import with_vectors, without_vectors
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.layers.dense import DenseLayer, Form, is_table, kernel_shape, kind_of
@@ -52,7 +52,7 @@ def save(
     tensors, beside = packed(model)
     compact: dict[str, Any] = {}
     if on_grids(model):
-        tensors, compact = with_vectors(with_integers(tensors, model), model)
+        tensors, compact = with_narrow(with_integers(tensors, model), model)
         compact["methods"] = _by_place_(layers)
     header = (
         {
@@ -120,7 +120,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: str | Path) -> None:
     """Loads the state of the file into the network, which has the compressed layers already; all or nothing."""
     try:
-        state = without_vectors(state, model, header)
+        state = without_narrow(state, model, header)
         extra = unpacked_extra(header, state)
         check_state(model, state | extra, str(path))
         take_kinds_(model, state, header)

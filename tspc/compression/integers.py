@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tspc.compression.beside import state_saved
 from tspc.compression.selection import DTYPES
-from tspc.compression.vectors import state_saved
 from tspc.errors import WeightsError, shortened
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.tensorized import TensorizedLayer, scales_of

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from tspc.compression.allocation import Candidate, candidate
+from tspc.compression.beside import NARROW, bytes_saved, is_narrow_whole
 from tspc.compression.error_curve import Curves
 from tspc.compression.form import DENSE, Widths
 from tspc.compression.integers import state_bytes
 from tspc.compression.plan import BYTES, PARAMETERS, LayerPlan
-from tspc.compression.selection import DEPTHWISE, UNTOUCHED, FilterFn, select, why_dense
+from tspc.compression.selection import DEPTHWISE, UNTOUCHED, FilterFn, matches, parameters_beside, select, why_dense
 from tspc.compression.settings import PlanSettings, share_of
-from tspc.compression.vectors import NARROW, bytes_saved, is_narrow_whole
 from tspc.errors import ConfigError, InfeasibleRateError
 from tspc.layers.dense import kind_of
 from tspc.quantization.grids import FULL, LONG_ROW
@@ -24,15 +25,16 @@ from tspc.quantization.grids import FULL, LONG_ROW
 class Outline:
     """What is known of a plan before any rank is chosen: the layers, and what a rate leaves them.
 
-    `network_bytes` are those of all parameters and buffers that a file holds. `vectors_saved` are the bytes by which
-    the biases and norms beside the layers become smaller, if factors lie on grids.
+    `network_bytes` are those of all parameters and buffers that a file holds. `beside_saved` are the bytes by which
+    what lies beside the layers becomes smaller, if factors lie on grids; the parameters named in `kept` do not.
     """
 
     settings: PlanSettings
     layers: tuple[LayerPlan, ...]
     network_params: int
     network_bytes: int
-    vectors_saved: int = 0
+    beside_saved: int = 0
+    kept: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> list[LayerPlan]:
@@ -74,7 +76,7 @@ class Outline:
             return 0
         fixed = [layer for layer in self.layers if layer.reason is not None]
         saved = sum(layer.dense_size(self.unit) - layer.size(self.unit) for layer in fixed)
-        return self._base - self._dense - saved - (self.vectors_saved if self.unit == BYTES else 0)
+        return self._base - self._dense - saved - (self.beside_saved if self.unit == BYTES else 0)
 
     @property
     def _least(self) -> int:
@@ -90,7 +92,11 @@ class Outline:
     def without_grids(self) -> Outline:
         """The same if no layer gets fewer bits: then nothing beside them does."""
         wide = tuple(layer if layer.is_on_grids else replace(layer, bits=FULL) for layer in self.layers)
-        return replace(self, layers=wide, vectors_saved=0)
+        return replace(self, layers=wide, beside_saved=0)
+
+    def has_room_for(self, rows: Iterable[LayerPlan], rate: float) -> bool:
+        """Whether the layers that share the budget fit into it as these rows."""
+        return sum(row.size(self.unit) for row in rows) <= _whole_share(rate, self._base) - self._rest
 
     def budget(self, rate: float) -> int:
         """What these layers together may have. Raises InfeasibleRateError if they cannot have so little."""
@@ -121,15 +127,27 @@ def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None
         kept = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no Conv2d or Linear"
         raise ConfigError([f"the network has no layer to tensorize ({kept})"])
     modules = dict(model.named_modules())
-    layers = tuple(_rounded(layer, modules[layer.name], settings.widths) for layer in layers)
-    counted = [
-        layer.name for layer in layers if kind_of(modules[layer.name]) or layer.reason in UNTOUCHED or layer.bits < FULL
-    ]
-    saved = bytes_saved(model, counted) if settings.widths.offers_dense else 0
-    return Outline(settings, layers, sum(p.numel() for p in model.parameters()), state_bytes(model), saved)
+    kept = _kept(model, layers, settings)
+    layers = tuple(_rounded(layer, modules[layer.name], settings.widths, kept) for layer in layers)
+    saved = 0
+    if settings.widths.offers_dense:
+        rows = [modules[layer.name] for layer in layers if kind_of(modules[layer.name]) or layer.bits < FULL]
+        saved = bytes_saved(model, rows, kept)
+    params = sum(p.numel() for p in model.parameters())
+    return Outline(settings, layers, params, state_bytes(model), saved, tuple(sorted(kept)))
 
 
-def _rounded(layer: LayerPlan, module: nn.Module, widths: Widths) -> LayerPlan:
+def _kept(model: nn.Module, layers: Sequence[LayerPlan], settings: PlanSettings) -> set[str]:
+    """The names of parameters that keep their numbers: those of shared layers, and those that the user left out."""
+    if not settings.widths.offers_dense:
+        return set()
+    alone = [layer.name for layer in layers if layer.reason in UNTOUCHED]
+    found = {f"{name}.{own}" for name in alone for own, _ in model.get_submodule(name).named_parameters()}
+    beside = parameters_beside(model).items()
+    return found | {name for name, names in beside if matches(names, settings.selection.exclude)}
+
+
+def _rounded(layer: LayerPlan, module: nn.Module, widths: Widths, kept: Collection[str]) -> LayerPlan:
     """A layer that a rule keeps dense, in fewer bits; unchanged if the user left it out or its kernel is shared.
 
     A layer of a kind that is not known has float16 numbers.
@@ -137,7 +155,8 @@ def _rounded(layer: LayerPlan, module: nn.Module, widths: Widths) -> LayerPlan:
     if layer.reason in (None, *UNTOUCHED) or widths.of_rules == FULL:
         return layer
     if why_dense(module) not in (None, DEPTHWISE):
-        return replace(layer, bits=NARROW) if is_narrow_whole(module) else layer
+        is_free = not any(f"{layer.name}.{name}" in kept for name, _ in module.named_parameters(recurse=False))
+        return replace(layer, bits=NARROW) if is_free and is_narrow_whole(module) else layer
     if layer.reason == DEPTHWISE and math.prod(layer.shape[1:]) < LONG_ROW:  # its channels would share one scale
         return layer
     return replace(layer, method=DENSE, rank=(), bits=widths.of_rules)

@@ -117,9 +117,9 @@ class LayerPlan:
     @property
     def factors(self) -> str:
         """What the layer becomes: method, ranks and width, or why it stays dense."""
-        if self.method is None or self.rank is None:
-            return self.ranks
         width = "" if self.bits == FULL else f" in {self.bits} bits"
+        if self.method is None or self.rank is None:
+            return self.ranks + width
         return (self.ranks if self.rank else self.method.name) + width
 
     @property
@@ -155,7 +155,8 @@ class Plan:
 
     `rate` is the ceiling that the user gave, or that was found for a target error; it counts parameters or bytes
     (`rate_unit`). `network_dense_bytes` are the bytes of the network's parameters and buffers before, and
-    `vectors_saved` those by which the biases and norms beside the `layers` become smaller.
+    `beside_saved` those by which what lies beside the `layers` becomes smaller. The parameters named in `kept` keep
+    their numbers.
     """
 
     method: Method
@@ -168,7 +169,8 @@ class Plan:
     objective: str = "parameters"
     rate_unit: str = PARAMETERS
     network_dense_bytes: int = 0
-    vectors_saved: int = 0
+    beside_saved: int = 0
+    kept: tuple[str, ...] = ()
 
     @property
     def budgeted(self) -> tuple[LayerPlan, ...]:
@@ -228,7 +230,7 @@ class Plan:
     def network_bytes(self) -> int:
         """Bytes of the whole network's parameters and buffers after."""
         before = self.network_dense_bytes or 4 * self.network_dense_params  # of a plan of an earlier version
-        return before - sum(layer.dense_bytes - layer.bytes for layer in self.layers) - self.vectors_saved
+        return before - sum(layer.dense_bytes - layer.bytes for layer in self.layers) - self.beside_saved
 
     @property
     def bytes_reached(self) -> float:
@@ -252,11 +254,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("rate", "rate_decay", "rate_scope", "allocation", "network_dense_params", "objective")
-        plain += ("rate_unit", "network_dense_bytes", "vectors_saved")
-        layers = [layer.to_dict() for layer in self.layers]
-        return {k: getattr(self, k) for k in plain} | {"method": self.method.to_dict(), "layers": layers}
+        plain += ("rate_unit", "network_dense_bytes", "beside_saved")
+        layers, kept = [layer.to_dict() for layer in self.layers], list(self.kept)
+        plan = {k: getattr(self, k) for k in plain}
+        return plan | {"method": self.method.to_dict(), "layers": layers, "kept": kept}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        layers = tuple(LayerPlan.from_dict(layer) for layer in data["layers"])
-        return cls(**data | {"method": decompositions.from_dict(data["method"]), "layers": layers})
+        layers, kept = tuple(LayerPlan.from_dict(layer) for layer in data["layers"]), tuple(data.get("kept", ()))
+        method = decompositions.from_dict(data["method"])
+        return cls(**data | {"method": method, "layers": layers, "kept": kept})

@@ -100,17 +100,27 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
 
     def at(rate: float) -> Plan:
         wide, found = sketch.without_grids, ranked(sketch.budget(rate))
-        if not _is_any_on_grids(found.values(), wide.layers):
-            found = ranked(wide.budget(rate))  # nothing beside the layers becomes smaller
-        used = sketch if _is_any_on_grids(found.values(), wide.layers) else wide
+        is_narrow = _is_any_on_grids(found.values(), wide.layers)
+        if asked.widths.offers_dense and not is_narrow and not wide.has_room_for(found.values(), rate):
+            # The rest becomes smaller only beside a layer on grids: it is the one that loses least.
+            found |= _least_lost(candidates)
+            is_narrow = True
+        used = sketch if is_narrow else wide
         rows = tuple(found.get(layer.name, layer) for layer in used.layers)
         settled = asked.method, rate, asked.rate_decay, asked.scope, asked.allocation
-        sizes = sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes, used.vectors_saved
-        return Plan(*settled, rows, *sizes)
+        sizes = sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes, used.beside_saved
+        return Plan(*settled, rows, *sizes, sketch.kept)
 
     if asked.target_error is None:
         return at(sketch.rate)
     return _smallest_plan(at, sketch.smallest_rate, asked.target_error)
+
+
+def _least_lost(candidates: Sequence[Candidate]) -> dict[str, LayerPlan]:
+    """The layer that loses least by a whole kernel in few bits."""
+    rows = [(candidate, candidate.whole()) for candidate in candidates]
+    _, row = min(rows, key=lambda pair: pair[0].weight * (pair[1].output_error or 0.0) ** 2)
+    return {row.name: row}
 
 
 def _is_any_on_grids(*groups: Iterable[LayerPlan]) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from tspc.compression.beside import has_narrow_bias
 from tspc.compression.form import PLAIN, Widths
 from tspc.compression.plan import FINAL, PARAMETERS, TABLE, LayerPlan
 from tspc.compression.settings import Selection
-from tspc.compression.vectors import has_narrow_bias
 from tspc.errors import ConfigError, some
 from tspc.layers.dense import is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers
@@ -41,7 +41,8 @@ def select(
     """A row for every convolution and dense layer, still dense; `reason` says which rule keeps it dense, or is None.
 
     With `widths` below 32 bits there is a row for every table of embeddings, too. The last rule is `filter_fn`: it is
-    called for layers that no other rule keeps dense, and those for which it is false stay dense. Raises ConfigError if
+    called for layers that no other rule keeps dense, and those for which it is false stay dense. With fewer than 32
+    bits it is called for all layers that are not shared or left out by name. Raises ConfigError if
     the network is compressed already, or a wildcard matches nothing.
     """
     require_sizes(model)
@@ -57,8 +58,13 @@ def select(
     shared = _shared_weights(model)
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
     last = next((name for name in reversed(modules) if name not in tables), None)
-    for key, patterns in (("include", selection.include), ("exclude", selection.exclude)):
-        idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in everything)]
+    beside = parameters_beside(model).values() if widths.offers_dense else ()
+    allowed = {*everything, *(name for names in beside for name in names)}
+    for key, patterns, names in (
+        ("include", selection.include, everything),
+        ("exclude", selection.exclude, allowed),
+    ):
+        idle = [pattern for pattern in patterns if not matches(names, [pattern])]
         if idle:
             raise ConfigError(
                 [f"{key}={idle}: no convolution or dense layer has such a name; there are {some(modules)}"]
@@ -69,18 +75,21 @@ def select(
         if reason is None and name in tables and widths.unit == PARAMETERS:
             reason = LOOKED_UP
         params = sum(p.numel() for p in module.parameters(recurse=False))
-        is_whole = name in tables
+        is_whole, is_small = name in tables, params < selection.min_params
+        is_end = (selection.keep_first and name == first) or (selection.keep_last and name == last and reason is None)
         if name in shared:
             reason = SHARED
-        elif any(fnmatchcase(name, pattern) for pattern in selection.exclude):
+        elif matches([name], selection.exclude):
             reason = EXCLUDED
-        elif (selection.keep_first and name == first) or (selection.keep_last and name == last and reason is None):
-            # Where the budget decides the widths, it decides theirs, too.
-            is_whole = reason is None and widths.is_choice
-            reason = None if is_whole else FIRST if name == first else FINAL
-        elif selection.include and not any(fnmatchcase(name, pattern) for pattern in selection.include):
+        elif selection.include and not matches([name], selection.include):
             reason = NOT_INCLUDED
-        elif reason is None and params < selection.min_params:
+        elif widths.offers_dense and filter_fn is not None and not filter_fn(name, module):
+            reason = FILTERED  # asked first, because in few bits also layers that other rules keep dense change
+        elif is_end:
+            # Where the budget decides the widths, it decides theirs, too.
+            is_whole = reason is None and widths.is_choice and not is_small
+            reason = None if is_whole else FIRST if name == first else FINAL
+        elif reason is None and is_small:
             reason = f"fewer than {selection.min_params:,} parameters"
         elif reason is None and filter_fn is not None and not filter_fn(name, module):
             reason = FILTERED
@@ -89,6 +98,21 @@ def select(
         numbers = {"entry_bytes": entry, "has_narrow_bias": has_narrow_bias(module), "is_whole": is_whole}
         layers.append(LayerPlan(name, kind, shapes[name], params, params, reason=reason, **numbers))
     return layers
+
+
+def parameters_beside(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """The parameters that no convolution, dense layer or table of a known kind has: for each its name and its module's.
+
+    Both are names by which the user may leave it out.
+    """
+    known = {id(x) for module in model.modules() if kind_of(module) for x in module.parameters(recurse=False)}
+    names = (name for name, x in model.named_parameters(remove_duplicate=False) if id(x) not in known)
+    return {name: (name, name.rpartition(".")[0]) for name in names}
+
+
+def matches(names: Iterable[str], patterns: Collection[str]) -> bool:
+    """Whether a wildcard matches a name."""
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def why_dense(module: nn.Module) -> str | None:

@@ -87,11 +87,14 @@ def shown_by(layer: nn.Module) -> dict[str, Any]:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raises DecompositionError for a parameter with NaN or infinite values, or a buffer with NaN; it names it.
+    """Raises DecompositionError for a parameter with no, NaN or infinite values, or a buffer with NaN; it names it.
 
     The same holds for negative variances, because their roots are NaN. All layers are checked, also those that stay
     dense; otherwise the error would name a later layer. Infinite values in a buffer are allowed, as masks hold them.
     """
+    for name, value in model.named_parameters():
+        if value.is_meta:
+            raise DecompositionError(f"{name} has no values (it is on the meta device): load the weights first")
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         plain = value.layout == torch.strided and not value.is_meta and not is_lazy(value) and value.element_size() > 1
         if not plain or not (value.is_floating_point() or value.is_complex()):

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration import Calibration
+from tspc.compression.beside import narrow_beside_, wide_parameters
 from tspc.compression.fits import OnLayer
 from tspc.compression.integers import on_grids
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.rounding import put_on_grids_, take_off_grids_
-from tspc.compression.vectors import narrow_vectors_, wide_parameters
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.activations import Kept, augmented_images
@@ -138,7 +138,7 @@ def distill(
             _round_(model, reference, widths, wide, calibration or Calibration(), context)
             keep_closer_(model, start, reference, _unseen(kept, settings, context), context)
         elif on_grids(model):
-            narrow_vectors_(model, wide)
+            narrow_beside_(model, wide)
         if settings.blocks is None and not widths:
             keep_better_(model, start, reference, _unseen(kept, settings, context), context)
     finally:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tspc.compression.beside import narrow_beside_, wide_parameters
 from tspc.compression.integers import on_grids
-from tspc.compression.vectors import narrow_vectors_, wide_parameters
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.agreement import class_counts, distance
 from tspc.phases.batch_norm import SHOWN, rebase_
@@ -123,7 +123,7 @@ def finetune(
             recipe = _careful(settings, distance(found), context, phase) if settings.is_careful else settings
         _train(model, recipe, context, progress, phase, loss_of)
     if on_grids(model):
-        narrow_vectors_(model, wide)
+        narrow_beside_(model, wide)
 
 
 def _careful(settings: Finetuning, apart: float, context: Context, phase: str) -> Finetuning:

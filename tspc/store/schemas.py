@@ -144,7 +144,8 @@ PLAN = {
     "layers": [_LAYER],
     "network_dense_params": SIZE,
     "network_dense_bytes?": SIZE,
-    "vectors_saved?": COUNT,
+    "beside_saved?": COUNT,
+    "kept?": [str],
     "rate_unit?": str,
 }
 FINISHED = {

@@ -8,6 +8,7 @@ would have to find them anew if they were left out.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
@@ -24,19 +25,19 @@ from tspc.layers.norms import is_exact
 from tspc.quantization.grids import VECTOR_BYTES
 from tspc.store.state import tensor_state
 
-ENTRY, STATISTICS = ".vectors", ".statistics"
-"""The names of the entries of a file that hold all narrow vectors, and all narrow statistics, one after the other. No
+ENTRY, STATISTICS = ".narrow", ".statistics"
+"""The names of the entries of a file that hold all float16 numbers, and all narrow statistics, one after the other. No
 entry of a network's state begins with a dot."""
 DEVIATION, RATIO = torch.float8_e5m2, torch.float8_e4m3fn
 """The formats of a standard deviation, and of a mean divided by it. All products of such numbers are exact."""
 NARROW = 8 * VECTOR_BYTES
 """The width of numbers beside factors on grids."""
 LOST = 1e-3
-"""The largest error of a narrow vector, relative to its largest entry; rounding to float16 causes half of it."""
+"""The largest error of a tensor in float16, relative to its largest entry; rounding causes half of it."""
 
 
 @torch.no_grad()
-def narrow_vectors_(model: nn.Module, kept: Collection[str] = ()) -> None:
+def narrow_beside_(model: nn.Module, kept: Collection[str] = ()) -> None:
     """Rounds the parameters of `model` to float16 numbers, and the statistics of its batch norms to fewer bits.
 
     The batch norms' weights and biases change with their statistics, so that the answers in eval mode stay the same up
@@ -44,9 +45,10 @@ def narrow_vectors_(model: nn.Module, kept: Collection[str] = ()) -> None:
     hold, those of convolutions and dense layers of a known kind whose kernels are not on grids, and batch norms that
     share a tensor with another module or do more than an affine map. All keep their dtype.
     """
-    left_alone = _left_alone(model) | {id(x) for name, x in _parameters(model) if name in kept}
+    named = {id(x) for name, x in _parameters(model) if name in kept}
+    left_alone = _left_alone(model) | named
     for norm in _norms(model).values():
-        narrow = _narrowed(norm)
+        narrow = None if named & {id(norm.weight), id(norm.bias)} else _narrowed(norm)
         if narrow is not None:
             for own, value in zip((norm.weight, norm.bias, norm.running_mean, norm.running_var), narrow, strict=True):
                 cast(Tensor, own).copy_(value)
@@ -57,8 +59,8 @@ def narrow_vectors_(model: nn.Module, kept: Collection[str] = ()) -> None:
 
 
 def wide_parameters(model: nn.Module) -> set[str]:
-    """The names of the parameters that float16 does not hold exactly. Training makes all parameters such."""
-    return {name for name, x in _parameters(model) if not (_is_float32(x) and torch.equal(_rounded(x), x))}
+    """The names of the parameters that float16 does not hold exactly. Of a trained network these are all."""
+    return {name for name, x in _parameters(model) if not _is_narrow(x)}
 
 
 def _left_alone(model: nn.Module) -> set[int]:
@@ -82,25 +84,27 @@ def is_narrow_whole(layer: nn.Module) -> bool:
     return kind_of(layer) is None and all(_is_float32(x) and _fits(x) for x in layer.parameters(recurse=False))
 
 
-def bytes_saved(model: nn.Module, layers: Collection[str]) -> int:
-    """The bytes of a file that `narrow_vectors_` saves, without the parameters of the named layers."""
-    state = tensor_state(model)
-    own = {name: model.get_submodule(name).named_parameters(recurse=False) for name in layers}
-    left_out = {f"{name}.{kind}" for name, parameters in own.items() for kind, _ in parameters}
-    saved = 0
+def bytes_saved(model: nn.Module, layers: Collection[nn.Module], kept: Collection[str] = ()) -> int:
+    """The bytes of a file that `narrow_beside_` saves, without those of the `layers` themselves.
+
+    The parameters named in `kept` keep their numbers. Of them those are narrow that float16 holds exactly.
+    """
+    state, saved = tensor_state(model), 0
+    exact = {id(x) for name, x in _parameters(model) if name in kept}
+    done = {id(x) for layer in layers for x in layer.parameters(recurse=False)} - exact
     for name, norm in _norms(model).items():
-        if _narrowed(norm) is not None:
-            left_out |= {f"{name}.{kind}" for kind in ("weight", "bias")}
+        if not (done | exact) & {id(norm.weight), id(norm.bias)} and _narrowed(norm) is not None:
             saved += _saved_by_statistics(name, norm, state) + _saved(norm.weight) + _saved(norm.bias)
-    parameters = {name for name, _ in _parameters(model)}
-    vectors = (x for name, x in state.items() if name in parameters - left_out and _is_float32(x) and _fits(x))
-    return saved + sum(map(_saved, vectors))
+            done |= {id(norm.weight), id(norm.bias)}
+    # A shared parameter is in the state under each of its names.
+    beside = (x for name, x in _parameters(model) if name in state and id(x) not in done and _is_float32(x))
+    return saved + sum(_saved(x) for x in beside if (_is_narrow(x) if id(x) in exact else _fits(x)))
 
 
 def state_saved(model: nn.Module) -> int:
-    """The bytes that `with_vectors` saves."""
+    """The bytes that `with_narrow` saves."""
     state = tensor_state(model)
-    names, norms = _narrow(model, state)
+    names, norms = _narrow(model)
     of_statistics = sum(_saved_by_statistics(name, norm, state) for name, norm in norms.items())
     return of_statistics + sum(_saved(state[name]) for name in names)
 
@@ -109,17 +113,17 @@ def _saved_by_statistics(name: str, norm: BatchNorm, state: Mapping[str, Tensor]
     return sum(_bytes(state[key]) for key in _statistics(name) if key in state) - 2 * norm.num_features
 
 
-def _saved(vector: Tensor) -> int:
-    return _bytes(vector) - VECTOR_BYTES * vector.numel()
+def _saved(x: Tensor) -> int:
+    return _bytes(x) - VECTOR_BYTES * x.numel()
 
 
-def with_vectors(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """The tensors of a file, in which one entry holds all narrow vectors and one all narrow statistics.
+def with_narrow(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """The tensors of a file, in which one entry holds all narrow parameters and one all narrow statistics.
 
-    Also returns what the file's header says of them. Nothing is lost: a vector is narrow if float16 holds it exactly,
-    and statistics if they are as `narrow_vectors_` makes them.
+    Also returns what the file's header says of them. Nothing is lost: a parameter is narrow if float16 holds it
+    exactly, and statistics if they are as `narrow_beside_` makes them.
     """
-    names, norms = _narrow(model, tensors)
+    names, norms = _narrow(model)
     dropped = {*names, *(key for norm in norms for key in _statistics(norm))}
     found = {name: value for name, value in tensors.items() if name not in dropped}
     if names:
@@ -127,22 +131,22 @@ def with_vectors(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[
     if norms:
         codes = (code for norm in norms.values() for code in _codes(norm))
         found[STATISTICS] = torch.cat([code.cpu().view(torch.uint8) for code in codes])
-    return found, {key: said for key, said in (("vectors", names), ("norms", list(norms))) if said}
+    shapes = [list(tensors[name].shape) for name in names]
+    header = {"narrow": names, "shapes": shapes, "norms": list(norms)}
+    return found, {key: said for key, said in header.items() if said}
 
 
-def without_vectors(
-    tensors: Mapping[str, Tensor], model: nn.Module, header: Mapping[str, list[str]]
-) -> dict[str, Tensor]:
-    """The inverse of `with_vectors`; `model` has the sizes. Raises WeightsError if the entry is missing or damaged."""
-    names, norms = header.get("vectors", []), header.get("norms", [])
+def without_narrow(tensors: Mapping[str, Tensor], model: nn.Module, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `with_narrow`; `model` has the sizes of the norms. Raises WeightsError for damaged entries."""
+    names, shapes, norms = (header.get(key, []) for key in ("narrow", "shapes", "norms"))
     if not names and not norms:
         return dict(tensors)
-    found, own, modules = dict(tensors), tensor_state(model), _all_norms(model)
-    sizes = [own[name].numel() if name in own else -1 for name in names]
+    found, modules = dict(tensors), _all_norms(model)
+    sizes = list(map(math.prod, shapes)) if len(shapes) == len(names) else [-1]
     features = [modules[name].num_features if name in modules else -1 for name in norms for _ in range(2)]
-    vectors = _parts(found.pop(ENTRY, None), torch.float16, sizes)
+    numbers = _parts(found.pop(ENTRY, None), torch.float16, sizes)
     codes = _parts(found.pop(STATISTICS, None), torch.uint8, features)
-    found |= {name: part.float().reshape(own[name].shape) for name, part in zip(names, vectors, strict=True)}
+    found |= {name: x.float().reshape(shape) for name, shape, x in zip(names, shapes, numbers, strict=True)}
     for name, deviation, ratio in zip(norms, codes[::2], codes[1::2], strict=True):
         mean, variance, count = _statistics(name)
         wide = _decoded(deviation.clone().view(DEVIATION), ratio.clone().view(RATIO))
@@ -161,8 +165,8 @@ def _parts(data: Tensor | None, dtype: torch.dtype, sizes: list[int]) -> tuple[T
 
 
 _DAMAGED = (
-    "the biases and norms are missing, damaged, or not those of this network; give load the architecture that was "
-    "compressed, or fetch the file again"
+    "the float16 numbers or the statistics of norms are missing, damaged, or not those of this network; give load the "
+    "architecture that was compressed, or fetch the file again"
 )
 
 
@@ -223,16 +227,13 @@ def _decoded(deviation: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     return deviation.float() * ratio.float(), deviation.float().square()
 
 
-def _narrow(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], dict[str, BatchNorm]]:
-    """The names of the tensors that float16 holds exactly, and the batch norms with narrow statistics."""
+def _narrow(model: nn.Module) -> tuple[list[str], dict[str, BatchNorm]]:
+    """The names of the parameters that float16 holds exactly, and the batch norms with narrow statistics."""
     norms = {name: norm for name, norm in _norms(model).items() if _has_few_bits(norm)}
     factors = {id(x) for layer in tensorized_layers(model).values() for x in layer.factor_parameters()}
-    elsewhere = {key for norm in norms for key in _statistics(norm)}
-    elsewhere |= {name for name, x in _parameters(model) if id(x) in factors}
-    names = [
-        name for name, x in tensors.items() if name not in elsewhere and _is_float32(x) and torch.equal(_rounded(x), x)
-    ]
-    return names, norms
+    state = tensor_state(model)
+    beside = ((name, x) for name, x in _parameters(model) if name in state and id(x) not in factors)
+    return [name for name, x in beside if _is_narrow(x)], norms
 
 
 def _has_few_bits(norm: BatchNorm) -> bool:
@@ -253,7 +254,13 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _is_float32(x: Tensor) -> bool:
-    return x.ndim > 0 and x.dtype == torch.float32 and x.layout == torch.strided
+    """Whether a tensor has numbers that may become narrow; a single number is not worth it."""
+    return x.ndim > 0 and x.numel() > 0 and x.dtype == torch.float32 and x.layout == torch.strided
+
+
+def _is_narrow(x: Tensor) -> bool:
+    """Whether float16 holds a tensor exactly."""
+    return _is_float32(x) and not x.is_meta and torch.equal(_rounded(x), x)
 
 
 def _fits(x: Tensor) -> bool:

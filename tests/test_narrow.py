@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import tspc
+from tspc.compression.beside import ENTRY, STATISTICS, bytes_saved, narrow_beside_, state_saved
 from tspc.compression.checkpoint import read_header
 from tspc.compression.integers import state_bytes
-from tspc.compression.vectors import ENTRY, STATISTICS, bytes_saved, narrow_vectors_, state_saved
 from tspc.errors import WeightsError
 from tspc.models.safe_files import read_tensors, write_tensors
 
@@ -46,11 +46,11 @@ def small(**options) -> nn.Module:
     return tspc.compress(network(), "svd", calibration=IMAGES, **options).eval()
 
 
-def test_narrow_vectors_give_the_same_answers_and_are_float16_numbers():
+def test_narrow_beside_give_the_same_answers_and_are_float16_numbers():
     model = network()
     with torch.no_grad():
         wanted = model(IMAGES)
-        narrow_vectors_(model)
+        narrow_beside_(model)
         assert torch.allclose(model(IMAGES), wanted, atol=5e-3 * float(wanted.std()), rtol=0)
     for name, value in model.state_dict().items():
         if value.ndim == 1 and "running" not in name:
@@ -72,7 +72,7 @@ def test_a_channel_without_variance_stays_finite():
         model[1].running_mean[2] = -3.0
         model[0].weight[2] = 0.0
         wanted = model(IMAGES)
-        narrow_vectors_(model)
+        narrow_beside_(model)
         assert torch.allclose(model(IMAGES), wanted, atol=5e-3 * float(wanted.std()), rtol=0)
 
 
@@ -86,27 +86,27 @@ def test_further_training_starts_from_sound_statistics():
             return float(torch.nn.functional.mse_loss(model.eval()(x), network()(x)))
 
     model = network()
-    narrow_vectors_(model)
+    narrow_beside_(model)
     assert change(model) < 1.5 * change(network())
 
 
 def test_narrowing_twice_changes_nothing_more():
     model = network()
-    narrow_vectors_(model)
+    narrow_beside_(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    narrow_vectors_(model)
+    narrow_beside_(model)
     for name, value in model.state_dict().items():
         assert torch.allclose(value, before[name], rtol=2**-10, atol=0), name
 
 
-def test_vectors_that_float16_cannot_hold_are_left_alone():
+def test_tensors_that_float16_cannot_hold_are_left_alone():
     model = network()
     with torch.no_grad():
         model[1].weight[3] = 1e7
         model[6].bias[0] = 1e6
         before = {name: value.clone() for name, value in model.state_dict().items()}
         wanted = model(IMAGES)
-        narrow_vectors_(model)
+        narrow_beside_(model)
         for name in ("1.weight", "1.bias", "1.running_mean", "1.running_var", "6.bias"):
             kept = torch.allclose(model.state_dict()[name], before[name], rtol=1e-3, atol=1e-6)
             assert kept, name
@@ -119,11 +119,11 @@ def test_without_few_bits_nothing_is_narrow(tmp_path):
     assert model[1].running_mean.any()
     tspc.save(model, tmp_path / "a.safetensors")
     header = read_header(tmp_path / "a.safetensors")
-    assert "vectors" not in header
+    assert "narrow" not in header
     assert header["format"] == 1
 
 
-def test_a_file_has_one_entry_for_all_vectors_and_one_for_all_statistics(tmp_path):
+def test_a_file_has_one_entry_for_all_float16_numbers_and_one_for_all_statistics(tmp_path):
     model, path = small(size=0.2), tmp_path / "a.safetensors"
     tspc.save(model, path)
     file = read_tensors(path)
@@ -160,8 +160,9 @@ def test_the_plan_knows_the_size_of_the_file():
 
 def test_what_is_saved_is_what_was_foreseen():
     model = network()
-    foreseen = bytes_saved(model, ["0", "3", "6", "8"])
-    narrow_vectors_(model)
+    layers = [module for module in model if isinstance(module, nn.Conv2d | nn.Linear)]
+    foreseen = bytes_saved(model, layers)
+    narrow_beside_(model)
     assert foreseen == state_saved(model) > 0
 
 
@@ -178,8 +179,10 @@ def test_a_narrow_network_that_is_trained_is_saved_exactly(tmp_path):
         assert torch.equal(loaded.state_dict()[name], model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("damage", ["shorter", "missing", "unknown", "matrix", "norms", "statistics", "infinite"])
-def test_damaged_vectors_are_refused_with_one_clear_error(tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage", ["shorter", "missing", "unknown", "matrix", "norms", "statistics", "infinite", "shapes", "sizes"]
+)
+def test_damaged_numbers_are_refused_with_one_clear_error(tmp_path, damage):
     path = tmp_path / "a.safetensors"
     tspc.save(small(size=0.3), path)
     file, header = read_tensors(path), json.loads(read_tensors(path).header)
@@ -189,9 +192,13 @@ def test_damaged_vectors_are_refused_with_one_clear_error(tmp_path, damage):
     elif damage == "missing":
         del tensors[ENTRY]
     elif damage == "unknown":
-        header["vectors"][0] = "none.weight"
+        header["narrow"][0] = "none.weight"
     elif damage == "matrix":
-        header["vectors"][0] = "8.weight"
+        header["narrow"][0] = "8.weight"
+    elif damage == "shapes":
+        header["shapes"].pop()
+    elif damage == "sizes":
+        header["shapes"][0][0] += 1
     elif damage == "statistics":
         tensors[STATISTICS] = tensors[STATISTICS].float()
     elif damage == "infinite":
@@ -201,7 +208,7 @@ def test_damaged_vectors_are_refused_with_one_clear_error(tmp_path, damage):
     write_tensors(path, tensors, json.dumps(header))
     model = network()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(WeightsError, match="biases and norms") as raised:
+    with pytest.raises(WeightsError, match="float16 numbers|does not fit") as raised:
         tspc.load(path, model)
     assert str(path) in str(raised.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -218,7 +225,7 @@ def test_features_that_hardly_vary_keep_their_answers(mean, deviation):
     model = nn.Sequential(norm).eval()
     with torch.no_grad():
         wanted = model(x)
-        narrow_vectors_(model)
+        narrow_beside_(model)
         assert ((model(x) - wanted).abs().amax(0) < 4e-3 * (1 + wanted.std(0))).all()
 
 
@@ -242,7 +249,7 @@ def test_norms_that_share_a_tensor_or_do_something_else_keep_their_statistics():
     before = [norm.running_var.clone() for norm in model[:7]]
     with torch.no_grad():
         wanted = model(x)
-        narrow_vectors_(model)
+        narrow_beside_(model)
         assert (model(x) - wanted).norm() < 1e-3 * wanted.norm()
     assert all(torch.equal(norm.running_var, value) for norm, value in zip(model[:7], before, strict=True))
     tspc.compress(model, "dense", bits=8)
@@ -281,7 +288,7 @@ def test_a_file_fits_an_architecture_of_another_number_format(tmp_path, dtype):
     assert torch.equal(loaded(IMAGES), made(IMAGES))
 
 
-@pytest.mark.parametrize("name", ["vectors", "statistics"])
+@pytest.mark.parametrize("name", ["narrow", "statistics"])
 def test_an_entry_of_the_networks_own_keeps_its_name(tmp_path, name):
     def own() -> nn.Module:
         model = network()
