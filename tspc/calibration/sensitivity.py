@@ -198,17 +198,17 @@ def _backward(model: nn.Module, batches: Iterable[Tensor], sums: _Sums, short: b
     return projections
 
 
-def enough(batches: Iterable[Tensor], most: int | None = IMAGES) -> Iterator[Tensor]:
+def enough(batches: Iterable[Tensor], most: int | None = IMAGES, fewest: int = FEWEST) -> Iterator[Tensor]:
     """The first batches, with as many images as show well enough how a network works: of large images fewer.
 
-    About `most` images are enough, whatever their size; None: there is no such limit.
+    About `most` images are enough, whatever their size; None: there is no such limit. At least `fewest` are taken.
     """
     count = 0
     for batch in batches:
         yield batch
         count += len(batch)
         numbers = batch[0].numel() * (1 if batch.is_floating_point() else TOKEN)
-        needed = max(FEWEST, NUMBERS // max(1, numbers))
+        needed = max(fewest, NUMBERS // max(1, numbers))
         if count >= (needed if most is None else min(most, needed)):
             return
 
