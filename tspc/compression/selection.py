@@ -81,8 +81,8 @@ def select(
             reason = SHARED
         elif matches([name], selection.exclude):
             reason = EXCLUDED
-        elif selection.include and not matches([name], selection.include):
-            reason = NOT_INCLUDED
+        elif selection.include and not matches([name], selection.include) and (widths.offers_dense or not is_end):
+            reason = NOT_INCLUDED  # in float32 the last layer may still correct the errors of the others
         elif widths.offers_dense and filter_fn is not None and not filter_fn(name, module):
             reason = FILTERED  # asked first, because in few bits also layers that other rules keep dense change
         elif is_end:
