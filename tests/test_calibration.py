@@ -10,7 +10,7 @@ from torch import nn
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions, input_patches, output_rows
-from tspc.calibration.samples import Calibration, Samples
+from tspc.calibration.samples import Calibration, Part, Samples
 from tspc.layers.dense import kernel_of
 from tspc.models import NetworkSpec
 
@@ -220,3 +220,13 @@ def test_the_walk_sees_what_the_whole_network_sees(build, memory):
         seen_by_walk = found[name].statistics(kernel_of(model.get_submodule(name)), False, 0.0)
         inputs = seen_by_walk.inputs - seen_by_walk.damping * torch.eye(rows.shape[-1], dtype=rows.dtype)
         torch.testing.assert_close(inputs, rows.mT @ rows / rows.shape[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "seen"),
+    [((3, 96, 96), torch.float32, 128), ((3, 8, 8), torch.float32, 160), ((512,), torch.int64, 32)],
+)
+def test_error_curves_see_enough_images_of_any_size(shape, kind, seen):
+    """The last layers see few positions of an image; of long texts they see many."""
+    with Samples(torch.zeros(160, *shape, dtype=kind), Calibration(samples=160, batch_size=32)) as samples:
+        assert len(Part(samples)) == seen
