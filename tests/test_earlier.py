@@ -54,6 +54,13 @@ OF_INTEGERS = (
     (1.987773, -2.098388, 0.008744, 0.792977, -0.807578, 0.187507, -1.060665, -0.587999, 0.77303, 1.396344),
 )
 
+BYTES = "synthetic/resnet8/cp-size0.06/seed0"
+"""A run with vectors in float16 and statistics in 8 bits beside the factors."""
+OF_BYTES = (
+    (0.943623, -1.261984, -0.260017, 0.299291, 0.500151, -0.344828, -0.788385, -0.46972, 0.984222, 0.979217),
+    (2.207068, -2.440805, 0.032149, 0.994571, -1.005889, -0.0446, -1.757937, -0.875665, 1.239992, 1.940149),
+)
+
 
 @pytest.fixture
 def outputs(tmp_path) -> Path:
@@ -67,11 +74,12 @@ def test_a_network_of_an_earlier_version_answers_as_it_did():
         assert torch.allclose(model(x), torch.tensor(ANSWERS), atol=1e-5)
 
 
-def test_factors_in_few_bits_of_an_earlier_version_answer_as_they_did():
-    model = tspc.load(EARLIER / INTEGERS).eval()
+@pytest.mark.parametrize(("file", "answers"), [(INTEGERS, OF_INTEGERS), (f"{BYTES}/model.safetensors", OF_BYTES)])
+def test_factors_in_few_bits_of_an_earlier_version_answer_as_they_did(file, answers):
+    model = tspc.load(EARLIER / file).eval()
     x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
     with torch.no_grad():
-        assert torch.allclose(model(x), torch.tensor(OF_INTEGERS), atol=1e-5)
+        assert torch.allclose(model(x), torch.tensor(answers), atol=1e-5)
 
 
 def test_a_run_of_an_earlier_version_is_not_done_again(cli, outputs):
@@ -82,6 +90,14 @@ def test_a_run_of_an_earlier_version_is_not_done_again(cli, outputs):
     after = {path.name: path.read_bytes() for path in (outputs / RUN).glob("*.safetensors")}
     for name in ("decompose.safetensors", "finetune.safetensors"):
         assert after[name] == before[name]
+
+
+def test_a_run_in_few_bits_of_an_earlier_version_is_not_done_again(cli, outputs):
+    others = (key for key in COMMAND if not key.startswith(("method=", "rate=")))
+    code, out, err = cli(*others, "method=cp", "size=0.06")
+    assert (code, err) == (0, "")
+    assert out.count("done before: 9.00 %") == 2
+    assert "18,168 bytes" in out
 
 
 def test_another_setting_than_that_of_an_earlier_run_is_named(cli, outputs):

@@ -119,7 +119,7 @@ def test_without_few_bits_nothing_is_narrow(tmp_path):
     assert model[1].running_mean.any()
     tspc.save(model, tmp_path / "a.safetensors")
     header = read_header(tmp_path / "a.safetensors")
-    assert "narrow" not in header
+    assert "vectors" not in header
     assert header["format"] == 1
 
 
@@ -192,9 +192,9 @@ def test_damaged_numbers_are_refused_with_one_clear_error(tmp_path, damage):
     elif damage == "missing":
         del tensors[ENTRY]
     elif damage == "unknown":
-        header["narrow"][0] = "none.weight"
+        header["vectors"][0] = "none.weight"
     elif damage == "matrix":
-        header["narrow"][0] = "8.weight"
+        header["vectors"][0] = "8.weight"
     elif damage == "shapes":
         header["shapes"].pop()
     elif damage == "sizes":
@@ -288,7 +288,7 @@ def test_a_file_fits_an_architecture_of_another_number_format(tmp_path, dtype):
     assert torch.equal(loaded(IMAGES), made(IMAGES))
 
 
-@pytest.mark.parametrize("name", ["narrow", "statistics"])
+@pytest.mark.parametrize("name", ["vectors", "statistics"])
 def test_an_entry_of_the_networks_own_keeps_its_name(tmp_path, name):
     def own() -> nn.Module:
         model = network()

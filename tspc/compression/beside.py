@@ -25,7 +25,7 @@ from tspc.layers.norms import is_exact
 from tspc.quantization.grids import VECTOR_BYTES
 from tspc.store.state import tensor_state
 
-ENTRY, STATISTICS = ".narrow", ".statistics"
+ENTRY, STATISTICS = ".vectors", ".statistics"
 """The names of the entries of a file that hold all float16 numbers, and all narrow statistics, one after the other. No
 entry of a network's state begins with a dot."""
 DEVIATION, RATIO = torch.float8_e5m2, torch.float8_e4m3fn
@@ -132,15 +132,19 @@ def with_narrow(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[s
         codes = (code for norm in norms.values() for code in _codes(norm))
         found[STATISTICS] = torch.cat([code.cpu().view(torch.uint8) for code in codes])
     shapes = [list(tensors[name].shape) for name in names]
-    header = {"narrow": names, "shapes": shapes, "norms": list(norms)}
+    header = {"vectors": names, "shapes": shapes, "norms": list(norms)}
     return found, {key: said for key, said in header.items() if said}
 
 
 def without_narrow(tensors: Mapping[str, Tensor], model: nn.Module, header: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of `with_narrow`; `model` has the sizes of the norms. Raises WeightsError for damaged entries."""
-    names, shapes, norms = (header.get(key, []) for key in ("narrow", "shapes", "norms"))
+    """The inverse of `with_narrow`; `model` has the sizes of the norms. Raises WeightsError for damaged entries.
+
+    A file of an earlier version has no shapes; its numbers are vectors, of the sizes that `model` has.
+    """
+    names, norms, own = header.get("vectors", []), header.get("norms", []), tensor_state(model)
     if not names and not norms:
         return dict(tensors)
+    shapes = header.get("shapes", [own[name].shape if name in own and own[name].ndim == 1 else [-1] for name in names])
     found, modules = dict(tensors), _all_norms(model)
     sizes = list(map(math.prod, shapes)) if len(shapes) == len(names) else [-1]
     features = [modules[name].num_features if name in modules else -1 for name in norms for _ in range(2)]

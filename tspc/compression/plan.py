@@ -263,4 +263,6 @@ class Plan:
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         layers, kept = tuple(LayerPlan.from_dict(layer) for layer in data["layers"]), tuple(data.get("kept", ()))
         method = decompositions.from_dict(data["method"])
-        return cls(**data | {"method": method, "layers": layers, "kept": kept})
+        saved = data.get("beside_saved", data.get("vectors_saved", 0))  # the second is its name in an earlier version
+        plain = {key: value for key, value in data.items() if key != "vectors_saved"}
+        return cls(**plain | {"method": method, "layers": layers, "kept": kept, "beside_saved": saved})

@@ -144,7 +144,7 @@ PLAN = {
     "layers": [_LAYER],
     "network_dense_params": SIZE,
     "network_dense_bytes?": SIZE,
-    "beside_saved?": COUNT,
+    **dict.fromkeys(("beside_saved?", "vectors_saved?"), COUNT),
     "kept?": [str],
     "rate_unit?": str,
 }
