@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tspc.calibration.batches import Batches, check_nothing_is_missing
 from tspc.calibration.moments import Moments
-from tspc.calibration.sensitivity import enough, output_sensitivity
+from tspc.calibration.sensitivity import FEWEST, enough, output_sensitivity
 from tspc.calibration.statistics import Statistics
 from tspc.decompositions import Metric
 from tspc.errors import ConfigError, DataError
@@ -131,8 +131,8 @@ class Part:
         return sum(map(len, self))
 
     def __iter__(self) -> Iterator[Tensor]:
-        of_images = {"fewest": DIVERSE} if next(iter(self.samples)).is_floating_point() else {}
-        yield from enough(self.samples, most=None, **of_images)
+        is_text = not next(iter(self.samples)).is_floating_point()  # there few inputs have many positions
+        yield from enough(self.samples, most=None, fewest=FEWEST if is_text else DIVERSE)
 
 
 class Samples:

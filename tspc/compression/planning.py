@@ -100,7 +100,7 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
 
     def at(rate: float) -> Plan:
         wide, found = sketch.without_grids, ranked(sketch.budget(rate))
-        is_narrow = _is_any_on_grids(found.values(), wide.layers)
+        is_narrow = any(layer.is_on_grids for layer in (*found.values(), *wide.layers))
         if asked.widths.offers_dense and not is_narrow and not wide.has_room_for(found.values(), rate):
             # The rest becomes smaller only beside a layer on grids: it is the one that loses least.
             found |= _least_lost(candidates)
@@ -121,10 +121,6 @@ def _least_lost(candidates: Sequence[Candidate]) -> dict[str, LayerPlan]:
     rows = [(candidate, candidate.whole()) for candidate in candidates]
     _, row = min(rows, key=lambda pair: pair[0].weight * (pair[1].output_error or 0.0) ** 2)
     return {row.name: row}
-
-
-def _is_any_on_grids(*groups: Iterable[LayerPlan]) -> bool:
-    return any(layer.is_on_grids for group in groups for layer in group)
 
 
 def _narrowed(layer: LayerPlan, widths: Widths) -> LayerPlan:
