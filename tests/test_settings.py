@@ -147,7 +147,7 @@ def test_null_and_groups_are_no_numbers(key):
         assert refused(key, None, "method=cp")[0].startswith(f"{key}=null")
 
 
-MAY_BE_NULL = ("target_error", "eval_samples", "dataset.num_classes", "dataset.resize", "phase.distill.steps")
+MAY_BE_NULL = ("rate", "target_error", "eval_samples", "dataset.num_classes", "dataset.resize", "phase.distill.steps")
 
 
 def test_whole_numbers_may_be_written_with_a_point():

@@ -7,10 +7,11 @@ import torch
 
 import tspc
 from tests.test_calibration import images, resnet
+from tspc.compression.goals import share_of
 from tspc.compression.integers import on_grids, state_bytes
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.planning import plan
-from tspc.compression.settings import PlanSettings, share_of
+from tspc.compression.settings import PlanSettings
 from tspc.errors import ConfigError, InfeasibleRateError
 from tspc.layers.forms import tensorized_layers
 

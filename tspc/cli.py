@@ -31,6 +31,8 @@ from tspc.system.launch import count, is_first
 FAILED, INTERRUPTED = 1, 130
 GROUPS = ("method", "dataset", "model")
 """Groups from which one option is chosen; of phases there may be several."""
+GOALS = (("rate", "target_error", "size"), ("latency", "speedup"))
+"""Of each kind one can be given. It is as in `tspc.compression.goals`, which would import PyTorch."""
 LONGEST_LINE = 600
 """Characters of a complaint of Hydra's."""
 
@@ -114,13 +116,14 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Raises ConfigError for mistakes that only the command line shows, such as both a rate and a size."""
+    """Raises ConfigError for mistakes that only the command line shows, and for two goals of one kind, before a sweep."""
     given = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
     if "" in given:
         raise ConfigError([f"={shown(given[''])} names no setting; write KEY=VALUE, as in rate=0.1"])
-    goals = [f"{key}={given[key]}" for key in ("rate", "target_error", "size") if given.get(key, "null") != "null"]
-    if len(goals) > 1:
-        raise ConfigError([f"{' and '.join(goals)} are two goals; leave one of them out"])
+    for kind in GOALS:
+        goals = [f"{key}={given[key]}" for key in kind if given.get(key, "null") != "null"]
+        if len(goals) > 1:
+            raise ConfigError([f"{' and '.join(goals)} are two goals; leave one of them out"])
 
 
 def _overrides() -> list[str]:

@@ -12,10 +12,11 @@ from tspc.compression.allocation import Candidate, candidate
 from tspc.compression.beside import NARROW, bytes_saved, is_narrow_whole
 from tspc.compression.error_curve import Curves
 from tspc.compression.form import DENSE, Widths
+from tspc.compression.goals import share_of
 from tspc.compression.integers import state_bytes
 from tspc.compression.plan import BYTES, PARAMETERS, LayerPlan
 from tspc.compression.selection import DEPTHWISE, UNTOUCHED, FilterFn, matches, parameters_beside, select, why_dense
-from tspc.compression.settings import PlanSettings, share_of
+from tspc.compression.settings import PlanSettings
 from tspc.errors import ConfigError, InfeasibleRateError
 from tspc.layers.dense import kind_of
 from tspc.quantization.grids import FULL, LONG_ROW
@@ -63,7 +64,7 @@ class Outline:
         """The rate that was asked for; a `size` as a share of what the network has before."""
         if not self.settings.decomposes:
             return 1.0
-        return self.settings.rate if self.settings.size is None else share_of(self.settings.size, self.network_bytes)
+        return self.settings.ceiling if self.settings.size is None else share_of(self.settings.size, self.network_bytes)
 
     @property
     def _dense(self) -> int:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tspc.compression.form import DENSE, Widths
+from tspc.compression.goals import (
+    AUTO,
+    DROP,
+    TIMES,
+    USUAL_RATE,
+    Terms,
+    bits_of,
+    contradiction,
+    goals_in,
+    wrong_goals,
+)
 from tspc.compression.plan import BYTES, PARAMETERS, UNITS
 from tspc.decompositions import Auto, Decomposition, Method, TensorTrain, resolve
 from tspc.deploy.calls import EXTRAS, RUNTIMES, family
 from tspc.errors import ConfigError
 from tspc.quantization.grids import BITS, FULL
 from tspc.system import extras
-from tspc.system.bounds import COUNT, NONE_OR_MORE, POSITIVE_SHARE, out_of_range, shown, unknown
+from tspc.system.bounds import COUNT, NONE_OR_MORE, out_of_range, shown, unknown
 
-GOALS = ("rate", "target_error", "size")
-"""Settings that say how small the network becomes; a plan has one of them."""
-AUTO = "auto"
 AUTO_BITS = (8, 6, 5, 4)
 """The widths from which the plan chooses."""
 WIDTHS = (*map(str, BITS), AUTO)
-UNIT_BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-MANY_BYTES = 10**13
 ALLOCATIONS = ("global", "uniform")
 RATE_DECAYS = ("flat", "linear_inc", "linear_dec")
 RATE_SCOPES = ("layers", "network")
@@ -67,45 +71,7 @@ class Selection:
         return texts + out_of_range(self, where, {"min_params": NONE_OR_MORE})
 
 
-def bytes_or_share(size: str) -> float | None:
-    """Bytes (above 1) or a share (at most 1) from text; None if it is neither."""
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?) ?(|B|kB|KB|MB|GB|KiB|MiB|GiB)", size.strip())
-    if found is None:
-        return None
-    number, unit = float(found.group(1)), found.group(2)
-    if not unit:
-        return number if 0 < number <= 1 else None
-    count = number * UNIT_BYTES[unit]
-    return count if 1 < count <= MANY_BYTES else None
-
-
-def share_of(size: str, whole: int) -> float:
-    """A size as a share of so many bytes, at most 1."""
-    value = bytes_or_share(size)
-    assert value is not None, "a size that was checked"
-    return value if value <= 1 else min(value / whole, 1.0)
-
-
-def goal_of(settings: Mapping[str, Any]) -> str:
-    """What a plan was asked for, as in a folder's name; `settings` are those of `PlanSettings.identity`.
-
-    It is a rate, a size ("size0.1"), an error ("error0.3"), or the width of a network that is not decomposed ("8bits").
-    """
-    if settings.get("size") is not None:
-        return f"size{settings['size']}"
-    if settings.get("target_error") is not None:
-        return f"error{settings['target_error']:g}"
-    is_rounded_only = settings["method"]["name"] == DENSE.name and settings.get("rate_unit", PARAMETERS) == PARAMETERS
-    return f"{settings.get('bits')}bits" if is_rounded_only else f"{settings['rate']:g}"
-
-
-def bits_of(settings: Mapping[str, Any]) -> str:
-    """The width that was asked for: "32", "8", …, or "auto"; `settings` are those of any version."""
-    given = settings.get("bits")
-    return given or (str(FULL) if settings.get("size") is None else AUTO)
-
-
-TENSOR_TRAIN, USUAL = TensorTrain(), Selection()
+TENSOR_TRAIN, USUAL, USUAL_TERMS = TensorTrain(), Selection(), Terms()
 
 
 @dataclass(frozen=True)
@@ -113,11 +79,17 @@ class PlanSettings:
     """The settings of a plan. The fields are keys of `conf/config.yaml`.
 
     - `method`: one decomposition for all layers, or `Auto`, which takes the best of several for each layer; or a name.
-    - `rate`: the largest parameters after ÷ before, in (0, 1].
+    - `rate`: the largest parameters after ÷ before, in (0, 1]; 0.2 if no goal is given.
     - `target_error`, in the place of the rate, in (0, 1]: the plan has the smallest rate at which the root mean square
       of the layers' output errors is expected to be at most this.
     - `size`, in the place of the rate: the largest size of the whole network, as "500kB", "2MB" or "100000B", or as a
       share of its float32 numbers, in (0, 1]. Scales, biases and norms count, too.
+    - `max_drop`: the smallest network, in bytes, that loses at most this many points of the metric on held-out images.
+      It is found by `tspc.compress`; a plan alone cannot know it.
+    - `latency`: the longest time of a batch in the `runtime`, as "8ms" or "500us"; or `speedup`, how many times as fast
+      as the dense network it is there, at least 1. The plan loses least among those that are expected to be so fast.
+      A time may be combined with a rate, a size or a `max_drop`, and a size with a `max_drop`.
+    - `terms`: how limits on the drop and on the time are judged.
     - `bits`: the width of the factors' entries: "32" (floating-point numbers), "16", "8", "6", "5", "4" or "3"
       (integers, with a scale for each row), or "auto", which chooses a width for each layer and needs a budget in
       bytes. None: "32" with a rate, "auto" with a size. With fewer than 32 bits layers that stay dense are rounded,
@@ -142,9 +114,12 @@ class PlanSettings:
     """
 
     method: Method = TENSOR_TRAIN
-    rate: float = 0.2
+    rate: float | None = None
     target_error: float | None = None
     size: str | None = None
+    max_drop: float | None = None
+    latency: str | None = None
+    speedup: float | None = None
     bits: str | None = None
     rate_unit: str = PARAMETERS
     allocation: str = "global"
@@ -155,10 +130,11 @@ class PlanSettings:
     paths: str = "model"
     runtime: str = "eager"
     selection: Selection = USUAL
+    terms: Terms = USUAL_TERMS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", resolve(self.method))
-        for key in ("bits", "size"):  # numbers are welcome, too
+        for key in ("bits", "size", "latency"):  # numbers are welcome, too
             value = getattr(self, key)
             if isinstance(value, str):
                 object.__setattr__(self, key, value.replace(" ", ""))  # "500 kB" and "500kB" are one size
@@ -170,21 +146,21 @@ class PlanSettings:
     def of(cls, method: str | Method | PlanSettings = "tt", rate: float | None = None, **options: Any) -> PlanSettings:
         """Settings from the arguments of `tspc.plan`.
 
-        `options` are fields of this class and of `Selection`. If `method` is a `PlanSettings`, they replace its fields.
+        `options` are fields of this class, of `Selection` and of `Terms`. They replace those of a `PlanSettings`.
         Raises ConfigError, with every problem, for unknown names and wrong values.
         """
         start = method if isinstance(method, PlanSettings) else cls(resolve(method))
         options |= {} if rate is None else {"rate": rate}
-        own, selecting = ({field.name for field in dataclasses.fields(kind)} for kind in (cls, Selection))
-        problems = unknown(options, [*sorted(own | selecting), *BESIDE])
-        chosen = {key: value for key, value in options.items() if key in selecting}
-        selection = dataclasses.replace(options.get("selection", start.selection), **chosen)
+        groups = {"selection": Selection, "terms": Terms}
+        names = {key: {field.name for field in dataclasses.fields(kind)} for key, kind in groups.items()}
+        own = {field.name for field in dataclasses.fields(cls)}
+        problems = unknown(options, [*sorted(own.union(*names.values())), *BESIDE])
         given = {key: value for key, value in options.items() if key in own}
-        made = dataclasses.replace(start, **given | {"selection": selection})
-        problems += made.problems("")
-        asked = [key for key in GOALS if key != "rate" and getattr(made, key) is not None]
-        if options.get("rate") is not None and asked and made._two_goals not in problems:
-            problems.append(made._two_goals)
+        for group, known in names.items():
+            chosen = {key: value for key, value in options.items() if key in known}
+            given[group] = dataclasses.replace(options.get(group, getattr(start, group)), **chosen)
+        made = dataclasses.replace(start, **given)
+        problems += made.problems("") + made.terms.problems("")
         if problems:
             raise ConfigError(problems)
         return made
@@ -194,8 +170,6 @@ class PlanSettings:
         is_method = isinstance(self.method, Decomposition | Auto)
         found = [] if is_method else [f"method={shown(self.method)}: expected a method's name, or a method"]
         allowed = {
-            "rate": POSITIVE_SHARE,
-            "target_error": POSITIVE_SHARE,
             "allocation": ALLOCATIONS,
             "rate_decay": RATE_DECAYS,
             "rate_scope": RATE_SCOPES,
@@ -206,17 +180,16 @@ class PlanSettings:
             "bits": WIDTHS,
             "rate_unit": UNITS,
         }
-        found += out_of_range(self, where, allowed)
-        if self.size is not None and bytes_or_share(self.size) is None:
-            found.append(
-                f"size={shown(self.size)}: expected a number with a unit, as in 500kB, 2MB or 100000B, or a share of "
-                "the float32 network above 0 and at most 1"
-            )
-        if len(self._goals) > 1:
-            found.append(self._two_goals)
+        found += wrong_goals(self) + out_of_range(self, where, allowed)
+        if (wrong := contradiction(goals_in(self))) is not None:
+            found.append(wrong)
+        if self.is_timed and self.allocation != "global":
+            found.append(f"{self.time_limit} chooses the rate of each layer, so it needs allocation=global")
+        if self.is_timed and is_method and self.method == DENSE:
+            found.append(f"{self.time_limit} chooses ranks, and method=dense has none: choose another method")
         if self.size is not None and self.rate_scope == "layers" != PlanSettings.rate_scope:
             found.append("size counts the whole network; leave rate_scope out")
-        if self.bits == AUTO and self.size is None and self.rate_unit == PARAMETERS:
+        if self.bits == AUTO and self.size is None and self.max_drop is None and self.rate_unit == PARAMETERS:
             found.append("bits=auto compares widths under a budget in bytes: give size=…, or rate_unit=bytes")
         if is_method and self.method == DENSE and self.widths.bits == (FULL,):
             found.append("method=dense is smaller only with fewer bits: give bits=8, for example, or size=…")
@@ -233,34 +206,45 @@ class PlanSettings:
         return self.paths == "measure" and self.runtime in RUNTIMES and family(self.runtime) in EXTRAS
 
     @property
-    def _goals(self) -> list[str]:
-        """The goals that are given."""
-        usual = {"rate": PlanSettings.rate}
-        return [key for key in GOALS if getattr(self, key) != usual.get(key)]
+    def is_timed(self) -> bool:
+        """Whether a time in the runtime is limited."""
+        return self.latency is not None or self.speedup is not None
 
     @property
-    def _two_goals(self) -> str:
-        named = dict.fromkeys(("rate", *self._goals)) if len(self._goals) < 2 else self._goals
-        return f"{' and '.join(f'{key}={getattr(self, key)}' for key in named)} are two goals; leave one of them out"
+    def time_limit(self) -> str:
+        """The limit on the time, as it was given: "latency=8ms" or "speedup=3"; empty text without one."""
+        return next((f"{key}={shown(getattr(self, key))}" for key in TIMES if getattr(self, key) is not None), "")
+
+    @property
+    def ceiling(self) -> float:
+        """The rate that bounds the size: the one given, the usual one if there is no other goal, else 1."""
+        if self.rate is not None:
+            return self.rate
+        return USUAL_RATE if not self.is_timed and self.max_drop is None else 1.0
 
     @property
     def _unit(self) -> str:
-        return BYTES if self.size is not None or self.method == DENSE else self.rate_unit
+        return BYTES if self._counts_network or self.method == DENSE else self.rate_unit
+
+    @property
+    def _counts_network(self) -> bool:
+        """Whether the budget is that of the whole network, in bytes."""
+        return self.size is not None or self.max_drop is not None
 
     @property
     def decomposes(self) -> bool:
         """Whether the budget says how small the layers become. Else their width alone does."""
-        return self.method != DENSE or self.size is not None or self.rate_unit == BYTES
+        return self.method != DENSE or self._counts_network or self.rate_unit == BYTES
 
     @property
     def scope(self) -> str:
         """What the budget counts: a `size` is that of the network."""
-        return "network" if self.size is not None else self.rate_scope
+        return "network" if self._counts_network else self.rate_scope
 
     @property
     def widths(self) -> Widths:
         """The widths that factors may have."""
-        bits = bits_of({"bits": self.bits, "size": self.size})
+        bits = bits_of({"bits": self.bits, "size": self.size, DROP: self.max_drop})
         chosen = AUTO_BITS if bits == AUTO else (int(bits),) if bits in WIDTHS else (FULL,)
         return Widths(chosen, self._unit)
 
@@ -272,7 +256,7 @@ class PlanSettings:
             or self.widths.is_choice
             or (self._unit == BYTES and self.widths.offers_dense and self.decomposes)
         )
-        return self.allocation == "global" or self.target_error is not None or several
+        return self.allocation == "global" or self.max_drop is not None or self.target_error is not None or several
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -281,6 +265,10 @@ class PlanSettings:
         A rate that has no effect is 1, so runs that differ in it only are one run.
         """
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del plain["selection"]
-        rate = self.rate if self.decomposes else 1.0
-        return plain | {"method": self.method.to_dict(), "rate": rate}
+        del plain["selection"], plain["terms"]
+        for key in (DROP, *TIMES):  # an earlier version had no such keys
+            if plain[key] is None:
+                del plain[key]
+        rate = self.ceiling if self.decomposes else 1.0
+        terms = self.terms.of(plain)
+        return plain | {"method": self.method.to_dict(), "rate": rate} | ({"contract": terms} if terms else {})

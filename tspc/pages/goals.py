@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tspc.compression.settings import bytes_or_share
+from tspc.compression.goals import bytes_or_share
 
 SIZE, ERROR, BITS = "size", "error", "bits"
 

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tspc.compression.goals import bits_of, goal_of
 from tspc.compression.plan import Plan
-from tspc.compression.settings import bits_of, goal_of
 from tspc.errors import RunError, TspcError
 from tspc.pages.goals import SIZE, goal_in
 from tspc.phases.finished import read_record, unfinished

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tspc.compression.settings import bits_of
+from tspc.compression.goals import bits_of
 from tspc.errors import RunError
 from tspc.pages.benchmark import LATENCY, MACS, figures_of, readable_bytes, readable_count
 from tspc.pages.drawing import style

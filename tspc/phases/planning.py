@@ -84,5 +84,5 @@ class Planning:
     def at(self, rate: float, curves: Curves) -> Plan:
         """The ranks at another rate; of a `size` it is the share. Raises InfeasibleRateError if it cannot be met."""
         size = None if self.settings.size is None else f"{rate:.10g}"
-        settings = replace(self.settings, rate=PlanSettings.rate if size else rate, target_error=None, size=size)
+        settings = replace(self.settings, rate=None if size else rate, target_error=None, size=size)
         return planned(self.reference, replace(self.sketch, settings=settings), curves, self.example)

@@ -22,11 +22,13 @@ from tspc.run.settings import RunSettings
 from tspc.system.bounds import COUNT, shown
 from tspc.training import Recipe
 
-GROUPS = ("calibration", "dataset", "model", "phase")
+GROUPS = ("calibration", "contract", "dataset", "model", "phase")
+GROUPED = ("selection", "terms")
+"""Fields of `PlanSettings` that have groups of their own."""
 SHARED = ("batch_size", "epochs")
 """Keys that the YAML files of several phases refer to."""
 TOP_LEVEL = (
-    *(field.name for kind in (PlanSettings, RunSettings) for field in fields(kind) if field.name != "selection"),
+    *(field.name for kind in (PlanSettings, RunSettings) for field in fields(kind) if field.name not in GROUPED),
     *(*GROUPS, *SHARED),
 )
 """The keys of a configuration."""

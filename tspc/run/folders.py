@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tspc.compression.settings import GOALS, goal_of
+from tspc.compression.goals import GOALS, goal_of
 from tspc.decompositions import resolve
 from tspc.models import NetworkSpec
 from tspc.run.config import Config
@@ -29,6 +29,7 @@ LABELS = {
     "paths": "",
     "runtime": "",
     "selection": "",
+    "terms": "",
 }
 """How a planning setting that differs from its default is written in the folder's name.
 

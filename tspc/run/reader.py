@@ -7,6 +7,7 @@ import re
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 from tspc import decompositions
+from tspc.compression.goals import Terms
 from tspc.compression.settings import PlanSettings, Selection
 from tspc.data import DataSpec
 from tspc.decompositions import Method
@@ -112,10 +113,11 @@ class Reader:
             )
 
     def planning(self, data: dict[str, Any], selection: Selection) -> PlanSettings | None:
-        keys = {field.name for field in dataclasses.fields(PlanSettings)} - {"method", "selection"}
+        keys = {field.name for field in dataclasses.fields(PlanSettings)} - {"method", "selection", "terms"}
         method = self.method(self.mapping(data, "method")) or PlanSettings.method
+        terms = self.section(Terms, self.mapping(data, "contract"), "contract") or Terms()
         given = {key: data[key] for key in data if key in keys}
-        return self.section(PlanSettings, given, "", method=method, selection=selection)
+        return self.section(PlanSettings, given, "", method=method, selection=selection, terms=terms)
 
     def method(self, data: dict[str, Any]) -> Method | None:
         try:

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tspc.compression.goals import bits_of
 from tspc.compression.plan import LayerPlan, Plan
-from tspc.compression.settings import bits_of
 from tspc.errors import InfeasibleRateError
 from tspc.quantization.grids import FULL
 
