@@ -116,7 +116,7 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Raises ConfigError for mistakes that only the command line shows, and for two goals of one kind, before a sweep."""
+    """Raises ConfigError for mistakes that only the command line shows, and for two goals of one kind."""
     given = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
     if "" in given:
         raise ConfigError([f"={shown(given[''])} names no setting; write KEY=VALUE, as in rate=0.1"])
