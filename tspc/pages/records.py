@@ -20,6 +20,7 @@ from tspc.phases.table import NETWORK_PHASES
 from tspc.store.files import read_json
 from tspc.store.records import FAILED, failure, read_metrics
 from tspc.store.schemas import IDENTITY, JOB, RESULT, SPECTRA
+from tspc.store.scores import TOP1, Scale, scale_in, scale_of
 
 REFERENCE = "reference"
 DONE, RUNNING, STOPPED, DAMAGED = "done", "running", "stopped", "damaged"
@@ -66,6 +67,12 @@ class Run:
     def bits(self) -> str:
         """The width of the factors' entries that the user gave: "32", "8", …, or "auto"."""
         return bits_of(self.identity)
+
+    @property
+    def scale(self) -> Scale:
+        """How the numbers of the run's metric are read."""
+        measured = None if self.result is None else self.result["accuracy"]
+        return scale_of(self.identity.get("metric", TOP1)) if measured is None else scale_in(measured)
 
     @property
     def dataset(self) -> str:

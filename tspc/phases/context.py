@@ -15,18 +15,19 @@ from tspc.data import Data, Feed
 from tspc.system import processes
 from tspc.system.tally import Tally
 from tspc.terminal.display import Display
-from tspc.training import Hardware, Recipe, Step, place
+from tspc.training import TOP1, Hardware, Metric, Recipe, Step, place
 
 
 @dataclass(frozen=True)
 class Context:
-    """`note` receives a dict for each measurement, for `metrics.jsonl`."""
+    """`note` receives a dict for each measurement, for `metrics.jsonl`. `metric` judges networks."""
 
     data: Data | None
     hardware: Hardware
     seed: int
     display: Display
     note: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
+    metric: Metric = TOP1
 
     @property
     def device(self) -> torch.device:

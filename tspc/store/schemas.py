@@ -43,7 +43,9 @@ COUNT, SIZE = Number(0, 2**63, whole=True), Number(1, 2**63, whole=True)
 SHARE, POSITIVE, SECONDS = Number(0, 1), Number(1e-300), Number(0, 1e15)
 ERROR = (Number(0, any_float=True), None)
 
-ACCURACY = {"top1": SHARE, "top5?": (SHARE, None), "images": SIZE}
+OTHER_METRIC = {"metric": str, "value": Number(), "images": COUNT}
+ACCURACY = ({"top1": SHARE, "top5?": (SHARE, None), "images": SIZE}, OTHER_METRIC)
+"""A measurement: of top-1, or of another metric that the user named."""
 _MEASURED = {"accuracy": (ACCURACY, None)}
 _SIZES = {"before": SIZE, "after": COUNT}
 
@@ -61,7 +63,7 @@ IDENTITY = {
     "network": {"name": str},
     "seed?": (Number(-(2**63), 2**64, whole=True), None),
     **dict.fromkeys(("size?", "bits?"), (str, None)),
-    "rate_unit?": str,
+    **dict.fromkeys(("rate_unit?", "metric?"), str),
 }
 """`run.json`, as far as a page shows it."""
 
