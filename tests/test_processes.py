@@ -22,7 +22,7 @@ import torch
 from pathlib import Path
 from tests.small import CPU, SPEC, cross_entropy, network, recipe
 from tspc.system import processes
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.data import load_data
 from tspc.terminal.display import Display
 from tspc.phases.context import Context

@@ -156,7 +156,7 @@ class Plan:
     `rate` is the ceiling that the user gave, or that was found for a target error; it counts parameters or bytes
     (`rate_unit`). `network_dense_bytes` are the bytes of the network's parameters and buffers before, and
     `beside_saved` those by which what lies beside the `layers` becomes smaller. The parameters named in `kept` keep
-    their numbers.
+    their numbers. `judged` is what held-out inputs said of the network in phase 0, if there is a limit on the drop.
     """
 
     method: Method
@@ -171,6 +171,7 @@ class Plan:
     network_dense_bytes: int = 0
     beside_saved: int = 0
     kept: tuple[str, ...] = ()
+    judged: dict[str, Any] | None = None
 
     @property
     def budgeted(self) -> tuple[LayerPlan, ...]:
@@ -257,7 +258,8 @@ class Plan:
         plain += ("rate_unit", "network_dense_bytes", "beside_saved")
         layers, kept = [layer.to_dict() for layer in self.layers], list(self.kept)
         plan = {k: getattr(self, k) for k in plain}
-        return plan | {"method": self.method.to_dict(), "layers": layers, "kept": kept}
+        judged = {} if self.judged is None else {"judged": self.judged}
+        return plan | {"method": self.method.to_dict(), "layers": layers, "kept": kept} | judged
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:

@@ -20,7 +20,10 @@ from tspc.training import TOP1, Hardware, Metric, Recipe, Step, place
 
 @dataclass(frozen=True)
 class Context:
-    """`note` receives a dict for each measurement, for `metrics.jsonl`. `metric` judges networks."""
+    """`note` receives a dict for each measurement, for `metrics.jsonl`. `metric` judges networks.
+
+    The last `reserved` training images judge the finished network alone; nothing is fitted to them.
+    """
 
     data: Data | None
     hardware: Hardware
@@ -28,6 +31,7 @@ class Context:
     display: Display
     note: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
     metric: Metric = TOP1
+    reserved: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +49,7 @@ class Context:
     def feed(self, recipe: Recipe) -> Feed:
         """How a recipe reads the training split."""
         held_out = min(recipe.held_out, self.required_data.train_size // 10)
-        return Feed(recipe.batch_size, self.seed, self.device, held_out, processes.share())
+        return Feed(recipe.batch_size, self.seed, self.device, held_out, processes.share(), self.reserved)
 
     def watch(self, phase: str, label: str, total: int, batch_size: int, **where: Any) -> Watch:
         """A progress bar that also notes about fifty steps of the phase, and shows the images per second."""

@@ -173,7 +173,7 @@ def _train(
 
     def judge(network: nn.Module) -> float:
         share = metric.share_of(feed.share)
-        held_out = Again(lambda: data.held_out_batches(feed.held_out, 250, context.device, share))
+        held_out = Again(lambda: data.held_out_batches(feed.held_out, 250, context.device, share, feed.reserved))
         score = measure(metric, network, held_out, context.device, reference, num_classes=data.num_classes)
         return metric.gain(score.value)
 

@@ -19,10 +19,12 @@ from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
 from tspc.pages import write_comparison
 from tspc.phases.context import Context
+from tspc.phases.judging import Judging, held_out_images, images_to_reserve
 from tspc.phases.phase import DeliveryPhase, NetworkPhase, ShowingPhase, Work
 from tspc.phases.planning import Planning
 from tspc.phases.table import DELIVERY_PHASES, FIRST, PHASES
 from tspc.run.config import Config
+from tspc.run.contract import known_drops
 from tspc.run.fitting import fitted
 from tspc.run.folders import run_folder, shared_folder
 from tspc.run.job import Job
@@ -90,7 +92,10 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     if trial is not None:
         machine = dataclasses.replace(machine, layout=trial.layout)
         data = Contiguous(data) if data is not None and trial.layout == torch.contiguous_format else data
-    context, shared = Context(data, machine, config.seed, display, metric=metric), shared_folder(config, spec)
+    trains = any(isinstance(phase, NetworkPhase) and phase.trains for phase in phases)
+    reserved = images_to_reserve(config.planning, data, config.calibration.samples, trains)
+    context = Context(data, machine, config.seed, display, metric=metric, reserved=reserved)
+    shared = shared_folder(config, spec)
 
     def measured(sketch: Outline, samples: Samples | None) -> Curves:
         return reference_curves(pretrained, config, sketch, samples, context, shared)
@@ -126,7 +131,11 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         ) as note:
             reference = context.place(pretrained.model).eval()
             noted = dataclasses.replace(context, note=note)
-            job = Job(config, spec, reference, planning, noted, directory, state_bytes(reference))
+            judging = None
+            if reserved:
+                known = known_drops(config, pretrained.identity, context, shared)
+                judging = Judging(config.planning, held_out_images(reference, noted), trains, known)
+            job = Job(config, spec, reference, planning, noted, directory, state_bytes(reference), judging)
             networks = Networks(job)
             networks.make()
             return processes.by_first(lambda: finish(job, networks, summary))

@@ -129,8 +129,8 @@ def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, co
         context.place(reference.model)
         state = fingerprint([run.identity, str(context.hardware.precision)])
         progress = Progress(run.file("progress.pt"), state, config.checkpoint_seconds)
-        # The reference does not depend on the run's seed: a sweep over seeds shares it.
-        shared = dataclasses.replace(context, seed=0, note=run.note)
+        # The reference depends neither on the run's seed nor on its goal: a sweep shares it.
+        shared = dataclasses.replace(context, seed=0, note=run.note, reserved=0)
         try:
             train_classifier(reference.model, config.pretrain_recipe, shared, progress, "pretrain")
         except TrainingError as error:

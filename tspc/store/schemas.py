@@ -93,7 +93,18 @@ EXPORTED = {
     "accuracy?": (ACCURACY, None),
 }
 """A file of `phase=export`, as far as a page shows it. Earlier versions did not measure its accuracy."""
+_POINTS = {"points": Number(), "inputs": SIZE}
+CONTRACT = {
+    "state": str,
+    "goals": [{**dict.fromkeys(("goal", "promised", "measured"), str), "kept": (bool, None)}],
+    "drop?": ({"limit": POSITIVE}, None),
+    "time?": ({"limit": POSITIVE}, None),
+}
+"""What a run was asked for, promised, and measured."""
+DROPS = [[Number()]]
+"""The drops of networks before and after their training."""
 RESULT = {
+    "contract?": (CONTRACT, None),
     "rate": POSITIVE,
     "rate_reached": Number(0),
     **dict.fromkeys(("allocation", "rate_scope", "network", "device"), str),
@@ -139,6 +150,15 @@ _LAYER = {
     **dict.fromkeys(("bits?", "entry_bytes?"), COUNT),
     **dict.fromkeys(("has_narrow_bias?", "is_whole?"), bool),
 }
+JUDGED = {
+    "max_drop": POSITIVE,
+    "confidence": SHARE,
+    "is_exact": bool,
+    "drop?": (_POINTS, None),
+    "bound?": (Number(), None),
+    "tried": [{"share": POSITIVE, "bytes": COUNT, "passed?": (bool, None)}],
+}
+"""What held-out inputs said of the networks that a search tried, and of the one that it chose."""
 PLAN = {
     "method": dict,
     "rate": POSITIVE,
@@ -149,6 +169,7 @@ PLAN = {
     **dict.fromkeys(("beside_saved?", "vectors_saved?"), COUNT),
     "kept?": [str],
     "rate_unit?": str,
+    "judged?": (JUDGED, None),
 }
 FINISHED = {
     "settings": dict,

@@ -1,6 +1,8 @@
 """Training and evaluation of any network."""
 
+from tspc.training.confidence import Drop
 from tspc.training.evaluation import Accuracy, accuracy, evaluate, judged, measure
+from tspc.training.held_out import HeldOut
 from tspc.training.loop import Batches, Hardware, Labelled, LossOf, Step, Watchers, fit
 from tspc.training.metrics import AGREEMENT, METRICS, TOP1, Again, Metric, Score, drop, losses, metric_of, name_problem
 from tspc.training.placement import Trial, place, tried
@@ -12,7 +14,9 @@ __all__ = [
     "Accuracy",
     "Again",
     "Batches",
+    "Drop",
     "Hardware",
+    "HeldOut",
     "Labelled",
     "LossOf",
     "METRICS",

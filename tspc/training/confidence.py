@@ -42,8 +42,9 @@ class Drop:
         """From the loss of each input (N,), in units of which one is so many points."""
         values = losses.detach().double().cpu().numpy()
         deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        counts = (int((values > 0).sum()), int((values < 0).sum())) if np.isin(values, (-1, 0, 1)).all() else (None, None)
-        return cls(len(values), float(values.mean()), deviation, points, *counts)
+        counts = int((values > 0).sum()), int((values < 0).sum())
+        is_counted = bool(np.isin(values, (-1, 0, 1)).all())
+        return cls(len(values), float(values.mean()), deviation, points, *(counts if is_counted else (None, None)))
 
     @property
     def is_exact(self) -> bool:
@@ -98,12 +99,13 @@ def _exact(lost: int, gained: int, count: int, limit: float) -> float:
     below = _score(losses[:, None], gains[None], count, limit) <= _score(lost, gained, count, limit) + 1e-9
     rest = count - losses[:, None] - gains[None]
     below &= rest >= 0
-    ways = gammaln(count + 1) - gammaln(losses + 1)[:, None] - gammaln(gains + 1)[None] - gammaln(np.maximum(rest, 0) + 1)
+    rest = np.maximum(rest, 0)
+    ways = gammaln(count + 1) - gammaln(losses + 1)[:, None] - gammaln(gains + 1)[None] - gammaln(rest + 1)
 
     def tail(gain: float) -> float:
         """The probability of the counts that are as extreme, if an input gains with this frequency."""
         logs = ways + xlogy(losses, gain + limit)[:, None] + xlogy(gains, gain)[None]
-        return float(np.exp(logs + xlogy(np.maximum(rest, 0), 1 - 2 * gain - limit))[below].sum())
+        return float(np.exp(logs + xlogy(rest, 1 - 2 * gain - limit))[below].sum())
 
     return min(1.0, max(tail(float(gain)) for gain in np.linspace(low, high, GRID)) + NUISANCE)
 
