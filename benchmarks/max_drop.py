@@ -140,7 +140,8 @@ def _right(network: nn.Module, split: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _batches(images: Tensor, labels: Tensor) -> Any:
-    return zip(images.split(BATCH), labels.split(BATCH), strict=True)
+    for part, wanted in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+        yield part.contiguous(memory_format=torch.channels_last), wanted
 
 
 def _split(batches: Any) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from tspc.compression.plan import Plan
 from tspc.errors import ConfigError, DataError, InfeasibleRateError
 from tspc.training.confidence import Drop
 
-FEWEST, MOST = 1000, 10_000
+FEWEST, MOST = 1000, 6000
 """The number of inputs that test, unless it is given."""
 LEAST = 100
 """With fewer held-out inputs nothing is judged."""
@@ -34,12 +34,18 @@ COARSE_LEVEL, FINE_LEVEL, LARGER_LEVEL = 0.1, 0.8, 0.1
 """The shares of the level for the two chains, and for one larger network, in case the first of all fails."""
 LARGER = 1.6
 """How much larger that network is."""
+ALONE = 0.84
+"""The ratio of sizes if there are too few inputs to divide the level among two chains."""
 FIRST_LOOK = 0.25, 0.2
 """A test looks first at this share of the inputs, and spends this share of its level on it."""
+HOPELESS = 1.5
+"""A test ends early if the drop lies so many standard errors above the limit."""
 TYPICAL = 100.0
 """Points of top-1 for a squared expected error of 1, of a typical network; the first size comes from it."""
 START = 0.25
 """The share of the limit that the network at the first size is expected to lose."""
+UNLIKELY = 0.2
+"""An estimate is a bound on the drop at this level."""
 MADE, NEAR, STEEPNESS = 3, 0.06, 2.0
 """Of the search by estimates: the largest number of networks, how near they come to the size that is sought, as a
 share, and the power of the expected error to which the drop is proportional, until two networks show it."""
@@ -55,6 +61,8 @@ class Judge(Protocol):
     """Compares networks with the reference on held-out inputs, of which there are `count`."""
 
     count: int
+    has_counts: bool
+    """Whether each input is right or wrong, so that a loss is −1, 0 or 1."""
 
     def drop(self, network: nn.Module, start: int, stop: int) -> Drop:
         """The drop on the inputs from `start` to `stop`."""
@@ -86,6 +94,10 @@ class Limit:
         share = self.drop / 100
         wanted = float(stats.norm.isf(self.level)) ** 2 * (2 * share + 0.005) / (MARGIN * share) ** 2
         return min(max(FEWEST, math.ceil(wanted)), MOST, available)
+
+    def testing(self, available: int) -> int:
+        """How many inputs test the finished network, of those that there are for it and for estimates."""
+        return self.inputs(available - (self.estimating(available) if self.is_trained else 0))
 
     def estimating(self, available: int) -> int:
         """How many inputs estimate the drop before a training; the others test the network after it."""
@@ -131,6 +143,23 @@ class Search:
             count = f"{self.judge.count} are too few: give {LEAST} at least"
             raise DataError(f"max_drop={self.limit.drop:g} is judged on held-out inputs, and {count}")
 
+        inputs = self.limit.testing(self.judge.count)
+        if self._least_p(inputs) > self.limit.level:
+            share, confidence = self.limit.drop / 100, 1 - self.limit.level
+            needed = math.ceil(math.log(self.limit.level) / math.log(1 - share))
+            raise ConfigError(
+                [
+                    f"max_drop={self.limit.drop:g} needs {needed:,} held-out inputs at confidence {confidence:g}, and "
+                    f"{inputs:,} can test; give more of them, a larger max_drop, or a smaller confidence"
+                ]
+            )
+
+    def _least_p(self, inputs: int) -> float:
+        """The p-value if nothing at all is lost on so many inputs."""
+        if not self.judge.has_counts:
+            return 0.0
+        return Drop(inputs, 0.0, 0.0, 100.0, 0, 0).p_value(self.limit.drop)
+
     def run(self) -> Tried:
         """The smallest network that keeps the limit. Raises ConfigError if none does; it names the nearest limit."""
         found = self._by_estimates() if self.limit.is_trained else self._by_tests()
@@ -150,6 +179,11 @@ class Search:
 
     def _by_tests(self) -> Tried:
         start = self._share_for(math.sqrt(START * self.limit.drop / TYPICAL))
+        if self._least_p(self.limit.inputs(self.judge.count)) > COARSE_LEVEL / 2 * self.limit.level:
+            best = self._chain(start, ALONE, 1.0) or self._made(start)
+            if not best.passed:
+                raise ConfigError([self._refusal(best)])
+            return best
         best = self._chain(start, COARSE, COARSE_LEVEL)
         failed = start if best is None else best.share * COARSE
         if best is None:
@@ -169,14 +203,15 @@ class Search:
         return best
 
     def _passes(self, one: Tried, part: float) -> bool:
-        """Whether the drop is below the limit at this part of the level. There are two looks, or one if it is bad."""
+        """Whether the drop is below the limit at this part of the level. There are two looks, or one if it is clear."""
         level, count = part * self.limit.level, self.limit.inputs(self.judge.count)
         first, spent = FIRST_LOOK
         looks = [(int(count * first), spent * level), (count, (1 - spent) * level)]
-        for inputs, at in looks if looks[0][0] >= LEAST else [(count, level)]:
+        is_useful = self._least_p(looks[0][0]) <= looks[0][1] and looks[0][0] >= LEAST
+        for inputs, at in looks if is_useful else [(count, level)]:
             one.drop = self.judge.drop(one.network, 0, inputs)
             one.passed = one.drop.p_value(self.limit.drop) <= at
-            if one.passed or one.drop.value > self.limit.drop:
+            if one.passed or one.drop.value - HOPELESS * one.drop.points * one.drop.error > self.limit.drop:
                 break
         assert one.drop is not None
         verdict = "passes" if one.passed else "does not pass"
@@ -212,7 +247,9 @@ class Search:
 
     def _next_guess(self) -> float:
         """The share at which the drop after the training is expected to be the limit."""
-        drops = {one.expected: self.limit.given_back(one.drop.value) for one in self.tried.values() if one.drop}
+        # Of few inputs the mean is too uncertain: what is likely is within a bound.
+        likely = {one.expected: one.drop.bound(UNLIKELY) for one in self.tried.values() if one.drop}
+        drops = {error: self.limit.given_back(drop) for error, drop in likely.items()}
         points = sorted((error, max(drop, self.limit.drop / 20)) for error, drop in drops.items())
         (low, small), (high, large) = points[0], points[-1]
         power = STEEPNESS

@@ -14,7 +14,7 @@ from typing import Any
 from tspc.compression.goals import bits_of, goal_of
 from tspc.compression.plan import Plan
 from tspc.errors import RunError, TspcError
-from tspc.pages.goals import SIZE, goal_in
+from tspc.pages.goals import ERROR, goal_in, kind_of_goal
 from tspc.phases.finished import read_record, unfinished
 from tspc.phases.table import NETWORK_PHASES
 from tspc.store.files import read_json
@@ -55,7 +55,7 @@ class Run:
         A size is told by the word only: there the plan chooses the widths, and with a rate it does not.
         """
         head, name = f"{self.method}-{self.goal}", self.path.parent.name
-        kind = f"-{SIZE}" if self.goal.startswith(SIZE) else ""
+        kind = f"-{kind_of_goal(self.goal)}" if kind_of_goal(self.goal) not in ("", ERROR) else ""
         return self.method + kind + (name.removeprefix(head) if name.startswith(head) else "")  # it may be renamed
 
     @property

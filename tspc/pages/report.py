@@ -50,6 +50,7 @@ def _content(run: Run) -> dict[str, Any]:
         "title": f"{run.network} on {run.dataset}: {asked_of(run.method, run.goal, run.bits)}",
         "sentence": sentence(run.result),
         "metric": run.scale,
+        "contract": (run.result.get("contract") or {"goals": []})["goals"],
         "cards": _cards(run),
         "phases": _phases(run.result),
         "asked": _asked(run),

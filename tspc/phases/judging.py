@@ -72,7 +72,7 @@ class Judging:
         """The drop of the network after its training, on images by which nothing was chosen."""
         limit = self.limit(sketch)
         start = limit.estimating(self.held_out.count)
-        return self.held_out.drop(network, start, start + limit.inputs(self.held_out.count - start))
+        return self.held_out.drop(network, start, start + limit.testing(self.held_out.count))
 
 
 def held_out_images(reference: nn.Module, context: Context) -> HeldOut:

@@ -163,7 +163,9 @@ def _announce(planning: Planning, config: Config, display: Display) -> None:
     for name, of_phase in config.phases.items():
         PHASES[name].check_network(of_phase, planning.reference, [layer.name for layer in chosen])
     dense = sum(layer.dense_size(sketch.unit) for layer in chosen)
-    if settings.target_error is not None:
+    if settings.max_drop is not None:
+        goal = f"the smallest network that loses at most {settings.max_drop:g} points"
+    elif settings.target_error is not None:
         goal = f"{dense:,} {sketch.unit} to an output error of {settings.target_error:g}"
     elif settings.decomposes:
         goal = f"at most {sketch.budget(sketch.rate):,} of {dense:,} {sketch.unit}"

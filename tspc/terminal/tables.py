@@ -157,7 +157,9 @@ def result_lines(result: dict[str, Any], target: Path) -> list[str]:
     """The rate reached, and the size of the network in the file `target`."""
     sizes, parameters = result["bytes"], result["parameters"]
     asked = f"{result['rate']} asked"
-    if result.get("size") is not None:
+    if result.get("max_drop") is not None:
+        asked = f"for a drop of at most {result['max_drop']:g} points"
+    elif result.get("size") is not None:
         asked = f"for a size of at most {result['size']}"
     elif result["target_error"] is not None:
         asked = f"for an expected output error of at most {result['target_error']}"

@@ -34,6 +34,11 @@ class HeldOut:
         self._known: dict[tuple[int, int], Score] = {}
         self._last: tuple[nn.Module, dict[tuple[int, int], Score]] | None = None
 
+    @property
+    def has_counts(self) -> bool:
+        """Whether each input is right or wrong."""
+        return self.metric.is_proportion and self.metric.each is not None
+
     def drop(self, network: nn.Module, start: int, stop: int) -> Drop:
         """How much worse than the reference a network is on the inputs from `start` to `stop`.
 
