@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tests.conftest import TINY
 from tests.small import CPU, context_of
 from tspc.errors import ConfigError, TspcError
 from tspc.phases.agreement import keep_better_
@@ -231,82 +228,6 @@ def test_the_settings_take_a_function_and_refuse_an_unknown_name():
     with pytest.raises(ConfigError, match=r"phase.export.accuracy_tolerance=2: .*top-1 is a share"):
         read_config(composed("phase=export", "phase.export.accuracy_tolerance=2"))
     read_config(composed("phase=export", "phase.export.accuracy_tolerance=2", "metric=mse"))
-
-
-RUN = "outputs/synthetic/resnet8/svd-0.2/seed0"
-COMMAND = (*TINY, "method=svd", "phase=[decompose,finetune]", "phase.finetune.steps=2", "report=true")
-OWN = """
-import torch
-
-def surety(model, batches):
-    return torch.cat([model(images).softmax(1).amax(1) for images, _ in batches]) * 5
-
-def silly(model, batches):
-    return "very"
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch) -> str:
-    (tmp_path / "ownmetric.py").write_text(OWN)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "ownmetric", raising=False)
-    return "ownmetric"
-
-
-def test_runs_by_default_by_agreement_and_by_a_function(cli, tmp_path, own):
-    code, _, err = cli(*COMMAND)
-    assert (code, err) == (0, "")
-    identity = json.loads((tmp_path / RUN / "run.json").read_text())
-    assert "metric" not in identity
-    result = json.loads((tmp_path / RUN / "result.json").read_text())
-    assert list(result["accuracy"]) == ["top1", "top5", "images"]
-
-    code, _, err = cli(*COMMAND, "metric=agreement")
-    assert code == 1
-    assert "metric: top1 → agreement" in " ".join(err.split())
-    for metric, variant, label in (
-        ("agreement", "a", "Agreement with the reference"),
-        (f"{own}:surety", "s", "surety"),
-    ):
-        command = (*COMMAND, f"metric={metric}", f"variant={variant}")
-        code, out, err = cli(*command)
-        assert (code, err) == (0, "")
-        assert f"{label.split()[0].lower()} " in out
-        folder = tmp_path / RUN.replace("0.2", f"0.2-{variant}")
-        assert json.loads((folder / "run.json").read_text())["metric"] == metric
-        result = json.loads((folder / "result.json").read_text())
-        for record in (result["accuracy"], result["reference"]["accuracy"], result["phases"]["finetune"]["accuracy"]):
-            assert list(record) == ["metric", "value", "images"]
-            assert (record["metric"], record["images"]) == (metric, 100)
-        page = (folder / "report.html").read_text()
-        assert label in page
-        assert "op-1" not in page
-        before = (folder / "result.json").read_bytes()
-        code, out, err = cli(*command)
-        assert (code, err) == (0, "")
-        assert out.count("done before: ") == 2
-        assert (folder / "result.json").read_bytes() == before
-    references = Path(tmp_path / RUN).parent.parent / "reference"
-    assert len(list(references.glob("accuracy-*.json"))) == 3
-
-    assert cli("phase=compare")[0] == 0
-    page = (tmp_path / "outputs/sweep.html").read_text()
-    for heading in ("resnet8 on synthetic<", "judged by agreement with the reference<", "judged by surety<"):
-        assert heading in page, "each metric has a section, and figures, of its own"
-    head, *rows = (tmp_path / "outputs/sweep.csv").read_text().splitlines()
-    assert [row.split(",")[head.split(",").index("metric")] for row in rows] == ["top1", "agreement", f"{own}:surety"]
-
-
-def test_a_bad_function_is_told_before_any_work(cli, tmp_path, own):
-    code, _, err = cli(*COMMAND, f"metric={own}:silly")
-    assert code == 1
-    assert "metric=ownmetric:silly returned str; it gets (model, batches) and returns a number" in " ".join(err.split())
-    assert "Traceback" not in err
-    code, _, err = cli(*COMMAND, "metric=ownmetric:missing")
-    assert code == 1
-    assert "metric='ownmetric:missing' cannot be imported" in " ".join(err.split())
-    assert not (tmp_path / "outputs").exists()
 
 
 def test_an_unknown_name_in_a_record_is_a_function():
