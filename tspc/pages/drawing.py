@@ -238,7 +238,7 @@ def accuracy_axis(axes: Axes, values: list[float], scale: Scale) -> None:
     low, high = min(values), max(values)
     if scale.is_share:
         room = max(4.0, 1.3 * (high - low)) - (high - low)
-        top = min(high + room / 2, 100.9)  # a mark at 100 % is not cut
+        top = min(high + room / 2, 100 + max(0.9, 0.03 * (high - low)))  # a mark at 100 % is not cut
         bottom = min(top - (high - low) - room, low - 0.06 * (high - low))
         axes.set_ylim(max(0.0, bottom) if low >= 0 else bottom, top)
     else:

@@ -73,8 +73,8 @@ def sentence(result: dict[str, Any]) -> str:
     scale, values = scale_in(final), f"{shown(reference)} → {shown(final)}"
     change = scale.change(value_in(reference), value_in(final))
     if not scale.is_share:
-        verdict = "it is better" if scale.gain(change) > 0 else "it is worse" if change else "it is the same"
-        return f"{size}. Its {scale.title}: {values}; {verdict}."
+        verdict = "better" if scale.gain(change) > 0 else "worse" if change else "the same"
+        return f"{size}. {scale.heading}: {values}, which is {verdict}."
     verb = "keeps its" if abs(change) < 0.005 else f"gains {change:.2f} points of" if change > 0 else ""
     verb = verb or f"loses {-change:.2f} points of"
     text = f"{size}, and it {verb} {scale.title} ({values})."

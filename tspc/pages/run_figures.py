@@ -15,6 +15,8 @@ NAMED = 40
 """The largest number of layers with names that fit below an axis."""
 SPECTRA = 24
 """The largest number of layers with drawn spectra; the others are in the page's table and in spectra.json."""
+ROOM = 0.05
+"""The room above a mark for its number, as a share of the axis; a mark at 100 % has less."""
 COLUMNS = 6
 POINTS = 64
 """The largest number of points of a spectrum's curve."""
@@ -45,12 +47,13 @@ def _accuracy(run: Run) -> Drawing | None:
     if start:
         axes.axhline(values[0], color=MUTED, linestyle="--", linewidth=1)
     axes.plot(range(start, len(values)), values[start:], color=SERIES[0], linewidth=1.5)
-    marks = {}
+    accuracy_axis(axes, values, scale)
+    (bottom, top), marks = axes.get_ylim(), {}
     for place, (name, value) in enumerate(shown.items()):
         colour = MUTED if name == REFERENCE else SERIES[0]
         axes.plot([place], [value], "o", color=colour, markersize=7, gid=f"phase{place}")
         # Above the reference's line if there is room, else below, so that the line does not cross the number.
-        is_below = start == 1 and value < values[0]
+        is_below = (start == 1 and value < values[0]) or top - value < ROOM * (top - bottom)
         offset, side = (-8, "top") if is_below else (8, "bottom")
         axes.annotate(
             scale.number(value), (place, value), (0, offset), textcoords="offset points", ha="center", va=side
@@ -59,7 +62,6 @@ def _accuracy(run: Run) -> Drawing | None:
     axes.set_xticks(range(len(names)), [legible(name, 20) for name in names])
     axes.set_xlim(-0.4, len(names) - 0.6)
     axes.grid(False, axis="x")
-    accuracy_axis(axes, values, scale)
     words = ", ".join(f"{name} {scale.number(value)}{scale.unit}" for name, value in shown.items())
     return Drawing("accuracy", f"{scale.subject} after each phase", f"{scale.heading}: {words}.", figure, marks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tspc.errors import shortened
 from tspc.store.schemas import OTHER_METRIC, problem
 
 TOP1 = "top1"
@@ -102,7 +103,7 @@ SCALES = {
 
 def scale_of(name: str) -> Scale:
     """The scale of a metric; any other name is a user's function, of which only the text is known."""
-    label = name.rpartition(":")[2] or name
+    label = shortened(name.rpartition(":")[2] or name)  # the record may be somebody else's
     return SCALES.get(name) or Scale(name=name, label=label, title=label)
 
 
