@@ -1,20 +1,21 @@
 """Finds the smallest network whose drop on held-out inputs is within a limit, with a confidence.
 
-A few networks are tried along the axis of sizes. They share the error curves and what the samples have shown. Their
-order is fixed before any of them is judged: the error curves say where it begins, and then the sizes fall by large
-steps until a network fails, and from the last one that passed by small steps. Each step tests whether the drop is below
-the limit. This is fixed-sequence testing, as in Learn then Test (Angelopoulos et al., arXiv:2110.01052), with one part
-of the level for each chain. If a smaller network does not lose less, the chance that the result is above the limit is
-at most the level: only the first size of each chain that is above it can be let through by mistake.
+A few networks are tried along the axis of sizes. They share the error curves and what the samples have shown. Some of
+the held-out inputs, the *pilot*, show where the drop reaches the limit. This fixes a sequence of sizes, from larger to
+smaller. The other inputs then test one size after the other: whether its drop is below the limit. The first size that
+fails ends the sequence. The sequence does not depend on the inputs that test, so the chance that a network is let
+through whose true drop is above the limit is at most the level: only the first such network of the sequence could begin
+the mistake (fixed-sequence testing, as in Learn then Test, Angelopoulos et al., arXiv:2110.01052).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 from scipy import stats
 from torch import nn
 
@@ -24,31 +25,28 @@ from tspc.training.confidence import Drop
 
 FEWEST, MOST = 1000, 6000
 """The number of inputs that test, unless it is given."""
+PILOT = 1000
+"""Inputs of the pilot; at most a quarter of all."""
 LEAST = 100
 """With fewer held-out inputs nothing is judged."""
 MARGIN = 0.2
 """So many inputs test that the bound lies above the mean by about this share of the limit."""
-COARSE, FINE = 0.7, 0.92
-"""The ratios of sizes that follow each other in the two chains."""
-COARSE_LEVEL, FINE_LEVEL, LARGER_LEVEL = 0.1, 0.8, 0.1
-"""The shares of the level for the two chains, and for one larger network, in case the first of all fails."""
-LARGER = 1.6
-"""How much larger that network is."""
-ALONE = 0.84
-"""The ratio of sizes if there are too few inputs to divide the level among two chains."""
+STEP, AHEAD = 0.88, 1.5
+"""The ratio of sizes that follow each other, and how many steps before the size sought the sequence begins."""
+MAIN = 0.8
+"""The share of the level for the sequence; the rest is for one of larger networks, in case its first one fails."""
+LARGER = 2.0
+"""How much larger they begin."""
 FIRST_LOOK = 0.25, 0.2
 """A test looks first at this share of the inputs, and spends this share of its level on it."""
 HOPELESS = 1.5
 """A test ends early if the drop lies so many standard errors above the limit."""
-TYPICAL = 100.0
-"""Points of top-1 for a squared expected error of 1, of a typical network; the first size comes from it."""
-START = 0.25
-"""The share of the limit that the network at the first size is expected to lose."""
-UNLIKELY = 0.2
-"""An estimate is a bound on the drop at this level."""
-MADE, NEAR, STEEPNESS = 3, 0.06, 2.0
-"""Of the search by estimates: the largest number of networks, how near they come to the size that is sought, as a
-share, and the power of the expected error to which the drop is proportional, until two networks show it."""
+TYPICAL, POWER = 150.0, 2.2
+"""The drop of a typical network in points of top-1: a constant, times this power of the expected error."""
+DOUBT, MORE_DOUBT = 1.0, 3.0
+"""The standard deviation of the logarithm of that constant among networks; the second is for other metrics."""
+PILOTS, NEAR = 3, 0.25
+"""The pilot judges at most so many networks, until the size sought is near that of the last one, in logarithms."""
 
 
 class Made(Protocol):
@@ -61,8 +59,11 @@ class Judge(Protocol):
     """Compares networks with the reference on held-out inputs, of which there are `count`."""
 
     count: int
-    has_counts: bool
-    """Whether each input is right or wrong, so that a loss is −1, 0 or 1."""
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether each input is right or wrong, so that a loss is −1, 0 or 1."""
+        ...
 
     def drop(self, network: nn.Module, start: int, stop: int) -> Drop:
         """The drop on the inputs from `start` to `stop`."""
@@ -84,24 +85,19 @@ class Limit:
     is_trained: bool = False
     given_back: Callable[[float], float] = lambda drop: drop
 
-    def inputs(self, available: int) -> int:
-        """How many inputs test, of those that there are.
-
-        Of a top-1 that falls by d, about 2 d + 0.005 of the inputs change between right and wrong.
-        """
+    def parts(self, available: int) -> tuple[int, int]:
+        """How many of the inputs are the pilot, and how many of the others test."""
+        pilot = min(PILOT, available // 4)
         if self.images is not None:
-            return min(self.images, available)
+            return pilot, min(self.images, available - pilot)
         share = self.drop / 100
-        wanted = float(stats.norm.isf(self.level)) ** 2 * (2 * share + 0.005) / (MARGIN * share) ** 2
-        return min(max(FEWEST, math.ceil(wanted)), MOST, available)
+        wanted = float(stats.norm.isf(self.level)) ** 2 * changed(share) / (MARGIN * share) ** 2
+        return pilot, min(max(FEWEST, math.ceil(wanted)), MOST, available - pilot)
 
-    def testing(self, available: int) -> int:
-        """How many inputs test the finished network, of those that there are for it and for estimates."""
-        return self.inputs(available - (self.estimating(available) if self.is_trained else 0))
 
-    def estimating(self, available: int) -> int:
-        """How many inputs estimate the drop before a training; the others test the network after it."""
-        return min(MOST // 4, available // 3)
+def changed(drop: float) -> float:
+    """About which share of the inputs changes between right and wrong where top-1 falls by this share."""
+    return 2 * drop + 0.005
 
 
 @dataclass
@@ -142,15 +138,14 @@ class Search:
         if self.judge.count < LEAST:
             count = f"{self.judge.count} are too few: give {LEAST} at least"
             raise DataError(f"max_drop={self.limit.drop:g} is judged on held-out inputs, and {count}")
-
-        inputs = self.limit.testing(self.judge.count)
-        if self._least_p(inputs) > self.limit.level:
-            share, confidence = self.limit.drop / 100, 1 - self.limit.level
-            needed = math.ceil(math.log(self.limit.level) / math.log(1 - share))
+        self.pilot, self.inputs = self.limit.parts(self.judge.count)
+        if self._least_p(self.inputs) > self.limit.level:
+            confidence = 1 - self.limit.level
+            needed = math.ceil(math.log(self.limit.level) / math.log(1 - self.limit.drop / 100))
             raise ConfigError(
                 [
                     f"max_drop={self.limit.drop:g} needs {needed:,} held-out inputs at confidence {confidence:g}, and "
-                    f"{inputs:,} can test; give more of them, a larger max_drop, or a smaller confidence"
+                    f"{self.inputs:,} can test; give more of them, a larger max_drop, or a smaller confidence"
                 ]
             )
 
@@ -162,7 +157,8 @@ class Search:
 
     def run(self) -> Tried:
         """The smallest network that keeps the limit. Raises ConfigError if none does; it names the nearest limit."""
-        found = self._by_estimates() if self.limit.is_trained else self._by_tests()
+        share = self._by_pilot()
+        found = self._made(share) if self.limit.is_trained else self._by_tests(share)
         if found.share > self.limit.share:
             both = f"max_drop={self.limit.drop:g} and a size of {self.limit.share:.4g} of the bytes cannot both be met"
             raise ConfigError([f"{both}: the smallest network within the drop has {found}"])
@@ -175,41 +171,91 @@ class Search:
         tried = [each.to_dict() for each in sorted(self.tried.values(), key=lambda each: -each.share)]
         return found | one.to_dict() | {"is_exact": one.drop is not None and one.drop.is_exact, "tried": tried}
 
-    # By tests: the network is finished.
+    # The pilot.
 
-    def _by_tests(self) -> Tried:
-        start = self._share_for(math.sqrt(START * self.limit.drop / TYPICAL))
-        if self._least_p(self.limit.inputs(self.judge.count)) > COARSE_LEVEL / 2 * self.limit.level:
-            best = self._chain(start, ALONE, 1.0) or self._made(start)
-            if not best.passed:
-                raise ConfigError([self._refusal(best)])
-            return best
-        best = self._chain(start, COARSE, COARSE_LEVEL)
-        failed = start if best is None else best.share * COARSE
+    def _by_pilot(self) -> float:
+        """The smallest size at which the limit is expected to be kept, as a share."""
+        share = self._wanted()
+        for _ in range(PILOTS):
+            one = self._made(share)
+            one.drop = self.judge.drop(one.network, 0, self.pilot)
+            when = " before training" if self.limit.is_trained else ""
+            self.say(f"{one} loses {one.drop.value:.2f} points on {one.drop.count:,} inputs of the pilot{when}")
+            before, share = share, self._wanted()
+            if abs(math.log(share / before)) < NEAR:
+                break
+        return share
+
+    def _wanted(self) -> float:
+        """The share at which the expected drop, and what its bound adds, come to the limit."""
+        constant, points = self._constant(), self.limit.drop
+        low, high = 1e-4, 2.0
+        for _ in range(40):
+            error = math.sqrt(low * high)
+            drop = constant * error**POWER
+            if self.limit.is_trained:
+                drop = self.limit.given_back(drop)
+            deviation = 100 * math.sqrt(changed(drop / 100)) if self.judge.has_counts else 0.0
+            room = float(stats.norm.isf(self.limit.level)) * deviation / math.sqrt(self.inputs)
+            low, high = (error, high) if drop + room < max(points, 1.2 * room) else (low, error)
+        return self._share_for(low)
+
+    def _constant(self) -> float:
+        """Drop ÷ error^POWER: what is typical, and what the pilot has shown of this network (a posterior mean)."""
+        doubt = DOUBT if self.judge.has_counts else MORE_DOUBT
+        logs = np.linspace(math.log(TYPICAL) - 4 * doubt, math.log(TYPICAL) + 4 * doubt, 401)
+        likely = -0.5 * ((logs - math.log(TYPICAL)) / doubt) ** 2
+        for one in self.tried.values():
+            if one.drop is None:
+                continue
+            drops = np.exp(logs) * max(one.expected, 1e-9) ** POWER
+            errors = one.drop.points * one.drop.error
+            if self.judge.has_counts:
+                errors = 100 * np.sqrt(changed(drops / 100) / one.drop.count)
+            likely += -0.5 * ((one.drop.value - drops) / np.maximum(errors, 1e-12)) ** 2
+        weights = np.exp(likely - likely.max())
+        return math.exp(float((weights * logs).sum() / weights.sum()))
+
+    # The sequence.
+
+    def _by_tests(self, share: float) -> Tried:
+        """The last network that passes."""
+        self.tried = {known: replace(one, drop=None) for known, one in self.tried.items()}
+        start, main = share / STEP**AHEAD, MAIN
+        if self._least_p(self.inputs) > (1 - MAIN) / 2 * self.limit.level:
+            main = 1.0  # there is nothing to divide
+        best = self._last_of(self._sequence(start, STEP), main)
+        if best is None and main < 1.0:
+            best = self._last_of(self._sequence(LARGER * start, STEP**2, stop=start), 1 - MAIN)
         if best is None:
-            best = self._made(min(LARGER * start, 1.0))
-            if not self._passes(best, LARGER_LEVEL):
-                raise ConfigError([self._refusal(best)])
-        return self._chain(best.share * FINE, FINE, FINE_LEVEL, failed) or best
+            raise ConfigError([self._refusal(max(self.tried.values(), key=lambda one: one.share))])
+        return best
 
-    def _chain(self, start: float, ratio: float, part: float, stop: float = 0.0) -> Tried | None:
-        """The last network that passes, of sizes that fall from `start` until one fails; None if the first one does."""
-        best, share = None, max(start, self.smallest_share)
-        while best is None or (best.share > self.smallest_share and share > 0.98 * stop):
+    def _last_of(self, sequence: Iterator[float], part: float) -> Tried | None:
+        """The last network before the first one that fails; None if that is the first of all."""
+        best: Tried | None = None
+        for share in sequence:
             one = self._made(share)
             if not self._passes(one, part):
                 break
-            best, share = one, max(share * ratio, self.smallest_share)
+            best = one
         return best
+
+    def _sequence(self, share: float, ratio: float, stop: float = 0.0) -> Iterator[float]:
+        """Falling sizes; without a `stop` the smallest one is at the end."""
+        while share > max(self.smallest_share, 1.001 * stop):
+            yield min(share, 1.0)
+            share *= ratio
+        if stop == 0.0:
+            yield self.smallest_share
 
     def _passes(self, one: Tried, part: float) -> bool:
         """Whether the drop is below the limit at this part of the level. There are two looks, or one if it is clear."""
-        level, count = part * self.limit.level, self.limit.inputs(self.judge.count)
-        first, spent = FIRST_LOOK
-        looks = [(int(count * first), spent * level), (count, (1 - spent) * level)]
-        is_useful = self._least_p(looks[0][0]) <= looks[0][1] and looks[0][0] >= LEAST
-        for inputs, at in looks if is_useful else [(count, level)]:
-            one.drop = self.judge.drop(one.network, 0, inputs)
+        level, (first, spent) = part * self.limit.level, FIRST_LOOK
+        looks = [(int(self.inputs * first), spent * level), (self.inputs, (1 - spent) * level)]
+        is_useful = looks[0][0] >= LEAST and self._least_p(looks[0][0]) <= looks[0][1]
+        for inputs, at in looks if is_useful else [(self.inputs, level)]:
+            one.drop = self.judge.drop(one.network, self.pilot, self.pilot + inputs)
             one.passed = one.drop.p_value(self.limit.drop) <= at
             if one.passed or one.drop.value - HOPELESS * one.drop.points * one.drop.error > self.limit.drop:
                 break
@@ -227,41 +273,11 @@ class Search:
             f"{one.drop.value:.2f} points, at most {bound:g}; give max_drop={bound:g}, or more inputs"
         )
 
-    # By estimates: the network will be trained.
-
-    def _by_estimates(self) -> Tried:
-        """The network that is expected to lose the limit after its training."""
-        share = self._share_for(math.sqrt(self.limit.drop / TYPICAL))
-        while True:
-            one = self._made(share)
-            if one.drop is None:
-                one.drop = self.judge.drop(one.network, 0, self.limit.estimating(self.judge.count))
-                inputs = f"{one.drop.count:,} held-out inputs"
-                self.say(f"{one} loses {one.drop.value:.2f} points on {inputs} before training")
-            share = self._next_guess()
-            nearest = min(self.tried, key=lambda known: abs(math.log(known / share)))
-            if abs(math.log(nearest / share)) < NEAR:
-                return self.tried[nearest]
-            if len(self.tried) == MADE:
-                return self._made(share)
-
-    def _next_guess(self) -> float:
-        """The share at which the drop after the training is expected to be the limit."""
-        # Of few inputs the mean is too uncertain: what is likely is within a bound.
-        likely = {one.expected: one.drop.bound(UNLIKELY) for one in self.tried.values() if one.drop}
-        drops = {error: self.limit.given_back(drop) for error, drop in likely.items()}
-        points = sorted((error, max(drop, self.limit.drop / 20)) for error, drop in drops.items())
-        (low, small), (high, large) = points[0], points[-1]
-        power = STEEPNESS
-        if high > low and large > small:
-            power = min(max(math.log(large / small) / math.log(high / low), 1.0), 4.0)
-        error, drop = min(points, key=lambda point: abs(math.log(point[1] / self.limit.drop)))
-        return self._share_for(error * (self.limit.drop / drop) ** (1 / power))
-
     # Networks by size.
 
     def _made(self, share: float) -> Tried:
-        near = [known for known in self.tried if abs(math.log(known / share)) < 1e-6]
+        """The network of this size; one that was made already and is as large, up to a hundredth, serves as well."""
+        near = [known for known in self.tried if abs(math.log(known / share)) < 0.01]
         if not near:
             plan = self.plan_at(share)
             network, done = self.make(plan)

@@ -11,7 +11,7 @@ from torch import nn
 from tspc.compression.compress import limit_of
 from tspc.compression.outline import Outline
 from tspc.compression.settings import PlanSettings
-from tspc.compression.smallest import MOST, Limit
+from tspc.compression.smallest import MOST, PILOT, Limit
 from tspc.data import Batch, Data
 from tspc.errors import ConfigError
 from tspc.phases.context import Context
@@ -39,12 +39,11 @@ def images_to_reserve(settings: PlanSettings, data: Data | None, calibration: in
     asked, most = settings.terms.images, max(0, data.train_size - calibration)
     if is_trained:
         most = min(most, data.train_size // TRAINED_SHARE)
-    needed = asked and (asked + asked // 2 if is_trained else asked)
-    if needed is not None and most < needed:
-        room = 2 * most // 3 if is_trained else most
-        few = f"at most {room:,} of the {data.train_size:,} training images can judge"
+    pilot = min(PILOT, most // 4)
+    if asked is not None and most < asked + pilot:
+        few = f"at most {most - pilot:,} of the {data.train_size:,} training images can judge, beside a pilot"
         raise ConfigError([f"contract.images={asked}: {few}"])
-    return min(most, needed or (MOST + MOST // 4 if is_trained else MOST))
+    return min(most, PILOT + (asked or MOST))
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,8 @@ class Judging:
 
     def final(self, network: nn.Module, sketch: Outline) -> Drop:
         """The drop of the network after its training, on images by which nothing was chosen."""
-        limit = self.limit(sketch)
-        start = limit.estimating(self.held_out.count)
-        return self.held_out.drop(network, start, start + limit.testing(self.held_out.count))
+        pilot, inputs = self.limit(sketch).parts(self.held_out.count)
+        return self.held_out.drop(network, pilot, pilot + inputs)
 
 
 def held_out_images(reference: nn.Module, context: Context) -> HeldOut:
