@@ -106,3 +106,37 @@ def test_an_exported_file_is_judged_by_the_metric(reference, context, tmp_path, 
     assert "model.pt2 loses" in text
     assert f"{told} against the network" in text
     assert f"accuracy_tolerance=0.01 allows {1 if name == 'cosine' else 0.01:g}" in text
+
+
+DENSE = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    block = lambda: nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), block(), block(), nn.Conv2d(16, 5, 1))
+"""
+
+
+@pytest.mark.parametrize("metric", ["cosine", "mse", "agreement"])
+def test_a_network_without_classes_is_compressed_and_judged(cli, tmp_path, monkeypatch, metric):
+    """It gives five maps for an image; only a comparison with the reference can judge it."""
+    (tmp_path / "densenet5.py").write_text(DENSE)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "densenet5", raising=False)
+    command = [option for option in TINY if "pretrain" not in option]
+    command += ["model=custom", "model.factory=densenet5:net", "pretrained=default", "method=svd", "rate=0.3"]
+    command += ["phase=[decompose,distill]", "phase.distill.steps=4"]
+    code, _, err = cli(*command)
+    assert code == 1
+    assert "the data has 10 classes" in " ".join(err.split())
+    code, _, err = cli(*command, f"metric={metric}")
+    assert (code, err) == (0, "")
+    result = json.loads(next((tmp_path / "outputs").rglob("result.json")).read_text())
+    assert result["reference"]["accuracy"]["value"] == pytest.approx(0.0 if metric == "mse" else 1.0)
+    values = [result["phases"][name]["accuracy"]["value"] for name in ("decompose", "distill")]
+    if metric == "agreement":
+        assert all(0.8 < value < 1 for value in values)
+    else:
+        assert values[1] < values[0] if metric == "mse" else values[1] > values[0]

@@ -71,7 +71,7 @@ class Run:
     @property
     def scale(self) -> Scale:
         """How the numbers of the run's metric are read."""
-        measured = None if self.result is None else self.result["accuracy"]
+        measured = (self.result or {}).get("accuracy")
         return scale_of(self.identity.get("metric", TOP1)) if measured is None else scale_in(measured)
 
     @property

@@ -29,15 +29,15 @@ def keep_better_(
     network is set back to `start` if it gave the reference's class on more of the images then, by more than two
     standard deviations of that difference (McNemar, 1947). A network that does not classify is not changed.
 
-    The images have no labels. If the run's metric needs none either and is not about classes, such as the cosine, its
-    numbers for each image decide in the same way, for any network.
+    The images have no labels. If the run's metric needs none either, such as the cosine, its numbers for each image
+    decide in the same way, for any network.
     """
     metric = context.metric
-    if metric.needs_reference and metric.name != AGREEMENT.name:
-        _keep_better_by_(metric, model, start, reference, images, context)
-        return
-    wanted = _classes(reference, images)
+    is_other = metric.needs_reference and metric.name != AGREEMENT.name
+    wanted = None if is_other else _classes(reference, images)
     if wanted is None:
+        if metric.needs_reference:
+            _keep_better_by_(metric, model, start, reference, images, context)
         return
     before, after = _before_and_after(model, start, lambda: _classes(model, images) == wanted)
     lost, gained = before & ~after, after & ~before
