@@ -223,7 +223,7 @@ class Search:
         self.tried = {known: replace(one, drop=None) for known, one in self.tried.items()}
         start, main = share / STEP**AHEAD, MAIN
         if self._least_p(self.inputs) > (1 - MAIN) / 2 * self.limit.level:
-            main = 1.0  # there is nothing to divide
+            start, main = LARGER * start, 1.0  # there is nothing to divide
         best = self._last_of(self._sequence(start, STEP), main)
         if best is None and main < 1.0:
             best = self._last_of(self._sequence(LARGER * start, STEP**2, stop=start), 1 - MAIN)
