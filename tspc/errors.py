@@ -31,6 +31,10 @@ class InfeasibleRateError(TspcError):
         super().__init__(message)
 
 
+class UntimedError(ConfigError):
+    """A network or a layer that the runtime does not take, or a runtime that is not there."""
+
+
 class InfeasibleTimeError(TspcError):
     """A limit on the time that no network of these methods keeps; `fastest` is the least time, in seconds."""
 

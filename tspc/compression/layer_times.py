@@ -30,7 +30,7 @@ from tspc.decompositions import Decomposition, Rank, Shape
 from tspc.deploy.calls import EXTRAS, family, precision
 from tspc.deploy.exporting import INT8
 from tspc.deploy.layer_graphs import operations, seconds_of
-from tspc.errors import ConfigError, ExportError, RunError
+from tspc.errors import ExportError, RunError, UntimedError
 from tspc.layers.chains import REBUILT, Stage, paths_of, stages_of
 from tspc.layers.dense import Form
 from tspc.store.files import intact, make_folder, write_json
@@ -102,14 +102,14 @@ def cache_folder() -> Path:
 
 
 def clock_of(place: Place) -> Clock:
-    """Measures in the runtime. Raises ConfigError if the runtime does not take a layer."""
+    """Measures in the runtime. Raises UntimedError if the runtime does not take a layer."""
 
     def elsewhere(form: Form, stages: Sequence[Stage], size: Size) -> float:
         sizes = {"conv2d": size, "conv1d": size[1:]}.get(form.kind, size[:1])
         try:
             return seconds_of(operations(form, stages), place.batch, sizes, place.table, place.threads)
         except ExportError as error:
-            raise ConfigError([f"runtime={place.runtime} cannot time a layer: {error}"]) from error
+            raise UntimedError([f"runtime={place.runtime} cannot time a layer: {error}"]) from error
 
     @torch.no_grad()
     def eager(form: Form, stages: Sequence[Stage], size: Size) -> float:
