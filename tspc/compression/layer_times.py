@@ -187,9 +187,7 @@ class LayerTimes:
         """In multiply-adds of the whole batch."""
         return self.place.batch * estimate(form, stages, size, WORK[self.place.runtime], self.place.batch)
 
-    def _anchors(
-        self, form: Form, shape: Shape, size: Size, method: Decomposition
-    ) -> tuple[list[float], list[float]]:
+    def _anchors(self, form: Form, shape: Shape, size: Size, method: Decomposition) -> tuple[list[float], list[float]]:
         """The logarithms of estimated times, ascending, and measured ÷ estimated times at some ranks."""
         key = form, shape, size, method
         if key not in self._ratios:

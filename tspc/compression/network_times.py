@@ -88,8 +88,8 @@ def filled(inputs: Tensor | Inputs, place: Place) -> Inputs:
 def with_random_factors(model: nn.Module, rows: Iterable[LayerPlan]) -> nn.Module:
     """A copy of a network with the layers of a plan, whose kernels have about the size of the dense ones.
 
-    Layers that rebuild their kernel stay dense: a runtime rebuilds it once, when it loads the file. Numbers that are too
-    small would slow the processor.
+    Layers that rebuild their kernel stay dense: a runtime rebuilds it once, when it loads the file. Numbers that are
+    too small would slow the processor.
     """
     small = copied(model)
     generator = torch.Generator().manual_seed(0)
@@ -219,8 +219,8 @@ def search(
 ) -> list[Try]:
     """Networks that were timed on the way to one that takes just below `limit`, a share of the dense network's time.
 
-    `allocate` gives the best rows whose layers take so many seconds together, between the `bounds`: those of the fastest
-    rows and of the dense layers. `total` is their sum, `measure` the whole network's share of the dense time.
+    `allocate` gives the best rows whose layers take so many seconds together, between the `bounds`: those of the
+    fastest rows and of the dense layers. `total` is their sum, `measure` the whole network's share of the dense time.
     """
     fastest, slowest = bounds
     guess = min(1.0, dense_seconds / slowest) / dense_seconds
@@ -278,10 +278,10 @@ def limit_seconds(settings: PlanSettings, dense: float) -> float:
 def verify(dense: nn.Module, small: nn.Module, inputs: Tensor | Inputs, settings: PlanSettings) -> dict[str, Any]:
     """Whether the compressed network keeps its limit: exports both networks and times them in turns.
 
-    `inputs` are any inputs, batch first; the batch and the seconds are those of the settings' terms. Returns the `limit`
-    and what was `measured` for a batch, in seconds, whether the limit is `kept` (within 5 %), and for both networks the
-    "median" and the "p95" over the turns. With a `speedup` what counts is the median of the ratios of the turns: the limit and the
-    measured time are then in terms of the dense network's median. Without a limit on the time the dense network is the
+    `inputs` are any inputs, batch first; the batch and the seconds are those of the settings' terms. Returns the
+    `limit` and what was `measured` for a batch, in seconds, whether the limit is `kept` (within 5 %), and for both
+    networks the "median" and the "p95" over the turns. With a `speedup` the median of the ratios of the turns counts:
+    both times are then in terms of the dense network's median. Without a limit on the time the dense network is the
     limit. Raises UntimedError if the runtime does not take a network.
     """
     place = place_of(settings, dense)

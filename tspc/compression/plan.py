@@ -154,8 +154,8 @@ class Plan:
     """Ranks for a whole network at one rate. `layers` also lists the layers that stay dense.
 
     `rate` is the ceiling that the user gave, or that was found for a target error; it counts parameters or bytes
-    (`rate_unit`). `promise` is what the whole network took when it was timed with random factors, if there is a limit on
-    the time: the `limit`, the `runtime`, `batch` and `threads`, and `dense_seconds` and `seconds` for a batch.
+    (`rate_unit`). `promise` is what the whole network took when it was timed with random factors, if there is a limit
+    on the time: the `limit`, the `runtime`, `batch` and `threads`, and `dense_seconds` and `seconds` for a batch.
     `network_dense_bytes` are the bytes of the network's parameters and buffers before, and
     `beside_saved` those by which what lies beside the `layers` becomes smaller. The parameters named in `kept` keep
     their numbers.

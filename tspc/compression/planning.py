@@ -87,8 +87,8 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
     """The ranks of an outline's layers, from their error curves, and the paths for inputs of the `example`'s size.
 
     With a limit on the time, or `objective=latency`, layers and whole networks are timed in the runtime; see
-    `tspc.compression.time_plans`. Raises InfeasibleRateError if the rate cannot be met, InfeasibleTimeError if the limit
-    on the time cannot, ConfigError if the target error cannot.
+    `tspc.compression.time_plans`. Raises InfeasibleRateError if the rate cannot be met, InfeasibleTimeError if the
+    limit on the time cannot, ConfigError if the target error cannot.
     """
     keeper = timekeeper(model, sketch.settings, [layer.name for layer in sketch.chosen], example)
     try:

@@ -1,7 +1,7 @@
 """Divides a budget of time, and optionally one of size, among the layers of a network.
 
-Every layer takes one of its options: dense, or a form at one of several ranks. The sum of the weighted squared errors is
-to be the least under both limits. Each layer takes the option that minimises error + λ·seconds + μ·size (Shoham &
+Every layer takes one of its options: dense, or a form at one of several ranks. The sum of the weighted squared errors
+is to be the least under both limits. Each layer takes the option that minimises error + λ·seconds + μ·size (Shoham &
 Gersho, IEEE TASSP 1988, with two prices). Bisections find the prices. Single steps then spend what is left over.
 """
 
@@ -21,6 +21,8 @@ SIZES = 64
 """The number of ranks of each form, from the smallest size to the dense one."""
 STEPS = 48
 """Bisections for a price."""
+FILLED = 4
+"""So many choices are filled up; the best one counts."""
 LOWEST, HIGHEST = 1e-12, 1e9
 """Prices, in errors for the whole budget."""
 
@@ -145,17 +147,19 @@ class Allocation:
         return min(filled, key=lambda choice: self._total(self._errors, choice))
 
     def _priced(self, seconds: float, size: float) -> list[np.ndarray]:
-        """Choices by the price of time; the best one within the limit."""
-        low, high, best = LOWEST, HIGHEST, None
+        """Choices by the price of time within the limit, the last ones of a bisection."""
+        low, high, best = LOWEST, HIGHEST, []
         scaled = np.where(np.isinf(self._seconds), np.inf, self._seconds / max(seconds, 1e-300))
         for _ in range(STEPS):
             price = math.sqrt(low * high)
             choice = self._within(self._errors + price * scaled, self._sizes, size)
             if choice is not None and self._total(self._seconds, choice) <= seconds:
-                best, high = choice, price
+                high = price
+                if not best or (choice != best[-1]).any():
+                    best.append(choice)
             else:
                 low = price
-        return [] if best is None else [best]
+        return best[-FILLED:]
 
     def _filled(self, choice: np.ndarray, seconds: float, size: float) -> np.ndarray:
         """Changes one layer at a time for a smaller error within both limits, the largest gain for its costs first."""

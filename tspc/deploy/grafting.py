@@ -79,9 +79,7 @@ def _print(matrix: np.ndarray) -> tuple[tuple[int, ...], str]:
     return matrix.shape, hashlib.sha256(np.ascontiguousarray(matrix).tobytes()).hexdigest()
 
 
-def _chain(
-    node: Any, name: str, parts: Sequence[Operation], rng: np.random.Generator
-) -> tuple[list[Any], list[Any]]:
+def _chain(node: Any, name: str, parts: Sequence[Operation], rng: np.random.Generator) -> tuple[list[Any], list[Any]]:
     """Nodes in the place of one, and their constants; the last one has its bias."""
     from onnx import helper, numpy_helper
 

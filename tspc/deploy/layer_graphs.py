@@ -1,4 +1,4 @@
-"""Times one layer alone, as it runs inside a network: a small ONNX graph of its convolutions, and a runtime's own clock.
+"""Times one layer as it runs inside a network: a small ONNX graph of its convolutions, and a runtime's own clock.
 
 A graph of one layer would also pay for the call and for changes of the layout, which a network pays once. So a small
 1×1 convolution stands before the layer and another one behind it. The runtime notes the time of every operation, and

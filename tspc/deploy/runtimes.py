@@ -41,9 +41,7 @@ def opened(path: Path, format: str, threads: int | None = None) -> Answer:
     return lambda inputs: run_session(session, inputs)
 
 
-def openvino_session(
-    graph: Path | bytes, inputs: Inputs, precision: str, threads: int, profiles: bool = False
-) -> Any:
+def openvino_session(graph: Path | bytes, inputs: Inputs, precision: str, threads: int, profiles: bool = False) -> Any:
     """An OpenVINO request that runs an ONNX file, or its bytes, on the CPU, for batches of the size of `inputs`.
 
     `precision` is that of all that the file does not hold as integers: float32 or bfloat16. With `profiles` it notes
