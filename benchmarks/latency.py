@@ -155,9 +155,8 @@ def main() -> None:
                 for fraction in map(float, options.fractions.split(",")):
                     make = lambda n=name, r=runtime, f=fraction: run(n, r, f, options)  # noqa: E731
                     kept(options.out, label(name, runtime, fraction, number), make)
-    print(
-        f"\nMethod {options.method}, goal {options.goal}, {options.threads} threads. {machine(options.seed)}\n\n{report(options)}"
-    )
+    head = f"Method {options.method}, goal {options.goal}, {options.threads} threads. {machine(options.seed)}"
+    print(f"\n{head}\n\n{report(options)}")
 
 
 if __name__ == "__main__":
