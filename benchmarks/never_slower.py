@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from benchmarks.common import kept, machine, table
 from benchmarks.networks import CASES, Case
 from tspc.compression.apply import tensorized
-from tspc.compression.network_times import Stopwatch, place_of, verify
+from tspc.compression.network_times import Stopwatch, place_of
 from tspc.compression.planning import plan
 from tspc.compression.settings import PlanSettings
 from tspc.errors import TspcError
@@ -43,18 +44,20 @@ def examine(case: Case, method: str, options: argparse.Namespace) -> dict[str, A
     made = plan(model, asked, example=inputs)
     planned = time.monotonic() - started
     small, done = tensorized(model, made, shares_tensors=True)
-    found = verify(model, small, inputs, asked)
-    noise = Stopwatch(model, inputs, place_of(asked, model), options.seconds).of(None).share
+    watch = Stopwatch(model, inputs, place_of(asked, model), options.seconds)
+    found, noise = watch.of(small), watch.of(None)
     return {
-        "ratio": found["measured"] / found["limit"],
-        "noise": abs(noise - 1),
+        "ratio": found.share,
+        "noise": abs(noise.share - 1),
+        "dense": statistics.median(found.dense),
+        "compressed": statistics.median(found.compressed),
         "rate": done.rate_reached,
         "layers": len(done.layers),
         "tensorized": len(done.tensorized),
         "paths": done.paths,
         "promise": made.promise,
         "seconds": planned,
-    } | {key: found[key] for key in ("dense", "compressed")}
+    }
 
 
 def run(case: Case, method: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def row(case: Case, found: dict[str, dict[str, Any]]) -> list[str]:
     done = [each for each in found.values() if "failed" not in each]
     best = min(done, key=lambda each: each["ratio"], default=None)
     name = case.name if case.family == "torchvision" else f"{case.family}: {case.name}"
-    dense = "" if best is None else f"{1000 * best['dense']['median']:.3g}"
+    dense = "" if best is None else f"{1000 * best['dense']:.3g}"
     layers = "" if best is None else f"{best['tensorized']}/{best['layers']}"
     noise = f"{max(each['noise'] for each in done):.3f}" if done else ""
     seconds = f"{sum(each['seconds'] for each in done):.0f}"

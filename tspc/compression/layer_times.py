@@ -12,8 +12,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -101,6 +101,17 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "tspc"
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside this context PyTorch, and what `tspc.deploy` opens, have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def clock_of(place: Place) -> Clock:
     """Measures in the runtime. Raises UntimedError if the runtime does not take a layer."""
 
@@ -119,12 +130,13 @@ def clock_of(place: Place) -> Clock:
         kinds = {"conv2d": (channels, *size), "conv1d": (channels, size[1])}
         x = torch.ones(place.batch, *kinds.get(form.kind, (size[0], channels)), **like)
         times = []
-        for _ in range(REPEATS + WARM):
-            started = time.perf_counter()
-            module(x)
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            times.append(time.perf_counter() - started)
+        with threads(place.threads):
+            for _ in range(REPEATS + WARM):
+                started = time.perf_counter()
+                module(x)
+                if x.is_cuda:
+                    torch.cuda.synchronize(x.device)
+                times.append(time.perf_counter() - started)
         return sorted(times[WARM:])[REPEATS // 4]
 
     return elsewhere if place.is_elsewhere else eager

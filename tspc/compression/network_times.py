@@ -8,8 +8,7 @@ exported, and timed in turns with the dense one; then the limit on the sum of th
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.compression.goals import seconds_of
-from tspc.compression.layer_times import Place
+from tspc.compression.layer_times import Place, threads
 from tspc.compression.plan import LayerPlan
 from tspc.compression.settings import PlanSettings
 from tspc.decompositions import Decomposition, Rank
@@ -60,17 +59,6 @@ def place_of(settings: PlanSettings, model: nn.Module) -> Place:
     """Where the network of a plan will run."""
     terms, parameter = settings.terms, next(model.parameters(), torch.zeros(()))
     return Place(settings.runtime, terms.batch, terms.threads or torch.get_num_threads(), parameter.device)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Inside this context PyTorch, and what `tspc.deploy` opens, have so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def filled(inputs: Tensor | Inputs, place: Place) -> Inputs:

@@ -105,7 +105,8 @@ class PlanSettings:
     - `rate_scope`: what the rate counts: the "layers" that can be tensorized, or the whole "network".
     - `rank_multiple`: every rank is a multiple of this number, or the largest possible rank.
     - `objective`: with "latency" or "macs" a layer stays dense if no path is faster, as long as the other layers keep
-      half of their parameters; with "parameters" no layer stays dense for this reason.
+      half of their parameters; with "parameters" no layer stays dense for this reason. With "latency" costs are times
+      in the runtime, if an input is known, and the whole network is timed: it is never slower than the dense one.
     - `paths`: every tensorized layer takes its cheapest path. The costs come from a cost "model", or from the clock
       ("measure").
     - `runtime`: where the network will run, and in which precision; a name of `tspc.deploy.RUNTIMES`. The costs of

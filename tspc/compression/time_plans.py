@@ -89,6 +89,7 @@ class Timekeeper:
 
     def never_slower(self, candidates: Sequence[Candidate], rows: Iterable[LayerPlan], size: float) -> Rows | None:
         """Other rows for a plan whose network is slower than the dense one; None if it is not."""
+        self.times.keep()
         rows, share = list(rows), 1.0
         if any(row.rank and row.path != REBUILT for row in rows):
             share = self.watch.rows(rows)
