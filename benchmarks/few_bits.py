@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.common import cifar_config, cifar_reference, machine, parser, table
 from tspc.calibration.samples import Calibration, Samples
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.compression.integers import on_grids, state_bytes
 from tspc.compression.rounding import put_on_grids_, take_off_grids_
 from tspc.phases.context import Context

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.common import machine, table
 from benchmarks.no_training import lite0_network
 from tspc.calibration.samples import Calibration
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.data import Data, DataSpec
 from tspc.data.base import InMemory
 from tspc.phases.context import Context

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import cifar_reference, machine, parser, table, tuned_block
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.data import Data, Feed
 from tspc.decompositions import METHODS
 from tspc.layers.forms import tensorized_layers

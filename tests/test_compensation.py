@@ -15,7 +15,8 @@ from tspc.calibration.gathering import moments_of
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import input_patches
 from tspc.calibration.samples import Calibration, Samples
-from tspc.compression.apply import compress, tensorized
+from tspc.compression.apply import tensorized
+from tspc.compression.compress import compress
 from tspc.compression.planning import plan
 from tspc.decompositions import SVD, Auto, TensorTrain
 from tspc.errors import ConfigError, DataError, DecompositionError

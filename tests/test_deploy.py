@@ -17,7 +17,7 @@ import tspc
 from tests.conftest import Once
 from tests.nets import Net, small_net
 from tests.small import network
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.deploy import FORMATS, Comparison, Exporter, Graphs, compare, cost, export, exporting, graphs, runtimes
 from tspc.errors import ConfigError, ExportError
 from tspc.system import extras

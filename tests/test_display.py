@@ -40,15 +40,15 @@ def written(console: Console) -> str:
 
 def run_phases(display: Display) -> None:
     with display.checklist(["reference", "decompose", "distill"]):
-        display.finished("reference", "resnet8: top-1 90.00 %", 0.9)
+        display.finished("reference", "resnet8: top-1 90.00 %", {"top1": 0.9, "images": 1})
         with display.bar("plan      4 layers", 4) as bar:
             bar.advance(4, "conv1")
-        display.finished("decompose", "top-1 88.00 %", 0.88)
+        display.finished("decompose", "top-1 88.00 %", {"top1": 0.88, "images": 1})
         with display.bar("distill   block 1/2 layer1 with a name that is rather long for a terminal", 10) as bar:
             for step in range(10):
                 bar.advance(step + 1, f"loss {1 / (step + 1):.3f}", 1 / (step + 1))
             display.line("a line in between " + "x" * 150)
-        display.finished("distill", "top-1 91.00 %", 0.91)
+        display.finished("distill", "top-1 91.00 %", {"top1": 0.91, "images": 1})
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])

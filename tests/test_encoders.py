@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tspc
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.deploy import export
 from tspc.errors import ConfigError, TspcError, WeightsError
 from tspc.layers.forms import tensorized_layers

@@ -13,7 +13,7 @@ from tests.test_walk import assert_seen, seen_by_the_whole
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Calibration, Samples
 from tspc.calibration.targets import moments_in_turn
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.traversal.copying import copied
 
 WIDTH = 6

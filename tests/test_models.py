@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.methods import FAMILIES
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.compression.planning import plan
 from tspc.errors import ConfigError
 from tspc.models import BUILTIN, NetworkSpec

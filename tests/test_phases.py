@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.small import CPU, network
 from tspc.calibration.samples import Calibration
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.phases.agreement import keep_better_
 from tspc.phases.distill import Distillation, distill
 from tspc.phases.finetune import Finetuning, finetune, relative_error

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import tspc
-from tspc.compression.apply import apply_, compress
+from tspc.compression.apply import apply_
+from tspc.compression.compress import compress
 from tspc.compression.plan import Plan
 from tspc.compression.planning import plan
 from tspc.compression.settings import Selection

@@ -22,13 +22,13 @@ import torch
 from pathlib import Path
 from tests.small import CPU, SPEC, cross_entropy, network, recipe
 from tspc.system import processes
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.data import load_data
 from tspc.terminal.display import Display
 from tspc.phases.context import Context
 from tspc.phases.distill import Distillation, distill
 from tspc.phases.finetune import Finetuning, finetune, train_classifier
-from tspc.training import Hardware, Progress, evaluate
+from tspc.training import Hardware, Progress, evaluate, judged, metric_of
 
 torch.set_num_threads(1)
 processes.join(cpu=True)
@@ -48,10 +48,15 @@ assert torch.equal(processes.summed(own.clone()), own * processes.count()), "eac
 nested = processes.by_first(lambda: (processes.by_first(lambda: 3), processes.count()))
 assert nested == (3, 1), "while the others wait, the first process exchanges nothing with them"
 found = evaluate(small, context.data, CPU, batch_size=7)
+own = lambda model, batches: torch.cat([model(x).amax(1) for x, _ in batches])
+metrics = [metric_of(chosen) for chosen in ("cosine", "perplexity", own, lambda *given: float(own(*given).sum()))]
+scores = [judged(metric, reference, context.data, CPU, small, batch_size=7) for metric in metrics]
+assert [len(score.each) for score in scores[:-1]] == [130] * 3
 if processes.is_first():
     networks = {"trained": model, "distilled": small, "tuned": tuned}
     state = {f"{n}.{k}": v for n, net in networks.items() for k, v in net.state_dict().items()}
-    torch.save({"state": state, "accuracy": [found.top1, found.images]}, sys.argv[1])
+    numbers = {"accuracy": [found.top1, found.images], "scores": [[score.value, score.count] for score in scores]}
+    torch.save({"state": state} | numbers, sys.argv[1])
 processes.wait()
 """
 
@@ -90,6 +95,7 @@ def test_two_processes_train_as_one(tmp_path):
     for name, value in one["state"].items():
         torch.testing.assert_close(two["state"][name], value, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
     assert two["accuracy"] == one["accuracy"]
+    torch.testing.assert_close(torch.tensor(two["scores"]), torch.tensor(one["scores"]), rtol=5e-2, atol=5e-3)
     assert one["accuracy"][1] == 130, "an uneven split counts every image once"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.test_phases import DISTILLATION
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.phases.distill import distill
 from tspc.phases.finetune import Finetuning, finetune
 from tspc.training import Progress

@@ -10,7 +10,7 @@ import torch
 from tests.small import CPU
 from tests.test_phases import DISTILLATION, distance
 from tspc.calibration.samples import Calibration, Samples
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.compression.integers import on_grids
 from tspc.compression.rounding import put_on_grids_
 from tspc.layers.forms import tensorized_layers

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.test_phases import DISTILLATION
 from tspc.calibration.samples import Calibration
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.errors import TspcWarning
 from tspc.phases.distill import distill
 from tspc.training import Progress

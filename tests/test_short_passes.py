@@ -10,7 +10,7 @@ from tests.test_calibration import resnet
 from tests.test_compensation import output_distance
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Calibration, Samples
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.traversal import shortness
 
 

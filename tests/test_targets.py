@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tspc.calibration.samples import Calibration, Samples
-from tspc.compression.apply import apply_, compress
+from tspc.compression.apply import apply_
+from tspc.compression.compress import compress
 from tspc.compression.planning import plan
 from tspc.errors import TspcWarning
 

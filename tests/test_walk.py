@@ -12,7 +12,7 @@ from tests.small import CPU
 from tests.test_stash import Cache, Frozen, Pair, Slots
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Calibration, Samples
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.compression.path_costs import input_sizes
 from tspc.errors import TspcWarning
 from tspc.layers.dense import has_inputs, kernel_of, kind_of

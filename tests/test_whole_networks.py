@@ -12,7 +12,7 @@ from torch import nn
 from tests.methods import FAMILIES
 from tests.small import network
 from tests.test_processes import launch
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 from tspc.layers.forms import tensorized_layers
 from tspc.models import NetworkSpec
 
@@ -85,7 +85,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.methods import FAMILIES
 from tests.small import network
 from tspc.system import processes
-from tspc.compression.apply import compress
+from tspc.compression.compress import compress
 
 torch.set_num_threads(1)
 processes.join(cpu=True)

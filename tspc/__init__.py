@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from tspc.calibration import Calibration as Calibration
     from tspc.calibration import Samples as Samples
     from tspc.compression.apply import apply_ as apply_
-    from tspc.compression.apply import compress as compress
     from tspc.compression.checkpoint import load as load
     from tspc.compression.checkpoint import save as save
+    from tspc.compression.compress import compress as compress
+    from tspc.compression.compress import smallest as smallest
     from tspc.compression.plan import Plan as Plan
     from tspc.compression.planning import plan as plan
     from tspc.compression.settings import PlanSettings as PlanSettings
@@ -42,7 +43,8 @@ _HOMES = {
     "load": "compression.checkpoint",
     "save": "compression.checkpoint",
     "apply_": "compression.apply",
-    "compress": "compression.apply",
+    "compress": "compression.compress",
+    "smallest": "compression.compress",
     "CP": "decompositions",
     "SVD": "decompositions",
     "Reshaped": "decompositions",
@@ -80,6 +82,7 @@ __all__ = [
     "load",
     "plan",
     "save",
+    "smallest",
 ]
 
 

@@ -2,85 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tspc.calibration.recalibration import passes, recalibrate_
-from tspc.calibration.samples import Calibration, Samples, kept
+from tspc.calibration.samples import Samples
 from tspc.compression.beside import narrow_beside_
 from tspc.compression.fits import Fits, OnLayer
 from tspc.compression.plan import LayerPlan, Plan
-from tspc.compression.planning import plan
-from tspc.compression.progress import FIT, progress_bar, work_on
-from tspc.compression.selection import FilterFn, why_dense
-from tspc.compression.settings import PlanSettings
-from tspc.decompositions import Factors, Method
-from tspc.layers.dense import check_values, has_inputs, kind_of
+from tspc.compression.selection import why_dense
+from tspc.decompositions import Factors
+from tspc.layers.dense import check_values
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
-from tspc.models.lazy import require_sizes
 from tspc.store.state import tensor_state
 from tspc.system import processes
 from tspc.system.modes import is_of_inference, own_modes
-from tspc.system.tally import counting
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import evaluating
-
-
-@own_modes()
-def compress(
-    model: nn.Module,
-    method: str | Method | PlanSettings = "tt",
-    rate: float | None = None,
-    *,
-    calibration: Tensor | Iterable[Any] | Samples | None = None,
-    settings: Calibration | None = None,
-    filter_fn: FilterFn | None = None,
-    example: Tensor | None = None,
-    on_layer: Callable[[str], None] = lambda name: None,
-    progress: bool = False,
-    spread: bool = False,
-    **options: Any,
-) -> nn.Module:
-    """A compressed copy of `model`; the arguments are those of `tspc.plan`. `progress` shows a bar with the time left.
-
-    With `calibration` data layers are fitted to their outputs, else to their weights. `on_layer` is called with the
-    name of a layer after its errors were measured for the plan, and again after it was fitted. A layer with thousands
-    of inputs takes seconds.
-
-    With `spread` all processes of `torch.distributed` call this together, with the same network and the same data, each
-    on its own device. They share the work on layers that do not depend on each other, and all get the same network.
-
-    Raises what `plan` and `apply_` raise. With `spread` an error in one process is raised in all.
-    """
-    asked = PlanSettings.of(method, rate, **options)
-    require_sizes(model)
-    small = copied(model)
-    # The predicate is asked about the caller's modules, which it may know.
-    chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
-    counted = kind_of if asked.widths.offers_dense else has_inputs
-    layers = {name: layer for name, layer in small.named_modules() if counted(layer)}
-    sizes = {name: work_on(sum(p.numel() for p in layer.parameters())) for name, layer in layers.items()}
-    total = (FIT + asked.needs_curves) * sum(sizes.values())
-    with (
-        processes.sharing(spread),
-        progress_bar(total, progress) as tally,
-        kept(calibration, settings, model, tally) as samples,
-        counting(samples, tally),
-    ):
-
-        def done(name: str, times: int = 1) -> None:
-            tally.add(name, times * sizes[name])
-            on_layer(name)
-
-        ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=done)
-        warn_of_parameter_hooks({layer.name: model.get_submodule(layer.name) for layer in ranks.tensorized})
-        tally.total = tally.done + FIT * sum(sizes[layer.name] for layer in to_fit(small, ranks, samples))
-        apply_(small, ranks, samples, lambda layer, *fitted: done(layer.name, FIT))
-    return small
 
 
 @own_modes()

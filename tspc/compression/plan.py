@@ -158,7 +158,7 @@ class Plan:
     on the time: the `limit`, the `runtime`, `batch` and `threads`, and `dense_seconds` and `seconds` for a batch.
     `network_dense_bytes` are the bytes of the network's parameters and buffers before, and
     `beside_saved` those by which what lies beside the `layers` becomes smaller. The parameters named in `kept` keep
-    their numbers.
+    their numbers. `judged` is what held-out inputs said of the network in phase 0, if there is a limit on the drop.
     """
 
     method: Method
@@ -173,6 +173,7 @@ class Plan:
     network_dense_bytes: int = 0
     beside_saved: int = 0
     kept: tuple[str, ...] = ()
+    judged: dict[str, Any] | None = None
     promise: dict[str, Any] | None = None
 
     @property
@@ -260,8 +261,9 @@ class Plan:
         plain += ("rate_unit", "network_dense_bytes", "beside_saved")
         layers, kept = [layer.to_dict() for layer in self.layers], list(self.kept)
         plan = {k: getattr(self, k) for k in plain}
-        promise = {} if self.promise is None else {"promise": self.promise}
-        return plan | {"method": self.method.to_dict(), "layers": layers, "kept": kept} | promise
+        found = {"promise": self.promise, "judged": self.judged}
+        judged = {key: value for key, value in found.items() if value is not None}
+        return plan | {"method": self.method.to_dict(), "layers": layers, "kept": kept} | judged
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:

@@ -50,7 +50,7 @@ def plan(
     """Chooses the ranks of every layer of `model`; changes nothing.
 
     `method` is a method, its name, or a `PlanSettings` with all settings. `rate` is the share of parameters that may be
-    left (0.2 if neither it nor `target_error` is given). `options` are fields of `PlanSettings` and of its `Selection`.
+    left (0.2 if no goal is given). `options` are fields of `PlanSettings`, of its `Selection` and of its `Terms`.
     `filter_fn(name, module)` chooses layers: a layer stays dense if it returns False.
 
     With `calibration` data the errors are those of the layers' outputs, else those of the kernels. The data is a tensor
@@ -69,6 +69,9 @@ def plan(
     asked = PlanSettings.of(method, rate, **options)
     if asked.is_timed and example is None and calibration is None:
         raise ConfigError([needs_example(asked)])
+    if asked.max_drop is not None:
+        remedy = "call tspc.compress or tspc.smallest, with held_out="
+        raise ConfigError([f"max_drop={asked.max_drop:g} is found by trying networks, not by a plan: {remedy}"])
     sketch = outline(model, asked, filter_fn)
     if asked.target_error is None:
         sketch.budget(sketch.rate)  # raises the error before the work if the rate cannot be met
@@ -132,7 +135,7 @@ def _planned(
         layers = tuple(found.get(layer.name, layer) for layer in used.layers)
         settled = asked.method, rate, asked.rate_decay, asked.scope, asked.allocation
         sizes = sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes, used.beside_saved
-        return Plan(*settled, layers, *sizes, sketch.kept, None if keeper is None else keeper.promise)
+        return Plan(*settled, layers, *sizes, sketch.kept, promise=None if keeper is None else keeper.promise)
 
     def at(rate: float) -> Plan:
         return made(ranked(sketch.budget(rate)), rate)

@@ -23,9 +23,9 @@ Batch = tuple[Tensor, Tensor]
 class Feed:
     """How the training split is read: in shuffled batches of `batch_size` images, all processes together.
 
-    `held_out` images are left out (see `Data.held_out_batches`). Everything random in a batch follows from the seed,
-    the epoch and the number of the batch. So any batch can be read without the ones before it, and an image is
-    augmented in the same way in every process.
+    `held_out` images are left out (see `Data.held_out_batches`), and the `reserved` ones behind them, which judge the
+    finished network. Everything random in a batch follows from the seed, the epoch and the number of the batch. So any
+    batch can be read without the ones before it, and an image is augmented in the same way in every process.
     """
 
     batch_size: int
@@ -33,6 +33,12 @@ class Feed:
     device: torch.device
     held_out: int = 0
     share: Share = ALONE
+    reserved: int = 0
+
+    @property
+    def left_out(self) -> int:
+        """The number of images that are not trained on."""
+        return self.held_out + self.reserved
 
 
 class Data(Protocol):
@@ -58,9 +64,12 @@ class Data(Protocol):
         ...
 
     def held_out_batches(
-        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE
+        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE, reserved: int = 0
     ) -> Iterator[Batch]:
-        """The training images that a feed with `held_out=count` leaves out, not augmented, each once."""
+        """The training images that a feed with `held_out=count` leaves out, not augmented, each once.
+
+        The `reserved` images behind them are left out, too.
+        """
         ...
 
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
@@ -73,18 +82,19 @@ class Data(Protocol):
 
 
 def steps_per_epoch(train_size: int, feed: Feed) -> int:
-    return max(1, (train_size - feed.held_out) // feed.batch_size)
+    return max(1, (train_size - feed.left_out) // feed.batch_size)
 
 
 def training_order(train_size: int, feed: Feed, epoch: int) -> Tensor:
     """Indices of the training images of a pass, in order."""
-    kept = _shuffled(train_size)[: train_size - feed.held_out].sort().values
+    kept = _shuffled(train_size)[: train_size - feed.left_out].sort().values
     return kept[torch.randperm(len(kept), generator=generator_of(feed.seed, epoch))]
 
 
-def held_out_indices(train_size: int, count: int) -> Tensor:
+def held_out_indices(train_size: int, count: int, reserved: int = 0) -> Tensor:
     """Indices of the held-out training images; they overlap as little as possible with those of `subset`."""
-    return _shuffled(train_size)[train_size - count :].sort().values
+    end = train_size - reserved
+    return _shuffled(train_size)[end - count : end].sort().values
 
 
 def subset(size: int, limit: int | None) -> Tensor:
@@ -157,9 +167,10 @@ class InMemory:
         yield from self._plain("test", share.of(subset(self.test_size, limit)), batch_size, device)
 
     def held_out_batches(
-        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE
+        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE, reserved: int = 0
     ) -> Iterator[Batch]:
-        yield from self._plain("train", share.of(held_out_indices(self.train_size, count)), batch_size, device)
+        indices = share.of(held_out_indices(self.train_size, count, reserved))
+        yield from self._plain("train", indices, batch_size, device)
 
     def _plain(self, split: str, indices: Tensor, batch_size: int, device: torch.device) -> Iterator[Batch]:
         images, labels = self._moved(split, device)

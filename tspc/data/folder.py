@@ -144,9 +144,9 @@ class Streaming:
         yield from self._batches(self._test, _split(share.of(subset(self.test_size, limit)), batch_size), device)
 
     def held_out_batches(
-        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE
+        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE, reserved: int = 0
     ) -> Iterator[Batch]:
-        indices = share.of(held_out_indices(self.train_size, count))
+        indices = share.of(held_out_indices(self.train_size, count, reserved))
         yield from self._batches(self._plain_train, _split(indices, batch_size), device)
 
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:

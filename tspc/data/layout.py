@@ -31,9 +31,9 @@ class Contiguous:
         return _contiguous(self._data.test_batches(batch_size, device, limit, share))
 
     def held_out_batches(
-        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE
+        self, count: int, batch_size: int, device: torch.device, share: Share = ALONE, reserved: int = 0
     ) -> Iterator[Batch]:
-        return _contiguous(self._data.held_out_batches(count, batch_size, device, share))
+        return _contiguous(self._data.held_out_batches(count, batch_size, device, share, reserved))
 
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         return (images.contiguous() for images in self._data.calibration_batches(count, batch_size, device))

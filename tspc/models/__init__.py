@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
-import os
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +16,7 @@ from tspc.models.lenet import LeNet5
 from tspc.models.timm_zoo import timm_network
 from tspc.models.torchvision_zoo import torchvision_network
 from tspc.models.transformers_zoo import transformers_network
+from tspc.system.imports import named
 
 FAMILIES = ("builtin", "torchvision", "timm", "transformers", "custom")
 BUILTIN = (*CIFAR_RESNETS, "lenet5")
@@ -83,16 +81,7 @@ class NetworkSpec:
 
 
 def _custom(factory: str | None, kwargs: dict[str, Any]) -> nn.Module:
-    module_name, _, function = (factory or "").partition(":")
-    if not module_name or not function:
-        raise ConfigError([f"model.factory={factory!r}: expected package.module:function"])
-    # `python -m tspc` finds a module in the current folder; the console script should find it, too.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        build = getattr(importlib.import_module(module_name), function)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        raise ConfigError([f"model.factory={factory!r} cannot be imported ({error}); is it on PYTHONPATH?"]) from error
+    build = named(factory, "model.factory")
     try:
         network = build(**kwargs)
     except Exception as error:  # the user's own code may raise anything

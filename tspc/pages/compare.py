@@ -27,6 +27,7 @@ from tspc.pages.sweep_figures import sweep_drawings
 from tspc.phases.table import NETWORK_PHASES
 from tspc.store.files import make_folder, remove_left_over, write_text
 from tspc.store.records import FIGURES
+from tspc.store.scores import TOP1
 
 
 def write_comparison(pattern: str) -> Path:
@@ -54,7 +55,7 @@ def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
     rows = _rows(found, folder)
     groups = _groups(rows)
     with style():
-        content = [_group(name, own, figures, f"g{i}-" if i else "") for i, (name, own) in enumerate(groups.items())]
+        content = [_group(own, figures, f"g{i}-" if i else "") for i, own in enumerate(groups.values())]
     files = {
         "sweep.csv": csv_of(rows),
         "sweep.md": "\n".join(markdown_of(grid) for group in content for grid in group["grids"]),
@@ -72,6 +73,7 @@ def _write(folder: Path, title: str, found: list[Run | Broken]) -> Path:
         runs=[row for row in rows if any(row.group) or row.status == DAMAGED],
         phases=phases,
         readable_goal=readable_goal,
+        has_metrics=any(row.scale.name != TOP1 for row in rows),
         has_few_bits=any(row.has_few_bits for row in rows),
         phase_columns=[(phase, "number") for phase in phases],
     )
@@ -118,23 +120,24 @@ def _renew_report(run: Run) -> None:
         write_report(run.path)
 
 
-def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The runs grouped by data set and network, because only runs of one group can be compared."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+def _groups(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """The runs grouped by data set, network and metric, because only runs of one group can be compared."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if any(row.group):
-            groups.setdefault(row.group, []).append(row)
+            groups.setdefault((*row.group, row.scale.name), []).append(row)
     return groups
 
 
-def _group(name: tuple[str, str], rows: list[Row], folder: Path, prefix: str) -> dict[str, Any]:
-    figures = {}
+def _group(rows: list[Row], folder: Path, prefix: str) -> dict[str, Any]:
+    figures, (data, network), scale = {}, rows[0].group, rows[0].scale
     for drawing in sweep_drawings(rows, prefix):
         figures[drawing.name] = drawing.put(folder)
     trained = any(set(row.phases) - {"decompose"} for row in rows)
     grids = [grid_of(rows), grid_of(rows, "decompose") if trained else None]
     return {
-        "name": f"{name[1]} on {name[0]}",
+        "name": f"{network} on {data}" + ("" if scale.name == TOP1 else f", judged by {scale.title}"),
+        "subject": scale.subject,
         "figures": figures,
         "grids": [grid for grid in grids if grid is not None],
         "differences": differences_of(rows),

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from tspc.store.files import write_atomically, write_text
+from tspc.store.scores import Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -230,17 +231,22 @@ def canvas(
     return figure, axes
 
 
-def accuracy_axis(axes: Axes, values: list[float]) -> None:
-    """The vertical axis for accuracies in percent. It shows all `values`, and a range in which chance looks small."""
+def accuracy_axis(axes: Axes, values: list[float], scale: Scale) -> None:
+    """The vertical axis for a metric, in points. It shows all `values`, and a range in which chance looks small."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     low, high = min(values), max(values)
-    room = max(4.0, 1.3 * (high - low)) - (high - low)
-    top = min(high + room / 2, 100.9)  # a mark at 100 % is not cut
-    axes.set_ylim(max(0.0, min(top - (high - low) - room, low - 0.06 * (high - low))), top)
+    if scale.is_share:
+        room = max(4.0, 1.3 * (high - low)) - (high - low)
+        top = min(high + room / 2, 100 + max(0.9, 0.03 * (high - low)))  # a mark at 100 % is not cut
+        bottom = min(top - (high - low) - room, low - 0.06 * (high - low))
+        axes.set_ylim(max(0.0, bottom) if low >= 0 else bottom, top)
+    else:
+        room = max(0.15 * (high - low), 0.02 * max(abs(low), abs(high)), 1e-6)
+        axes.set_ylim(low - room, high + room)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    axes.set_ylabel("top-1 accuracy")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{scale.unit}"))
+    axes.set_ylabel(legible(scale.title, 40))
 
 
 def plain_log_axis(axis: Any, each: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 from tspc.compression.goals import bits_of, goal_of
 from tspc.compression.plan import Plan
 from tspc.errors import RunError, TspcError
-from tspc.pages.goals import SIZE, goal_in
+from tspc.pages.goals import ERROR, goal_in, kind_of_goal
 from tspc.phases.finished import read_record, unfinished
 from tspc.phases.table import NETWORK_PHASES
 from tspc.store.files import read_json
 from tspc.store.records import FAILED, failure, read_metrics
 from tspc.store.schemas import IDENTITY, JOB, RESULT, SPECTRA
+from tspc.store.scores import TOP1, Scale, scale_in, scale_of
 
 REFERENCE = "reference"
 DONE, RUNNING, STOPPED, DAMAGED = "done", "running", "stopped", "damaged"
@@ -54,7 +55,7 @@ class Run:
         A size is told by the word only: there the plan chooses the widths, and with a rate it does not.
         """
         head, name = f"{self.method}-{self.goal}", self.path.parent.name
-        kind = f"-{SIZE}" if self.goal.startswith(SIZE) else ""
+        kind = f"-{kind_of_goal(self.goal)}" if kind_of_goal(self.goal) not in ("", ERROR) else ""
         return self.method + kind + (name.removeprefix(head) if name.startswith(head) else "")  # it may be renamed
 
     @property
@@ -66,6 +67,12 @@ class Run:
     def bits(self) -> str:
         """The width of the factors' entries that the user gave: "32", "8", …, or "auto"."""
         return bits_of(self.identity)
+
+    @property
+    def scale(self) -> Scale:
+        """How the numbers of the run's metric are read."""
+        measured = None if self.result is None else self.result["accuracy"]
+        return scale_of(self.identity.get("metric", TOP1)) if measured is None else scale_in(measured)
 
     @property
     def dataset(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from tspc import __version__
+from tspc.store.scores import shown, top5_in
 
 
 @cache
@@ -20,13 +21,21 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": _percent, "json": lambda data: json.dumps(data, indent=2, ensure_ascii=False)}
+    environment.filters |= {
+        "score": _score,
+        "five": _five,
+        "json": lambda data: json.dumps(data, indent=2, ensure_ascii=False),
+    }
     environment.globals["version"] = __version__
     return environment
 
 
-def _percent(accuracy: dict[str, Any] | None, which: str = "top1") -> str:
-    return "" if not accuracy or accuracy.get(which) is None else f"{100 * accuracy[which]:.2f} %"
+def _score(accuracy: dict[str, Any] | None) -> str:
+    return shown(accuracy) if accuracy else ""
+
+
+def _five(accuracy: dict[str, Any] | None) -> str:
+    return "" if (share := top5_in(accuracy)) is None else f"{100 * share:.2f} %"
 
 
 def render(template: str, **content: Any) -> str:

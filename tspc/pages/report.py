@@ -19,6 +19,7 @@ from tspc.pages.run_figures import kept, run_drawings, thinned
 from tspc.quantization.grids import FULL
 from tspc.store.files import make_folder, write_text
 from tspc.store.records import FIGURES
+from tspc.store.scores import scale_in, shown, top5_in, value_in
 
 _SPARK = (120, 26)
 """Width and height of a spectrum's curve in the table of layers."""
@@ -48,6 +49,8 @@ def _content(run: Run) -> dict[str, Any]:
     return {
         "title": f"{run.network} on {run.dataset}: {asked_of(run.method, run.goal, run.bits)}",
         "sentence": sentence(run.result),
+        "metric": run.scale,
+        "contract": (run.result.get("contract") or {"goals": []})["goals"],
         "cards": _cards(run),
         "phases": _phases(run.result),
         "asked": _asked(run),
@@ -67,11 +70,15 @@ def sentence(result: dict[str, Any]) -> str:
     reference, final = result["reference"]["accuracy"], result["accuracy"]
     if reference is None or final is None:
         return f"{size}. Its accuracy was not measured."
-    change = 100 * (final["top1"] - reference["top1"])
+    scale, values = scale_in(final), f"{shown(reference)} → {shown(final)}"
+    change = scale.change(value_in(reference), value_in(final))
+    if not scale.is_share:
+        verdict = "better" if scale.gain(change) > 0 else "worse" if change else "the same"
+        return f"{size}. {scale.heading}: {values}, which is {verdict}."
     verb = "keeps its" if abs(change) < 0.005 else f"gains {change:.2f} points of" if change > 0 else ""
     verb = verb or f"loses {-change:.2f} points of"
-    text = f"{size}, and it {verb} top-1 accuracy ({100 * reference['top1']:.2f} % → {100 * final['top1']:.2f} %)."
-    noise = 100 * math.hypot(_deviation(reference), _deviation(final))
+    text = f"{size}, and it {verb} {scale.title} ({values})."
+    noise = 100 * math.hypot(_deviation(reference), _deviation(final)) if scale.is_proportion else 0.0
     if 0 < abs(change) < noise:
         text += f" Over {final['images']:,} test images, a change so small is within chance."
     return text
@@ -96,8 +103,8 @@ def _times(before: float, after: float) -> str:
 
 
 def _deviation(accuracy: dict[str, Any]) -> float:
-    """The standard error of an accuracy as a share, from the number of images."""
-    share = accuracy["top1"]
+    """The standard error of a share of right answers, from the number of images."""
+    share = value_in(accuracy)
     return math.sqrt(share * (1 - share) / accuracy["images"])
 
 
@@ -106,12 +113,11 @@ def _cards(run: Run) -> list[dict[str, str]]:
     assert run.result is not None
     result, cards = run.result, []
     reference, final = result["reference"]["accuracy"], result["accuracy"]
+    name = run.scale.heading
     if reference and final:
-        change = 100 * (final["top1"] - reference["top1"])
-        note = f"{change:+.2f} points; ± {100 * _deviation(final):.2f} for {final['images']:,} images"
-        cards.append(_card("Top-1 accuracy", f"{100 * reference['top1']:.2f} %", f"{100 * final['top1']:.2f} %", note))
+        cards.append(_card(name, shown(reference), shown(final), _note(reference, final)))
     else:
-        cards.append({"name": "Top-1 accuracy", "missing": "not measured: no data was given"})
+        cards.append({"name": name, "missing": "not measured: no data was given"})
     sizes = result["parameters"]
     cards.append(_smaller("Parameters", sizes["before"], sizes["after"], readable_count))
     cards.append(_smaller("Bytes of weights", result["bytes"]["before"], result["bytes"]["after"], readable_bytes))
@@ -123,6 +129,15 @@ def _cards(run: Run) -> list[dict[str, str]]:
         else:
             cards.append({"name": name, "missing": "not measured: phase=benchmark"})
     return cards
+
+
+def _note(reference: dict[str, Any], final: dict[str, Any]) -> str:
+    """The change in points, and how much of it may be chance."""
+    scale, count = scale_in(final), f"{final['images']:,} images"
+    change = _change(reference, final)
+    if scale.is_proportion:
+        return f"{change} points; ± {100 * _deviation(final):.2f} for {count}"
+    return f"{change}{' points' if scale.is_share else ''} for {count}"
 
 
 def _card(name: str, before: str, after: str, note: str) -> dict[str, str]:
@@ -140,8 +155,9 @@ def _phases(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table of phases; a measurement without `top5` or `seconds` has none."""
     rows = []
     for name, entry in ({REFERENCE: result["reference"]} | result["phases"]).items():
-        accuracy = entry["accuracy"] and {"top5": None} | entry["accuracy"]
-        rows.append({"name": name, "accuracy": accuracy, "seconds": entry.get("seconds")})
+        accuracy, seconds = entry["accuracy"], entry.get("seconds")
+        row = {"name": name, "accuracy": accuracy, "seconds": seconds, "has_five": top5_in(accuracy) is not None}
+        rows.append(row)
     return rows
 
 
@@ -155,11 +171,16 @@ def _files(result: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [network | {"accuracy": own, "change": ""}]
     for file in found["files"]:
         accuracy = file.get("accuracy")
-        change = f"{100 * (accuracy['top1'] - own['top1']):+.2f}" if accuracy and own else ""
+        change = _change(own, accuracy) if accuracy and own else ""
         name, runtime = file["file"], file.get("runtime") or "a network that loads it"
         row = {"file": name, "precision": file.get("precision", ""), "runtime": runtime, "bytes": file["bytes"]}
         rows.append(row | {"accuracy": accuracy, "change": change})
     return rows
+
+
+def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
+    scale = scale_in(after)
+    return scale.signed(scale.change(value_in(before), value_in(after)))
 
 
 def _layers(run: Run) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from tspc.pages.goals import order_of_goal, readable_goal
 from tspc.pages.records import Broken, Run
 from tspc.phases.table import NETWORK_PHASES
 from tspc.store.records import flattened
+from tspc.store.scores import SCALES, TOP1, Scale, value_in
 
 DECISIVE = (*(f"phase.{name}." for name in NETWORK_PHASES), "calibration.", "allocation", "eval_samples")
 """What the keys of settings begin with that an accuracy depends on, besides method, rate and seed."""
@@ -34,7 +35,10 @@ _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Accuracies are shares; `judged` is the number of test images for each phase. `latency` is in ms.
+    """One run.
+
+    Accuracies are values of the metric with this `scale`. `judged` is the number of test images for each phase, and
+    `latency` is in ms.
 
     `bits` is the width that was asked for. With `is_whole` nothing is decomposed: the run shows what rounding alone
     gives. `unit` says what the rate counts, parameters or bytes; `reached` is the rate reached, and `left` the share of
@@ -66,6 +70,7 @@ class Row:
     seconds: float | None = None
     judged: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    scale: Scale = SCALES[TOP1]
 
     @property
     def rate(self) -> float | None:
@@ -82,14 +87,14 @@ class Row:
 
     @property
     def change(self) -> float | None:
-        """Points of accuracy against the reference."""
-        return None if self.final is None or self.reference is None else 100 * (self.final - self.reference)
+        """The change against the reference, in points."""
+        return None if self.final is None or self.reference is None else self.scale.change(self.reference, self.final)
 
     @property
     def tip(self) -> str:
-        lines = [f"{self.label}, seed {self.seed}", f"{100 * (self.final or 0):.2f} % top-1"]
+        lines = [f"{self.label}, seed {self.seed}", f"{self.scale.text(self.final or 0.0)} {self.scale.label}"]
         if self.change is not None:
-            lines[-1] += f" ({self.change:+.2f})"
+            lines[-1] += f" ({self.scale.signed(self.change)})"
         if self.reached is not None and self.parameters is not None:
             lines.append(f"rate {self.reached:.4f}, {self.parameters:,} parameters")
         if self.bytes is not None and self.has_few_bits:
@@ -112,10 +117,11 @@ def row_of(run: Run, page: Path) -> Row:
         "is_whole": run.method == Dense.name,
         "seed": run.identity.get("seed"),
         "error": run.error,
+        "scale": run.scale,
     }
     result = run.result
     if result is None:
-        done = {name: _top1(info["accuracy"]) for name, info in run.phases.items()}
+        done = {name: _value(info["accuracy"]) for name, info in run.phases.items()}
         return Row(**common, phases=done)
     report, unit = run.path / "report.html", result.get("rate_unit", "parameters")
     figures = {figure.name: figure for figure in figures_of(run.benchmark)}
@@ -126,10 +132,10 @@ def row_of(run: Run, page: Path) -> Row:
         unit=unit,
         reached=result["rate_reached"],
         left=result["rate_reached"] if unit == "parameters" else _left(result["parameters"]),
-        reference=_top1(result["reference"]["accuracy"]),
-        phases={name: _top1(phase["accuracy"]) for name, phase in result["phases"].items()},
+        reference=_value(result["reference"]["accuracy"]),
+        phases={name: _value(phase["accuracy"]) for name, phase in result["phases"].items()},
         judged={name: p["accuracy"]["images"] for name, p in result["phases"].items() if p["accuracy"]},
-        final=_top1(result["accuracy"]),
+        final=_value(result["accuracy"]),
         parameters=result["parameters"]["after"],
         bytes=result["bytes"]["after"],
         macs=measured.get(MACS),
@@ -168,19 +174,21 @@ def judged_by(rows: list[Row]) -> dict[int, list[str]]:
     return found if len(found) > 1 else {}
 
 
-def _top1(accuracy: dict[str, Any] | None) -> float | None:
-    return None if accuracy is None else accuracy["top1"]
+def _value(accuracy: dict[str, Any] | None) -> float | None:
+    return None if accuracy is None else value_in(accuracy)
 
 
 def csv_of(rows: list[Row]) -> str:
     """Every run with every number, unrounded."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = "run dataset network method goal bits seed status rate_reached reference".split()
+    is_named = any(row.scale.name != TOP1 for row in rows)
+    head = "run dataset network method goal bits seed status rate_reached".split()
+    head += ["metric", "reference"] if is_named else ["reference"]
     writer.writerow([*head, *NETWORK_PHASES, "final", "parameters", "bytes", "macs", "latency_ms", "seconds", "error"])
     for row in rows:
         known = [row.label, *row.group, row.series, row.goal, row.bits if any(row.group) else ""]
-        known += [row.seed, row.status, row.reached, row.reference]
+        known += [row.seed, row.status, row.reached, *([row.scale.name] if is_named else []), row.reference]
         known += [row.phases.get(phase) for phase in NETWORK_PHASES]
         known += [row.final, row.parameters, row.bytes, row.macs, row.latency, row.seconds, row.error]
         writer.writerow([_cell(value) for value in known])
@@ -197,34 +205,41 @@ def _cell(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Grid:
-    """Methods × rates, as papers print it: mean accuracy in percent, and its deviation if there are several seeds."""
+    """Methods × rates, as papers print it: mean accuracy in points, and its deviation if there are several seeds."""
 
     title: str
     goals: list[str]
     methods: list[str]
     cells: dict[tuple[str, str], tuple[float, float | None]]
     reference: float | None
+    scale: Scale = SCALES[TOP1]
 
     def text(self, method: str, goal: str) -> str:
         cell = self.cells.get((method, goal))
         if cell is None:
             return ""
         mean, deviation = cell
-        return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+        number = self.scale.number
+        return number(mean) if deviation is None else f"{number(mean)} ± {number(deviation)}"
 
     def is_best(self, method: str, goal: str) -> bool:
         """Whether no method is better at this rate, as printed."""
-        column = [round(mean, 2) for (_, at), (mean, _) in self.cells.items() if at == goal]
-        return (method, goal) in self.cells and round(self.cells[method, goal][0], 2) == max(column)
+        printed = {
+            method: float(self.scale.number(mean)) for (method, at), (mean, _) in self.cells.items() if at == goal
+        }
+        return method in printed and printed[method] == max(printed.values(), key=self.scale.gain)
 
 
 def grid_of(rows: list[Row], phase: str | None = None) -> Grid | None:
-    """The accuracy of every method at every rate, after `phase` or at the end; None if no accuracy is known."""
+    """The accuracy of every method at every rate, after `phase` or at the end; None if no accuracy is known.
+
+    All rows have the same metric.
+    """
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         value = row.final if phase is None else row.phases.get(phase)
         if value is not None:
-            values.setdefault((row.series, row.goal), []).append(100 * value)
+            values.setdefault((row.series, row.goal), []).append(row.scale.points(value))
     if not values:
         return None
     cells = {
@@ -233,13 +248,15 @@ def grid_of(rows: list[Row], phase: str | None = None) -> Grid | None:
     }
     goals = sorted({goal for _, goal in cells}, key=order_of_goal)
     references = [row.reference for row in rows if row.reference is not None]
+    scale = rows[0].scale
     title = "at the end" if phase is None else f"after {phase}, before any training"
     return Grid(
-        f"Top-1 accuracy in %, {title}",
+        f"{scale.heading}{' in %' if scale.is_share else ''}, {title}",
         goals,
         list(dict.fromkeys(method for method, _ in cells)),
         cells,
-        100 * references[0] if references else None,
+        scale.points(references[0]) if references else None,
+        scale,
     )
 
 
@@ -273,4 +290,4 @@ def latex_of(grid: Grid) -> str:
 
 
 def _reference_note(grid: Grid) -> str:
-    return "" if grid.reference is None else f" (reference {grid.reference:.2f})"
+    return "" if grid.reference is None else f" (reference {grid.scale.number(grid.reference)})"

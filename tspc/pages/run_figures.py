@@ -9,11 +9,14 @@ from tspc.pages.benchmark import readable_bytes
 from tspc.pages.drawing import GRID, MUTED, SERIES, SOFT, Drawing, Mark, accuracy_axis, canvas, legible, plain_log_axis
 from tspc.pages.records import REFERENCE, Run
 from tspc.phases.table import NETWORK_PHASES
+from tspc.store.scores import value_in
 
 NAMED = 40
 """The largest number of layers with names that fit below an axis."""
 SPECTRA = 24
 """The largest number of layers with drawn spectra; the others are in the page's table and in spectra.json."""
+ROOM = 0.05
+"""The room above a mark for its number, as a share of the axis; a mark at 100 % has less."""
 COLUMNS = 6
 POINTS = 64
 """The largest number of points of a spectrum's curve."""
@@ -32,7 +35,9 @@ def run_drawings(run: Run) -> list[Drawing]:
 def _accuracy(run: Run) -> Drawing | None:
     assert run.result is not None
     entries = {REFERENCE: run.result["reference"]} | run.result["phases"]
-    shown = {name: 100 * e["accuracy"]["top1"] for name, e in entries.items() if e["accuracy"] is not None}
+    scale = run.scale
+    measured = {name: e["accuracy"] for name, e in entries.items() if e["accuracy"] is not None}
+    shown = {name: scale.points(value_in(accuracy)) for name, accuracy in measured.items()}
     if not shown:
         return None
     figure, grid = canvas(4.6, 2.9, bottom=0.35)
@@ -42,21 +47,23 @@ def _accuracy(run: Run) -> Drawing | None:
     if start:
         axes.axhline(values[0], color=MUTED, linestyle="--", linewidth=1)
     axes.plot(range(start, len(values)), values[start:], color=SERIES[0], linewidth=1.5)
-    marks = {}
+    accuracy_axis(axes, values, scale)
+    (bottom, top), marks = axes.get_ylim(), {}
     for place, (name, value) in enumerate(shown.items()):
         colour = MUTED if name == REFERENCE else SERIES[0]
         axes.plot([place], [value], "o", color=colour, markersize=7, gid=f"phase{place}")
         # Above the reference's line if there is room, else below, so that the line does not cross the number.
-        is_below = start == 1 and value < values[0]
+        is_below = (start == 1 and value < values[0]) or top - value < ROOM * (top - bottom)
         offset, side = (-8, "top") if is_below else (8, "bottom")
-        axes.annotate(f"{value:.2f}", (place, value), (0, offset), textcoords="offset points", ha="center", va=side)
-        marks[f"phase{place}"] = Mark(f"{name}\n{value:.2f} % top-1")
+        axes.annotate(
+            scale.number(value), (place, value), (0, offset), textcoords="offset points", ha="center", va=side
+        )
+        marks[f"phase{place}"] = Mark(f"{name}\n{scale.number(value)}{scale.unit} {scale.label}")
     axes.set_xticks(range(len(names)), [legible(name, 20) for name in names])
     axes.set_xlim(-0.4, len(names) - 0.6)
     axes.grid(False, axis="x")
-    accuracy_axis(axes, values)
-    words = ", ".join(f"{name} {value:.2f} %" for name, value in shown.items())
-    return Drawing("accuracy", "Accuracy after each phase", f"Top-1 accuracy: {words}.", figure, marks)
+    words = ", ".join(f"{name} {scale.number(value)}{scale.unit}" for name, value in shown.items())
+    return Drawing("accuracy", f"{scale.subject} after each phase", f"{scale.heading}: {words}.", figure, marks)
 
 
 def _training(run: Run) -> list[Drawing]:

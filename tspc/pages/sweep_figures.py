@@ -39,8 +39,9 @@ NAME_WIDTH, NAME_HEIGHT = 0.16, 0.045
 class Cost:
     """What a figure has on its horizontal axis.
 
-    `of` gives the value of a run, or None. `key` is the reference's value in `Row.before`; None if the figure shows the
-    decomposed networks only. `form` writes a number of the axis.
+    `title` ends that of the figure, as in "Accuracy against rate". `of` gives the value of a run, or None. `key` is the
+    reference's value in `Row.before`; None if the figure shows the decomposed networks only. `form` writes a number of
+    the axis.
     """
 
     name: str
@@ -51,15 +52,13 @@ class Cost:
     form: Callable[[float], str] = "{:g}".format
 
 
-RATE = Cost(
-    "rate", "Accuracy against rate", "parameters left, as a share", lambda row: None if row.is_whole else row.left
-)
-BYTES = Cost("bytes", "Accuracy against bytes", "bytes of the network", lambda row: row.bytes, "bytes", readable_bytes)
+RATE = Cost("rate", "rate", "parameters left, as a share", lambda row: None if row.is_whole else row.left)
+BYTES = Cost("bytes", "bytes", "bytes of the network", lambda row: row.bytes, "bytes", readable_bytes)
 SPEED = (
-    Cost("latency", "Accuracy against latency", "latency in ms", lambda row: row.latency, LATENCY),
+    Cost("latency", "latency", "latency in ms", lambda row: row.latency, LATENCY),
     Cost(
         "macs",
-        "Accuracy against operations",
+        "operations",
         "multiply-accumulates of an input",
         lambda row: row.macs,
         MACS,
@@ -95,11 +94,11 @@ def pareto(points: list[tuple[float, float]]) -> list[int]:
 
 
 def references_of(rows: list[Row], key: str | None) -> list[tuple[float, float]]:
-    """For each reference its cost (the median, if it was measured several times) and its accuracy in percent."""
+    """For each reference its cost (the median, if it was measured several times) and its accuracy in points."""
     found: dict[float, list[float]] = {}
     for row in rows:
         if row.reference is not None and key in row.before:
-            found.setdefault(100 * row.reference, []).append(row.before[key])
+            found.setdefault(row.scale.points(row.reference), []).append(row.before[key])
     return [(statistics.median(costs), accuracy) for accuracy, costs in found.items()]
 
 
@@ -114,14 +113,15 @@ class _Scatter:
     def __init__(self, cost: Cost, known: list[tuple[float, Row]], order: list[str]) -> None:
         self.cost, self.order = cost, order
         self.rows = [row for _, row in known]
-        self.points = [(value, 100 * (row.final or 0.0)) for value, row in known]
+        self.scale = self.rows[0].scale  # of all of them: other metrics have figures of their own
+        self.points = [(value, self.scale.points(row.final or 0.0)) for value, row in known]
         self.references = references_of(self.rows, cost.key)
         # By the rate asked for: of two runs at it, the worse one is not better for having left a rank unused.
         asked = [
             row.rate if cost is RATE and row.rate else x for (x, _), row in zip(self.points, self.rows, strict=True)
         ]
         judged = [(x, y) for x, (_, y) in zip(asked, self.points, strict=True)]
-        self.front = pareto([*judged, *self.references])
+        self.front = pareto([(x, self.scale.gain(y)) for x, y in (*judged, *self.references)])
         self.marks: dict[str, Mark] = {}
 
     def drawing(self, prefix: str) -> Drawing:
@@ -134,10 +134,10 @@ class _Scatter:
             if own:
                 self._series(axes, number, series, own)
         names = self._whole(axes)
-        references = {100 * row.reference for row in self.rows if row.reference is not None}
+        references = {self.scale.points(row.reference) for row in self.rows if row.reference is not None}
         for reference in references:
             axes.axhline(reference, color=INK, linestyle="--", linewidth=1, label="reference")
-        accuracy_axis(axes, [accuracy for _, accuracy in self.points] + list(references))
+        accuracy_axis(axes, [accuracy for _, accuracy in self.points] + list(references), self.scale)
         self._axis(axes)
         _put_names(axes, names)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -146,9 +146,13 @@ class _Scatter:
         )
         legend.set_gid(LEGEND)
         labels = [*(row.label for row in self.rows), *("the reference" for _ in self.references)]
-        best = ", ".join(f"{labels[i]} {all_points[i][1]:.2f} %" for i in self.front)
-        text = f"Top-1 accuracy of {len(self.points)} runs against {self.cost.label}. On the Pareto front: {best}."
-        return Drawing(f"{prefix}{self.cost.name}", self.cost.title, text, figure, self.marks, tuple(self._keys()))
+        best = ", ".join(f"{labels[i]} {self._with_unit(all_points[i][1])}" for i in self.front)
+        heading, title = self.scale.heading, f"{self.scale.subject} against {self.cost.title}"
+        text = f"{heading} of {len(self.points)} runs against {self.cost.label}. On the Pareto front: {best}."
+        return Drawing(f"{prefix}{self.cost.name}", title, text, figure, self.marks, tuple(self._keys()))
+
+    def _with_unit(self, points: float) -> str:
+        return f"{self.scale.number(points)}{self.scale.unit}"
 
     def _axis(self, axes: Any) -> None:
         from matplotlib.ticker import FuncFormatter
@@ -199,7 +203,7 @@ class _Scatter:
             gid, name = f"reference{number}", "dense, float32"
             axes.plot(*([value] for value in point), WHOLE, color=INK, markersize=9 if is_best else 6, gid=gid)
             size = f"{self.cost.form(point[0])}, {self.cost.label}"
-            tip = f"reference: {name}\n{point[1]:.2f} % top-1\n{size}"
+            tip = f"reference: {name}\n{self._with_unit(point[1])} {self.scale.label}\n{size}"
             self.marks[gid] = Mark(tip + ("\non the Pareto front" if is_best else ""))
             named.setdefault(name, point)
         return named

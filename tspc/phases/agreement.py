@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tspc.phases.context import Context
 from tspc.system import processes
+from tspc.training import AGREEMENT, Again, Metric, losses, measure
 from tspc.traversal.hooks import evaluating
 
 Images = Callable[[], Iterable[Tensor]]
@@ -27,7 +28,14 @@ def keep_better_(
     Every block can be closer to its target and the whole network still be farther away, if little of it is left. The
     network is set back to `start` if it gave the reference's class on more of the images then, by more than two
     standard deviations of that difference (McNemar, 1947). A network that does not classify is not changed.
+
+    The images have no labels. If the run's metric needs none either and is not about classes, such as the cosine, its
+    numbers for each image decide in the same way, for any network.
     """
+    metric = context.metric
+    if metric.needs_reference and metric.name != AGREEMENT.name:
+        _keep_better_by_(metric, model, start, reference, images, context)
+        return
     wanted = _classes(reference, images)
     if wanted is None:
         return
@@ -41,6 +49,25 @@ def keep_better_(
     context.note({"phase": "distill", "event": "undone", "before": before, "after": after, "images": count})
     text = f"before it the network gave the reference's class on {before:,} of {count:,} training images"
     context.display.line(f"distill    undone: {text}, after it on {after:,}")
+
+
+def _keep_better_by_(
+    metric: Metric, model: nn.Module, start: dict[str, Tensor], reference: nn.Module, images: Images, context: Context
+) -> None:
+    # The targets are never read: whole numbers are class numbers, so the reference's answers are the goal.
+    batches = Again(lambda: ((batch, torch.zeros(len(batch), dtype=torch.long)) for batch in images()))
+    judge = lambda: measure(metric, model, batches, context.device, reference)  # noqa: E731
+    before, after = _before_and_after(model, start, judge)
+    lost = losses(metric, before, after)
+    assert lost is not None, "the metrics that compare with the reference have a number for each input"
+    # Of numbers that are 0, 1 and -1 this is McNemar's test.
+    if float(lost.sum()) <= 2 * math.sqrt(float(lost.square().sum())):
+        return
+    model.load_state_dict(start)
+    note = {"before": before.value, "after": after.value, "images": after.count}
+    context.note({"phase": "distill", "event": "undone"} | note)
+    texts = f"{metric.text(before.value)}, after it {metric.text(after.value)}"
+    context.display.line(f"distill    undone: {metric.label} on {after.count:,} training images was {texts}")
 
 
 @torch.no_grad()

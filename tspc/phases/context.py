@@ -15,18 +15,23 @@ from tspc.data import Data, Feed
 from tspc.system import processes
 from tspc.system.tally import Tally
 from tspc.terminal.display import Display
-from tspc.training import Hardware, Recipe, Step, place
+from tspc.training import TOP1, Hardware, Metric, Recipe, Step, place
 
 
 @dataclass(frozen=True)
 class Context:
-    """`note` receives a dict for each measurement, for `metrics.jsonl`."""
+    """`note` receives a dict for each measurement, for `metrics.jsonl`. `metric` judges networks.
+
+    The last `reserved` training images judge the finished network alone; nothing is fitted to them.
+    """
 
     data: Data | None
     hardware: Hardware
     seed: int
     display: Display
     note: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
+    metric: Metric = TOP1
+    reserved: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +49,7 @@ class Context:
     def feed(self, recipe: Recipe) -> Feed:
         """How a recipe reads the training split."""
         held_out = min(recipe.held_out, self.required_data.train_size // 10)
-        return Feed(recipe.batch_size, self.seed, self.device, held_out, processes.share())
+        return Feed(recipe.batch_size, self.seed, self.device, held_out, processes.share(), self.reserved)
 
     def watch(self, phase: str, label: str, total: int, batch_size: int, **where: Any) -> Watch:
         """A progress bar that also notes about fifty steps of the phase, and shows the images per second."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Samples
 from tspc.compression.apply import tensorized, to_fit
+from tspc.compression.error_curve import Curves
 from tspc.compression.integers import state_bytes
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.settings import Selection
+from tspc.compression.smallest import Search
 from tspc.decompositions import Metric
 from tspc.phases.context import Context
+from tspc.phases.judging import Judging
 from tspc.phases.phase import NetworkPhase, Work
-from tspc.phases.planning import calibration_samples
+from tspc.phases.planning import Planning, calibration_samples
 from tspc.phases.spectra import Spectrum, spectra_of
 from tspc.store.files import write_json
 from tspc.system import processes
@@ -46,6 +49,32 @@ def decompose(
     return model, plan, spectra
 
 
+def smallest(
+    reference: nn.Module,
+    planning: Planning,
+    judging: Judging,
+    curves: Curves,
+    samples: Samples | None,
+    context: Context,
+) -> tuple[nn.Module, Plan, list[Spectrum]]:
+    """The smallest network that keeps the limit on the drop, as `decompose` returns it. Raises what `Search` raises."""
+    spectra: dict[nn.Module, list[Spectrum]] = {}
+
+    def make(plan: Plan) -> tuple[nn.Module, Plan]:
+        model, done, spectra[model] = decompose(reference, plan, samples, context)
+        return model, done
+
+    say = lambda line: context.display.line(f"decompose  {line}")  # noqa: E731
+    limit, sketch = judging.limit(planning.sketch), planning.sketch
+    if judging.is_trained and not judging.known:
+        say("no earlier run tells how much of a drop this training gives back: the limit is kept without it")
+    search = Search(lambda share: planning.at(share, curves), make, judging.held_out, limit, sketch.smallest_rate, say)
+    one = search.run()
+    for each in search.tried.values():
+        context.note({"phase": "decompose", "event": "tried"} | each.to_dict())
+    return one.network, replace(one.plan, judged=search.judged(one)), spectra[one.network]
+
+
 def _run(work: Work) -> tuple[nn.Module, dict[str, Any] | None]:
     planning, display = work.planning, work.context.display
     with calibration_samples(planning.calibration, work.context) as samples:
@@ -54,7 +83,10 @@ def _run(work: Work) -> tuple[nn.Module, dict[str, Any] | None]:
             return work.reference, None
         # The layers correct each other's errors one after the other, so the other processes cannot help.
         with processes.alone():
-            model, done, spectra = decompose(work.reference, planning.plan(curves), samples, work.context)
+            if work.judging is None or curves is None:
+                model, done, spectra = decompose(work.reference, planning.plan(curves), samples, work.context)
+            else:
+                model, done, spectra = smallest(work.reference, planning, work.judging, curves, samples, work.context)
     write_json(work.folder / "spectra.json", [asdict(spectrum) for spectrum in spectra])
     sizes = state_bytes(work.reference), state_bytes(model)
     shown = plan_table(done, *sizes, width=display.console.width)

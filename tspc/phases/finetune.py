@@ -20,7 +20,7 @@ from tspc.phases.phase import NetworkPhase, Work
 from tspc.system import processes
 from tspc.system.bounds import SHARE, Bounds, out_of_range
 from tspc.system.modes import own_modes
-from tspc.training import Labelled, LossOf, Progress, Recipe, Watchers, accuracy, fit
+from tspc.training import TOP1, Again, Labelled, LossOf, Metric, Progress, Recipe, Watchers, fit, measure
 from tspc.traversal.blocks import find_blocks
 from tspc.traversal.hooks import outputs_of
 
@@ -70,13 +70,14 @@ class Finetuning(Recipe):
 def train_classifier(model: nn.Module, recipe: Recipe, context: Context, progress: Progress, phase: str) -> None:
     """Trains all parameters of `model` with cross-entropy, in place.
 
-    Raises TrainingError if the loss stops being finite.
+    Held-out images judge it by top-1: another metric would make another reference, and the runs that share it could not
+    be compared. Raises TrainingError if the loss stops being finite.
     """
 
     def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(network(images), labels, label_smoothing=recipe.label_smoothing)
 
-    _train(model, recipe, context, progress, phase, loss_of)
+    _train(model, recipe, context, progress, phase, loss_of, TOP1)
 
 
 @own_modes(exact=False)
@@ -85,8 +86,8 @@ def finetune(
 ) -> None:
     """Trains all parameters of `model` on the labels and on the reference's answers, in place.
 
-    Factors on grids stay there: the network computes with rounded values, and the gradient goes straight through to
-    the values behind them.
+    The result is the state that is best on the held-out images, by the metric of the context. Factors on grids stay
+    there: the network computes with rounded values, and the gradient goes straight through to the values behind them.
 
     Raises TrainingError if the loss stops being finite.
     """
@@ -121,7 +122,7 @@ def finetune(
         if not progress.is_under_way():  # else the saved state would replace what is prepared here
             rebase_(model, show)
             recipe = _careful(settings, distance(found), context, phase) if settings.is_careful else settings
-        _train(model, recipe, context, progress, phase, loss_of)
+        _train(model, recipe, context, progress, phase, loss_of, context.metric, reference)
     if on_grids(model):
         narrow_beside_(model, wide)
 
@@ -156,14 +157,25 @@ def _answer_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _train(model: nn.Module, recipe: Recipe, context: Context, progress: Progress, phase: str, loss_of: LossOf) -> None:
+def _train(
+    model: nn.Module,
+    recipe: Recipe,
+    context: Context,
+    progress: Progress,
+    phase: str,
+    loss_of: LossOf,
+    metric: Metric,
+    reference: nn.Module | None = None,
+) -> None:
     model.train().requires_grad_(True)
     data, feed = context.required_data, context.feed(recipe)
     batches = Labelled(data, feed)
 
     def judge(network: nn.Module) -> float:
-        held_out = data.held_out_batches(feed.held_out, 250, context.device, feed.share)
-        return accuracy(network, held_out, data.num_classes, context.device).top1
+        share = metric.share_of(feed.share)
+        held_out = Again(lambda: data.held_out_batches(feed.held_out, 250, context.device, share, feed.reserved))
+        score = measure(metric, network, held_out, context.device, reference, num_classes=data.num_classes)
+        return metric.gain(score.value)
 
     total = recipe.total_steps(batches.per_epoch)
     with context.watch(phase, f"{total} steps", total, recipe.batch_size) as on_step:

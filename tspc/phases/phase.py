@@ -15,6 +15,7 @@ from torch import nn
 
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
+from tspc.phases.judging import Judging
 from tspc.phases.planning import Planning
 from tspc.store.records import plain
 from tspc.training import Progress, Recipe
@@ -34,7 +35,7 @@ class Work:
 
     `reference` is the pretrained network and `network` its description. `model` is the network that the phase starts
     from; None where it starts from the reference. `folder` is the run's directory, and `progress` says where an
-    earlier process stopped.
+    earlier process stopped. `judging` judges a limit on the drop, if there is one.
     """
 
     settings: Any
@@ -45,6 +46,7 @@ class Work:
     folder: Path
     model: nn.Module | None = None
     progress: Progress = field(default_factory=Progress)
+    judging: Judging | None = None
 
     @property
     def start(self) -> nn.Module:

@@ -82,7 +82,11 @@ class Planning:
         return planned(self.reference, self.sketch, curves, self.example)
 
     def at(self, rate: float, curves: Curves) -> Plan:
-        """The ranks at another rate; of a `size` it is the share. Raises InfeasibleRateError if it cannot be met."""
-        size = None if self.settings.size is None else f"{rate:.10g}"
-        settings = replace(self.settings, rate=None if size else rate, target_error=None, size=size)
+        """The ranks at another rate; of a `size` or a `max_drop` it is the share of the network's bytes.
+
+        Raises InfeasibleRateError if it cannot be met.
+        """
+        is_size = self.settings.size is not None or self.settings.max_drop is not None
+        size = f"{rate:.10g}" if is_size else None
+        settings = replace(self.settings, rate=None if size else rate, target_error=None, max_drop=None, size=size)
         return planned(self.reference, replace(self.sketch, settings=settings), curves, self.example)

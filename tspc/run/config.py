@@ -19,8 +19,10 @@ from tspc.phases.table import FIRST, PHASES
 from tspc.run.effects import without_effect
 from tspc.run.reader import Reader
 from tspc.run.settings import RunSettings
+from tspc.store.scores import scale_of
 from tspc.system.bounds import COUNT, shown
-from tspc.training import Recipe
+from tspc.training import Metric, Recipe, metric_of
+from tspc.training.metrics import Function, name_of
 
 GROUPS = ("calibration", "contract", "dataset", "model", "phase")
 GROUPED = ("selection", "terms")
@@ -48,6 +50,12 @@ class Config(RunSettings):
     settings: dict[str, Any]
     """The whole configuration as plain data; the result holds a copy."""
     command: str = "tspc"
+    metric_function: Function | None = None
+    """The metric, if a function was given itself and not by its name."""
+
+    def judge(self) -> Metric:
+        """The metric that judges networks. Raises ConfigError if it is a function that cannot be imported."""
+        return metric_of(self.metric_function or self.metric)
 
     @property
     def trains(self) -> bool:
@@ -58,10 +66,13 @@ class Config(RunSettings):
 def read_config(config: DictConfig | dict[str, Any], given: Sequence[str] = ()) -> Config:
     """Checks a composed configuration. Raises ConfigError with every problem found, not just the first.
 
-    `given` are the keys that the user set, such as `phase.finetune.momentum`. A key of these that has no effect is a
-    problem, too.
+    Plain data may hold a function as the `metric`, in place of its name. `given` are the keys that the user set, such
+    as `phase.finetune.momentum`. A key of these that has no effect is a problem, too.
     """
     reader, raw = Reader(), _plain(config)
+    function = raw.get("metric")
+    function = function if callable(function) else None
+    raw = raw if function is None else raw | {"metric": name_of(function)}
     reader.known(raw, TOP_LEVEL, "")
     missing = [key for key in TOP_LEVEL if key not in raw]
     if missing:
@@ -74,7 +85,7 @@ def read_config(config: DictConfig | dict[str, Any], given: Sequence[str] = ()) 
     problems = reader.problems or without_effect(raw, given)
     if problems:
         raise ConfigError(problems)
-    return Config(**values)
+    return Config(**values, metric_function=function)
 
 
 def _plain(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +136,12 @@ def _contradictions(reader: Reader, raw: dict[str, Any], values: dict[str, Any])
         reader.problems.append(f"runs={shown(raw['runs'])} has an effect only with phase=compare")
     if list(phases) == ["pretrain"] and pretrained is not None:
         reader.problems.append(f"phase=pretrain, but pretrained={shown(pretrained)} is given: nothing to train")
+    export, scale = phases.get("export"), scale_of(str(raw["metric"]))
+    if export is not None and scale.is_share and export.accuracy_tolerance > 1:
+        reader.problems.append(
+            f"phase.export.accuracy_tolerance={shown(export.accuracy_tolerance)}: expected a number from 0 to 1, "
+            f"because {scale.label} is a share"
+        )
     spec = values["dataset"]
     if raw["data_dir"] is not None and spec is not None and spec.kind not in KINDS_IN_FOLDERS:
         reader.problems.append(

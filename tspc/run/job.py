@@ -10,6 +10,7 @@ from torch import nn
 
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
+from tspc.phases.judging import Judging
 from tspc.phases.phase import NetworkPhase, Phase, Work
 from tspc.phases.planning import Planning
 from tspc.run.config import Config
@@ -21,7 +22,7 @@ from tspc.training import Progress
 class Job:
     """`reference` is the pretrained network, on the device and in eval mode. `bytes_before` is the size of its state.
 
-    `directory` is the run's directory; it is open and locked.
+    `directory` is the run's directory; it is open and locked. `judging` judges a limit on the drop, if there is one.
     """
 
     config: Config
@@ -31,6 +32,7 @@ class Job:
     context: Context
     directory: RunDirectory
     bytes_before: int
+    judging: Judging | None = None
 
     def file(self, phase: NetworkPhase) -> Path:
         """The file for the network of a phase."""
@@ -44,4 +46,5 @@ class Job:
         """What the phase gets when it runs. It starts from `model`."""
         settings: Any = self.config.phases[phase.name]
         folder, progress = self.directory.path, progress or Progress()
-        return Work(settings, self.network, self.reference, self.planning, self.context, folder, model, progress)
+        own = self.network, self.reference, self.planning, self.context
+        return Work(settings, *own, folder, model, progress, self.judging)

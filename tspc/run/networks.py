@@ -16,10 +16,10 @@ from tspc.run.handover import Made, handed_over
 from tspc.run.job import Job
 from tspc.store.files import remove
 from tspc.store.records import HANDED_OVER
+from tspc.store.scores import described, shown
 from tspc.system import interrupts, processes
 from tspc.system.launch import is_first
-from tspc.terminal.tables import percent
-from tspc.training import Progress, evaluate
+from tspc.training import Progress, judged
 from tspc.traversal.copying import copied
 
 
@@ -84,7 +84,7 @@ class Networks:
         self._model = None
         Progress.discard(self._job.progress_file(phase))
         self.finished[phase.name] = self._measured(phase, record)
-        self._tell(phase, "done before: ")
+        self._tell(phase, f"done before: {shown(self.finished[phase.name]['accuracy'])}")
         return True
 
     def _measured(self, phase: NetworkPhase, record: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Networks:
         self._directory.note(
             {"phase": phase.name, "event": "end", "seconds": record["seconds"], "accuracy": record["accuracy"]}
         )
-        self._tell(phase, "top-1 ")
+        self._tell(phase, described(record["accuracy"], self._job.config.metric))
 
     def _run(self, phase: NetworkPhase, progress: Progress) -> Made:
         """The phase's network, on the device, and its plan if the phase made one."""
@@ -154,10 +154,8 @@ class Networks:
         interrupts.check(f"after {phase.name}")
         self.finished[phase.name] = record
 
-    def _tell(self, phase: NetworkPhase, how: str) -> None:
-        accuracy = self.finished[phase.name]["accuracy"]
-        top1 = None if accuracy is None else accuracy["top1"]
-        self._context.display.finished(phase.name, f"{how}{percent(accuracy)}", top1)
+    def _tell(self, phase: NetworkPhase, text: str) -> None:
+        self._context.display.finished(phase.name, text, self.finished[phase.name]["accuracy"])
 
     def _refuse_to_outdate(self, phase: NetworkPhase) -> None:
         """Raises RunError if there are networks of later phases, which started from another one and would be lost."""
@@ -173,8 +171,8 @@ class Networks:
         if data is None or (config.pretrained == "random" and list(config.phases) == [FIRST]):
             return None
         assert self._model is not None
-        limit = None if whole else config.eval_samples
-        return evaluate(self._model, data, self._context.device, limit=limit).to_dict()
+        metric, limit = self._context.metric, None if whole else config.eval_samples
+        return judged(metric, self._model, data, self._context.device, self._job.reference, limit=limit).to_dict()
 
 
 def _after(phase: NetworkPhase) -> list[NetworkPhase]:

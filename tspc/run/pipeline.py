@@ -19,10 +19,12 @@ from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
 from tspc.pages import write_comparison
 from tspc.phases.context import Context
+from tspc.phases.judging import Judging, held_out_images, images_to_reserve
 from tspc.phases.phase import DeliveryPhase, NetworkPhase, ShowingPhase, Work
 from tspc.phases.planning import Planning
 from tspc.phases.table import DELIVERY_PHASES, FIRST, PHASES
 from tspc.run.config import Config
+from tspc.run.contract import known_drops
 from tspc.run.fitting import fitted
 from tspc.run.folders import run_folder, shared_folder
 from tspc.run.job import Job
@@ -44,9 +46,9 @@ from tspc.run.trackers import tracked
 from tspc.store.directory import RunDirectory
 from tspc.store.files import DISK_FAULTS
 from tspc.store.records import usual
+from tspc.store.scores import TOP1, described
 from tspc.system import processes
 from tspc.terminal.display import Display
-from tspc.terminal.tables import percent
 from tspc.training import Hardware, Recipe
 
 LEFT = tuple(name for phase in DELIVERY_PHASES.values() for name in (phase.record, *phase.files))
@@ -83,14 +85,17 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     phases = [PHASES[name] for name in config.phases]
     for phase in phases:
         phase.check(config.phases[phase.name])
-    data = _data(config, display)
+    metric, data = config.judge(), _data(config, display)
     spec = network_spec(config, data)
     pretrained = untrained_reference(config, spec, data)
-    trial = fitted(pretrained.model, data, spec, config, display)
+    trial = fitted(pretrained.model, data, spec, config, metric, display)
     if trial is not None:
         machine = dataclasses.replace(machine, layout=trial.layout)
         data = Contiguous(data) if data is not None and trial.layout == torch.contiguous_format else data
-    context, shared = Context(data, machine, config.seed, display), shared_folder(config, spec)
+    trains = any(isinstance(phase, NetworkPhase) and phase.trains for phase in phases)
+    reserved = images_to_reserve(config.planning, data, config.calibration.samples, trains)
+    context = Context(data, machine, config.seed, display, metric=metric, reserved=reserved)
+    shared = shared_folder(config, spec)
 
     def measured(sketch: Outline, samples: Samples | None) -> Curves:
         return reference_curves(pretrained, config, sketch, samples, context, shared)
@@ -126,7 +131,11 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         ) as note:
             reference = context.place(pretrained.model).eval()
             noted = dataclasses.replace(context, note=note)
-            job = Job(config, spec, reference, planning, noted, directory, state_bytes(reference))
+            judging = None
+            if reserved:
+                known = known_drops(config, pretrained.identity, context, shared)
+                judging = Judging(config.planning, held_out_images(reference, noted), trains, known)
+            job = Job(config, spec, reference, planning, noted, directory, state_bytes(reference), judging)
             networks = Networks(job)
             networks.make()
             return processes.by_first(lambda: finish(job, networks, summary))
@@ -154,7 +163,9 @@ def _announce(planning: Planning, config: Config, display: Display) -> None:
     for name, of_phase in config.phases.items():
         PHASES[name].check_network(of_phase, planning.reference, [layer.name for layer in chosen])
     dense = sum(layer.dense_size(sketch.unit) for layer in chosen)
-    if settings.target_error is not None:
+    if settings.max_drop is not None:
+        goal = f"the smallest network that loses at most {settings.max_drop:g} points"
+    elif settings.target_error is not None:
         goal = f"{dense:,} {sketch.unit} to an output error of {settings.target_error:g}"
     elif settings.decomposes:
         goal = f"at most {sketch.budget(sketch.rate):,} of {dense:,} {sketch.unit}"
@@ -180,8 +191,8 @@ def _prepare(reference: Pretrained, config: Config, spec: NetworkSpec, context: 
         train_reference(reference, config, spec, context, folder)
     accuracy = reference_accuracy(reference, config, context, folder)
     source = "random initial weights" if config.pretrained == "random" else config.pretrained or "trained here"
-    text = f"{spec.name}, {source}: top-1 {percent(accuracy)}"
-    context.display.finished("reference", text, None if accuracy is None else accuracy["top1"])
+    text = f"{spec.name}, {source}: {described(accuracy, config.metric)}"
+    context.display.finished("reference", text, accuracy)
     return {"accuracy": accuracy, "seconds": reference.seconds, "source": source}
 
 
@@ -206,13 +217,19 @@ def _data(config: Config, display: Display) -> Data | None:
 
 def _identity(config: Config, spec: NetworkSpec, reference: Pretrained, data: Data | None) -> dict[str, Any]:
     """The settings on which everything in the run's directory depends, as plain data."""
-    return config.planning.identity | {
-        "calibration": calibration_identity(config, data is not None),
-        "dataset": data_identity(config),
-        "network": spec.to_dict(),
-        "reference": reference.identity,
-        "seed": config.seed,
-    }
+    # Not the default: so the fingerprints stay those of runs that know no metric.
+    judged = {} if config.metric == TOP1 else {"metric": config.metric}
+    return (
+        config.planning.identity
+        | judged
+        | {
+            "calibration": calibration_identity(config, data is not None),
+            "dataset": data_identity(config),
+            "network": spec.to_dict(),
+            "reference": reference.identity,
+            "seed": config.seed,
+        }
+    )
 
 
 def _identity_by_default(config: Config) -> dict[str, Any]:
@@ -222,5 +239,6 @@ def _identity_by_default(config: Config) -> dict[str, Any]:
         "calibration": usual(Calibration),
         "dataset": usual(DataSpec),
         "network": usual(NetworkSpec),
+        "metric": TOP1,
         "reference": {"trained": TRAINED_BY_DEFAULT},
     }

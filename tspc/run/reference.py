@@ -30,10 +30,11 @@ from tspc.store.directory import RunDirectory
 from tspc.store.files import intact, make_folder, remove, remove_left_over, write_json
 from tspc.store.records import file_digest, fingerprint, plain, usual
 from tspc.store.schemas import ACCURACY, CURVES, SECONDS, problem
+from tspc.store.scores import TOP1
 from tspc.store.state import tensor_state
 from tspc.system import processes
 from tspc.system.launch import is_first
-from tspc.training import Progress, Recipe, evaluate
+from tspc.training import Progress, Recipe, judged
 
 
 @dataclass
@@ -128,8 +129,8 @@ def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, co
         context.place(reference.model)
         state = fingerprint([run.identity, str(context.hardware.precision)])
         progress = Progress(run.file("progress.pt"), state, config.checkpoint_seconds)
-        # The reference does not depend on the run's seed: a sweep over seeds shares it.
-        shared = dataclasses.replace(context, seed=0, note=run.note)
+        # The reference depends neither on the run's seed nor on its goal: a sweep shares it.
+        shared = dataclasses.replace(context, seed=0, note=run.note, reserved=0)
         try:
             train_classifier(reference.model, config.pretrain_recipe, shared, progress, "pretrain")
         except TrainingError as error:
@@ -177,17 +178,20 @@ def calibration_identity(config: Config, is_used: bool) -> dict[str, Any] | None
 
 
 def reference_accuracy(reference: Pretrained, config: Config, context: Context, folder: Path) -> dict[str, Any] | None:
-    """The accuracy on all test images; None without data. It is measured once; later runs read it."""
+    """What the metric says of it on all test images; None without data. Measured once; later runs read it."""
     if context.data is None or config.pretrained == "random":
         return None
     identity = {"reference": reference.identity, "dataset": data_identity(config), "data": context.data.fingerprint}
+    if config.metric != TOP1:
+        identity["metric"] = config.metric
     path = folder / f"accuracy-{fingerprint(identity)}.json"
     known = processes.by_first(lambda: intact(path, ACCURACY))
     if known is not None:
         return known
     _prepare(path, context)
     context.place(reference.model).eval()
-    accuracy = evaluate(reference.model, context.data, context.device).to_dict()
+    model = reference.model
+    accuracy = judged(context.metric, model, context.data, context.device, model).to_dict()
     write_json(path, accuracy)
     return accuracy
 

@@ -13,6 +13,7 @@ from tspc.pages import made, write_report
 from tspc.phases.finished import unfinished
 from tspc.phases.table import FIRST
 from tspc.run.config import Config
+from tspc.run.contract import contract_in, contract_of, tell
 from tspc.run.deliveries import Deliveries
 from tspc.run.job import Job
 from tspc.run.networks import Networks
@@ -89,11 +90,15 @@ def finish(job: Job, networks: Networks, reference: dict[str, Any]) -> dict[str,
     result = result_of(job.config, job.network, directory.path, networks.finished, reference, sizes)
     result["device"] = str(job.context.device)
     result |= made_with(path, result["phases"])
+    known = contract_in(intact(path, RESULT), networks.fingerprint)
+    plan = Plan.from_dict(networks.finished[FIRST]["plan"])
+    result["contract"] = known or contract_of(job, model, result, plan, networks.fingerprint)
     deliveries = Deliveries(job, networks.fingerprint)
     write_json(path, result | deliveries.found())
     display.show(result_table(result))
     for line in result_lines(result, target):
         display.line(line)
+    tell(result["contract"], display)
     if stopped := unfinished(directory.path):
         display.warn(f"{stopped} was stopped before its end; this is the network after {last}")
     deliveries.make(model)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tspc.run.trackers import TRACKERS
+from tspc.store.scores import TOP1
 from tspc.system.bounds import COUNT, NONE_OR_MORE, SEEDS, out_of_range, shown
 from tspc.terminal.display import VERBOSITIES
+from tspc.training import name_problem
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 LONGEST_NAME = 100
@@ -26,6 +28,7 @@ class RunSettings:
     device: str = "auto"
     overwrite: bool = False
     variant: str | None = None
+    metric: str = TOP1
     eval_samples: int | None = None
     checkpoint_seconds: float = 60.0
     precision: str = "auto"
@@ -47,6 +50,7 @@ class RunSettings:
             found.append(
                 f"variant={shown(self.variant)}: expected letters, digits and . , = + - _ only, {LONGEST_NAME} at most"
             )
+        found += filter(None, [name_problem(self.metric)])
         allowed = {
             "seed": SEEDS,
             "eval_samples": COUNT,

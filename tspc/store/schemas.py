@@ -43,7 +43,9 @@ COUNT, SIZE = Number(0, 2**63, whole=True), Number(1, 2**63, whole=True)
 SHARE, POSITIVE, SECONDS = Number(0, 1), Number(1e-300), Number(0, 1e15)
 ERROR = (Number(0, any_float=True), None)
 
-ACCURACY = {"top1": SHARE, "top5?": (SHARE, None), "images": SIZE}
+OTHER_METRIC = {"metric": str, "value": Number(), "images": COUNT}
+ACCURACY = ({"top1": SHARE, "top5?": (SHARE, None), "images": SIZE}, OTHER_METRIC)
+"""A measurement: of top-1, or of another metric that the user named."""
 _MEASURED = {"accuracy": (ACCURACY, None)}
 _SIZES = {"before": SIZE, "after": COUNT}
 
@@ -61,7 +63,7 @@ IDENTITY = {
     "network": {"name": str},
     "seed?": (Number(-(2**63), 2**64, whole=True), None),
     **dict.fromkeys(("size?", "bits?"), (str, None)),
-    "rate_unit?": str,
+    **dict.fromkeys(("rate_unit?", "metric?"), str),
 }
 """`run.json`, as far as a page shows it."""
 
@@ -91,7 +93,18 @@ EXPORTED = {
     "accuracy?": (ACCURACY, None),
 }
 """A file of `phase=export`, as far as a page shows it. Earlier versions did not measure its accuracy."""
+_POINTS = {"points": Number(), "inputs": SIZE}
+CONTRACT = {
+    "state": str,
+    "goals": [{**dict.fromkeys(("goal", "promised", "measured"), str), "kept": (bool, None)}],
+    "drop?": ({"limit": POSITIVE}, None),
+    "time?": ({"limit": POSITIVE}, None),
+}
+"""What a run was asked for, promised, and measured."""
+DROPS = [[Number()]]
+"""The drops of networks before and after their training."""
 RESULT = {
+    "contract?": (CONTRACT, None),
     "rate": POSITIVE,
     "rate_reached": Number(0),
     **dict.fromkeys(("allocation", "rate_scope", "network", "device"), str),
@@ -143,6 +156,15 @@ PROMISE = {
     **dict.fromkeys(("dense_seconds", "seconds"), POSITIVE),
 }
 """What a plan under a limit on the time was measured to take, with random factors."""
+JUDGED = {
+    "max_drop": POSITIVE,
+    "confidence": SHARE,
+    "is_exact": bool,
+    "drop?": (_POINTS, None),
+    "bound?": (Number(), None),
+    "tried": [{"share": POSITIVE, "bytes": COUNT, "passed?": (bool, None)}],
+}
+"""What held-out inputs said of the networks that a search tried, and of the one that it chose."""
 PLAN = {
     "method": dict,
     "rate": POSITIVE,
@@ -154,6 +176,7 @@ PLAN = {
     "kept?": [str],
     "rate_unit?": str,
     "promise?": (PROMISE, None),
+    "judged?": (JUDGED, None),
 }
 FINISHED = {
     "settings": dict,

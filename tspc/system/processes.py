@@ -214,6 +214,18 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gathered(own: Tensor) -> Tensor:
+    """The numbers (N) of all processes, those of the first one first; each may have another N."""
+    if count() == 1:
+        return own
+    sizes = torch.zeros(count(), dtype=torch.long, device=own.device)
+    sizes[rank()] = len(own)
+    ends = summed(sizes).cumsum(0).tolist()
+    found = torch.zeros(ends[-1], dtype=own.dtype, device=own.device)
+    found[ends[rank()] - len(own) : ends[rank()]] = own
+    return summed(found)
+
+
 def together(network: nn.Module) -> nn.Module:
     """The network for training by all processes: its gradients are the mean over them."""
     if count() == 1:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from tspc.store.scores import scale_in, value_in
 
 ALIASES = {"pretrain": "reference"}
 """Work that is shown in the row of another phase."""
@@ -52,7 +55,7 @@ class _Work:
 class _Row:
     name: str
     text: str = ""
-    top1: float | None = None
+    accuracy: dict[str, Any] | None = None
     seconds: float = 0.0
     work: _Work | None = None
     is_done: bool = False
@@ -93,9 +96,9 @@ class Checklist:
                 row.seconds += time.monotonic() - work.started
                 row.text, row.work = work.label, None
 
-    def finished(self, phase: str, text: str, top1: float | None) -> None:
+    def finished(self, phase: str, text: str, accuracy: dict[str, Any] | None) -> None:
         row = self._row(phase)
-        row.text, row.top1, row.is_done, row.work = text, top1, True, None
+        row.text, row.accuracy, row.is_done, row.work = text, accuracy, True, None
 
     def _row(self, name: str) -> _Row:
         """The row of that name; where there is none, that of the phase which comes next."""
@@ -109,7 +112,7 @@ class Checklist:
         grid.add_column(min_width=9, no_wrap=True)
         grid.add_column(no_wrap=True, overflow="ellipsis")
         grid.add_column(justify="right", no_wrap=True)
-        reference = next((row.top1 for row in self._rows if row.name == "reference"), None)
+        reference = next((row.accuracy for row in self._rows if row.name == "reference"), None)
         # Always as many lines: a thread of its own draws the view, and one whose height changes eats its neighbours.
         below: RenderableType = "" if self._is_over else " "
         for row in self._rows:
@@ -127,13 +130,14 @@ class Checklist:
             return Text(now, style="bold cyan")
         return Text(done, style="green") if row.is_done else Text(later, style="dim")
 
-    def _state(self, row: _Row, reference: float | None) -> Text:
+    def _state(self, row: _Row, reference: dict[str, Any] | None) -> Text:
         if row.work is not None:
             return Text("  ".join(part for part in (row.work.label, row.work.note) if part))
         text = Text(row.text)
-        if row.top1 is not None and reference is not None and row.name != "reference":
-            change = 100 * (row.top1 - reference)
-            text.append(f"  {change:+.2f}", style="green" if change >= 0 else "yellow")
+        if row.accuracy is not None and reference is not None and row.name != "reference":
+            scale, before, after = scale_in(row.accuracy), value_in(reference), value_in(row.accuracy)
+            style = "green" if scale.drop(before, after) <= 0 else "yellow"
+            text.append(f"  {scale.signed(scale.change(before, after))}", style=style)
         return text
 
     def _progress(self, work: _Work) -> RenderableType:

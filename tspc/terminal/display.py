@@ -63,13 +63,13 @@ class Display:
     def heading(self, text: str) -> None:
         self.line(text, style="bold")
 
-    def finished(self, phase: str, text: str, top1: float | None = None) -> None:
-        """Reports the end of a phase; `top1` is the accuracy that it reached, as a share."""
+    def finished(self, phase: str, text: str, accuracy: dict[str, Any] | None = None) -> None:
+        """Reports the end of a phase; `accuracy` is the record of what it reached."""
         line = f"{phase:<9}  {text}"
         if self._checklist is None:
             self.line(line, style="bold")
             return
-        self._checklist.finished(phase, text, top1)
+        self._checklist.finished(phase, text, accuracy)
         logger.info(line)
 
     def show(self, renderable: RenderableType, logged: RenderableType | None = None) -> None:

@@ -16,6 +16,7 @@ from tspc.compression.goals import bits_of
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.errors import InfeasibleRateError
 from tspc.quantization.grids import FULL
+from tspc.store.scores import TOP1, described, scale_in, shown, top5_in
 
 MAX_ROWS = 60
 TEXT = ("layer", "kind", "shape", "ranks")
@@ -132,16 +133,12 @@ def _kinds(plan: Plan) -> str:
     return ", ".join(f"{count} {name}" for name, count in names.most_common())
 
 
-def percent(accuracy: dict[str, Any] | None) -> str:
-    return "not measured" if accuracy is None else f"{100 * accuracy['top1']:.2f} %"
-
-
 def result_table(result: dict[str, Any]) -> Table:
     """Accuracy and seconds after each phase."""
     table = Table(title="Result", title_justify="left")
-    top5 = any((p["accuracy"] or {}).get("top5") is not None for p in result["phases"].values())
+    top5 = any(top5_in(p["accuracy"]) is not None for p in result["phases"].values())
     table.add_column("phase")
-    table.add_column("top-1", justify="right")
+    table.add_column(Text(scale_in(result["accuracy"] or result["reference"]["accuracy"]).label), justify="right")
     if top5:
         table.add_column("top-5", justify="right")
     table.add_column("images", justify="right")
@@ -149,10 +146,10 @@ def result_table(result: dict[str, Any]) -> Table:
     entries = {"reference": result["reference"]} | result["phases"]
     for name, entry in entries.items():
         accuracy = entry["accuracy"]
-        fifth = [f"{100 * accuracy['top5']:.2f} %" if accuracy and accuracy.get("top5") is not None else ""]
+        fifth = ["" if (share := top5_in(accuracy)) is None else f"{100 * share:.2f} %"]
         images = f"{accuracy['images']:,}" if accuracy else ""
         seconds = "" if entry.get("seconds") is None else f"{entry['seconds']:.1f}"
-        table.add_row(name, percent(accuracy), *(fifth if top5 else []), images, seconds)
+        table.add_row(name, shown(accuracy), *(fifth if top5 else []), images, seconds)
     return table
 
 
@@ -160,7 +157,9 @@ def result_lines(result: dict[str, Any], target: Path) -> list[str]:
     """The rate reached, and the size of the network in the file `target`."""
     sizes, parameters = result["bytes"], result["parameters"]
     asked = f"{result['rate']} asked"
-    if result.get("size") is not None:
+    if result.get("max_drop") is not None:
+        asked = f"for a drop of at most {result['max_drop']:g} points"
+    elif result.get("size") is not None:
         asked = f"for a size of at most {result['size']}"
     elif result["target_error"] is not None:
         asked = f"for an expected output error of at most {result['target_error']}"
@@ -174,6 +173,11 @@ def result_lines(result: dict[str, Any], target: Path) -> list[str]:
         f"rate       {result['rate_reached']:.4f}{unit} reached, {asked}",
         f"network    {counts}{weights} {sizes['file']:,} bytes in {target}",
     ]
+
+
+def _labelled(accuracy: dict[str, Any] | None) -> Text:
+    """A number in a table of runs, with its label if it is not top-1."""
+    return Text(shown(accuracy) if scale_in(accuracy).name == TOP1 else described(accuracy))
 
 
 def sweep_table(records: list[dict[str, Any]]) -> Table:
@@ -197,9 +201,9 @@ def sweep_table(records: list[dict[str, Any]]) -> Table:
             continue
         parameters = result.get("parameters")
         reached = f"{result['rate_reached']:.4f}" if "rate_reached" in result else ""
-        reference = percent(result["reference"]["accuracy"]) if "reference" in result else ""
-        final = percent(result["accuracy"]) if "accuracy" in result else ""
-        row = [reached, reference, final, "" if parameters is None else f"{parameters['after']:,}"]
+        reference = _labelled(result["reference"]["accuracy"]) if "reference" in result else ""
+        final = _labelled(result["accuracy"]) if "accuracy" in result else ""
+        row: list[str | Text] = [reached, reference, final, "" if parameters is None else f"{parameters['after']:,}"]
         if has_few_bits:
             row.append(f"{result['bytes']['after']:,}" if "bytes" in result else "")
         table.add_row(str(record["job"]), Text(f"{name}\n{result['directory']}"), *row)

@@ -1,0 +1,85 @@
+"""Which held-out training images judge a limit on the drop, and what an earlier run's training gave back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from tspc.compression.compress import limit_of
+from tspc.compression.outline import Outline
+from tspc.compression.settings import PlanSettings
+from tspc.compression.smallest import MOST, Limit
+from tspc.data import Batch, Data
+from tspc.errors import ConfigError
+from tspc.phases.context import Context
+from tspc.training import Drop, HeldOut
+
+TRAINED_SHARE = 5
+"""If the network is trained, at most the training images divided by this are reserved."""
+LEAST_SHARE, MOST_SHARE = 0.02, 1.0
+"""Bounds of the share of a drop that is left after a training."""
+
+Pair = tuple[float, float]
+"""The drops of one network before and after its training, in points."""
+
+
+def images_to_reserve(settings: PlanSettings, data: Data | None, calibration: int, is_trained: bool) -> int:
+    """How many training images judge the drop; 0 without a limit on it.
+
+    Raises ConfigError if there is no data, or fewer images than were asked for.
+    """
+    if settings.max_drop is None:
+        return 0
+    goal = f"max_drop={settings.max_drop:g}"
+    if data is None:
+        raise ConfigError([f"{goal} is judged on held-out training images: name a data set"])
+    asked, most = settings.terms.images, max(0, data.train_size - calibration)
+    if is_trained:
+        most = min(most, data.train_size // TRAINED_SHARE)
+    needed = asked and (asked + asked // 2 if is_trained else asked)
+    if needed is not None and most < needed:
+        room = 2 * most // 3 if is_trained else most
+        few = f"at most {room:,} of the {data.train_size:,} training images can judge"
+        raise ConfigError([f"contract.images={asked}: {few}"])
+    return min(most, needed or (MOST + MOST // 4 if is_trained else MOST))
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How the drop is judged: by `held_out` images. `known` has the drops of earlier runs with the same training."""
+
+    settings: PlanSettings
+    held_out: HeldOut
+    is_trained: bool
+    known: Sequence[Pair] = ()
+
+    def limit(self, sketch: Outline) -> Limit:
+        """What a search keeps."""
+        return limit_of(self.settings, sketch, is_trained=self.is_trained, given_back=self.given_back)
+
+    def given_back(self, drop: float) -> float:
+        """The drop that is expected after the training: the share that it left of the nearest drop that is known."""
+        pairs = [pair for pair in self.known if pair[0] > 0]
+        if not pairs or drop <= 0:
+            return drop
+        before, after = min(pairs, key=lambda pair: abs(math.log(pair[0] / drop)))
+        return drop * min(max(after / before, LEAST_SHARE), MOST_SHARE)
+
+    def final(self, network: nn.Module, sketch: Outline) -> Drop:
+        """The drop of the network after its training, on images by which nothing was chosen."""
+        limit = self.limit(sketch)
+        start = limit.estimating(self.held_out.count)
+        return self.held_out.drop(network, start, start + limit.testing(self.held_out.count))
+
+
+def held_out_images(reference: nn.Module, context: Context) -> HeldOut:
+    """The reserved training images, in the order in which the search uses them."""
+    data, count = context.required_data, context.reserved
+
+    def read(start: int, stop: int) -> Iterable[Batch]:
+        return data.held_out_batches(stop - start, 250, context.device, reserved=count - stop)
+
+    return HeldOut(reference, context.metric, read, count, context.device)
