@@ -49,6 +49,8 @@ SECONDS = 2.0
 DENSE, TRIED = "dense", "tried"
 TOLERANCE = 0.05
 """A limit is kept if the exported file takes at most so much more: the clock itself is no more certain."""
+USUAL = 0.7
+"""The least share of the dense network's time that its layers are first taken for."""
 SLOPES = 0.25, 4.0
 """How much the network's time may change for one second of the layers' sum, against the first guess."""
 
@@ -211,7 +213,8 @@ def search(
     fastest rows and of the dense layers. `total` is their sum, `measure` the whole network's share of the dense time.
     """
     fastest, slowest = bounds
-    guess = min(1.0, dense_seconds / slowest) / dense_seconds
+    most = dense_seconds / slowest  # the rest of the network takes no time at all
+    guess = min(most, max(1.0, USUAL * most)) / dense_seconds
     aim, tried = AIM * limit, [Try(None, slowest, 1.0)]
     for _ in range(TRIES):
         rows = allocate(min(max(_proposed(tried, aim, guess), fastest), slowest))
