@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.nets import Net, images
 from tests.test_times import ALL, fake_clock
@@ -143,6 +144,23 @@ def test_latency_without_a_number_is_never_slower(fake, monkeypatch):
         assert slow.rate_reached <= 0.4
         assert slow.promise is not None
         assert slow.promise["seconds"] == slow.promise["dense_seconds"]
+
+
+class Borrowing(Net):
+    """A network that uses the weight of a layer, which it never calls."""
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.wide(F.relu(self.norm0(self.stem(x))))))
+        x = F.relu(self.norm2(self.point(x)))
+        return self.head(F.relu(F.linear(x.mean((2, 3)), self.hidden.weight, self.hidden.bias)))
+
+
+def test_a_layer_that_is_never_called_saves_no_time(fake, monkeypatch):
+    seen = []
+    monkeypatch.setattr(FakeWatch, "rows", lambda self, rows: seen.append({row.name for row in rows}) or 0.5)
+    made = plan(Borrowing(), "svd", 0.3, objective="latency", example=images(1), threads=1, **ALL)
+    assert any(row.name == "hidden" and row.method for row in made.layers)
+    assert seen == [{"stem", "wide", "point", "head"}]
 
 
 def test_what_cannot_be_timed_goes_by_the_cost_model(fake, monkeypatch):

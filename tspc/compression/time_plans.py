@@ -58,6 +58,13 @@ class Timekeeper:
         sizes = self.called.get(row.name, ())
         return sum(self.times.seconds(form, row.shape, x, method, row.rank or (), path or REBUILT) for x in sizes)
 
+    def share(self, rows: Iterable[LayerPlan]) -> float:
+        """The time of the network of a plan, as a share of the dense one's.
+
+        A layer that is never called stays dense there: the network uses its weight, which is the rebuilt kernel.
+        """
+        return self.watch.rows([row for row in rows if self.called.get(row.name)])
+
     def under_limit(self, candidates: Sequence[Candidate], size: float) -> Rows:
         """The rows with the least error whose network keeps the limit on the time, and the limit on the size.
 
@@ -92,7 +99,7 @@ class Timekeeper:
         self.times.keep()
         rows, share = list(rows), 1.0
         if any(row.rank and row.path != REBUILT for row in rows):
-            share = self.watch.rows(rows)
+            share = self.share(rows)
         if share <= 1 + NOISE:
             self._promise("objective=latency", share)
             return None
@@ -123,7 +130,7 @@ class Timekeeper:
             return sum(option.seconds for option in found)
 
         def measure(found: list[Option]) -> float:
-            return self.watch.rows([option.row for option in found])
+            return self.share([option.row for option in found])
 
         bounds = fastest, choices.dense_seconds
         return search(allocate, total, measure, limit, bounds, self.watch.dense_seconds)
