@@ -31,6 +31,18 @@ class InfeasibleRateError(TspcError):
         super().__init__(message)
 
 
+class UntimedError(ConfigError):
+    """A network or a layer that the runtime does not take, or a runtime that is not there."""
+
+
+class InfeasibleTimeError(TspcError):
+    """A limit on the time that no network of these methods keeps; `fastest` is the least time, in seconds."""
+
+    def __init__(self, message: str, fastest: float) -> None:
+        self.fastest = fastest
+        super().__init__(message)
+
+
 def shortened(value: Any, longest: int = 80) -> str:
     """A value from a file, as a message shows it: on one line, printable, cut if it is long."""
     text = value if isinstance(value, str) else repr(value)

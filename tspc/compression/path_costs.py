@@ -11,14 +11,14 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from tspc.compression.plan import LayerPlan
 from tspc.compression.runtime_costs import WORK, Work, rounded_up
-from tspc.decompositions import Decomposition, Rank
+from tspc.decompositions import Decomposition, Rank, Shape
 from tspc.deploy.calls import EXTRAS, Run, Unusable, call, family
 from tspc.deploy.graphs import Graphs
 from tspc.errors import ConfigError
@@ -36,6 +36,14 @@ RUNS, WARM = 5, 2
 
 Size = tuple[int, int]
 """Rows and columns of a layer's input map: (rows, 1) for a dense layer, (1, length) for a 1-d convolution."""
+
+
+class Times(Protocol):
+    """A table of measured times."""
+
+    def seconds(
+        self, form: Form, shape: Shape, size: Size, method: Decomposition, rank: Rank, path: str = REBUILT
+    ) -> float: ...
 
 
 def input_sizes(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str, Size]:
@@ -117,13 +125,15 @@ class Costs:
 
     With `objective="macs"` the cost is the multiply-adds. Else `source="model"` estimates the time in `runtime` from
     multiply-adds and entries moved, and `source="measure"` measures it there, for `BATCH` inputs. Without another
-    precision in the runtime's name this is the layer's own, on its device.
+    precision in the runtime's name this is the layer's own, on its device. A table of measured `times` goes first; its
+    costs are seconds.
     """
 
     source: str = "model"
     objective: str = "parameters"
     sizes: Mapping[str, Size] = field(default_factory=dict)
     runtime: str = "eager"
+    times: Times | None = None
     _known: dict[object, float] = field(default_factory=dict)
 
     def of(self, layer: nn.Module, name: str, decomposition: Decomposition, rank: Rank, path: str) -> float:
@@ -135,6 +145,8 @@ class Costs:
             stages = stages_of(decomposition, kernel_shape(layer), rank, path, form.groups)
             if self.objective == "macs":
                 cost: float = macs_of(form, stages, size)
+            elif self.times is not None:
+                cost = self.times.seconds(form, kernel_shape(layer), size, decomposition, rank, path)
             elif self.source == "model":
                 cost = estimate(form, stages, size, WORK[self.runtime])
             else:
@@ -167,8 +179,8 @@ class Costs:
         return own < GAIN * dense
 
 
-def estimate(form: Form, stages: list[Stage], size: Size, work: Work) -> float:
-    """Estimated time for one input, in multiply-adds: computing, and moving activations and the kernels' share."""
+def estimate(form: Form, stages: list[Stage], size: Size, work: Work, batch: int = BATCH) -> float:
+    """Estimated time for one input of a batch, in multiply-adds: computing, and moving activations and the kernels."""
     total = 0.0
     for stage in stages:
         read, size = math.prod(size) * stage.channels, output_size(form, stage, size)
@@ -176,7 +188,7 @@ def estimate(form: Form, stages: list[Stage], size: Size, work: Work) -> float:
         written = math.prod(size) * t
         padded = 1 if stage.groups > 1 else rounded_up(t, work.outputs) / t * (rounded_up(s, work.inputs) / s)
         total += written * s * h * w * padded + work.entry * (read + written)
-        total += (work.weight * math.prod(stage.shape) + work.call) / BATCH
+        total += (work.weight * math.prod(stage.shape) + work.call) / batch
     return total
 
 

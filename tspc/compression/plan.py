@@ -154,7 +154,9 @@ class Plan:
     """Ranks for a whole network at one rate. `layers` also lists the layers that stay dense.
 
     `rate` is the ceiling that the user gave, or that was found for a target error; it counts parameters or bytes
-    (`rate_unit`). `network_dense_bytes` are the bytes of the network's parameters and buffers before, and
+    (`rate_unit`). `promise` is what the whole network took when it was timed with random factors, if there is a limit
+    on the time: the `limit`, the `runtime`, `batch` and `threads`, and `dense_seconds` and `seconds` for a batch.
+    `network_dense_bytes` are the bytes of the network's parameters and buffers before, and
     `beside_saved` those by which what lies beside the `layers` becomes smaller. The parameters named in `kept` keep
     their numbers. `judged` is what held-out inputs said of the network in phase 0, if there is a limit on the drop.
     """
@@ -172,6 +174,7 @@ class Plan:
     beside_saved: int = 0
     kept: tuple[str, ...] = ()
     judged: dict[str, Any] | None = None
+    promise: dict[str, Any] | None = None
 
     @property
     def budgeted(self) -> tuple[LayerPlan, ...]:
@@ -258,7 +261,8 @@ class Plan:
         plain += ("rate_unit", "network_dense_bytes", "beside_saved")
         layers, kept = [layer.to_dict() for layer in self.layers], list(self.kept)
         plan = {k: getattr(self, k) for k in plain}
-        judged = {} if self.judged is None else {"judged": self.judged}
+        found = {"promise": self.promise, "judged": self.judged}
+        judged = {key: value for key, value in found.items() if value is not None}
         return plan | {"method": self.method.to_dict(), "layers": layers, "kept": kept} | judged
 
     @classmethod

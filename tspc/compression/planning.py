@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,8 +20,9 @@ from tspc.compression.path_costs import Costs, input_sizes
 from tspc.compression.plan import SLOWER, LayerPlan, Plan
 from tspc.compression.selection import FilterFn
 from tspc.compression.settings import PlanSettings
+from tspc.compression.time_plans import Timekeeper, needs_example, timekeeper
 from tspc.decompositions import Method
-from tspc.errors import ConfigError
+from tspc.errors import ConfigError, TspcWarning, UntimedError
 from tspc.quantization.grids import FULL
 from tspc.system import processes
 from tspc.system.modes import own_modes
@@ -57,10 +60,15 @@ def plan(
     the cheapest. `on_layer` is called with the name of each layer after its errors were measured. With `spread` all
     processes of `torch.distributed` call this together and share the layers; see `compress`.
 
+    A limit on the time (`latency`, `speedup`) and `objective=latency` need such an input, too: networks are timed in
+    the runtime.
+
     Raises ConfigError for a wrong argument or a network with nothing to tensorize. Raises InfeasibleRateError if the
-    rate cannot be met; the error names the smallest possible rate.
+    rate cannot be met, InfeasibleTimeError if the limit on the time cannot; the error names the nearest possible one.
     """
     asked = PlanSettings.of(method, rate, **options)
+    if asked.is_timed and example is None and calibration is None:
+        raise ConfigError([needs_example(asked)])
     if asked.max_drop is not None:
         remedy = "call tspc.compress or tspc.smallest, with held_out="
         raise ConfigError([f"max_drop={asked.max_drop:g} is found by trying networks, not by a plan: {remedy}"])
@@ -81,12 +89,27 @@ def plan(
 def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: Tensor | None) -> Plan:
     """The ranks of an outline's layers, from their error curves, and the paths for inputs of the `example`'s size.
 
-    Raises InfeasibleRateError if the rate cannot be met, ConfigError if the target error cannot.
+    With a limit on the time, or `objective=latency`, layers and whole networks are timed in the runtime; see
+    `tspc.compression.time_plans`. Raises InfeasibleRateError if the rate cannot be met, InfeasibleTimeError if the
+    limit on the time cannot, ConfigError if the target error cannot.
     """
-    asked = sketch.settings
-    sizes = {} if example is None else input_sizes(model, [layer.name for layer in sketch.chosen], example)
-    costs, candidates = Costs(asked.paths, asked.objective, sizes, asked.runtime), sketch.candidates(curves)
-    names = [layer.name for layer in sketch.chosen]
+    keeper = timekeeper(model, sketch.settings, [layer.name for layer in sketch.chosen], example)
+    try:
+        return _planned(model, sketch, curves, example, keeper)
+    except UntimedError as error:
+        if sketch.settings.is_timed:
+            raise
+        warnings.warn(f"objective=latency goes by the cost model: {error}", TspcWarning, stacklevel=2)
+        return _planned(model, sketch, curves, example, None)
+
+
+def _planned(
+    model: nn.Module, sketch: Outline, curves: Curves | None, example: Tensor | None, keeper: Timekeeper | None
+) -> Plan:
+    asked, names = sketch.settings, [layer.name for layer in sketch.chosen]
+    sizes = {} if example is None else input_sizes(model, names, example)
+    costs = Costs(asked.paths, asked.objective, sizes, asked.runtime) if keeper is None else keeper.costs
+    candidates = sketch.candidates(curves)
     weights = dict(zip(names, _weights(model, sketch.chosen, asked.rate_decay), strict=True))
 
     def share_out(those: Sequence[Candidate], budget: int) -> list[LayerPlan]:
@@ -94,29 +117,40 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
         ranked = overall(those, budget) if asked.allocation == "global" else uniform(those, share, budget)
         return [costs.best(model.get_submodule(row.name), row) for row in ranked]
 
-    def ranked(budget: int) -> dict[str, LayerPlan]:
+    def ranked(budget: int) -> list[LayerPlan]:
         found = share_out(candidates, budget)
         if asked.objective != "parameters":
             is_slow = lambda row: not costs.is_faster(model.get_submodule(row.name), row)  # noqa: E731
             found = without_slower(candidates, budget, found, share_out, is_slow)
-        return {row.name: _narrowed(row, asked.widths) for row in found}
+        return found
 
-    def at(rate: float) -> Plan:
-        wide, found = sketch.without_grids, ranked(sketch.budget(rate))
+    def made(rows: Iterable[LayerPlan], rate: float) -> Plan:
+        wide, found = sketch.without_grids, {row.name: _narrowed(row, asked.widths) for row in rows}
         is_narrow = any(layer.is_on_grids for layer in (*found.values(), *wide.layers))
         if asked.widths.offers_dense and not is_narrow and not wide.has_room_for(found.values(), rate):
             # The rest becomes smaller only beside a layer on grids: it is the one that loses least.
             found |= _least_lost(candidates)
             is_narrow = True
         used = sketch if is_narrow else wide
-        rows = tuple(found.get(layer.name, layer) for layer in used.layers)
+        layers = tuple(found.get(layer.name, layer) for layer in used.layers)
         settled = asked.method, rate, asked.rate_decay, asked.scope, asked.allocation
         sizes = sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes, used.beside_saved
-        return Plan(*settled, rows, *sizes, sketch.kept)
+        return Plan(*settled, layers, *sizes, sketch.kept, promise=None if keeper is None else keeper.promise)
 
+    def at(rate: float) -> Plan:
+        return made(ranked(sketch.budget(rate)), rate)
+
+    if keeper is not None and asked.is_timed:
+        budget = sketch.budget(sketch.rate)
+        return made(keeper.under_limit(candidates, budget if sketch.rate < 1 else math.inf), sketch.rate)
     if asked.target_error is None:
-        return at(sketch.rate)
-    return _smallest_plan(at, sketch.smallest_rate, asked.target_error)
+        found = at(sketch.rate)
+    else:
+        found = _smallest_plan(at, sketch.smallest_rate, asked.target_error)
+    if keeper is None:
+        return found
+    rows = [row for row in found.layers if row.name in names]
+    return made(keeper.never_slower(candidates, rows, sketch.budget(found.rate)) or rows, found.rate)
 
 
 def _least_lost(candidates: Sequence[Candidate]) -> dict[str, LayerPlan]:

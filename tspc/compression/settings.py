@@ -105,7 +105,8 @@ class PlanSettings:
     - `rate_scope`: what the rate counts: the "layers" that can be tensorized, or the whole "network".
     - `rank_multiple`: every rank is a multiple of this number, or the largest possible rank.
     - `objective`: with "latency" or "macs" a layer stays dense if no path is faster, as long as the other layers keep
-      half of their parameters; with "parameters" no layer stays dense for this reason.
+      half of their parameters; with "parameters" no layer stays dense for this reason. With "latency" costs are times
+      in the runtime, if an input is known, and the whole network is timed: it is never slower than the dense one.
     - `paths`: every tensorized layer takes its cheapest path. The costs come from a cost "model", or from the clock
       ("measure").
     - `runtime`: where the network will run, and in which precision; a name of `tspc.deploy.RUNTIMES`. The costs of
@@ -195,7 +196,7 @@ class PlanSettings:
             found.append("method=dense is smaller only with fewer bits: give bits=8, for example, or size=…")
         lack = extras.missing(EXTRAS[family(self.runtime)]) if self._times_elsewhere else None
         if lack is not None:
-            found.append(f"runtime={self.runtime} with paths={self.paths}: {lack}")
+            found.append(f"runtime={self.runtime} with {self.time_limit or f'paths={self.paths}'}: {lack}")
         if self.rate_decay in RATE_DECAYS[1:] and self.allocation == "global":
             found.append(f"rate_decay={self.rate_decay} sets the rate of each layer, so it needs allocation=uniform")
         return found + self.selection.problems(where)
@@ -203,7 +204,8 @@ class PlanSettings:
     @property
     def _times_elsewhere(self) -> bool:
         """Whether layers are timed in a runtime that needs an extra. The cost model needs none."""
-        return self.paths == "measure" and self.runtime in RUNTIMES and family(self.runtime) in EXTRAS
+        is_timed = self.paths == "measure" or self.is_timed
+        return is_timed and self.runtime in RUNTIMES and family(self.runtime) in EXTRAS
 
     @property
     def is_timed(self) -> bool:

@@ -41,11 +41,12 @@ def opened(path: Path, format: str, threads: int | None = None) -> Answer:
     return lambda inputs: run_session(session, inputs)
 
 
-def openvino_session(graph: Path | bytes, inputs: Inputs, precision: str, threads: int) -> Any:
+def openvino_session(graph: Path | bytes, inputs: Inputs, precision: str, threads: int, profiles: bool = False) -> Any:
     """An OpenVINO request that runs an ONNX file, or its bytes, on the CPU, for batches of the size of `inputs`.
 
-    `precision` is that of all that the file does not hold as integers: float32 or bfloat16. Raises ExportError if
-    OpenVINO does not take the file, or the processor has no bfloat16.
+    `precision` is that of all that the file does not hold as integers: float32 or bfloat16. With `profiles` it notes
+    the time of every operation. Raises ExportError if OpenVINO does not take the file, or the processor has no
+    bfloat16.
     """
     import openvino
 
@@ -57,6 +58,7 @@ def openvino_session(graph: Path | bytes, inputs: Inputs, precision: str, thread
         "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
+        "PERF_COUNT": profiles,
     }
     try:
         model = core.read_model(graph)

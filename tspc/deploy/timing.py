@@ -95,13 +95,13 @@ class Comparison:
             if runs and ("dense", base) not in runs:
                 runs["dense", base] = self._warm("dense", base, batch)
             seconds = self.seconds * len(self.runtimes)
-            turns = list(_turns(list(runs.values()), device, seconds)) if runs else []
+            timed = list(turns(list(runs.values()), device, seconds)) if runs else []
         except Unusable as reason:  # no float32 to compare with
             return [Timing(runtime, batch_size, skipped=str(reason)) for runtime in self.runtimes]
         finally:
             if "compile" in self.runtimes:
                 torch.compiler.reset()
-        times = {key: [turn[place] for turn in turns] for place, key in enumerate(runs)}
+        times = {key: [turn[place] for turn in timed] for place, key in enumerate(runs)}
         return [
             Timing(runtime, batch_size, skipped=skipped[runtime])
             if runtime in skipped
@@ -120,7 +120,7 @@ class Comparison:
 def _timing(runtime: str, batch_size: int, times: dict[tuple[str, str], list[float]]) -> Timing:
     """`times` has the seconds of each turn, for each network and runtime of the family."""
     dense, small = (times[side, runtime] for side in SIDES)
-    summaries = _summary(dense, batch_size), _summary(small, batch_size)
+    summaries = summary(dense, batch_size), summary(small, batch_size)
     speedup = _ratio(dense, small)
     against = None
     name = family(runtime)
@@ -137,8 +137,8 @@ def _ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def _turns(runs: Sequence[Run], device: torch.device, seconds: float) -> Iterator[list[float]]:
-    """Times all calls in each turn, so that other work of the machine affects all of them."""
+def turns(runs: Sequence[Run], device: torch.device, seconds: float) -> Iterator[list[float]]:
+    """Times all calls in each turn, for so many seconds, so that other work of the machine affects all of them."""
     end, done = time.perf_counter() + seconds, 0
     while done < LEAST_REPEATS or time.perf_counter() < end:
         # Each call finds the caches as the one before left them, so the order alternates.
@@ -164,7 +164,7 @@ def _synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _summary(times: list[float], batch_size: int) -> dict[str, float]:
+def summary(times: list[float], batch_size: int) -> dict[str, float]:
     """Seconds, and inputs a second at the median."""
     ordered = sorted(times)
     median = statistics.median(ordered)

@@ -150,6 +150,12 @@ _LAYER = {
     **dict.fromkeys(("bits?", "entry_bytes?"), COUNT),
     **dict.fromkeys(("has_narrow_bias?", "is_whole?"), bool),
 }
+PROMISE = {
+    **dict.fromkeys(("limit", "runtime"), str),
+    **dict.fromkeys(("batch", "threads"), SIZE),
+    **dict.fromkeys(("dense_seconds", "seconds"), POSITIVE),
+}
+"""What a plan under a limit on the time was measured to take, with random factors."""
 JUDGED = {
     "max_drop": POSITIVE,
     "confidence": SHARE,
@@ -169,6 +175,7 @@ PLAN = {
     **dict.fromkeys(("beside_saved?", "vectors_saved?"), COUNT),
     "kept?": [str],
     "rate_unit?": str,
+    "promise?": (PROMISE, None),
     "judged?": (JUDGED, None),
 }
 FINISHED = {
@@ -185,6 +192,13 @@ FINISHED = {
 _CURVE = {"method": dict, "params": [COUNT], "errors": [Number(0)], "dense": SIZE, "weight": Number(0)}
 CURVES = {...: [_CURVE | {"rounding?": [[Number(0)]]}]}
 """`curves-*.json` beside a reference."""
+
+LAYER_TIMES = {
+    **dict.fromkeys(("machine", "runtime", "version"), str),
+    **dict.fromkeys(("batch", "threads"), SIZE),
+    "seconds": {...: POSITIVE},
+}
+"""A table of the times of single layers, in the user's folder for caches."""
 
 
 def problem(data: Any, schema: Any) -> str | None:
