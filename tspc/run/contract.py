@@ -9,8 +9,11 @@ from typing import Any
 from torch import nn
 
 from tspc.compression.goals import DROP, goals_in, share_of
+from tspc.compression.network_times import verify
 from tspc.compression.plan import Plan
+from tspc.compression.time_plans import shown as in_words
 from tspc.phases.context import Context
+from tspc.phases.inputs import example
 from tspc.phases.judging import Pair
 from tspc.phases.table import FIRST, NETWORK_PHASES
 from tspc.run.config import Config
@@ -49,6 +52,9 @@ def contract_of(job: Job, model: nn.Module, result: dict[str, Any], plan: Plan, 
     if settings.max_drop is not None and job.judging is not None:
         found["drop"] = _drop(job, model, result, plan)
         goals.append(_of_drop(settings.max_drop, found["drop"], job.context.metric))
+    if plan.promise is not None:
+        found["time"] = _time(job, model)
+        goals.append(_of_time(plan.promise, found["time"]))
     return {"state": state, "goals": [goal.to_dict() for goal in goals if goal is not None]} | found
 
 
@@ -113,6 +119,26 @@ def _drop(job: Job, model: nn.Module, result: dict[str, Any], plan: Plan) -> dic
         scale = scale_in(last)
         final |= {"test": scale.drop(value_in(reference), value_in(last)), "test_inputs": last["images"]}
     return found | final
+
+
+def _time(job: Job, model: nn.Module) -> dict[str, Any]:
+    """What `verify` finds: both networks are exported, and timed in turns in the runtime."""
+    shape = job.planning.example
+    inputs = example(model, job.network, 1, job.context).tensors if shape is None else shape
+    with processes.alone():
+        place = job.context.place
+        return verify(job.reference, place(model), inputs, job.config.planning)
+
+
+def _of_time(promise: dict[str, Any], found: dict[str, Any]) -> Goal:
+    place = f"{promise['runtime']}, batch {promise['batch']}, {promise['threads']} threads"
+    dense, small = found["dense"], found["compressed"]
+    measured = (
+        f"{in_words(small['median'])} at the median, {in_words(small['p95'])} at the 95th percentile; dense "
+        f"{in_words(dense['median'])} and {in_words(dense['p95'])} in turns with it ({place})"
+    )
+    promised = f"{in_words(promise['seconds'])} (dense {in_words(promise['dense_seconds'])})"
+    return Goal(promise["limit"], promised, measured, found["kept"])
 
 
 def _final(drop: Drop, limit: float, level: float) -> dict[str, Any]:

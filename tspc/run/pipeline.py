@@ -165,6 +165,9 @@ def _announce(planning: Planning, config: Config, display: Display) -> None:
     dense = sum(layer.dense_size(sketch.unit) for layer in chosen)
     if settings.max_drop is not None:
         goal = f"the smallest network that loses at most {settings.max_drop:g} points"
+        goal += f", with {settings.time_limit}" if settings.is_timed else ""
+    elif settings.is_timed and settings.rate is None and settings.size is None:
+        goal = f"the network that loses least with {settings.time_limit} in {settings.runtime}"
     elif settings.target_error is not None:
         goal = f"{dense:,} {sketch.unit} to an output error of {settings.target_error:g}"
     elif settings.decomposes:

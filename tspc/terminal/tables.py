@@ -157,6 +157,9 @@ def result_lines(result: dict[str, Any], target: Path) -> list[str]:
     """The rate reached, and the size of the network in the file `target`."""
     sizes, parameters = result["bytes"], result["parameters"]
     asked = f"{result['rate']} asked"
+    timed = [f"{key}={result[key]}" for key in ("latency", "speedup") if result.get(key) is not None]
+    if timed and result["rate"] == 1 and result.get("size") is None:
+        asked = f"for {timed[0]}"
     if result.get("max_drop") is not None:
         asked = f"for a drop of at most {result['max_drop']:g} points"
     elif result.get("size") is not None:
