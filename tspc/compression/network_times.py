@@ -213,8 +213,7 @@ def search(
     fastest rows and of the dense layers. `total` is their sum, `measure` the whole network's share of the dense time.
     """
     fastest, slowest = bounds
-    most = dense_seconds / slowest  # the rest of the network takes no time at all
-    guess = min(most, max(1.0, USUAL * most)) / dense_seconds
+    guess = guessed(slowest, dense_seconds)
     aim, tried = AIM * limit, [Try(None, slowest, 1.0)]
     for _ in range(TRIES):
         rows = allocate(min(max(_proposed(tried, aim, guess), fastest), slowest))
@@ -228,6 +227,15 @@ def search(
         if all(each.rows != rows for each in tried):
             tried.append(Try(rows, total(rows), measure(rows)))
     return tried[1:]
+
+
+def guessed(layers: float, dense: float) -> float:
+    """By which share of its time a dense network becomes faster for a second less in its layers: a first guess.
+
+    The layers take so many seconds together in the table.
+    """
+    most = dense / layers  # the rest of the network takes no time at all
+    return min(most, max(1.0, USUAL * most)) / dense
 
 
 def _proposed(tried: Sequence[Try], aim: float, guess: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tspc.compression.allocation import Candidate
 from tspc.compression.form import DENSE
 from tspc.compression.layer_times import LayerTimes
-from tspc.compression.network_times import SECONDS, Stopwatch, Try, chosen, limit_seconds, place_of, search
+from tspc.compression.network_times import SECONDS, Stopwatch, Try, chosen, guessed, limit_seconds, place_of, search
 from tspc.compression.path_costs import Costs, Size, calls
 from tspc.compression.plan import LayerPlan
 from tspc.compression.settings import PlanSettings
@@ -43,7 +44,7 @@ class Timekeeper:
     watch: Stopwatch
     promise: dict[str, Any] | None = None
 
-    @property
+    @cached_property
     def costs(self) -> Costs:
         """The costs of paths, from the table."""
         sizes = {name: max(found, key=math.prod) for name, found in self.called.items()}
@@ -64,6 +65,26 @@ class Timekeeper:
         A layer that is never called stays dense there: the network uses its weight, which is the rebuilt kernel.
         """
         return self.watch.rows([row for row in rows if self.called.get(row.name)])
+
+    def expected(self, rows: Iterable[LayerPlan]) -> float:
+        """Seconds of the network of a plan for a batch, as the times of the single layers let expect."""
+        pairs = [(self.seconds(replace(row, method=None, rank=None)), self.seconds(row)) for row in rows]
+        before, after = (sum(times) for times in zip(*pairs, strict=True))
+        return self.watch.dense_seconds * (1 - self._worth(before) * (before - after))
+
+    def expecting(self, candidates: Sequence[Candidate], share: float) -> Rows | None:
+        """The rows with the least error that are expected to take a share of the dense network's time; None without."""
+        choices = Allocation([options_of(candidate, self.seconds, self._on_path) for candidate in candidates])
+        self.times.keep()
+        found = choices.at(choices.dense_seconds - (1 - share) / self._worth(choices.dense_seconds))
+        return None if found is None else [option.row for option in found]
+
+    def _worth(self, layers: float) -> float:
+        """By which share the network is expected to become faster for a second less in its layers, of so many."""
+        return guessed(layers, self.watch.dense_seconds)
+
+    def _on_path(self, row: LayerPlan) -> LayerPlan:
+        return self.costs.best(self.model.get_submodule(row.name), row)
 
     def under_limit(self, candidates: Sequence[Candidate], size: float) -> Rows:
         """The rows with the least error whose network keeps the limit on the time, and the limit on the size.
@@ -112,12 +133,7 @@ class Timekeeper:
         return [replace(row, path=REBUILT) if row.rank else row for row in rows]
 
     def _search(self, candidates: Sequence[Candidate], size: float, limit: float) -> list[Try]:
-        costs = self.costs
-
-        def on_path(row: LayerPlan) -> LayerPlan:
-            return costs.best(self.model.get_submodule(row.name), row)
-
-        choices = Allocation([options_of(candidate, self.seconds, on_path) for candidate in candidates])
+        choices = Allocation([options_of(candidate, self.seconds, self._on_path) for candidate in candidates])
         self.times.keep()
         fastest = choices.fastest(size)
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tspc.errors import TspcError
 from tspc.pages.compare import write_comparison, write_sweep
+from tspc.pages.frontier import write_frontier
 from tspc.pages.report import write_report
 from tspc.terminal.display import Display
 
-__all__ = ["made", "write_comparison", "write_report", "write_sweep"]
+__all__ = ["made", "write_comparison", "write_frontier", "write_report", "write_sweep"]
 
 logger = logging.getLogger("tspc")
 

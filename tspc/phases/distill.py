@@ -191,8 +191,7 @@ def _unseen(kept: Kept, settings: Distillation, context: Context) -> Callable[[]
     data, feed = context.required_data, context.feed(settings)
     if feed.held_out == 0:
         return kept.judging_images
-    batches = lambda: data.held_out_batches(feed.held_out, 250, context.device, feed.share, feed.reserved)  # noqa: E731
-    return lambda: (x for x, _ in batches())
+    return lambda: (x for x, _ in data.held_out_batches(feed.held_out, 250, context.device, feed.share, feed.reserved))
 
 
 def _train_block(

@@ -81,12 +81,18 @@ class Planning:
         """The ranks that the settings ask for."""
         return planned(self.reference, self.sketch, curves, self.example)
 
-    def at(self, rate: float, curves: Curves) -> Plan:
-        """The ranks at another rate; of a `size` or a `max_drop` it is the share of the network's bytes.
+    @property
+    def counts_network(self) -> bool:
+        """Whether a rate is a share of the network's bytes: of a `size`, and of a `max_drop`."""
+        return self.settings.size is not None or self.settings.max_drop is not None
 
-        Raises InfeasibleRateError if it cannot be met.
+    def at(self, rate: float, curves: Curves, is_timed: bool = True) -> Plan:
+        """The ranks at another rate, without a limit on the drop. Unless `is_timed`, there is none on the time, either.
+
+        Raises InfeasibleRateError if the rate cannot be met, InfeasibleTimeError if the time cannot.
         """
-        is_size = self.settings.size is not None or self.settings.max_drop is not None
-        size = f"{rate:.10g}" if is_size else None
+        size = f"{rate:.10g}" if self.counts_network else None
         settings = replace(self.settings, rate=None if size else rate, target_error=None, max_drop=None, size=size)
+        if not is_timed:
+            settings = replace(settings, latency=None, speedup=None, objective=PlanSettings.objective)
         return planned(self.reference, replace(self.sketch, settings=settings), curves, self.example)

@@ -17,8 +17,9 @@ from tspc.data import NO_DATA, Contiguous, Data, DataSpec, load_data
 from tspc.decompositions import resolve
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
-from tspc.pages import write_comparison
+from tspc.pages import made, write_comparison, write_frontier
 from tspc.phases.context import Context
+from tspc.phases.frontier import FILE
 from tspc.phases.judging import Judging, held_out_images, images_to_reserve
 from tspc.phases.phase import DeliveryPhase, NetworkPhase, ShowingPhase, Work
 from tspc.phases.planning import Planning
@@ -48,6 +49,7 @@ from tspc.store.files import DISK_FAULTS
 from tspc.store.records import usual
 from tspc.store.scores import TOP1, described
 from tspc.system import processes
+from tspc.system.launch import is_first
 from tspc.terminal.display import Display
 from tspc.training import Hardware, Recipe
 
@@ -114,6 +116,8 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
                 work = Work(config.phases[phase.name], spec, pretrained.model, planning, context, shared)
                 with processes.sharing():
                     phase.run(work)
+                if is_first() and config.report and (shared / FILE).exists():
+                    made(lambda: write_frontier(shared / FILE), display)
         return summary
 
     if not any(isinstance(phase, NetworkPhase | DeliveryPhase) for phase in phases):

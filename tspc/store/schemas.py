@@ -123,6 +123,15 @@ RESULT = {
 }
 """`result.json`."""
 
+_POINT = {"goal": str, "bytes": COUNT, "error": (Number(0), None), "seconds": (POSITIVE, None)}
+FRONTIER = {
+    "method": str,
+    "runtime": (str, None),
+    "dense": {"bytes": SIZE, "seconds": (POSITIVE, None)},
+    **{key: [_POINT] for key in ("by_size", "by_time")},
+}
+"""`frontier.json` beside a reference."""
+
 SPECTRA = [{"layer": str, "method": str, "rank": SIZE, "kept?": SIZE, "values": [Number(0)]}]
 _OUTCOME = {
     "directory": str,

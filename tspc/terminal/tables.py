@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,16 +95,21 @@ def _row(layer: LayerPlan, in_bytes: bool) -> tuple[str, ...]:
     return escape(layer.name), layer.kind, shape, escape(form), *sizes, *errors
 
 
-def rates_table(plans: dict[float, Plan | InfeasibleRateError], macs: dict[float, float]) -> Table:
+def rates_table(
+    plans: dict[float, Plan | InfeasibleRateError],
+    macs: dict[float, float],
+    seconds: dict[float, float] | None = None,
+) -> Table:
     """Size and expected error at each rate: a row for each plan, or the reason why there is none.
 
     With few bits or a budget in bytes the sizes are bytes. `macs` is the share of the network's multiply-accumulates
-    that is left at each rate; empty if it is unknown.
+    that is left at each rate; empty if it is unknown. `seconds` are those of a batch in the named runtime, if any.
     """
     table = Table(title="Rates, as expected before any training", title_justify="left")
     in_bytes = any(isinstance(plan, Plan) and plan.counts_bytes for plan in plans.values())
     sizes = ("bytes", "network\nbytes", "bits") if in_bytes else ("parameters", "network")
     costs = ["network\nMACs" if in_bytes else "network MACs"] if macs else []
+    costs += ["expected\nms"] if seconds else []
     names = ("rate", "reached", *sizes, *costs, "output\nerror" if in_bytes else "output error")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
@@ -117,7 +123,21 @@ def rates_table(plans: dict[float, Plan | InfeasibleRateError], macs: dict[float
         if in_bytes:
             counts = f"{plan.bytes:,}", f"{plan.network_bytes:,}", _widths(plan)
         share = [f"{macs[rate]:.3f}"] if macs else []
+        share += [f"{1000 * seconds[rate]:.3g}"] if seconds else []
         table.add_row(f"{rate:g}", f"{plan.rate_reached:.4f}", *counts, *share, error, _kinds(plan))
+    return table
+
+
+def times_table(points: Sequence[Any], dense: float, runtime: str) -> Table:
+    """Expected milliseconds, bytes and errors of the networks that lose least at several speedups."""
+    table = Table(title=f"Speedups in {runtime}, as expected; dense: {1000 * dense:.3g} ms", title_justify="left")
+    for name in ("goal", "expected ms", "network bytes", "output error"):
+        table.add_column(name, justify="left" if name == "goal" else "right", no_wrap=True)
+    for point in points:
+        error = "" if point.error is None else f"{point.error:.3f}"
+        table.add_row(point.goal, f"{1000 * point.seconds:.3g}", f"{point.bytes:,}", error)
+    if not points:
+        table.add_row("none can be had", "", "", "")
     return table
 
 
