@@ -27,10 +27,11 @@ from tspc.calibration.samples import Samples
 from tspc.compression.apply import tensorized
 from tspc.compression.compress import at_share, limit_of
 from tspc.compression.curves import error_curves
+from tspc.compression.limits import MOST, PILOT
 from tspc.compression.outline import outline
 from tspc.compression.planning import planned
 from tspc.compression.settings import PlanSettings
-from tspc.compression.smallest import MOST, PILOT, Search
+from tspc.compression.smallest import Search
 from tspc.training import place
 from tspc.training.held_out import HeldOut
 from tspc.training.metrics import TOP1

@@ -12,7 +12,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from tspc.compression.smallest import STEP, Limit, Search
+from tspc.compression.limits import Limit
+from tspc.compression.smallest import STEP, Search
 from tspc.errors import ConfigError, DataError
 from tspc.training import METRICS, TOP1, Drop, HeldOut
 from tspc.training.held_out import reader_of

@@ -43,6 +43,10 @@ class InfeasibleTimeError(TspcError):
         super().__init__(message)
 
 
+class InfeasibleDropError(ConfigError):
+    """No network that was tried can be shown to lose so little."""
+
+
 def shortened(value: Any, longest: int = 80) -> str:
     """A value from a file, as a message shows it: on one line, printable, cut if it is long."""
     text = value if isinstance(value, str) else repr(value)

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Calibration, Samples, kept
+from tspc.compression import fastest
 from tspc.compression.apply import apply_, tensorized, to_fit
 from tspc.compression.curves import error_curves
-from tspc.compression.goals import share_of
+from tspc.compression.goals import bits_of, share_of
+from tspc.compression.limits import Limit
 from tspc.compression.outline import Outline, outline
-from tspc.compression.planning import plan, planned
+from tspc.compression.plan import BYTES
+from tspc.compression.planning import keeper_for, plan, planned
 from tspc.compression.progress import FIT, progress_bar, work_on
 from tspc.compression.selection import FilterFn
 from tspc.compression.settings import PlanSettings
-from tspc.compression.smallest import Limit, Search, Tried
+from tspc.compression.smallest import Search, Tried
 from tspc.decompositions import Method
 from tspc.errors import ConfigError
 from tspc.layers.dense import has_inputs, kind_of
@@ -136,9 +139,14 @@ def smallest(
         curves = error_curves(model, sketch.layers, asked.method, samples, widths=asked.widths, on_layer=on_layer)
         if example is None and samples is not None:
             example = next(iter(samples))[:1]
-        plan_at = lambda share: planned(model, at_share(sketch, share), curves, example)  # noqa: E731
+        keeper = keeper_for(model, sketch, example) if asked.is_timed else None
+        plan_at = lambda share: planned(model, at_share(sketch, share), curves, example, keeper)  # noqa: E731
+        plan_in = lambda share: planned(model, in_time(sketch, share), curves, example, keeper)  # noqa: E731
         make = lambda plan: tensorized(model, plan, samples)  # noqa: E731
-        found = Search(plan_at, make, judge, limit_of(asked, sketch), sketch.smallest_rate, say).run()
+        untimed = replace(sketch, settings=replace(asked, latency=None, speedup=None))
+        expected = lambda share: planned(model, at_share(untimed, share), curves, example).output_error  # noqa: E731
+        search = Search(plan_at, make, judge, limit_of(asked, sketch), sketch.smallest_rate, say, expected)
+        found = fastest.run(search, plan_in)
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in found.network.named_modules():
         module.training = modes.get(name, model.training)
@@ -149,6 +157,12 @@ def at_share(sketch: Outline, share: float) -> Outline:
     """The outline for a size as a share of the float32 bytes, in the place of a limit on the drop."""
     settings = replace(sketch.settings, rate=None, target_error=None, max_drop=None, size=f"{share:.10g}")
     return replace(sketch, settings=settings)
+
+
+def in_time(sketch: Outline, share: float) -> Outline:
+    """The outline for a share of the dense network's time, in the place of all limits; any size."""
+    settings = replace(sketch.settings, max_drop=None, size=None, latency=None, speedup=1 / share)
+    return replace(sketch, settings=replace(settings, bits=bits_of(sketch.settings.identity), rate_unit=BYTES))
 
 
 def limit_of(asked: PlanSettings, sketch: Outline, **trained: Any) -> Limit:

@@ -86,14 +86,22 @@ def plan(
 
 
 @own_modes()
-def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: Tensor | None) -> Plan:
+def planned(
+    model: nn.Module,
+    sketch: Outline,
+    curves: Curves | None,
+    example: Tensor | None,
+    known: Timekeeper | None = None,
+) -> Plan:
     """The ranks of an outline's layers, from their error curves, and the paths for inputs of the `example`'s size.
 
     With a limit on the time, or `objective=latency`, layers and whole networks are timed in the runtime; see
-    `tspc.compression.time_plans`. Raises InfeasibleRateError if the rate cannot be met, InfeasibleTimeError if the
-    limit on the time cannot, ConfigError if the target error cannot.
+    `tspc.compression.time_plans`. What is `known` of the network's times serves several plans.
+
+    Raises InfeasibleRateError if the rate cannot be met, InfeasibleTimeError if the limit on the time cannot,
+    ConfigError if the target error cannot.
     """
-    keeper = timekeeper(model, sketch.settings, [layer.name for layer in sketch.chosen], example)
+    keeper = keeper_for(model, sketch, example) if known is None else known.for_settings(sketch.settings)
     try:
         return _planned(model, sketch, curves, example, keeper)
     except UntimedError as error:
@@ -101,6 +109,11 @@ def planned(model: nn.Module, sketch: Outline, curves: Curves | None, example: T
             raise
         warnings.warn(f"objective=latency goes by the cost model: {error}", TspcWarning, stacklevel=2)
         return _planned(model, sketch, curves, example, None)
+
+
+def keeper_for(model: nn.Module, sketch: Outline, example: Tensor | None) -> Timekeeper | None:
+    """What knows the times of an outline's layers; None if its settings need no times. Raises ConfigError."""
+    return timekeeper(model, sketch.settings, [layer.name for layer in sketch.chosen], example)
 
 
 def _planned(

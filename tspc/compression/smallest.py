@@ -19,18 +19,13 @@ import numpy as np
 from scipy import stats
 from torch import nn
 
+from tspc.compression.limits import Limit, changed
 from tspc.compression.plan import Plan
-from tspc.errors import ConfigError, DataError, InfeasibleRateError
+from tspc.errors import ConfigError, DataError, InfeasibleDropError, InfeasibleRateError
 from tspc.training.confidence import Drop
 
-FEWEST, MOST = 1000, 6000
-"""The number of inputs that test, unless it is given."""
-PILOT = 1000
-"""Inputs of the pilot; at most a quarter of all."""
 LEAST = 100
 """With fewer held-out inputs nothing is judged."""
-MARGIN = 0.2
-"""So many inputs test that the bound lies above the mean by about this share of the limit."""
 STEP, AHEAD = 0.88, 1.5
 """The ratio of sizes that follow each other, and how many steps before the size sought the sequence begins."""
 MAIN = 0.8
@@ -70,36 +65,6 @@ class Judge(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The largest drop in points, the level (one minus the confidence), and the number of inputs that test, if given.
-
-    The network may have at most `share` of the float32 bytes. With `is_trained` it will be trained further, so nothing
-    is tested now. `given_back` tells the drop after this training from the drop before it.
-    """
-
-    drop: float
-    level: float
-    images: int | None = None
-    share: float = 1.0
-    is_trained: bool = False
-    given_back: Callable[[float], float] = lambda drop: drop
-
-    def parts(self, available: int) -> tuple[int, int]:
-        """How many of the inputs are the pilot, and how many of the others test."""
-        pilot = min(PILOT, available // 4)
-        if self.images is not None:
-            return pilot, min(self.images, available - pilot)
-        share = self.drop / 100
-        wanted = float(stats.norm.isf(self.level)) ** 2 * changed(share) / (MARGIN * share) ** 2
-        return pilot, min(max(FEWEST, math.ceil(wanted)), MOST, available - pilot)
-
-
-def changed(drop: float) -> float:
-    """About which share of the inputs changes between right and wrong where top-1 falls by this share."""
-    return 2 * drop + 0.005
-
-
 @dataclass
 class Tried:
     """A network that was made, at a size as a share of the float32 bytes, and what it loses.
@@ -124,7 +89,10 @@ class Tried:
 
 @dataclass
 class Search:
-    """The search for one network. `plan_at` gives the plan for a share of the bytes, `make` its network."""
+    """The search for one network. `plan_at` gives the plan for a share of the bytes, `make` its network.
+
+    `expected_at` tells the error that is to be expected at a share; by default that of the plan.
+    """
 
     plan_at: Callable[[float], Plan]
     make: Made
@@ -132,6 +100,7 @@ class Search:
     limit: Limit
     smallest_share: float
     say: Callable[[str], None] = lambda line: None
+    expected_at: Callable[[float], float | None] | None = None
     tried: dict[float, Tried] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -156,7 +125,7 @@ class Search:
         return Drop(inputs, 0.0, 0.0, 100.0, 0, 0).p_value(self.limit.drop)
 
     def run(self) -> Tried:
-        """The smallest network that keeps the limit. Raises ConfigError if none does; it names the nearest limit."""
+        """The smallest network that keeps the limit. If none does, raises InfeasibleDropError with the nearest limit."""
         share = self._by_pilot()
         found = self._made(share) if self.limit.is_trained else self._by_tests(share)
         if found.share > self.limit.share:
@@ -228,7 +197,7 @@ class Search:
         if best is None and main < 1.0:
             best = self._last_of(self._sequence(LARGER * start, STEP**2, stop=start), 1 - MAIN)
         if best is None:
-            raise ConfigError([self._refusal(max(self.tried.values(), key=lambda one: one.share))])
+            raise InfeasibleDropError([self._refusal(max(self.tried.values(), key=lambda one: one.share))])
         return best
 
     def _last_of(self, sequence: Iterator[float], part: float) -> Tried | None:
@@ -284,13 +253,16 @@ class Search:
             self.tried[share] = Tried(share, network, done, plan.output_error or 0.0)
         return self.tried[near[0] if near else share]
 
+    def _expected(self, share: float) -> float | None:
+        return self.plan_at(share).output_error if self.expected_at is None else self.expected_at(share)
+
     def _share_for(self, error: float) -> float:
         """The share at which the layers' errors are expected to have this root mean square."""
         low, high = self.smallest_share, 1.0
         for _ in range(12):
             middle = math.sqrt(low * high)
             try:
-                is_worse = (self.plan_at(middle).output_error or 0.0) > error
+                is_worse = (self._expected(middle) or 0.0) > error
             except InfeasibleRateError:
                 is_worse = True
             low, high = (middle, high) if is_worse else (low, middle)

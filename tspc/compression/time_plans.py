@@ -44,6 +44,10 @@ class Timekeeper:
     watch: Stopwatch
     promise: dict[str, Any] | None = None
 
+    def for_settings(self, settings: PlanSettings) -> Timekeeper:
+        """The same for another limit in the same place, or without one."""
+        return replace(self, settings=settings, promise=None)
+
     @cached_property
     def costs(self) -> Costs:
         """The costs of paths, from the table."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Samples
+from tspc.compression import fastest
 from tspc.compression.apply import tensorized, to_fit
 from tspc.compression.error_curve import Curves
 from tspc.compression.integers import state_bytes
@@ -68,8 +69,10 @@ def smallest(
     limit, sketch = judging.limit(planning.sketch), planning.sketch
     if judging.is_trained and not judging.known:
         say("no earlier run tells how much of a drop this training gives back: the limit is kept without it")
-    search = Search(lambda share: planning.at(share, curves), make, judging.held_out, limit, sketch.smallest_rate, say)
-    one = search.run()
+    plan_at = lambda share: planning.at(share, curves)  # noqa: E731
+    expected = lambda share: planning.at(share, curves, is_timed=False).output_error  # noqa: E731
+    search = Search(plan_at, make, judging.held_out, limit, sketch.smallest_rate, say, expected)
+    one = fastest.run(search, lambda share: planning.within(share, curves))
     for each in search.tried.values():
         context.note({"phase": "decompose", "event": "tried"} | each.to_dict())
     return one.network, replace(one.plan, judged=search.judged(one)), spectra[one.network]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from tspc.compression.compress import limit_of
+from tspc.compression.limits import MOST, PILOT, Limit
 from tspc.compression.outline import Outline
 from tspc.compression.settings import PlanSettings
-from tspc.compression.smallest import MOST, PILOT, Limit
 from tspc.data import Batch, Data
 from tspc.errors import ConfigError
 from tspc.phases.context import Context

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Calibration, Samples
+from tspc.compression.compress import in_time
 from tspc.compression.curves import error_curves
 from tspc.compression.error_curve import Curves
 from tspc.compression.outline import Outline, outline
 from tspc.compression.plan import LayerPlan, Plan
-from tspc.compression.planning import planned
+from tspc.compression.planning import keeper_for, planned
 from tspc.compression.progress import work_on
 from tspc.compression.settings import PlanSettings
+from tspc.compression.time_plans import Timekeeper
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
 from tspc.system.tally import counting
@@ -79,7 +81,11 @@ class Planning:
 
     def plan(self, curves: Curves | None) -> Plan:
         """The ranks that the settings ask for."""
-        return planned(self.reference, self.sketch, curves, self.example)
+        return planned(self.reference, self.sketch, curves, self.example, self._keeper)
+
+    @cached_property
+    def _keeper(self) -> Timekeeper | None:
+        return keeper_for(self.reference, self.sketch, self.example) if self.settings.is_timed else None
 
     @property
     def counts_network(self) -> bool:
@@ -95,4 +101,10 @@ class Planning:
         settings = replace(self.settings, rate=None if size else rate, target_error=None, max_drop=None, size=size)
         if not is_timed:
             settings = replace(settings, latency=None, speedup=None, objective=PlanSettings.objective)
-        return planned(self.reference, replace(self.sketch, settings=settings), curves, self.example)
+        keeper = self._keeper if settings.is_timed else None
+        return planned(self.reference, replace(self.sketch, settings=settings), curves, self.example, keeper)
+
+    def within(self, share: float, curves: Curves) -> Plan:
+        """The ranks at which the network takes a share of the dense one's time, of any size."""
+        sketch = in_time(self.sketch, share)
+        return planned(self.reference, sketch, curves, self.example, self._keeper)
