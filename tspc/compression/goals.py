@@ -10,7 +10,7 @@ from typing import Any
 from tspc.compression.form import DENSE
 from tspc.compression.plan import PARAMETERS
 from tspc.quantization.grids import FULL
-from tspc.system.bounds import POSITIVE_SHARE, Bounds, out_of_range
+from tspc.system.bounds import POSITIVE_SHARE, Bounds, out_of_range, shown
 
 SIZES = ("rate", "target_error", "size")
 """Goals that say how small the network becomes."""
@@ -123,7 +123,7 @@ def contradiction(given: Mapping[str, Any]) -> str | None:
 
 
 def _named(given: Mapping[str, Any], keys: list[str]) -> str:
-    return " and ".join(f"{key}={given[key]}" for key in keys)
+    return " and ".join(f"{key}={shown(given[key])}" for key in keys)
 
 
 def goals_in(settings: Any) -> dict[str, Any]:

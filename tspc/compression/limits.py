@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+from tspc.errors import ConfigError, DataError
+from tspc.training.confidence import Drop
+
 FEWEST, MOST = 1000, 6000
 """The number of inputs that test, unless it is given."""
 PILOT = 1000
 """Inputs of the pilot; at most a quarter of all."""
+LEAST = 100
+"""With fewer held-out inputs nothing is judged."""
 MARGIN = 0.2
 """So many inputs test that the bound lies above the mean by about this share of the limit."""
 
@@ -39,6 +44,25 @@ class Limit:
         share = self.drop / 100
         wanted = float(stats.norm.isf(self.level)) ** 2 * changed(share) / (MARGIN * share) ** 2
         return pilot, min(max(FEWEST, math.ceil(wanted)), MOST, available - pilot)
+
+    def least_p(self, inputs: int) -> float:
+        """The p-value if nothing at all is lost on so many inputs, each of which is right or wrong."""
+        return Drop(inputs, 0.0, 0.0, 100.0, 0, 0).p_value(self.drop)
+
+    def check(self, available: int, has_counts: bool) -> None:
+        """Raises DataError or ConfigError if so many held-out inputs cannot show the limit, whatever is lost."""
+        if available < LEAST:
+            count = f"{available} are too few: give {LEAST} at least"
+            raise DataError(f"max_drop={self.drop:g} is judged on held-out inputs, and {count}")
+        inputs = self.parts(available)[1]
+        if has_counts and self.least_p(inputs) > self.level:
+            needed = math.ceil(math.log(self.level) / math.log(1 - self.drop / 100))
+            raise ConfigError(
+                [
+                    f"max_drop={self.drop:g} needs {needed:,} held-out inputs at confidence {1 - self.level:g}, and "
+                    f"{inputs:,} can test; give more of them, a larger max_drop, or a smaller confidence"
+                ]
+            )
 
 
 def changed(drop: float) -> float:

@@ -19,13 +19,11 @@ import numpy as np
 from scipy import stats
 from torch import nn
 
-from tspc.compression.limits import Limit, changed
+from tspc.compression.limits import LEAST, Limit, changed
 from tspc.compression.plan import Plan
-from tspc.errors import ConfigError, DataError, InfeasibleDropError, InfeasibleRateError
+from tspc.errors import ConfigError, InfeasibleDropError, InfeasibleRateError
 from tspc.training.confidence import Drop
 
-LEAST = 100
-"""With fewer held-out inputs nothing is judged."""
 STEP, AHEAD = 0.88, 1.5
 """The ratio of sizes that follow each other, and how many steps before the size sought the sequence begins."""
 MAIN = 0.8
@@ -104,30 +102,17 @@ class Search:
     tried: dict[float, Tried] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.judge.count < LEAST:
-            count = f"{self.judge.count} are too few: give {LEAST} at least"
-            raise DataError(f"max_drop={self.limit.drop:g} is judged on held-out inputs, and {count}")
+        self.limit.check(self.judge.count, self.judge.has_counts)
         self.pilot, self.inputs = self.limit.parts(self.judge.count)
-        if self._least_p(self.inputs) > self.limit.level:
-            confidence = 1 - self.limit.level
-            needed = math.ceil(math.log(self.limit.level) / math.log(1 - self.limit.drop / 100))
-            raise ConfigError(
-                [
-                    f"max_drop={self.limit.drop:g} needs {needed:,} held-out inputs at confidence {confidence:g}, and "
-                    f"{self.inputs:,} can test; give more of them, a larger max_drop, or a smaller confidence"
-                ]
-            )
 
     def _least_p(self, inputs: int) -> float:
         """The p-value if nothing at all is lost on so many inputs."""
-        if not self.judge.has_counts:
-            return 0.0
-        return Drop(inputs, 0.0, 0.0, 100.0, 0, 0).p_value(self.limit.drop)
+        return self.limit.least_p(inputs) if self.judge.has_counts else 0.0
 
     def run(self) -> Tried:
-        """The smallest network that keeps the limit. If none does, raises InfeasibleDropError with the nearest limit."""
+        """The smallest network that keeps the limit. Raises InfeasibleDropError, with the nearest limit."""
         share = self._by_pilot()
-        found = self._made(share) if self.limit.is_trained else self._by_tests(share)
+        found = self._estimated(share) if self.limit.is_trained else self._by_tests(share)
         if found.share > self.limit.share:
             both = f"max_drop={self.limit.drop:g} and a size of {self.limit.share:.4g} of the bytes cannot both be met"
             raise ConfigError([f"{both}: the smallest network within the drop has {found}"])
@@ -146,14 +131,20 @@ class Search:
         """The smallest size at which the limit is expected to be kept, as a share."""
         share = self._wanted()
         for _ in range(PILOTS):
-            one = self._made(share)
-            one.drop = self.judge.drop(one.network, 0, self.pilot)
-            when = " before training" if self.limit.is_trained else ""
-            self.say(f"{one} loses {one.drop.value:.2f} points on {one.drop.count:,} inputs of the pilot{when}")
+            self._estimated(share)
             before, share = share, self._wanted()
             if abs(math.log(share / before)) < NEAR:
                 break
         return share
+
+    def _estimated(self, share: float) -> Tried:
+        """A network with its drop on the pilot."""
+        one = self._made(share)
+        if one.drop is None:
+            one.drop = self.judge.drop(one.network, 0, self.pilot)
+            when = " before training" if self.limit.is_trained else ""
+            self.say(f"{one} loses {one.drop.value:.2f} points on {one.drop.count:,} inputs of the pilot{when}")
+        return one
 
     def _wanted(self) -> float:
         """The share at which the expected drop, and what its bound adds, come to the limit."""

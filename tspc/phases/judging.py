@@ -15,7 +15,7 @@ from tspc.compression.settings import PlanSettings
 from tspc.data import Batch, Data
 from tspc.errors import ConfigError
 from tspc.phases.context import Context
-from tspc.training import Drop, HeldOut
+from tspc.training import Drop, HeldOut, Metric
 
 TRAINED_SHARE = 5
 """If the network is trained, at most the training images divided by this are reserved."""
@@ -26,10 +26,12 @@ Pair = tuple[float, float]
 """The drops of one network before and after its training, in points."""
 
 
-def images_to_reserve(settings: PlanSettings, data: Data | None, calibration: int, is_trained: bool) -> int:
+def images_to_reserve(
+    settings: PlanSettings, metric: Metric, data: Data | None, calibration: int, is_trained: bool
+) -> int:
     """How many training images judge the drop; 0 without a limit on it.
 
-    Raises ConfigError if there is no data, or fewer images than were asked for.
+    Raises ConfigError or DataError if there is no data, or there are too few images.
     """
     if settings.max_drop is None:
         return 0
@@ -43,7 +45,10 @@ def images_to_reserve(settings: PlanSettings, data: Data | None, calibration: in
     if asked is not None and most < asked + pilot:
         few = f"at most {most - pilot:,} of the {data.train_size:,} training images can judge, beside a pilot"
         raise ConfigError([f"contract.images={asked}: {few}"])
-    return min(most, PILOT + (asked or MOST))
+    reserved = min(most, PILOT + (asked or MOST))
+    limit = Limit(settings.max_drop, 1 - settings.terms.confidence, asked)
+    limit.check(reserved, metric.is_proportion and metric.each is not None)
+    return reserved
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Judging:
     def limit(self, sketch: Outline) -> Limit:
         """What a search keeps."""
         return limit_of(self.settings, sketch, is_trained=self.is_trained, given_back=self.given_back)
+
+    @property
+    def knows(self) -> bool:
+        """Whether an earlier run tells what the training gives back."""
+        return any(before > 0 for before, _ in self.known)
 
     def given_back(self, drop: float) -> float:
         """The drop that is expected after the training: the share that it left of the nearest drop that is known."""

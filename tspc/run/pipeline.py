@@ -95,7 +95,7 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         machine = dataclasses.replace(machine, layout=trial.layout)
         data = Contiguous(data) if data is not None and trial.layout == torch.contiguous_format else data
     trains = any(isinstance(phase, NetworkPhase) and phase.trains for phase in phases)
-    reserved = images_to_reserve(config.planning, data, config.calibration.samples, trains)
+    reserved = images_to_reserve(config.planning, metric, data, config.calibration.samples, trains)
     context = Context(data, machine, config.seed, display, metric=metric, reserved=reserved)
     shared = shared_folder(config, spec)
 
