@@ -32,16 +32,25 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Runs a test that is marked `own_process` in a new pytest.
+    """Runs a test that is marked `own_process` in a new pytest, together with all others of its file: once.
 
     Once OpenVINO has run in a process of pytest, the next signal to this process may be a segmentation fault.
     """
     if pyfuncitem.get_closest_marker("own_process") is None or OWN_PROCESS in os.environ:
         return None
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", f"{pyfuncitem.path}::{pyfuncitem.name}"]
-    environment = os.environ | {OWN_PROCESS: "1"}
-    done = subprocess.run(command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    folder = pyfuncitem._request.getfixturevalue("tmp_path_factory").getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    found = folder / f"own-{pyfuncitem.path.stem}.txt"
+    with FileLock(f"{found}.lock"):
+        if not found.exists():
+            command = [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "own_process", str(pyfuncitem.path)]
+            environment = os.environ | {OWN_PROCESS: "1"}
+            done = subprocess.run(
+                command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True
+            )
+            found.write_text(f"{done.returncode}\n{done.stdout[-8000:]}{done.stderr[-1000:]}")
+    code, _, text = found.read_text().partition("\n")
+    assert code == "0", text
     return True
 
 
@@ -147,10 +156,13 @@ TINY = (
 
 @pytest.fixture(scope="session", autouse=True)
 def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Times that a test measures are not kept for the user."""
-    from tspc.compression import layer_times
+    """Times that a test measures are not kept for the user, and measured briefly."""
+    from tspc.compression import layer_times, network_times, time_plans
 
     folder = tmp_path_factory.mktemp("caches")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_times, "cache_folder", lambda: folder)
+        patch.setattr(layer_times, "REPEATS", 3)
+        for module in (network_times, time_plans):
+            patch.setattr(module, "SECONDS", 0.05)
         yield

@@ -20,7 +20,7 @@ from tspc.phases import judging
 from tspc.run import contract
 
 DROP = (
-    *("dataset=synthetic", "dataset.options.train=1200", "dataset.options.test=100", "dataset.pretrain.steps=40"),
+    *("dataset=synthetic", "dataset.options.train=800", "dataset.options.test=100", "dataset.pretrain.steps=40"),
     *("calibration.samples=64", "method=svd", "max_drop=5", "epochs=1"),
 )
 """A run with a limit on the drop, whose reference is right on nearly every image."""
@@ -67,7 +67,7 @@ def test_after_a_training_other_images_judge_and_later_runs_learn(cli, tmp_path)
     result = result_in(tmp_path / FOLDER / "seed0")
     found = result["contract"]["drop"]
     assert found["bound_promised"] is None
-    assert found["inputs"] == 180  # of a fifth of 1,200 images a quarter was the pilot
+    assert found["inputs"] == 120  # of a fifth of 800 images a quarter was the pilot
     assert (found["bound"] <= 5) == found["kept"]
     assert ("broken" in err) == (not found["kept"])
     (known,) = (tmp_path / "outputs/synthetic/resnet8/reference").glob("drops-*.json")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tspc.calibration import Calibration
+from tspc.compression.goals import Terms
 from tspc.compression.settings import PlanSettings, Selection
 from tspc.data import DataSpec
 from tspc.decompositions import names, settings_of
@@ -68,15 +69,16 @@ def check(stated: dict[str, Any], coded: dict[str, Any]) -> None:
 
 def test_the_top_level_follows_from_the_classes():
     planning, run = ({field.name for field in fields(kind)} for kind in (PlanSettings, RunSettings))
-    assert set(TOP_LEVEL) == planning - {"selection"} | run | {*GROUPS, *SHARED}
+    assert set(TOP_LEVEL) == planning - {"selection", "terms"} | run | {*GROUPS, *SHARED}
     assert len(set(TOP_LEVEL)) == len(TOP_LEVEL)
 
 
 def test_the_general_keys():
     stated = {key: value for key, value in read("config").items() if key not in ("defaults", "hydra", *SHARED)}
     check(stated.pop("calibration"), defaults(Calibration))
+    check(stated.pop("contract"), defaults(Terms))
     coded = defaults(PlanSettings) | defaults(RunSettings)
-    check(stated, {key: value for key, value in coded.items() if key not in ("method", "selection")})
+    check(stated, {key: value for key, value in coded.items() if key not in ("method", "selection", "terms")})
     options = {
         key: value for entry in read("config")["defaults"] if isinstance(entry, dict) for key, value in entry.items()
     }
