@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import tspc
 from tests.conftest import TINY
@@ -17,7 +18,10 @@ from tspc.data.base import held_out_indices, training_order
 from tspc.errors import ConfigError
 from tspc.pages.goals import goal_in, kind_of_goal, order_of_goal, readable_goal
 from tspc.phases import judging
+from tspc.phases.context import Context
 from tspc.run import contract
+from tspc.terminal.display import Display
+from tspc.training import TOP1, Hardware
 
 DROP = (
     *("dataset=synthetic", "dataset.options.train=800", "dataset.options.test=100", "dataset.pretrain.steps=40"),
@@ -101,6 +105,33 @@ def test_reserved_images_are_never_trained_on():
     assert not (trained | own) & kept
     assert data.steps(feed) == 13
     assert sum(len(x) for x, _ in data.held_out_batches(20, 8, torch.device("cpu"), reserved=50)) == 20
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_folder_of_held_out_images_judges(tmp_path, in_memory):
+    for split, count in (("train", 6), ("test", 4), ("held_out", 70)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("RGB", (8, 8), (3 * number, 10 if name == "a" else 200, 0))
+                image.save(tmp_path / split / name / f"{number:03}.png")
+    spec = DataSpec("folder", "f", None, 3, 8, (0.5,) * 3, (0.25,) * 3, in_memory=in_memory, workers=0)
+    data = load_data(spec, tmp_path)
+    assert (data.train_size, data.test_size, data.fresh_size) == (12, 8, 140)
+    settings = PlanSettings.of("svd", max_drop=20.0)
+    assert judging.judges_of(settings, TOP1, data, 12, True) == 140
+    context = Context(data, Hardware(torch.device("cpu")), 0, Display())
+    held_out = judging.held_out_images(torch.nn.Identity(), context, 140)
+    inputs = torch.cat([x for x, _ in held_out._read(0, 140)])
+    assert len(inputs) == 140
+    assert len({tuple(x.flatten().tolist()) for x in inputs}) == 140
+    parts = [x for start in (0, 50) for x, _ in held_out._read(start, start + 50 if start == 0 else 140)]
+    assert torch.equal(torch.cat(parts), inputs)
+    labels = torch.cat([y for _, y in held_out._read(0, 140)])
+    assert torch.equal(labels, (inputs[:, 1].mean((1, 2)) > 0).long())
+    assert judging.judges_of(PlanSettings.of("svd", max_drop=20.0, images=100), TOP1, data, 12, True) == 140
+    with pytest.raises(ConfigError, match=r"at most 105 of the 140 images in held_out/ can judge"):
+        judging.judges_of(PlanSettings.of("svd", max_drop=20.0, images=200), TOP1, data, 12, True)
 
 
 @pytest.mark.parametrize(

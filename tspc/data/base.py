@@ -47,6 +47,8 @@ class Data(Protocol):
     num_classes: int
     train_size: int
     test_size: int
+    fresh_size: int
+    """The number of labelled images that neither the reference nor tspc was trained on, besides the test split."""
     fingerprint: str
     """A digest of the content (for streamed sets, of the file names); it does not depend on the folder."""
 
@@ -72,6 +74,10 @@ class Data(Protocol):
         """
         ...
 
+    def fresh_batches(self, start: int, stop: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """The fresh images from `start` to `stop` of a fixed random order, not augmented."""
+        ...
+
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         """A fixed random choice of training images, neither augmented nor labelled."""
         ...
@@ -87,24 +93,25 @@ def steps_per_epoch(train_size: int, feed: Feed) -> int:
 
 def training_order(train_size: int, feed: Feed, epoch: int) -> Tensor:
     """Indices of the training images of a pass, in order."""
-    kept = _shuffled(train_size)[: train_size - feed.left_out].sort().values
+    kept = shuffled(train_size)[: train_size - feed.left_out].sort().values
     return kept[torch.randperm(len(kept), generator=generator_of(feed.seed, epoch))]
 
 
 def held_out_indices(train_size: int, count: int, reserved: int = 0) -> Tensor:
     """Indices of the held-out training images; they overlap as little as possible with those of `subset`."""
     end = train_size - reserved
-    return _shuffled(train_size)[end - count : end].sort().values
+    return shuffled(train_size)[end - count : end].sort().values
 
 
 def subset(size: int, limit: int | None) -> Tensor:
     """Indices of the images of a split that are used, in order; a subset does not depend on the run's seed."""
     if limit is None or limit >= size:
         return torch.arange(size)
-    return _shuffled(size)[:limit].sort().values
+    return shuffled(size)[:limit].sort().values
 
 
-def _shuffled(size: int) -> Tensor:
+def shuffled(size: int) -> Tensor:
+    """The indices of a split in a random order that is always the same."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(0))
 
 
@@ -134,8 +141,9 @@ def existing(data_dir: Path | None) -> Path | None:
 class InMemory:
     """Splits held as uint8 tensors (N, C, H, W); batches are augmented and normalised on the device."""
 
-    def __init__(self, spec: DataSpec, num_classes: int, train: Batch, test: Batch) -> None:
-        for split, (images, labels) in (("training", train), ("test", test)):
+    def __init__(self, spec: DataSpec, num_classes: int, train: Batch, test: Batch, fresh: Batch | None = None) -> None:
+        splits = {"training": train, "test": test} | ({} if fresh is None else {"held-out": fresh})
+        for split, (images, labels) in splits.items():
             if len(images) == 0:
                 raise DataError(f"{spec.name}: the {split} split has no images")
             if int(labels.max()) >= num_classes:
@@ -144,8 +152,9 @@ class InMemory:
                 )
         self.spec, self.num_classes = spec, num_classes
         self.train_size, self.test_size = len(train[0]), len(test[0])
-        self._splits = {"train": train, "test": test}
-        self.fingerprint = _digest(*train, *test)
+        self.fresh_size = 0 if fresh is None else len(fresh[0])
+        self._splits = {"train": train, "test": test} | ({} if fresh is None else {"fresh": fresh})
+        self.fingerprint = _digest(*train, *test, *(fresh or ()))
         self._on_device: dict[tuple[str, torch.device], Batch] = {}
 
     def steps(self, feed: Feed) -> int:
@@ -171,6 +180,9 @@ class InMemory:
     ) -> Iterator[Batch]:
         indices = share.of(held_out_indices(self.train_size, count, reserved))
         yield from self._plain("train", indices, batch_size, device)
+
+    def fresh_batches(self, start: int, stop: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        yield from self._plain("fresh", shuffled(self.fresh_size)[start:stop], batch_size, device)
 
     def _plain(self, split: str, indices: Tensor, batch_size: int, device: torch.device) -> Iterator[Batch]:
         images, labels = self._moved(split, device)

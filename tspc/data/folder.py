@@ -1,4 +1,4 @@
-"""Folders of images: `train/` and `val/` or `test/`, each with one folder for each class."""
+"""Folders of images: `train/`, `val/` or `test/`, and perhaps `held_out/`, each with one folder for each class."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tspc.data.base import (
     generator_of,
     held_out_indices,
     normalised,
+    shuffled,
     steps_per_epoch,
     subset,
     training_order,
@@ -31,6 +32,8 @@ from tspc.data.images import Samples, Skipped, middle, opened, scan
 from tspc.errors import DataError, shortened
 from tspc.system.processes import ALONE, Share
 
+FRESH = "held_out"
+"""The folder of labelled images that neither the reference nor tspc was trained on; they judge a `max_drop`."""
 PREFETCH = 4
 """Batches that each worker keeps ready."""
 
@@ -51,22 +54,27 @@ def image_folder(spec: DataSpec, data_dir: Path | None, download: bool) -> InMem
         raise DataError(f"data_dir={root}: expected folders train/ and val/ (or test/) of class folders")
     skipped = Skipped()
     classes, train = scan(train_dir, skipped)
-    test_classes, test = scan(test_dir, skipped)
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
-        raise DataError(
-            f"data_dir={root}: {train_dir.name}/ and {test_dir.name}/ differ in the classes {shortened(odd[:5])}"
-        )
+    others = [test_dir, *([root / FRESH] if (root / FRESH).is_dir() else [])]
+    found = []
+    for folder in others:
+        own, samples = scan(folder, skipped)
+        if classes != own:
+            odd = sorted(set(classes) ^ set(own))
+            raise DataError(
+                f"data_dir={root}: {train_dir.name}/ and {folder.name}/ differ in the classes {shortened(odd[:5])}"
+            )
+        found.append(samples)
+    test, *rest = found
     if spec.num_classes not in (None, len(classes)):
         raise DataError(f"dataset.num_classes={spec.num_classes}, but {train_dir} has {len(classes)} class folders")
     skipped.tell(root)
     if spec.in_memory:
-        return InMemory(spec, len(classes), _decode(spec, train), _decode(spec, test))
+        return InMemory(spec, len(classes), *(_decode(spec, samples) for samples in (train, test, *rest)))
     listing = [
         [(classes[label], path.relative_to(folder / classes[label]).as_posix()) for path, label in samples]
-        for folder, samples in ((train_dir, train), (test_dir, test))
+        for folder, samples in zip((train_dir, *others), (train, *found), strict=True)
     ]
-    return Streaming(spec, len(classes), train, test, listing)
+    return Streaming(spec, len(classes), [train, *found], listing)
 
 
 def _decode(spec: DataSpec, samples: Samples) -> Batch:
@@ -113,11 +121,15 @@ class Streaming:
     """Images decoded by worker processes as they are needed: random crop and flip, or resize and centre crop."""
 
     def __init__(
-        self, spec: DataSpec, num_classes: int, train: Samples, test: Samples, listing: list[list[tuple[str, str]]]
+        self, spec: DataSpec, num_classes: int, splits: Sequence[Samples], listing: list[list[tuple[str, str]]]
     ) -> None:
-        """`listing` has, for each split, the class of each image and its path within the class."""
+        """`splits` are train, test, and held out if there is one.
+
+        `listing` has, for each split, the class of each image and its path within the class.
+        """
+        train, test, *fresh = splits
         self.spec, self.num_classes = spec, num_classes
-        self.train_size, self.test_size = len(train), len(test)
+        self.train_size, self.test_size, self.fresh_size = len(train), len(test), sum(map(len, fresh))
         # From the names only: the sizes of a million files take minutes on a network drive.
         self.fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
         resize = spec.resize or spec.image_size
@@ -127,6 +139,7 @@ class Streaming:
         self._train, self._augment = train, augment
         self._test = _Files(test, spec.channels, centre)
         self._plain_train = _Files(train, spec.channels, centre)
+        self._fresh = _Files(fresh[0] if fresh else [], spec.channels, centre)
 
     def steps(self, feed: Feed) -> int:
         return steps_per_epoch(self.train_size, feed)
@@ -148,6 +161,10 @@ class Streaming:
     ) -> Iterator[Batch]:
         indices = share.of(held_out_indices(self.train_size, count, reserved))
         yield from self._batches(self._plain_train, _split(indices, batch_size), device)
+
+    def fresh_batches(self, start: int, stop: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        indices = shuffled(self.fresh_size)[start:stop]
+        yield from self._batches(self._fresh, _split(indices, batch_size), device)
 
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         for images, _ in self._batches(self._plain_train, _split(subset(self.train_size, count), batch_size), device):

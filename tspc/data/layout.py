@@ -17,7 +17,7 @@ class Contiguous:
     def __init__(self, data: Data) -> None:
         self._data = data
         self.num_classes, self.fingerprint = data.num_classes, data.fingerprint
-        self.train_size, self.test_size = data.train_size, data.test_size
+        self.train_size, self.test_size, self.fresh_size = data.train_size, data.test_size, data.fresh_size
 
     def steps(self, feed: Feed) -> int:
         return self._data.steps(feed)
@@ -34,6 +34,9 @@ class Contiguous:
         self, count: int, batch_size: int, device: torch.device, share: Share = ALONE, reserved: int = 0
     ) -> Iterator[Batch]:
         return _contiguous(self._data.held_out_batches(count, batch_size, device, share, reserved))
+
+    def fresh_batches(self, start: int, stop: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        return _contiguous(self._data.fresh_batches(start, stop, batch_size, device))
 
     def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         return (images.contiguous() for images in self._data.calibration_batches(count, batch_size, device))

@@ -26,10 +26,8 @@ Pair = tuple[float, float]
 """The drops of one network before and after its training, in points."""
 
 
-def images_to_reserve(
-    settings: PlanSettings, metric: Metric, data: Data | None, calibration: int, is_trained: bool
-) -> int:
-    """How many training images judge the drop; 0 without a limit on it.
+def judges_of(settings: PlanSettings, metric: Metric, data: Data | None, calibration: int, is_trained: bool) -> int:
+    """How many images judge the drop: fresh ones if there are any, else training images; 0 without a limit on it.
 
     Raises ConfigError or DataError if there is no data, or there are too few images.
     """
@@ -38,17 +36,23 @@ def images_to_reserve(
     goal = f"max_drop={settings.max_drop:g}"
     if data is None:
         raise ConfigError([f"{goal} is judged on held-out training images: name a data set"])
-    asked, most = settings.terms.images, max(0, data.train_size - calibration)
+    asked, most, of = (
+        settings.terms.images,
+        max(0, data.train_size - calibration),
+        f"{data.train_size:,} training images",
+    )
     if is_trained:
         most = min(most, data.train_size // TRAINED_SHARE)
+    if data.fresh_size:
+        most, of = data.fresh_size, f"{data.fresh_size:,} images in held_out/"
     pilot = min(PILOT, most // 4)
     if asked is not None and most < asked + pilot:
-        few = f"at most {most - pilot:,} of the {data.train_size:,} training images can judge, beside a pilot"
+        few = f"at most {most - pilot:,} of the {of} can judge, beside a pilot"
         raise ConfigError([f"contract.images={asked}: {few}"])
-    reserved = min(most, PILOT + (asked or MOST))
+    judges = min(most, PILOT + (asked or MOST))
     limit = Limit(settings.max_drop, 1 - settings.terms.confidence, asked)
-    limit.check(reserved, metric.is_proportion and metric.each is not None)
-    return reserved
+    limit.check(judges, metric.is_proportion and metric.each is not None)
+    return judges
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,13 @@ class Judging:
         return self.held_out.drop(network, pilot, pilot + inputs)
 
 
-def held_out_images(reference: nn.Module, context: Context) -> HeldOut:
-    """The reserved training images, in the order in which the search uses them."""
-    data, count = context.required_data, context.reserved
+def held_out_images(reference: nn.Module, context: Context, count: int) -> HeldOut:
+    """The images that judge, in the order in which the search uses them: fresh ones, or reserved training images."""
+    data = context.required_data
 
     def read(start: int, stop: int) -> Iterable[Batch]:
+        if data.fresh_size:
+            return data.fresh_batches(start, stop, 250, context.device)
         return data.held_out_batches(stop - start, 250, context.device, reserved=count - stop)
 
     return HeldOut(reference, context.metric, read, count, context.device)

@@ -20,7 +20,7 @@ from tspc.models import NetworkSpec
 from tspc.pages import made, write_comparison, write_frontier
 from tspc.phases.context import Context
 from tspc.phases.frontier import FILE
-from tspc.phases.judging import Judging, held_out_images, images_to_reserve
+from tspc.phases.judging import Judging, held_out_images, judges_of
 from tspc.phases.phase import DeliveryPhase, NetworkPhase, ShowingPhase, Work
 from tspc.phases.planning import Planning
 from tspc.phases.table import DELIVERY_PHASES, FIRST, PHASES
@@ -95,7 +95,8 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         machine = dataclasses.replace(machine, layout=trial.layout)
         data = Contiguous(data) if data is not None and trial.layout == torch.contiguous_format else data
     trains = any(isinstance(phase, NetworkPhase) and phase.trains for phase in phases)
-    reserved = images_to_reserve(config.planning, metric, data, config.calibration.samples, trains)
+    judges = judges_of(config.planning, metric, data, config.calibration.samples, trains)
+    reserved = 0 if data is not None and data.fresh_size else judges
     context = Context(data, machine, config.seed, display, metric=metric, reserved=reserved)
     shared = shared_folder(config, spec)
 
@@ -136,9 +137,9 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
             reference = context.place(pretrained.model).eval()
             noted = dataclasses.replace(context, note=note)
             judging = None
-            if reserved:
+            if judges:
                 known = known_drops(config, pretrained.identity, context, shared)
-                judging = Judging(config.planning, held_out_images(reference, noted), trains, known)
+                judging = Judging(config.planning, held_out_images(reference, noted, judges), trains, known)
             job = Job(config, spec, reference, planning, noted, directory, state_bytes(reference), judging)
             networks = Networks(job)
             networks.make()
