@@ -43,7 +43,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     found = folder / f"own-{pyfuncitem.path.stem}.txt"
     with FileLock(f"{found}.lock"):
         if not found.exists():
-            command = [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "own_process", str(pyfuncitem.path)]
+            command = [sys.executable, "-m", "pytest", "-q", "-n0", "--slow", "-m", "own_process", str(pyfuncitem.path)]
             environment = os.environ | {OWN_PROCESS: "1"}
             done = subprocess.run(
                 command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True

@@ -63,6 +63,7 @@ def test_a_drop_is_promised_measured_and_kept(cli, tmp_path, monkeypatch):
     assert result_in(folder)["contract"] == result["contract"]
 
 
+@pytest.mark.slow
 def test_after_a_training_other_images_judge_and_later_runs_learn(cli, tmp_path):
     short = ("phase=[decompose,finetune]", "phase.finetune.steps=3", "phase.finetune.held_out=100", "report=false")
     code, out, err = cli(*DROP, *short)

@@ -50,6 +50,7 @@ def made(request, once: Once, tmp_path_factory) -> tuple[nn.Module, Path, export
     return small, path, export(small, path, images(4), calibration=images(64).split(32))
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_both_runtimes_answer_nearly_as_the_network(made):
     small, path, done = made
@@ -167,6 +168,7 @@ def test_nothing_is_printed(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_the_result_tells_what_each_file_is_and_reaches(cli, tmp_path):
     formats = "phase.export.formats=[onnx,int8,pt2,safetensors]"
     limit = "phase.export.eval_samples=60"

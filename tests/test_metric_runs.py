@@ -35,6 +35,7 @@ def own(tmp_path, monkeypatch) -> str:
     return "ownmetric"
 
 
+@pytest.mark.slow
 def test_runs_by_default_by_agreement_and_by_a_function(cli, tmp_path, own):
     code, _, err = cli(*COMMAND)
     assert (code, err) == (0, "")

@@ -46,6 +46,7 @@ def page_of_sweep(outputs: Path) -> Path:
     return page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_report_in_the_browser(outputs, browser: Browser, scheme, width):  # noqa: F811
@@ -210,6 +211,7 @@ def test_a_page_that_cannot_be_made_costs_no_result(cli, tmp_path):
         write_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_500_layers_open_fast_and_stay_small(outputs, tmp_path, browser: Browser):  # noqa: F811
     from tspc.compression import checkpoint
 

@@ -36,6 +36,7 @@ def test_families_keep_their_precisions_together():
     assert calls.precision("onnx") == "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 @pytest.mark.parametrize("runtimes", [("onnx", "onnx-int8"), PRECISIONS])
 def test_precisions_are_timed_in_the_same_turns(runtimes, monkeypatch):
@@ -65,6 +66,7 @@ def test_int8_alone_is_compared_with_float32_too():
     assert plain.against is None
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_openvino_answers_as_the_network_in_every_precision(monkeypatch):
     openvino = pytest.importorskip("openvino")
@@ -83,6 +85,7 @@ def test_openvino_answers_as_the_network_in_every_precision(monkeypatch):
         openvino_session(graphs.graph("small", "float32"), (batch,), "bfloat16", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_what_openvino_refuses_is_one_line(monkeypatch):
     pytest.importorskip("openvino")

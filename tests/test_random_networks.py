@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.contract import Refused, keeps_the_contract
@@ -18,6 +19,7 @@ SEED = os.environ.get("TSPC_RANDOM_SEED")
 """Another number draws other networks; without one they are the same in every run."""
 
 
+@pytest.mark.slow
 def test_random_networks_keep_the_contract():
     outcomes: Counter[str] = Counter()
 

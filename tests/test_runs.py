@@ -129,7 +129,7 @@ def test_a_sweep_that_cannot_start_leaves_nothing(cli, tmp_path):
     assert "choose another output_dir" in err
 
 
-@pytest.mark.parametrize("limit", [0, 40, 3000, 30000])
+@pytest.mark.parametrize("limit", [pytest.param(limit, marks=pytest.mark.slow) for limit in (0, 40, 30000)] + [3000])
 def test_a_file_size_limit_is_one_line(tmp_path, limit):
     """Writes fail as on a full disk, in the lock, the log, the metrics or the weights."""
 

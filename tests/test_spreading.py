@@ -99,6 +99,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_processes_share_layers_and_errors(tmp_path):
     launch(2, "-c", WORKER, str(tmp_path), folder=tmp_path)

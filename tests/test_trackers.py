@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import TINY
@@ -32,6 +33,7 @@ def test_a_tracker_that_is_not_installed(cli):
     assert (code, err) == (1, "tspc: tracker=mlflow: its package is not installed; pip install 'tspc[mlflow]'\n")
 
 
+@pytest.mark.slow
 def test_a_sweep_on_two_cores(cli):
     code, out, err = cli("-m", "hydra/launcher=cores", *TINY, "phase=[pretrain,decompose]", "rate=0.2,0.3")
     assert code == 0, err
