@@ -16,6 +16,9 @@ from tspc.errors import ConfigError, InfeasibleRateError
 from tspc.layers.forms import tensorized_layers
 
 
+SLOW = pytest.param("auto", 0.15, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("method", "size"),
     [("cp", 0.1), ("rtt", "44kB"), SLOW, ("dense", 0.15)],
