@@ -15,7 +15,6 @@ from tspc.compression.settings import PlanSettings
 from tspc.errors import ConfigError, InfeasibleRateError
 from tspc.layers.forms import tensorized_layers
 
-
 SLOW = pytest.param("auto", 0.15, marks=pytest.mark.slow)
 
 
