@@ -104,15 +104,16 @@ def _drop(job: Job, model: nn.Module, result: dict[str, Any], plan: Plan) -> dic
     limit, level = judging.settings.max_drop or 0.0, 1 - judging.settings.terms.confidence
     before = (judged.get("drop") or {}).get("points")
     found = {"limit": limit, "confidence": 1 - level, "expected": before, "bound_promised": judged.get("bound")}
-    if list(result["phases"]) == [FIRST]:
+    if list(result["phases"]) == [FIRST] and judged.get("bound") is not None:  # it was tested when it was chosen
         final = {"points": before, "inputs": (judged.get("drop") or {}).get("inputs"), "bound": judged.get("bound")}
         final |= {"is_exact": judged.get("is_exact"), "kept": judged.get("passed")}
     else:
-        found["expected"] = None if before is None else judging.given_back(before)
+        is_trained = list(result["phases"]) != [FIRST]
+        found["expected"] = judging.given_back(before) if is_trained and before is not None else before
         with processes.alone():  # the others do not measure
             drop = judging.final(job.context.place(model), job.planning.sketch)
         final = _final(drop, limit, level)
-        if before is not None:
+        if before is not None and is_trained:
             remember_drops(job, (before, drop.value))
     reference, last = result["reference"]["accuracy"], result["accuracy"]
     if reference is not None and last is not None:

@@ -90,7 +90,7 @@ def finish(job: Job, networks: Networks, reference: dict[str, Any]) -> dict[str,
     result = result_of(job.config, job.network, directory.path, networks.finished, reference, sizes)
     result["device"] = str(job.context.device)
     result |= made_with(path, result["phases"])
-    known = contract_in(intact(path, RESULT), networks.fingerprint)
+    known = None if job.config.overwrite else contract_in(intact(path, RESULT), networks.fingerprint)
     plan = Plan.from_dict(networks.finished[FIRST]["plan"])
     result["contract"] = known or contract_of(job, model, result, plan, networks.fingerprint)
     deliveries = Deliveries(job, networks.fingerprint)
