@@ -174,7 +174,7 @@ def _of_drop(limit: float, found: dict[str, Any], scale: Scale) -> Goal:
 def known_drops(config: Config, reference: dict[str, Any], context: Context, folder: Path) -> list[Pair]:
     """The drops before and after training of earlier runs with the same reference, data and training."""
     path = folder / _drops_file(config, reference, context)
-    return [(before, after) for before, after in intact(path, DROPS) or []]
+    return [(pair[0], pair[1]) for pair in intact(path, DROPS) or [] if len(pair) == 2]
 
 
 def remember_drops(job: Job, pair: Pair) -> None:
