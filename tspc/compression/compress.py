@@ -67,6 +67,8 @@ def compress(
     """
     asked = PlanSettings.of(method, rate, **options)
     if asked.max_drop is not None:
+        if spread:
+            raise ConfigError(["spread=True has no effect with max_drop; leave it out"])
         shared = {"calibration": calibration, "settings": settings, "filter_fn": filter_fn, "example": example}
         return smallest(model, asked, held_out=held_out, metric=metric, on_layer=on_layer, **shared).network
     if held_out is not None:
@@ -134,6 +136,7 @@ def smallest(
     require_sizes(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     judge = HeldOut(model, judged, *reader_of(held_out, device), device)
+    judge.check(asked.max_drop, Limit(asked.max_drop, 0.5).parts(judge.count)[0])
     sketch = outline(model, asked, filter_fn)
     with kept(calibration, settings, model) as samples:
         curves = error_curves(model, sketch.layers, asked.method, samples, widths=asked.widths, on_layer=on_layer)

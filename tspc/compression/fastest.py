@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tspc.compression.plan import Plan
 from tspc.compression.smallest import Search, Tried
 from tspc.compression.time_plans import shown
-from tspc.errors import InfeasibleDropError
+from tspc.errors import ConfigError, InfeasibleDropError, InfeasibleTimeError
 
 TRIES = 3
 """Networks that are made on the way."""
@@ -37,8 +37,11 @@ def _fastest(search: Search, plan_in: Callable[[float], Plan], share: float) -> 
     low, high, best = share, 1.0, None
     for _ in range(TRIES):
         middle = math.sqrt(low * high)
-        plan = plan_in(middle)
-        network, plan = search.make(plan)
+        try:
+            network, plan = search.make(plan_in(middle))
+        except (ConfigError, InfeasibleTimeError):  # no network takes just so long
+            low = middle
+            continue
         drop = search.judge.drop(network, search.pilot, search.pilot + search.inputs)
         if drop.value <= search.limit.drop and plan.promise is not None:
             high, best = middle, plan.promise["seconds"]

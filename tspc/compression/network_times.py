@@ -170,6 +170,8 @@ class Stopwatch:
         """The dense network's graph with the layers of a plan; None if it cannot be had so."""
         if not self.place.is_elsewhere or precision(self.place.runtime) == INT8:
             return None  # the graph in 8 bits is made with the network itself
+        if any(p.is_floating_point() and p.dtype != torch.float32 for p in self.model.parameters()):
+            return None  # a grafted chain has float32 numbers
         try:
             with evaluating(self.model):
                 graph = self._graphs.graph(DENSE, FLOAT32)

@@ -28,8 +28,8 @@ STEP, AHEAD = 0.88, 1.5
 """The ratio of sizes that follow each other, and how many steps before the size sought the sequence begins."""
 MAIN = 0.8
 """The share of the level for the sequence; the rest is for one of larger networks, in case its first one fails."""
-LARGER = 2.0
-"""How much larger they begin."""
+LARGER = 8.0, 4.0, 2.0, 1.5, 1.2
+"""How much larger they are."""
 FIRST_LOOK = 0.25, 0.2
 """A test looks first at this share of the inputs, and spends this share of its level on it."""
 HOPELESS = 1.5
@@ -76,9 +76,11 @@ class Tried:
     expected: float = 0.0
     drop: Drop | None = None
     passed: bool | None = None
+    level: float = 0.0
+    """The level of its last test."""
 
     def to_dict(self) -> dict[str, Any]:
-        drop = None if self.drop is None else {"points": self.drop.value, "inputs": self.drop.count}
+        drop = None if self.drop is None else {"points": self.drop.value, "inputs": self.drop.inputs}
         return {"share": self.share, "bytes": self.plan.network_bytes, "passed": self.passed, "drop": drop}
 
     def __str__(self) -> str:
@@ -112,7 +114,9 @@ class Search:
     def run(self) -> Tried:
         """The smallest network that keeps the limit. Raises InfeasibleDropError, with the nearest limit."""
         share = self._by_pilot()
-        found = self._estimated(share) if self.limit.is_trained else self._by_tests(share)
+        if self.limit.is_trained:  # the test at the end tells whether so small a network keeps the limit
+            return self._estimated(max(min(share, self.limit.share), self.smallest_share))
+        found = self._by_tests(share)
         if found.share > self.limit.share:
             both = f"max_drop={self.limit.drop:g} and a size of {self.limit.share:.4g} of the bytes cannot both be met"
             raise ConfigError([f"{both}: the smallest network within the drop has {found}"])
@@ -120,7 +124,7 @@ class Search:
 
     def judged(self, one: Tried) -> dict[str, Any]:
         """What the held-out inputs said of the networks that were tried, and of the chosen one; plain data."""
-        bound = None if one.drop is None or one.passed is None else one.drop.bound(self.limit.level)
+        bound = None if one.drop is None or one.passed is None else one.drop.bound(one.level)
         found = {"max_drop": self.limit.drop, "confidence": 1 - self.limit.level, "bound": bound}
         tried = [each.to_dict() for each in sorted(self.tried.values(), key=lambda each: -each.share)]
         return found | one.to_dict() | {"is_exact": one.drop is not None and one.drop.is_exact, "tried": tried}
@@ -143,7 +147,7 @@ class Search:
         if one.drop is None:
             one.drop = self.judge.drop(one.network, 0, self.pilot)
             when = " before training" if self.limit.is_trained else ""
-            self.say(f"{one} loses {one.drop.value:.2f} points on {one.drop.count:,} inputs of the pilot{when}")
+            self.say(f"{one} loses {one.drop.value:.2f} points on {one.drop.inputs:,} inputs of the pilot{when}")
         return one
 
     def _wanted(self) -> float:
@@ -183,12 +187,13 @@ class Search:
         self.tried = {known: replace(one, drop=None) for known, one in self.tried.items()}
         start, main = share / STEP**AHEAD, MAIN
         if self._least_p(self.inputs) > (1 - MAIN) / 2 * self.limit.level:
-            start, main = LARGER * start, 1.0  # there is nothing to divide
-        best = self._last_of(self._sequence(start, STEP), main)
+            start, main = 2 * start, 1.0  # there is nothing to divide
+        best = self._last_of(self._sequence(start), main)
         if best is None and main < 1.0:
-            best = self._last_of(self._sequence(LARGER * start, STEP**2, stop=start), 1 - MAIN)
+            best = self._last_of((min(times * start, 1.0) for times in LARGER), 1 - MAIN)
         if best is None:
-            raise InfeasibleDropError([self._refusal(max(self.tried.values(), key=lambda one: one.share))])
+            tested = [one for one in self.tried.values() if one.passed is not None]
+            raise InfeasibleDropError([self._refusal(max(tested, key=lambda one: one.share))])
         return best
 
     def _last_of(self, sequence: Iterator[float], part: float) -> Tried | None:
@@ -201,13 +206,12 @@ class Search:
             best = one
         return best
 
-    def _sequence(self, share: float, ratio: float, stop: float = 0.0) -> Iterator[float]:
-        """Falling sizes; without a `stop` the smallest one is at the end."""
-        while share > max(self.smallest_share, 1.001 * stop):
+    def _sequence(self, share: float) -> Iterator[float]:
+        """Falling sizes, the smallest one at the end."""
+        while share > self.smallest_share:
             yield min(share, 1.0)
-            share *= ratio
-        if stop == 0.0:
-            yield self.smallest_share
+            share *= STEP
+        yield self.smallest_share
 
     def _passes(self, one: Tried, part: float) -> bool:
         """Whether the drop is below the limit at this part of the level. There are two looks, or one if it is clear."""
@@ -216,20 +220,20 @@ class Search:
         is_useful = looks[0][0] >= LEAST and self._least_p(looks[0][0]) <= looks[0][1]
         for inputs, at in looks if is_useful else [(self.inputs, level)]:
             one.drop = self.judge.drop(one.network, self.pilot, self.pilot + inputs)
-            one.passed = one.drop.p_value(self.limit.drop) <= at
+            one.passed, one.level = one.drop.p_value(self.limit.drop) <= at, at
             if one.passed or one.drop.value - HOPELESS * one.drop.points * one.drop.error > self.limit.drop:
                 break
         assert one.drop is not None
         verdict = "passes" if one.passed else "does not pass"
-        self.say(f"{one} loses {one.drop.value:.2f} points on {one.drop.count:,} held-out inputs: {verdict}")
+        self.say(f"{one} loses {one.drop.value:.2f} points on {one.drop.inputs:,} held-out inputs: {verdict}")
         return bool(one.passed)
 
     def _refusal(self, one: Tried) -> str:
         assert one.drop is not None
-        bound = math.ceil(100 * one.drop.bound(self.limit.level)) / 100
+        bound = math.ceil(100 * one.drop.bound(one.level)) / 100
         return (
             f"max_drop={self.limit.drop:g} cannot be shown with confidence {1 - self.limit.level:g} on "
-            f"{one.drop.count:,} held-out inputs: the network at {one.share:.3g} of the bytes loses "
+            f"{one.drop.inputs:,} held-out inputs: the network at {one.share:.3g} of the bytes loses "
             f"{one.drop.value:.2f} points, at most {bound:g}; give max_drop={bound:g}, or more inputs"
         )
 

@@ -109,13 +109,15 @@ class Timekeeper:
         found = chosen(tried, limit)
         if found is None:
             fastest = min(each.share for each in tried) * dense
-            within = "" if math.isinf(size) else " and this size"
-            raise InfeasibleTimeError(
-                f"{self.settings.time_limit} cannot be met: the fastest network of these methods{within} takes "
-                f"{shown(fastest)} {where} (dense: {shown(dense)}, {dense / fastest:.2f} times as long); ask for no "
-                "less, or let keep_first, keep_last and exclude keep fewer layers dense",
-                fastest,
+            within = " and this size" if self.settings.size or self.settings.rate else ""
+            told = (
+                f"the fastest network of these methods{within} takes {shown(fastest)} {where} (dense: {shown(dense)}, "
+                f"{dense / fastest:.2f} times as long); ask for no less, or let keep_first, keep_last and exclude keep "
+                "fewer layers dense"
             )
+            if fastest > (1 - NOISE) * dense:
+                told = f"no network of these methods{within} is faster than the dense one {where} ({shown(dense)})"
+            raise InfeasibleTimeError(f"{self.settings.time_limit} cannot be met: {told}", fastest)
         self._promise(self.settings.time_limit, found.share)
         return _rows(found)
 

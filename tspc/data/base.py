@@ -49,8 +49,10 @@ class Data(Protocol):
     test_size: int
     fresh_size: int
     """The number of labelled images that neither the reference nor tspc was trained on, besides the test split."""
+    fresh_fingerprint: str
+    """A digest of the fresh images, which matter to a limit on the drop alone; empty if there are none."""
     fingerprint: str
-    """A digest of the content (for streamed sets, of the file names); it does not depend on the folder."""
+    """A digest of the other content (for streamed sets, of the file names); it does not depend on the folder."""
 
     def train_batches(self, feed: Feed, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Augmented float batches (N, C, H, W) and labels (N) of one pass, from the batch number `start` on.
@@ -154,7 +156,8 @@ class InMemory:
         self.train_size, self.test_size = len(train[0]), len(test[0])
         self.fresh_size = 0 if fresh is None else len(fresh[0])
         self._splits = {"train": train, "test": test} | ({} if fresh is None else {"fresh": fresh})
-        self.fingerprint = _digest(*train, *test, *(fresh or ()))
+        self.fingerprint = _digest(*train, *test)
+        self.fresh_fingerprint = "" if fresh is None else _digest(*fresh)
         self._on_device: dict[tuple[str, torch.device], Batch] = {}
 
     def steps(self, feed: Feed) -> int:

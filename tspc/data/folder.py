@@ -131,7 +131,8 @@ class Streaming:
         self.spec, self.num_classes = spec, num_classes
         self.train_size, self.test_size, self.fresh_size = len(train), len(test), sum(map(len, fresh))
         # From the names only: the sizes of a million files take minutes on a network drive.
-        self.fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
+        digests = [hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in (listing[:2], listing[2:])]
+        self.fingerprint, self.fresh_fingerprint = digests[0], digests[1] if fresh else ""
         resize = spec.resize or spec.image_size
         flip = [v2.RandomHorizontalFlip()] if spec.flip else []
         augment = v2.Compose([v2.RandomResizedCrop(spec.image_size), *flip])

@@ -17,6 +17,7 @@ class Contiguous:
     def __init__(self, data: Data) -> None:
         self._data = data
         self.num_classes, self.fingerprint = data.num_classes, data.fingerprint
+        self.fresh_fingerprint = data.fresh_fingerprint
         self.train_size, self.test_size, self.fresh_size = data.train_size, data.test_size, data.fresh_size
 
     def steps(self, feed: Feed) -> int:

@@ -36,7 +36,8 @@ def _drawing(found: dict[str, Any]) -> Drawing:
             own = sorted((point[key] * factor, point["error"], point["goal"]) for k, point in points if k == kind)
             if not own:
                 continue
-            axes.plot([x for x, _, _ in own], [y for _, y, _ in own], color=SERIES[number], linewidth=1, alpha=0.5)
+            best = [point for point in own if all(point[1] < other[1] for other in own if other[0] < point[0])]
+            axes.plot([x for x, _, _ in best], [y for _, y, _ in best], color=SERIES[number], linewidth=1, alpha=0.5)
             for place, (x, y, goal) in enumerate(own):
                 gid = f"{key}{number}-{place}"
                 axes.plot([x], [y], marker, color=SERIES[number], markersize=6, gid=gid)

@@ -67,6 +67,7 @@ def smallest(
 
     say = lambda line: context.display.line(f"decompose  {line}")  # noqa: E731
     limit, sketch = judging.limit(planning.sketch), planning.sketch
+    judging.held_out.check(limit.drop, limit.parts(judging.held_out.count)[0])
     if judging.is_trained and not judging.knows:
         say("no earlier run tells how much of a drop this training gives back: the limit is kept without it")
     plan_at = lambda share: planning.at(share, curves)  # noqa: E731

@@ -81,6 +81,10 @@ class Judging:
         before, after = min(pairs, key=lambda pair: abs(math.log(pair[0] / drop)))
         return drop * min(max(after / before, LEAST_SHARE), MOST_SHARE)
 
+    def after(self, network: nn.Module) -> Drop:
+        """The drop of the network after its training on the pilot, by which later runs may choose."""
+        return self.held_out.drop(network, 0, min(PILOT, self.held_out.count // 4))
+
     def final(self, network: nn.Module, sketch: Outline) -> Drop:
         """The drop of the network after its training, on images by which nothing was chosen."""
         pilot, inputs = self.limit(sketch).parts(self.held_out.count)

@@ -112,9 +112,11 @@ def _drop(job: Job, model: nn.Module, result: dict[str, Any], plan: Plan) -> dic
         found["expected"] = judging.given_back(before) if is_trained and before is not None else before
         with processes.alone():  # the others do not measure
             drop = judging.final(job.context.place(model), job.planning.sketch)
+            if before is not None and is_trained and judged.get("passed") is None:
+                remember_drops(job, (before, judging.after(model).value))
         final = _final(drop, limit, level)
-        if before is not None and is_trained:
-            remember_drops(job, (before, drop.value))
+        if judged.get("passed") is not None:  # the same images have tested networks in phase 0
+            final["kept"] = None
     reference, last = result["reference"]["accuracy"], result["accuracy"]
     if reference is not None and last is not None:
         scale = scale_in(last)
@@ -146,7 +148,7 @@ def _final(drop: Drop, limit: float, level: float) -> dict[str, Any]:
     kept = drop.p_value(limit) <= level
     return {
         "points": drop.value,
-        "inputs": drop.count,
+        "inputs": drop.inputs,
         "bound": drop.bound(level),
         "is_exact": drop.is_exact,
         "kept": kept,
@@ -157,14 +159,16 @@ def _of_drop(limit: float, found: dict[str, Any], scale: Scale) -> Goal:
     sure = f"with confidence {100 * found['confidence']:g} %"
     promised = "nothing"
     if found["bound_promised"] is not None:
-        promised = f"at most {scale.number(found['bound_promised'])} points {sure}"
+        promised = f"at most {scale.number(limit)} points {sure}"
     elif found["expected"] is not None:
         promised = f"about {scale.number(found['expected'])} points after the training"
     measured = f"{scale.number(found['points'])} points on {found['inputs']:,} held-out inputs"
     if found["bound"] is not None:
-        measured += f", at most {scale.number(found['bound'])} {sure}"
+        measured += f", with a bound of {scale.number(found['bound'])}"
     if "test" in found:
         measured += f"; {scale.number(found['test'])} on {found['test_inputs']:,} test inputs"
+    if found["kept"] is None:
+        measured += "; the held-out inputs have also chosen the size, so they do not judge"
     return Goal(f"{DROP}={shown(limit)}", promised, measured, found["kept"])
 
 

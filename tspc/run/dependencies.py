@@ -8,6 +8,7 @@ from typing import Any
 
 from tspc.phases.context import Context
 from tspc.phases.phase import NetworkPhase
+from tspc.phases.table import FIRST, NETWORK_PHASES
 from tspc.run.config import Config
 from tspc.store.records import differences, fingerprint, usual
 
@@ -48,6 +49,8 @@ def decisive_settings(phase: NetworkPhase, config: Config, context: Context) -> 
     settings = phase.decisive(config.phases[phase.name])
     if phase.trains and context.hardware.precision is not None:
         settings["precision"] = str(context.hardware.precision).removeprefix("torch.")
+    if phase.name == FIRST and config.planning.max_drop is not None:  # the size is chosen in another way
+        settings["is_trained"] = any(NETWORK_PHASES[name].trains for name in config.phases if name in NETWORK_PHASES)
     calibrates = context.data is not None and config.calibration.samples > 0
     if phase.needs_data or calibrates:
         settings["data"] = context.required_data.fingerprint

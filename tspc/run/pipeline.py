@@ -227,8 +227,11 @@ def _identity(config: Config, spec: NetworkSpec, reference: Pretrained, data: Da
     """The settings on which everything in the run's directory depends, as plain data."""
     # Not the default: so the fingerprints stay those of runs that know no metric.
     judged = {} if config.metric == TOP1 else {"metric": config.metric}
+    planning = config.planning.identity
+    if config.planning.max_drop is not None and data is not None and data.fresh_size:
+        judged["contract"] = planning["contract"] | {"held_out": data.fresh_fingerprint}
     return (
-        config.planning.identity
+        planning
         | judged
         | {
             "calibration": calibration_identity(config, data is not None),

@@ -92,8 +92,9 @@ def finish(job: Job, networks: Networks, reference: dict[str, Any]) -> dict[str,
     result |= made_with(path, result["phases"])
     known = None if job.config.overwrite else contract_in(intact(path, RESULT), networks.fingerprint)
     plan = Plan.from_dict(networks.finished[FIRST]["plan"])
-    result["contract"] = known or contract_of(job, model, result, plan, networks.fingerprint)
     deliveries = Deliveries(job, networks.fingerprint)
+    write_json(path, result | deliveries.found())  # first of all: what follows may fail
+    result["contract"] = known or contract_of(job, model, result, plan, networks.fingerprint)
     write_json(path, result | deliveries.found())
     display.show(result_table(result))
     for line in result_lines(result, target):

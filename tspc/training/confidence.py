@@ -24,10 +24,11 @@ HALVINGS = 16
 
 @dataclass(frozen=True)
 class Drop:
-    """The losses of some inputs: their mean, in points, and how it was found.
+    """The losses of some inputs, or of groups of them: their mean, in points, and how it was found.
 
-    `points` are those of one unit of loss. `lost` and `gained` count inputs with a loss of 1 and −1 if all losses are
-    −1, 0 or 1; else they are None, and `deviation` is the standard deviation of a loss.
+    `count` is the number of losses, of so many `inputs`. `points` are those of one unit of loss. `lost` and `gained`
+    count inputs with a loss of 1 and −1 if each input is right or wrong; else they are None. `deviation` is the
+    standard deviation of a loss.
     """
 
     count: int
@@ -36,15 +37,15 @@ class Drop:
     points: float = 1.0
     lost: int | None = None
     gained: int | None = None
+    inputs: int = 0
 
     @classmethod
-    def of(cls, losses: Tensor, points: float = 1.0) -> Drop:
-        """From the loss of each input (N,), in units of which one is so many points."""
+    def of(cls, losses: Tensor, points: float = 1.0, *, is_counted: bool = False, inputs: int | None = None) -> Drop:
+        """From losses (N,), in units of which one is so many points; with `is_counted` each of them is −1, 0 or 1."""
         values = losses.detach().double().cpu().numpy()
         deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        counts = int((values > 0).sum()), int((values < 0).sum())
-        is_counted = bool(np.isin(values, (-1, 0, 1)).all())
-        return cls(len(values), float(values.mean()), deviation, points, *(counts if is_counted else (None, None)))
+        counts = (int((values > 0).sum()), int((values < 0).sum())) if is_counted else (None, None)
+        return cls(len(values), float(values.mean()), deviation, points, *counts, inputs or len(values))
 
     @property
     def is_exact(self) -> bool:
@@ -66,18 +67,19 @@ class Drop:
         """
         asked = limit / self.points
         if self.lost is None or self.gained is None:
-            if self.deviation == 0:
-                return 0.0 if self.mean < asked else 1.0
-            statistic = (self.mean - asked) / (self.deviation / math.sqrt(self.count))
-            return float(stats.t.cdf(statistic, self.count - 1))
+            # Few losses may be equal by chance: their deviation is not believed to be below a quarter of the limit.
+            error = max(self.deviation, abs(asked) / 4, 1e-300) / math.sqrt(self.count)
+            return float(stats.t.cdf((self.mean - asked) / error, max(self.count - 1, 1)))
         return _exact(self.lost, self.gained, self.count, asked)
 
     def bound(self, level: float) -> float:
         """The upper confidence bound on the drop, in points: the smallest limit whose p-value is at most `level`."""
         low, high = self.mean, 1.0
         if not self.is_exact:
-            return self.points * (self.mean + float(stats.t.isf(level, self.count - 1)) * self.error)
-        for _ in range(HALVINGS):
+            high = abs(self.mean) + 4 * self.deviation + 1e-9
+            while self.p_value(high * self.points) > level and high < 1e30:
+                high *= 2
+        for _ in range(HALVINGS if self.is_exact else 3 * HALVINGS):
             middle = (low + high) / 2
             low, high = (low, middle) if self.p_value(middle * self.points) <= level else (middle, high)
         return self.points * high
