@@ -263,6 +263,7 @@ def test_a_batch_norm_of_an_output_that_is_an_answer_too_is_kept():
     torch.testing.assert_close(folded(images()), model(images()))
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_paths(cli, tmp_path):
     code, _, err = cli(
         *TINY, "phase=decompose", "method=tk", "rate=0.5", "objective=latency", "paths=measure", "pretrained=random"

@@ -56,6 +56,7 @@ def test_precisions_are_timed_in_the_same_turns(runtimes, monkeypatch):
             assert entry.against == {side: {"float32": 1.0, "int8": 1.0} for side in ("dense", "compressed")}
 
 
+@pytest.mark.slow
 def test_int8_alone_is_compared_with_float32_too():
     (found,) = comparison("onnx-int8").at(2)
     assert found.against is not None
@@ -101,6 +102,7 @@ def test_what_openvino_refuses_is_one_line(monkeypatch):
     assert str(found.skipped).startswith("OpenVINO does not take the network: ")
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_in_int8(cli, tmp_path):
     runtimes = "phase.benchmark.runtimes=[eager,onnx,onnx-int8]"
     options = (runtimes, "phase.benchmark.seconds=0", "phase.benchmark.batch_sizes=[2]")

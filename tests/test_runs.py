@@ -97,6 +97,7 @@ def test_an_earlier_phase_does_not_silently_outdate_a_later_one(cli, tmp_path):
     assert cli(*TINY, "overwrite=true")[0] == 0
 
 
+@pytest.mark.slow
 def test_variants_keep_runs_apart(cli, tmp_path):
     variant = "variant=lr${phase.finetune.learning_rate}"
     code, out, _ = cli("-m", *TINY, "phase.finetune.learning_rate=0.01,0.02", variant)

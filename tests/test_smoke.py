@@ -14,11 +14,13 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_fashion_mnist_resnet20_rcp(cli, tmp_path, fashion_mnist):
-    steps = ("dataset.pretrain.steps=60", "phase.distill.steps=10", "phase.finetune.steps=30", "eval_samples=1000")
-    code, _, err = cli("dataset=fashion_mnist", f"data_dir={fashion_mnist}", "method=rcp", "rate=0.2", *steps)
+def test_fashion_mnist_resnet8_rcp(cli, tmp_path, fashion_mnist):
+    steps = ("dataset.pretrain.steps=100", "phase.distill.steps=10", "phase.finetune.steps=30", "eval_samples=1000")
+    code, _, err = cli(
+        "dataset=fashion_mnist", "model=resnet8", f"data_dir={fashion_mnist}", "method=rcp", "rate=0.2", *steps
+    )
     assert (code, err) == (0, "")
-    result = json.loads((tmp_path / "outputs/fashion_mnist/resnet20/rcp-0.2/seed0/result.json").read_text())
+    result = json.loads((tmp_path / "outputs/fashion_mnist/resnet8/rcp-0.2/seed0/result.json").read_text())
     assert result["rate_reached"] <= 0.2
     assert result["accuracy"]["images"] == 10000
     assert result["phases"]["decompose"]["accuracy"]["top1"] > 0.3, "no step of training yet"

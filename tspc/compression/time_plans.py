@@ -27,6 +27,9 @@ from tspc.system import extras
 NOISE = 0.01
 """A network whose median time is so little above the dense one's is not slower: the clock is no more certain."""
 
+ROOM = 1.07
+"""A refusal advises so much more than the fastest time that was measured: the clock may differ at the next time."""
+
 Rows = list[LayerPlan]
 
 
@@ -112,8 +115,8 @@ class Timekeeper:
             within = " and this size" if self.settings.size or self.settings.rate else ""
             told = (
                 f"the fastest network of these methods{within} takes {shown(fastest)} {where} (dense: {shown(dense)}, "
-                f"{dense / fastest:.2f} times as long); ask for no less, or let keep_first, keep_last and exclude keep "
-                "fewer layers dense"
+                f"{dense / fastest:.2f} times as long); ask for {shown(ROOM * fastest)} at least, or let keep_first, "
+                "keep_last and exclude keep fewer layers dense"
             )
             if fastest > (1 - NOISE) * dense:
                 told = f"no network of these methods{within} is faster than the dense one {where} ({shown(dense)})"
