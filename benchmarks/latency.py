@@ -7,8 +7,8 @@ ResNet-50 (random weights) and EfficientNet-Lite0 (ImageNet weights), images of 
 dense network is timed, the limit is a fraction of that, and the network is planned, decomposed and exported; then the
 file is timed in turns with the dense one for --seconds. The errors of the layers are those of the weights. A limit is
 kept if the file takes at most 5 % more. If it is refused, the time that the refusal advises is asked for: a refusal
-is right if that is kept, and the fastest time that was measured is above the limit. With `--goal speedup` the limit is a ratio, so
-that a machine whose speed drifts says something, too.
+is right if that is kept, and the fastest time that was measured is above the limit. With `--goal speedup` the limit is
+a ratio, so that a machine whose speed drifts says something, too.
 
 Every run is kept in --out, and not repeated: a long benchmark can be made in parts. `--report` prints what is there.
 Run it on a quiet machine; with `taskset -c 1` and --threads 1 it needs one core.
