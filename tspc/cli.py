@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tspc import __version__
+from tspc.compression.goal_names import KINDS
 from tspc.errors import ConfigError, DataError, Interrupted, TrainingError, TspcError
 from tspc.run.sweep import forget_empty_sweep, sweep_folder, write_record
 from tspc.system.bounds import shown
@@ -31,8 +32,6 @@ from tspc.system.launch import count, is_first
 FAILED, INTERRUPTED = 1, 130
 GROUPS = ("method", "dataset", "model")
 """Groups from which one option is chosen; of phases there may be several."""
-GOALS = (("rate", "target_error", "size"), ("latency", "speedup"))
-"""Of each kind one can be given. It is as in `tspc.compression.goals`, which would import PyTorch."""
 LONGEST_LINE = 600
 """Characters of a complaint of Hydra's."""
 
@@ -120,7 +119,7 @@ def _check_arguments(arguments: list[str]) -> None:
     given = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
     if "" in given:
         raise ConfigError([f"={shown(given[''])} names no setting; write KEY=VALUE, as in rate=0.1"])
-    for kind in GOALS:
+    for kind in KINDS:
         goals = [f"{key}={given[key]}" for key in kind if given.get(key, "null") != "null"]
         if len(goals) > 1:
             raise ConfigError([f"{' and '.join(goals)} are two goals; leave one of them out"])

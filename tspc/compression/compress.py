@@ -14,7 +14,7 @@ from tspc.compression import fastest
 from tspc.compression.apply import apply_, tensorized, to_fit
 from tspc.compression.curves import error_curves
 from tspc.compression.goals import bits_of, share_of
-from tspc.compression.limits import Limit
+from tspc.compression.limits import Limit, pilot_of
 from tspc.compression.outline import Outline, outline
 from tspc.compression.plan import BYTES
 from tspc.compression.planning import keeper_for, plan, planned
@@ -136,7 +136,7 @@ def smallest(
     require_sizes(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     judge = HeldOut(model, judged, *reader_of(held_out, device), device)
-    judge.check(asked.max_drop, Limit(asked.max_drop, 0.5).parts(judge.count)[0])
+    judge.check(asked.max_drop, pilot_of(judge.count))
     sketch = outline(model, asked, filter_fn)
     with kept(calibration, settings, model) as samples:
         curves = error_curves(model, sketch.layers, asked.method, samples, widths=asked.widths, on_layer=on_layer)

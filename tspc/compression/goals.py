@@ -8,19 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tspc.compression.form import DENSE
+from tspc.compression.goal_names import DROP, GOALS, KINDS, TIMES
 from tspc.compression.plan import PARAMETERS
 from tspc.quantization.grids import FULL
 from tspc.system.bounds import POSITIVE_SHARE, Bounds, out_of_range, shown
 
-SIZES = ("rate", "target_error", "size")
-"""Goals that say how small the network becomes."""
-TIMES = ("latency", "speedup")
-"""Goals that say how fast it becomes."""
-DROP = "max_drop"
-"""The goal that says how much it may lose."""
-GOALS = (*SIZES, DROP, *TIMES)
-KINDS = (SIZES, (DROP,), TIMES)
-"""A plan has one goal, or two of different kinds."""
 USUAL_RATE = 0.2
 """The rate if no goal is given."""
 AUTO = "auto"

@@ -38,7 +38,7 @@ class Limit:
 
     def parts(self, available: int) -> tuple[int, int]:
         """How many of the inputs are the pilot, and how many of the others test."""
-        pilot = min(PILOT, available // 4)
+        pilot = pilot_of(available)
         if self.images is not None:
             return pilot, min(self.images, available - pilot)
         share = self.drop / 100
@@ -63,6 +63,11 @@ class Limit:
                     f"{inputs:,} can test; give more of them, a larger max_drop, or a smaller confidence"
                 ]
             )
+
+
+def pilot_of(available: int) -> int:
+    """How many of the held-out inputs are the pilot."""
+    return min(PILOT, available // 4)
 
 
 def changed(drop: float) -> float:

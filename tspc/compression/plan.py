@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,13 @@ class LayerPlan:
         return cls(**data | {"shape": tuple(data["shape"]), "rank": rank, "method": method})
 
 
+def error_of(layers: Sequence[LayerPlan]) -> float | None:
+    """Root mean square of the output errors of some layers; None if one is unknown."""
+    errors = [layer.output_error for layer in layers]
+    known = [error for error in errors if error is not None]
+    return math.sqrt(sum(e * e for e in known) / len(known)) if len(known) == len(errors) else None
+
+
 @dataclass(frozen=True)
 class Plan:
     """Ranks for a whole network at one rate. `layers` also lists the layers that stay dense.
@@ -246,9 +254,7 @@ class Plan:
     @property
     def output_error(self) -> float | None:
         """Root mean square of the output errors of the layers that share the budget; None if one is unknown."""
-        errors = [layer.output_error for layer in self.budgeted]
-        known = [error for error in errors if error is not None]
-        return math.sqrt(sum(e * e for e in known) / len(known)) if len(known) == len(errors) else None
+        return error_of(self.budgeted)
 
     def __str__(self) -> str:
         totals = [f"total: {self.dense_params:,} → {self.params:,} parameters"]

@@ -120,8 +120,11 @@ def _planned(
     model: nn.Module, sketch: Outline, curves: Curves | None, example: Tensor | None, keeper: Timekeeper | None
 ) -> Plan:
     asked, names = sketch.settings, [layer.name for layer in sketch.chosen]
-    sizes = {} if example is None else input_sizes(model, names, example)
-    costs = Costs(asked.paths, asked.objective, sizes, asked.runtime) if keeper is None else keeper.costs
+    if keeper is None:
+        sizes = {} if example is None else input_sizes(model, names, example)
+        costs = Costs(asked.paths, asked.objective, sizes, asked.runtime)
+    else:
+        costs = keeper.costs
     candidates = sketch.candidates(curves)
     weights = dict(zip(names, _weights(model, sketch.chosen, asked.rate_decay), strict=True))
 

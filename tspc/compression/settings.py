@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tspc.compression.form import DENSE, Widths
+from tspc.compression.goal_names import DROP, TIMES
 from tspc.compression.goals import (
     AUTO,
-    DROP,
-    TIMES,
     USUAL_RATE,
     Terms,
     bits_of,

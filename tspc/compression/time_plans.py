@@ -79,12 +79,13 @@ class Timekeeper:
         before, after = (sum(times) for times in zip(*pairs, strict=True))
         return self.watch.dense_seconds * (1 - self._worth(before) * (before - after))
 
-    def expecting(self, candidates: Sequence[Candidate], share: float) -> Rows | None:
-        """The rows with the least error that are expected to take a share of the dense network's time; None without."""
+    def expecting(self, candidates: Sequence[Candidate], shares: Iterable[float]) -> list[Rows | None]:
+        """For each share of the dense network's time the rows with the least error that are expected to take it."""
         choices = Allocation([options_of(candidate, self.seconds, self._on_path) for candidate in candidates])
         self.times.keep()
-        found = choices.at(choices.dense_seconds - (1 - share) / self._worth(choices.dense_seconds))
-        return None if found is None else [option.row for option in found]
+        dense = choices.dense_seconds
+        found = [choices.at(dense - (1 - share) / self._worth(dense)) for share in shares]
+        return [None if options is None else [option.row for option in options] for options in found]
 
     def _worth(self, layers: float) -> float:
         """By which share the network is expected to become faster for a second less in its layers, of so many."""

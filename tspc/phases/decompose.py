@@ -13,6 +13,7 @@ from tspc.compression import fastest
 from tspc.compression.apply import tensorized, to_fit
 from tspc.compression.error_curve import Curves
 from tspc.compression.integers import state_bytes
+from tspc.compression.limits import pilot_of
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.settings import Selection
@@ -67,7 +68,7 @@ def smallest(
 
     say = lambda line: context.display.line(f"decompose  {line}")  # noqa: E731
     limit, sketch = judging.limit(planning.sketch), planning.sketch
-    judging.held_out.check(limit.drop, limit.parts(judging.held_out.count)[0])
+    judging.held_out.check(limit.drop, pilot_of(judging.held_out.count))
     if judging.is_trained and not judging.knows:
         say("no earlier run tells how much of a drop this training gives back: the limit is kept without it")
     plan_at = lambda share: planning.at(share, curves)  # noqa: E731

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tspc.compression.error_curve import Curves
-from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.plan import Plan, error_of
 from tspc.compression.settings import PlanSettings
 from tspc.compression.time_plans import Timekeeper, timekeeper
 from tspc.errors import ConfigError, InfeasibleRateError
@@ -47,12 +46,13 @@ def by_size(
 def by_time(planning: Planning, speedups: Iterable[float], curves: Curves, keeper: Timekeeper) -> list[Point]:
     """A point for each speedup that the times of the single layers let expect, of any size; the slowest first."""
     sketch = replace(planning.sketch, settings=_timed(planning.settings))
-    candidates, found = sketch.candidates(curves), []
-    for speedup in sorted(speedups):
-        rows = keeper.expecting(candidates, 1 / speedup)
+    ordered, found = sorted(speedups), []
+    for speedup, rows in zip(
+        ordered, keeper.expecting(sketch.candidates(curves), [1 / x for x in ordered]), strict=True
+    ):
         if rows is not None:
             size = sketch.network_bytes - sum(row.dense_bytes - row.bytes for row in rows)
-            found.append(Point(f"speedup={speedup:g}", 1.0, size, _error(rows), keeper.expected(rows)))
+            found.append(Point(f"speedup={speedup:g}", 1.0, size, error_of(rows), keeper.expected(rows)))
     return found
 
 
@@ -84,8 +84,3 @@ def frontier_of(
 
 def _timed(settings: PlanSettings) -> PlanSettings:
     return replace(settings, latency=None, speedup=None, objective="latency")
-
-
-def _error(rows: Iterable[LayerPlan]) -> float | None:
-    errors = [row.output_error or 0.0 for row in rows]
-    return math.sqrt(sum(error * error for error in errors) / len(errors)) if errors else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tspc.compression.compress import limit_of
-from tspc.compression.limits import MOST, PILOT, Limit
+from tspc.compression.limits import MOST, PILOT, Limit, pilot_of
 from tspc.compression.outline import Outline
 from tspc.compression.settings import PlanSettings
 from tspc.data import Batch, Data
@@ -36,22 +36,19 @@ def judges_of(settings: PlanSettings, metric: Metric, data: Data | None, calibra
     goal = f"max_drop={settings.max_drop:g}"
     if data is None:
         raise ConfigError([f"{goal} is judged on held-out training images: name a data set"])
-    asked, most, of = (
-        settings.terms.images,
-        max(0, data.train_size - calibration),
-        f"{data.train_size:,} training images",
-    )
+    asked, most = settings.terms.images, max(0, data.train_size - calibration)
+    of = f"{data.train_size:,} training images"
     if is_trained:
         most = min(most, data.train_size // TRAINED_SHARE)
     if data.fresh_size:
         most, of = data.fresh_size, f"{data.fresh_size:,} images in held_out/"
-    pilot = min(PILOT, most // 4)
+    pilot = pilot_of(most)
     if asked is not None and most < asked + pilot:
         few = f"at most {most - pilot:,} of the {of} can judge, beside a pilot"
         raise ConfigError([f"contract.images={asked}: {few}"])
     judges = min(most, PILOT + (asked or MOST))
     limit = Limit(settings.max_drop, 1 - settings.terms.confidence, asked)
-    limit.check(judges, metric.is_proportion and metric.each is not None)
+    limit.check(judges, metric.has_counts)
     return judges
 
 
@@ -83,7 +80,7 @@ class Judging:
 
     def after(self, network: nn.Module) -> Drop:
         """The drop of the network after its training on the pilot, by which later runs may choose."""
-        return self.held_out.drop(network, 0, min(PILOT, self.held_out.count // 4))
+        return self.held_out.drop(network, 0, pilot_of(self.held_out.count))
 
     def final(self, network: nn.Module, sketch: Outline) -> Drop:
         """The drop of the network after its training, on images by which nothing was chosen."""

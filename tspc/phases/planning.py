@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Calibration, Samples
-from tspc.compression.compress import in_time
+from tspc.compression.compress import at_share, in_time
 from tspc.compression.curves import error_curves
 from tspc.compression.error_curve import Curves
 from tspc.compression.outline import Outline, outline
@@ -97,12 +97,16 @@ class Planning:
 
         Raises InfeasibleRateError if the rate cannot be met, InfeasibleTimeError if the time cannot.
         """
-        size = f"{rate:.10g}" if self.counts_network else None
-        settings = replace(self.settings, rate=None if size else rate, target_error=None, max_drop=None, size=size)
+        sketch = self.sketch
+        if self.counts_network:
+            sketch = at_share(sketch, rate)
+        else:
+            sketch = replace(sketch, settings=replace(self.settings, rate=rate, target_error=None))
         if not is_timed:
-            settings = replace(settings, latency=None, speedup=None, objective=PlanSettings.objective)
-        keeper = self._keeper if settings.is_timed else None
-        return planned(self.reference, replace(self.sketch, settings=settings), curves, self.example, keeper)
+            settings = replace(sketch.settings, latency=None, speedup=None, objective=PlanSettings.objective)
+            sketch = replace(sketch, settings=settings)
+        keeper = self._keeper if sketch.settings.is_timed else None
+        return planned(self.reference, sketch, curves, self.example, keeper)
 
     def within(self, share: float, curves: Curves) -> Plan:
         """The ranks at which the network takes a share of the dense one's time, of any size."""

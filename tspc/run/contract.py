@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from tspc.compression.goals import DROP, goals_in, share_of
+from tspc.compression.goal_names import DROP
+from tspc.compression.goals import goals_in, share_of
 from tspc.compression.network_times import verify
 from tspc.compression.plan import Plan
 from tspc.compression.time_plans import shown as in_words
@@ -23,7 +24,6 @@ from tspc.store.files import intact, make_folder, write_json
 from tspc.store.records import fingerprint
 from tspc.store.schemas import DROPS
 from tspc.store.scores import Scale, scale_in, value_in
-from tspc.system import processes
 from tspc.system.bounds import shown
 from tspc.terminal.display import Display
 from tspc.training import Drop
@@ -45,7 +45,7 @@ class Goal:
 def contract_of(job: Job, model: nn.Module, result: dict[str, Any], plan: Plan, state: str) -> dict[str, Any]:
     """The record of a run's goals. `state` is the fingerprint of the finished network `model`, on the CPU.
 
-    `result` is the content of `result.json` so far. What it says of the same network is not measured again.
+    `result` is the content of `result.json` so far. Only the first process calls this (`processes.by_first`).
     """
     settings = job.config.planning
     goals, found = [_of_size(job, result, plan)], {}
@@ -110,10 +110,9 @@ def _drop(job: Job, model: nn.Module, result: dict[str, Any], plan: Plan) -> dic
     else:
         is_trained = list(result["phases"]) != [FIRST]
         found["expected"] = judging.given_back(before) if is_trained and before is not None else before
-        with processes.alone():  # the others do not measure
-            drop = judging.final(job.context.place(model), job.planning.sketch)
-            if before is not None and is_trained and judged.get("passed") is None:
-                remember_drops(job, (before, judging.after(model).value))
+        drop = judging.final(job.context.place(model), job.planning.sketch)
+        if before is not None and is_trained and judged.get("passed") is None:
+            remember_drops(job, (before, judging.after(model).value))
         final = _final(drop, limit, level)
         if judged.get("passed") is not None:  # the same images have tested networks in phase 0
             final["kept"] = None
@@ -128,9 +127,7 @@ def _time(job: Job, model: nn.Module) -> dict[str, Any]:
     """What `verify` finds: both networks are exported, and timed in turns in the runtime."""
     shape = job.planning.example
     inputs = example(model, job.network, 1, job.context).tensors if shape is None else shape
-    with processes.alone():
-        place = job.context.place
-        return verify(job.reference, place(model), inputs, job.config.planning)
+    return verify(job.reference, job.context.place(model), inputs, job.config.planning)
 
 
 def _of_time(promise: dict[str, Any], found: dict[str, Any]) -> Goal:

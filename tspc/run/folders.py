@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tspc.compression.goals import GOALS, goal_of
+from tspc.compression.goal_names import GOALS
+from tspc.compression.goals import goal_of
 from tspc.decompositions import resolve
 from tspc.models import NetworkSpec
 from tspc.run.config import Config

@@ -38,7 +38,7 @@ class HeldOut:
     @property
     def has_counts(self) -> bool:
         """Whether each input is right or wrong."""
-        return self.metric.is_proportion and self.metric.each is not None
+        return self.metric.has_counts
 
     def check(self, limit: float, inputs: int) -> None:
         """Raises ConfigError if a limit in points says nothing, as the reference shows on the first `inputs`."""

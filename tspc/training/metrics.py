@@ -40,6 +40,11 @@ class Metric(Scale):
     needs_labels: bool = True
     function: Function | None = field(default=None, repr=False)
 
+    @property
+    def has_counts(self) -> bool:
+        """Whether each input is right or wrong."""
+        return self.is_proportion and self.each is not None
+
     def uses_reference(self, targets: Tensor) -> bool:
         """Whether the reference's answers are needed. A squared error is that from float targets if there are any."""
         return self.needs_reference and not (self.name == "mse" and targets.is_floating_point())
