@@ -10,6 +10,7 @@ from tspc.data import small
 from tspc.data.base import Batch, Data, Feed, generator_of
 from tspc.data.folder import image_folder
 from tspc.data.layout import Contiguous
+from tspc.data.model_inputs import Given, ModelInputs, answer_of, arguments_of, called
 from tspc.data.spec import KINDS_IN_FOLDERS, NO_DATA, DataSpec
 from tspc.errors import ConfigError
 
@@ -22,6 +23,11 @@ __all__ = [
     "Data",
     "DataSpec",
     "Feed",
+    "Given",
+    "ModelInputs",
+    "answer_of",
+    "arguments_of",
+    "called",
     "generator_of",
     "load_data",
 ]
