@@ -11,7 +11,7 @@ from scipy import stats
 from tspc.errors import ConfigError, DataError
 from tspc.training.confidence import Drop
 
-FEWEST, MOST = 1000, 4000
+FEWEST, MOST = 1000, 6000
 """The number of inputs that test, unless it is given."""
 PILOT = 1000
 """Inputs of the pilot; at most a quarter of all."""
