@@ -185,7 +185,7 @@ class Search:
     def _by_tests(self, share: float) -> Tried:
         """The last network that passes."""
         self.tried = {known: replace(one, drop=None) for known, one in self.tried.items()}
-        start, main = share / STEP**AHEAD, MAIN
+        start, main = self._through_a_known_size(share / STEP**AHEAD), MAIN
         if self._least_p(self.inputs) > (1 - MAIN) / 2 * self.limit.level:
             start, main = 2 * start, 1.0  # there is nothing to divide
         best = self._last_of(self._sequence(start), main)
@@ -195,6 +195,16 @@ class Search:
             tested = [one for one in self.tried.values() if one.passed is not None]
             raise InfeasibleDropError([self._refusal(max(tested, key=lambda one: one.share))])
         return best
+
+    def _through_a_known_size(self, start: float) -> float:
+        """A start near this one, from which the sequence comes to the last network of the pilot, which is made already.
+
+        The pilot chooses the sequence anyway, so it still does not depend on the inputs that test.
+        """
+        if not self.tried:
+            return start
+        last = [*self.tried][-1]
+        return last / STEP ** round(math.log(last / start) / math.log(STEP))
 
     def _last_of(self, sequence: Iterator[float], part: float) -> Tried | None:
         """The last network before the first one that fails; None if that is the first of all."""
