@@ -1,6 +1,10 @@
-"""What calibration takes of a loader's batches: labels are left out, what the network needs is not."""
+"""What a network takes of a loader's batches: labels are left out, what it needs goes by name or by place."""
 
 from __future__ import annotations
+
+from collections import UserDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -8,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tspc
-from tspc.calibration.batches import check_nothing_is_missing
 from tspc.calibration.samples import Calibration
-from tspc.errors import DataError
+from tspc.data import ModelInputs
+from tspc.data.arranging import arranged, as_positional, collected, form_of
+from tspc.errors import DataError, TspcWarning
 
-IDS, MASK, LABELS = torch.randint(9, (4, 6)), torch.ones(4, 6).long(), torch.tensor([0, 1, 2, 5])
+IDS, LABELS = torch.randint(1, 9, (4, 6)), torch.tensor([0, 1, 2, 5])
+MASK = (torch.arange(6) < torch.tensor([[6], [3], [5], [1]])).long()
 IMAGES = torch.randn(4, 3, 8, 8)
 
 
@@ -52,25 +58,58 @@ class Lengths(nn.Module):
         return x
 
 
+class Keyed(nn.Module):
+    def forward(self, **batch: Any) -> Any:
+        return batch["input_ids"]
+
+
+class Before(nn.Module):
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        return x
+
+
+class Read(NamedTuple):
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+@dataclass
+class Drawn:
+    image: Tensor
+    label: Tensor
+
+
+def taken(model: nn.Module, batch: Any) -> Any:
+    return arranged(model, collected(batch), form_of(batch))
+
+
 @pytest.mark.parametrize(
-    ("model", "batch", "name"),
+    ("model", "batch", "names"),
     [
-        (Text(), (IDS, MASK), "attention_mask"),
-        (Text(), [IDS, MASK], "attention_mask"),
-        (Text(), (IDS, MASK, LABELS), "attention_mask"),
-        (Text(), (IDS, LABELS, MASK), "attention_mask"),
-        (Text(), (IDS, MASK.bool()), "attention_mask"),
-        (Text(), (IDS, {"attention_mask": MASK}), "attention_mask"),
-        (nn.DataParallel(Text()), (IDS, MASK), "attention_mask"),
-        (Named(), (IDS, MASK), "padding_mask"),
-        (Pair(), (IMAGES, LABELS), "timestep"),
-        (Lengths(), (IDS, LABELS), "lengths"),
-        (Masked(), (IMAGES, torch.ones(4, 8, 8).bool()), "attn_mask"),
+        (Text(), (IDS, MASK), ["attention_mask"]),
+        (Text(), [IDS, MASK], ["attention_mask"]),
+        (Text(), (IDS, MASK, LABELS), ["attention_mask"]),
+        (Text(), (IDS, LABELS, MASK), ["attention_mask"]),
+        (Text(), (IDS, MASK.bool()), ["attention_mask"]),
+        (Text(), (IDS, {"attention_mask": MASK}), ["attention_mask"]),
+        (Text(), {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}, ["input_ids", "attention_mask"]),
+        (Text(), UserDict(input_ids=IDS, token_types=IDS, name=["a"]), ["input_ids"]),
+        (Text(), ({"input_ids": IDS, "attention_mask": MASK}, LABELS), ["input_ids", "attention_mask"]),
+        (Text(), ((IDS, MASK), LABELS), ["attention_mask"]),
+        (Text(), Read(IDS, MASK), ["input_ids", "attention_mask"]),
+        (Text(), ModelInputs((IDS, MASK)), ["attention_mask"]),
+        (Keyed(), {"input_ids": IDS, "mask": MASK, "labels": LABELS, "text": ["a"]}, ["input_ids", "mask"]),
+        (nn.DataParallel(Text()), (IDS, MASK), ["attention_mask"]),
+        (Named(), (IDS, MASK), ["padding_mask"]),
+        (Pair(), (IMAGES, LABELS), ["timestep"]),
+        (Lengths(), (IDS, LABELS), ["lengths"]),
+        (Masked(), (IMAGES, torch.ones(4, 8, 8).bool()), ["attn_mask"]),
     ],
 )
-def test_what_the_network_would_take_is_not_left_out(model, batch, name):
-    with pytest.raises(DataError, match=f"takes '{name}' beside its first input.*wrap the network in a module"):
-        check_nothing_is_missing(model, batch)
+def test_what_the_network_takes_is_given(model, batch, names):
+    found = taken(model, batch)
+    assert list(found.named) == names
+    assert found.first is (batch[0] if isinstance(batch[0], Tensor) else IDS) if isinstance(batch, tuple) else True
 
 
 @pytest.mark.parametrize(
@@ -85,6 +124,7 @@ def test_what_the_network_would_take_is_not_left_out(model, batch, name):
         (Image(), (IMAGES, torch.rand(4, 10))),
         (Image(), (IMAGES, torch.zeros(4, 8, 8).long())),
         (Image(), (IMAGES, ["a", "b", "c", "d"], LABELS)),
+        (Image(), Drawn(IMAGES, LABELS)),
         (Masked(), (IMAGES, LABELS)),
         (Masked(), (IMAGES, torch.rand(4, 10))),
         (nn.Sequential(nn.Flatten()), (IMAGES, LABELS)),
@@ -92,20 +132,46 @@ def test_what_the_network_would_take_is_not_left_out(model, batch, name):
     ],
 )
 def test_labels_are_left_out_without_a_word(model, batch):
-    check_nothing_is_missing(model, batch)
+    found = taken(model, batch)
+    assert found is batch if isinstance(batch, Tensor) else isinstance(found, Tensor)
 
 
-def test_compress_refuses_masks_and_takes_labels():
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        # It may be a mask, or the class of each token.
+        (Text(), (IDS, torch.tensor([[1, 0, 1, 0, 0, 1]] * 4)), "'attention_mask', or labels: give a dict"),
+        (Text(), (IDS, MASK, LABELS, MASK), r"of shape \(4, 6\) at place 4 .* 'attention_mask'"),
+        (Before(), (IMAGES, IMAGES), "'before', or labels"),
+        (Text(), {"x": IDS, "y": LABELS}, "Text takes input_ids, .*, and a batch has x, y: name them"),
+        (Text(), {"input_ids": [[1, 2]]}, r"dict without tensors \(input_ids: list\)"),
+        (Text(), [["a"], LABELS], "begin with one.*not str in a list"),
+        (Text(), "text", "a batch is str"),
+    ],
+)
+def test_what_is_not_clear_is_refused(model, batch, message):
+    with pytest.raises(DataError, match=message):
+        taken(model, batch)
+
+
+def test_a_mask_that_the_network_does_not_take_is_told():
+    with pytest.warns(TspcWarning, match="Pair takes no attention_mask: the network treats padded positions"):
+        taken(Pair(), {"x": IDS, "timestep": LABELS, "attention_mask": MASK})
+
+
+def test_a_call_by_position_for_what_takes_no_names():
+    assert as_positional(Text(), taken(Text(), {"attention_mask": MASK, "input_ids": IDS})) == (IDS, MASK)
+    with pytest.raises(DataError, match="cannot go by position: wrap"):
+        as_positional(Named(), ModelInputs((IDS,), {"other": MASK}))
+
+
+def test_compress_takes_labels_and_leaves_them_out():
     settings = Calibration(samples=8, batch_size=4)
-    with pytest.raises(DataError, match=r"attention_mask.*\(4, 6\) at place 2"):
-        tspc.compress(Text(), "svd", 0.5, calibration=[(IDS, MASK)], settings=settings)
-    for batches in ([{"input_ids": IDS}], [((IDS, MASK), LABELS)]):
-        with pytest.raises(DataError, match=r"not (dict|tuple).*wrap the network in a module"):
-            tspc.compress(Text(), "svd", 0.5, calibration=batches, settings=settings)
     torch.manual_seed(0)
     model = Text()
-    alone, labelled = (
+    alone, labelled, named = (
         tspc.compress(model, "svd", 0.5, calibration=batches, settings=settings)
-        for batches in ([IDS, IDS], [(IDS, LABELS), (IDS, LABELS)])
+        for batches in ([IDS, IDS], [(IDS, LABELS), (IDS, LABELS)], [{"input_ids": IDS, "labels": LABELS}] * 2)
     )
-    assert torch.equal(alone.hidden.weight, labelled.hidden.weight)
+    for other in (labelled, named):
+        assert torch.equal(alone.hidden.weight, other.hidden.weight)

@@ -94,7 +94,7 @@ def test_batches_with_labels_are_taken_like_images():
 
 
 def test_no_image_is_an_error():
-    with pytest.raises(DataError, match="at least one image"):
+    with pytest.raises(DataError, match="at least one input"):
         Samples([])
 
 
@@ -186,10 +186,10 @@ def test_modes_and_random_numbers_are_left_alone(calibrated):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([{"image": torch.rand(2, 3, 8, 8)}], "not dict"),
+        ([{"image": torch.rand(2, 3, 8, 8)}], "takes x, and a batch has image: name them"),
         ([torch.rand(2, 3, 8, 8), torch.rand(2, 3, 9, 9)], "not all of one size"),
         (torch.full((2, 3, 8, 8), math.nan), "holds NaN"),
-        (torch.rand(2, 4, 16, 16), "cannot take the calibration images"),
+        (torch.rand(2, 4, 16, 16), "cannot take the calibration inputs"),
     ],
 )
 def test_wrong_images_are_an_error_of_ours(given, message):

@@ -162,7 +162,7 @@ def test_a_layer_is_solved_from_what_it_should_answer(layer, shape):
         nn.init.normal_(parameter)
     batches = [torch.randn(shape) for _ in range(8)]
     with torch.no_grad():
-        pairs = [(x, wanted(x)) for x in batches]
+        pairs = [(x, wanted(x), []) for x in batches]
     refit_(layer, original, pairs, len(batches))
     with torch.no_grad():
         error = relative_error(layer(batches[0]), pairs[0][1])

@@ -63,7 +63,7 @@ def test_every_batch_that_is_read_or_used_counts(batch_norm):
     settings = Calibration(batch_size=8, samples=40, batch_norm=batch_norm)
     with Samples(images(20), settings, tally=tally) as samples:
         assert [(done, name) for done, _, name in shown] == [
-            *((1, "8 images read"), (2, "16 images read"), (3, "20 images read"))
+            *((1, "8 inputs read"), (2, "16 inputs read"), (3, "20 inputs read"))
         ]
         assert tally.total == 3, "there were fewer images than the settings allow"
         plan = tspc.plan(model, "svd", 0.5, calibration=samples, keep_first=False)
@@ -92,7 +92,7 @@ def test_the_librarys_bar_ends_full_and_counts_the_images_before_the_layers(monk
     options = {"calibration": images(16), "settings": Calibration(batch_size=8), "keep_first": False}
     tspc.compress(network(), "svd", 0.5, on_layer=told.append, **options)
     names = list(dict.fromkeys(name for *_, name in pieces))
-    assert names == ["8 images read", "16 images read", "how much each layer matters", "0", "3", "5", "batch norms"]
+    assert names == ["8 inputs read", "16 inputs read", "how much each layer matters", "0", "3", "5", "batch norms"]
     assert pieces[-1][0] == pytest.approx(pieces[-1][1]), "nothing is left"
     assert told == ["0", "3", "0", "3", "5"], "`on_layer` gets names of layers, and nothing else"
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tspc.compression.plan import Plan as Plan
     from tspc.compression.planning import plan as plan
     from tspc.compression.settings import PlanSettings as PlanSettings
+    from tspc.data.model_inputs import ModelInputs as ModelInputs
     from tspc.decompositions import CP as CP
     from tspc.decompositions import SVD as SVD
     from tspc.decompositions import Reshaped as Reshaped
@@ -45,6 +46,7 @@ _HOMES = {
     "apply_": "compression.apply",
     "compress": "compression.compress",
     "smallest": "compression.compress",
+    "ModelInputs": "data.model_inputs",
     "CP": "decompositions",
     "SVD": "decompositions",
     "Reshaped": "decompositions",
@@ -64,6 +66,7 @@ __all__ = [
     "CP",
     "SVD",
     "Calibration",
+    "ModelInputs",
     "Plan",
     "PlanSettings",
     "Reshaped",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +17,27 @@ from tspc.layers.dense import AXES, DenseLayer, explicit_padding, kernel_shape, 
 class Positions:
     """The positions of a layer's output that are used: every `step`-th row and column of a map, from `offset` on.
 
-    For a dense layer every `step`²-th row is used.
+    For a dense layer every `step`²-th row is used. Where some positions are padded, `rows` has the numbers of those
+    that are used instead.
     """
 
     step: int = 1
     offset: tuple[int, int] = (0, 0)
+    rows: Tensor | None = None
 
     @classmethod
-    def at_most(cls, most: int, layer: DenseLayer, outputs: torch.Size, seed: int) -> Positions:
-        """About `most` positions of a batch of outputs; the offset is random, the same for equal arguments."""
+    def at_most(
+        cls, most: int, layer: DenseLayer, outputs: torch.Size, seed: int, masks: Sequence[Tensor] = ()
+    ) -> Positions:
+        """About `most` positions of a batch of outputs; the offset is random, the same for equal arguments.
+
+        `masks` say which positions of the batch hold something, see `filled_rows`.
+        """
+        filled = filled_rows(layer, outputs, masks)
+        if filled is not None:
+            apart = max(1, math.ceil(len(filled) / most))
+            generator = torch.Generator().manual_seed(seed)
+            return cls(rows=filled[int(torch.randint(apart, (1,), generator=generator, device="cpu")) :: apart])
         count = outputs.numel() // kernel_shape(layer)[0]
         step = max(1, math.ceil(math.sqrt(count / most)))
         if isinstance(layer, nn.Conv2d):
@@ -36,6 +49,21 @@ class Positions:
         return cls(step, (top, left))
 
 
+def filled_rows(layer: DenseLayer, outputs: torch.Size, masks: Sequence[Tensor]) -> Tensor | None:
+    """The numbers of a layer's output rows that hold something, in the order of `rows_of`; None if all count.
+
+    This is known where the leading axes of the outputs are those of a mask (N, L), apart or in one: of a dense layer
+    over tokens, of a 1-d convolution that keeps the length. Elsewhere, as in the experts behind a router, all count.
+    """
+    if kind_of(layer) == "conv1d":
+        lead = (outputs[0], outputs[2]) if len(outputs) == 3 else ()
+    else:
+        lead = () if kind_of(layer) in AXES else tuple(outputs[:-1])
+    fitting = (mask for mask in masks if lead in (tuple(mask.shape), (mask.numel(),)))
+    mask = next(fitting, None)
+    return None if mask is None else mask.flatten().nonzero().flatten()
+
+
 def input_patches(layer: DenseLayer, inputs: Tensor, positions: Positions | None = None) -> Tensor:
     """The rows that the layer multiplies its kernel with: groups × positions × (S·H·W of one group).
 
@@ -43,6 +71,8 @@ def input_patches(layer: DenseLayer, inputs: Tensor, positions: Positions | None
     dense layer. Stride, padding, dilation and groups are taken into account.
     """
     positions = positions or Positions()
+    if positions.rows is not None:
+        return input_patches(layer, inputs)[:, positions.rows.to(inputs.device)]
     step, (top, left) = positions.step, positions.offset
     if kind_of(layer) not in AXES:
         return inputs.reshape(1, -1, inputs.shape[-1])[:, top * step + left :: step * step]
@@ -79,6 +109,8 @@ def output_rows(layer: DenseLayer, outputs: Tensor, positions: Positions | None 
 def rows_of(layer: DenseLayer, outputs: Tensor, positions: Positions | None = None) -> Tensor:
     """A tensor with the shape of the layer's outputs, in the order of `input_patches`: positions × T."""
     positions = positions or Positions()
+    if positions.rows is not None:
+        return rows_of(layer, outputs)[positions.rows.to(outputs.device)]
     step, (top, left) = positions.step, positions.offset
     if kind_of(layer) not in AXES:
         return outputs.reshape(-1, outputs.shape[-1])[top * step + left :: step * step]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tspc.calibration.samples import Samples
 from tspc.calibration.sensitivity import enough
+from tspc.data.model_inputs import Given, answer_of, called, filled
 from tspc.decompositions import double
 from tspc.system.modes import own_modes
 from tspc.traversal.hooks import running
@@ -65,31 +65,38 @@ def _measure_(model: nn.Module, norms: list[BatchNorm], samples: Samples) -> Non
         size = size or len(images)
         if len(images) == size:  # a smaller last batch would have the same weight as a whole one
             with running(number, samples.short):
-                model(images)
+                called(model, images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, samples: Samples) -> list[Any]:
+def _answers(model: nn.Module, samples: Samples) -> list[Tensor | None]:
     """The network's answers to enough images, or to all if there are fewer; batch by batch."""
     answers = []
     for number, images in enumerate(_counted(enough(samples), samples)):
         with running(number, samples.short):
-            answers.append(model(images))
+            answers.append(answer_of(called(model, images)))
     return answers
 
 
-def _counted(batches: Iterable[Tensor], samples: Samples) -> Iterator[Tensor]:
+def _counted(batches: Iterable[Given], samples: Samples) -> Iterator[Given]:
     for images in batches:
         yield images
         samples.tally.add("batch norms")
 
 
-def _distance(model: nn.Module, wanted: list[Any], samples: Samples) -> float:
-    """Squared distance of the network's answers from `wanted`, summed over the images; 0 if it is unknown."""
-    if not all(isinstance(answer, Tensor) for answer in wanted):
-        return 0.0
-    pairs = zip(_answers(model, samples), wanted, strict=True)
-    return sum(float((double(answer) - double(target)).square().sum()) for answer, target in pairs)
+def _distance(model: nn.Module, wanted: list[Tensor | None], samples: Samples) -> float:
+    """Squared distance of the network's answers from `wanted`, summed over the images; 0 if it is unknown.
+
+    Padded positions of an answer do not count.
+    """
+    total = 0.0
+    for number, (answer, target) in enumerate(zip(_answers(model, samples), wanted, strict=True)):
+        if answer is None or target is None:
+            return 0.0
+        masks = samples.kept.masks(number)
+        error = (double(filled(answer, masks)) - double(filled(target, masks))).square()
+        total += float(error.sum())
+    return total

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.batches import Batches, check_nothing_is_missing
+from tspc.calibration.kept_inputs import KeptInputs
 from tspc.calibration.moments import Moments
 from tspc.calibration.sensitivity import FEWEST, enough, output_sensitivity
 from tspc.calibration.statistics import Statistics
+from tspc.data.model_inputs import Given, first_of
 from tspc.decompositions import Metric
 from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, has_inputs, kernel_of
@@ -130,28 +131,29 @@ class Part:
     def __len__(self) -> int:
         return sum(map(len, self))
 
-    def __iter__(self) -> Iterator[Tensor]:
-        is_text = not next(iter(self.samples)).is_floating_point()  # there few inputs have many positions
+    def __iter__(self) -> Iterator[Given]:
+        is_text = not first_of(next(iter(self.samples))).is_floating_point()  # there few inputs have many positions
         yield from enough(self.samples, most=None, fewest=FEWEST if is_text else DIVERSE)
 
 
 class Samples:
-    """Calibration images, kept for several walks through networks. Use as a context manager.
+    """Calibration inputs, kept for several walks through networks. Use as a context manager.
 
-    `images` is a tensor (N, …), or an iterable of batches. A batch is a tensor, or a tuple that begins with a tensor.
-    The first `settings.samples` images are used. The rest of a tuple is ignored; `survey` raises DataError if the
-    network would use it. Raises DataError if there is no image. The `tally` counts batches that are read or used.
+    `images` is a tensor (N, …), or an iterable of batches: tensors, tuples that begin with one, dicts of tensors,
+    `ModelInputs`; or one of these. The first `settings.samples` inputs are used. A network gets what its `forward`
+    takes of a batch, see `tspc.data.arranging`. Positions that an attention mask calls padded do not count. Raises
+    DataError if there is no input. The `tally` counts batches that are read or used.
     """
 
     @own_modes()
     def __init__(
         self,
-        images: Tensor | Iterable[Any],
+        images: Given | Iterable[Any],
         settings: Calibration | None = None,
         device: torch.device | None = None,
         tally: Tally | None = None,
     ) -> None:
-        self.settings, self.device, self.tally = settings or Calibration(), device, tally or Tally()
+        self.settings, self.tally = settings or Calibration(), tally or Tally()
         problems = self.settings.problems("calibration")
         if problems:
             raise ConfigError(problems)
@@ -159,21 +161,13 @@ class Samples:
         self._sensitivity: tuple[nn.Module, dict[str, Stash]] | None = None
         self._asked = set[str]()
         self._is_closed = False
-        self._layout: torch.memory_format | None = None
         self.short = False
         """Whether the network that was surveyed last runs in bfloat16."""
         self._surveyed: nn.Module | None = None
-        self._images, self._count = Stash(self.room), 0
         try:
-            batches = Batches(images, self.settings.samples, self.settings.batch_size)
-            with self.tally.expecting(-(-self.settings.samples // self.settings.batch_size)):
-                for batch in batches:
-                    self._images.append(batch)
-                    self._count += len(batch)
-                    self.tally.add(f"{self._count} images read")
-            self._first = batches.first
-            if len(self._images) == 0:
-                raise DataError("calibration needs at least one image, but the data gave none")
+            counts = self.settings.samples, self.settings.batch_size
+            self.kept = KeptInputs(images, *counts, self.room, self.tally)
+            self.kept.device = device
         except BaseException:
             self.__exit__()
             raise
@@ -187,32 +181,36 @@ class Samples:
         self._matrices.close()
 
     def __len__(self) -> int:
-        """The number of images."""
-        return self._count
+        """The number of inputs."""
+        return self.kept.count
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """The images, batch by batch, on the device."""
+    def __iter__(self) -> Iterator[Given]:
+        """The inputs, batch by batch, on the device."""
         if self._is_closed:
             raise DataError("these samples are used up: their `with` block has ended; make new ones")
-        for batch in self._images:
-            own = batch if self.device is None else batch.to(self.device)
-            yield own if self._layout is None else own.contiguous(memory_format=self._layout)
+        yield from self.kept
+
+    def example(self, model: nn.Module) -> Given:
+        """One input in the form that the network takes. Raises DataError if it takes nothing of the inputs."""
+        self.kept.suit(model)
+        return next(iter(self))[:1]
 
     def survey(self, model: nn.Module, layers: Collection[str], later: Collection[str] = ()) -> Survey:
         """How a network calls the given layers, and how its answer depends on them.
 
         `later` names layers of a later survey. Their gradients are measured now, in the same passes.
         """
-        check_nothing_is_missing(model, self._first)
-        images = next(iter(self))[:2]
+        self.kept.suit(model)
+        few = next(iter(self))[:2]
         with evaluating(model), torch.random.fork_rng(devices=[]):  # it may draw random numbers
             try:
                 self._settle(model)
-                images = next(iter(self))[:2]
-                found = trace(model, layers, images)
+                few, *others = self.kept.kinds()
+                found = trace(model, layers, few, others=others)
             except (RuntimeError, ValueError, TypeError) as error:
-                given = f"{tuple(images.shape[1:])}, {images.dtype}"
-                raise DataError(f"the network cannot take the calibration images ({given} each): {error}") from error
+                is_one = isinstance(few, Tensor)
+                given = f"{tuple(few.shape[1:])}, {few.dtype} each" if is_one else repr(few)
+                raise DataError(f"the network cannot take the calibration inputs ({given}): {error}") from error
             return Survey(found, self._sensitivity_of(model, [*layers, *later]))
 
     def _settle(self, model: nn.Module) -> None:
@@ -220,7 +218,7 @@ class Samples:
         if self._surveyed is model:
             return
         images = next(iter(self))
-        self._layout = torch.channels_last if takes_channels_last(model, images[:2]) else None
+        self.kept.layout = torch.channels_last if takes_channels_last(model, images[:2]) else None
         names = [name for name, module in model.named_modules() if has_inputs(module)]
         few = next(iter(self))[:FEW]
         wanted = self.settings.precision == "auto"
@@ -247,7 +245,7 @@ class Samples:
 
     @property
     def patches_of_a_batch(self) -> int:
-        return max(1, self.settings.patches // len(self._images))
+        return max(1, self.settings.patches // len(self.kept))
 
     def walk(self, model: nn.Module, trace: Trace, images: Part | None = None) -> Walker:
         return Walker(model, trace, images or self, self.room, short=self.short)
@@ -255,7 +253,7 @@ class Samples:
 
 @contextmanager
 def kept(
-    images: Samples | Tensor | Iterable[Any] | None,
+    images: Samples | Given | Iterable[Any] | None,
     settings: Calibration | None,
     model: nn.Module,
     tally: Tally | None = None,

@@ -13,15 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.calibration.patches import rows_of
+from tspc.calibration.patches import Positions, filled_rows, rows_of
 from tspc.calibration.products import Products, Squares, is_diagonal, products_of_outputs
+from tspc.data.model_inputs import Given, answer_of, called, first_of, masks_of
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, output_count
 from tspc.system.modes import is_of_inference, own_modes
 from tspc.system.parallel import in_parts
 from tspc.system.tally import Tally
 from tspc.traversal.copying import copied
-from tspc.traversal.hooks import Reached, hooked, run_until_reached
+from tspc.traversal.hooks import Reached, hooked, run_on
 from tspc.traversal.nested import tensors_in
 
 IMAGES, FEWEST, NUMBERS = 128, 32, 2**21
@@ -43,7 +44,7 @@ SHRINKAGE = 1e-2
 def output_sensitivity(
     model: nn.Module,
     layers: Sequence[str],
-    batches: Iterable[Tensor],
+    batches: Iterable[Given],
     tally: Tally | None = None,
     short: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -75,7 +76,7 @@ def output_sensitivity(
 
 
 def _measured(
-    model: nn.Module, layers: Collection[str], batches: Iterable[Tensor], tally: Tally, short: bool
+    model: nn.Module, layers: Collection[str], batches: Iterable[Given], tally: Tally, short: bool
 ) -> tuple[_Sums, int]:
     """The sums over the gradients of some layers, and the number of projections."""
     # The network may have an operation whose gradient does not know bfloat16.
@@ -103,6 +104,8 @@ class _Sums:
         self._rows: dict[str, int] = {}
         self._called: dict[str, None] = {}
         self._generator = torch.Generator().manual_seed(0)
+        self.masks: list[Tensor] = []
+        """Which positions hold something, of the inputs whose gradients come next."""
         self.rows = ROWS
         """The number of positions that count in each of the gradients that come next."""
 
@@ -131,7 +134,7 @@ class _Sums:
 
     def _add(self, name: str, layer: DenseLayer, gradient: Tensor) -> None:
         with own_modes(), torch.no_grad():
-            g = rows_of(layer, gradient)
+            g = rows_of(layer, gradient, Positions(rows=filled_rows(layer, gradient.shape, self.masks)))
             if len(g) > self.rows:
                 # Neighbouring positions tell the same; a fixed step could always meet the same column.
                 chosen = torch.randint(len(g), (self.rows,), generator=self._generator, device="cpu").to(g.device)
@@ -175,7 +178,7 @@ def _numbers(layer: nn.Module) -> int:
     return outputs if is_diagonal(outputs) else outputs**2
 
 
-def _backward(model: nn.Module, batches: Iterable[Tensor], sums: _Sums, short: bool, tally: Tally) -> int:
+def _backward(model: nn.Module, batches: Iterable[Given], sums: _Sums, short: bool, tally: Tally) -> int:
     """Sends random projections of the answers back; returns their number. With `short` the network runs in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     projections = 0
@@ -183,14 +186,18 @@ def _backward(model: nn.Module, batches: Iterable[Tensor], sums: _Sums, short: b
     whole = sum(map(len, parts))
     with tally.expecting(len(parts)):
         for part in parts:
-            probes = 1 if part[0].numel() >= LARGE else PROBES
+            probes = 1 if first_of(part)[0].numel() >= LARGE else PROBES
             sums.rows = max(1, ROWS * len(part) // (whole * probes))
-            inputs = part.detach().clone()
+            inputs, sums.masks = part.detach().clone(), masks_of(part)
+            if inputs.is_floating_point():
+                first_of(inputs).requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=short):
-                answer = model(inputs.requires_grad_() if inputs.is_floating_point() else inputs)
+                answer = called(model, inputs)
             answers = _with_gradient(answer)
             for probe in range(probes):
-                projected = sum((answer.float() * _direction(answer, generator)).sum() for answer in answers)
+                projected = sum(
+                    (answer.float() * _direction(answer, generator, sums.masks)).sum() for answer in answers
+                )
                 # Not by `grad`, which reentrant checkpoints refuse.
                 torch.autograd.backward(cast(Tensor, projected), retain_graph=probe + 1 < probes)
             projections += probes * len(part)
@@ -198,7 +205,7 @@ def _backward(model: nn.Module, batches: Iterable[Tensor], sums: _Sums, short: b
     return projections
 
 
-def enough(batches: Iterable[Tensor], most: int | None = IMAGES, fewest: int = FEWEST) -> Iterator[Tensor]:
+def enough(batches: Iterable[Given], most: int | None = IMAGES, fewest: int = FEWEST) -> Iterator[Given]:
     """The first batches, with as many images as show well enough how a network works: of large images fewer.
 
     About `most` images are enough, whatever their size; None: there is no such limit. At least `fewest` are taken.
@@ -207,25 +214,30 @@ def enough(batches: Iterable[Tensor], most: int | None = IMAGES, fewest: int = F
     for batch in batches:
         yield batch
         count += len(batch)
-        numbers = batch[0].numel() * (1 if batch.is_floating_point() else TOKEN)
+        numbers = first_of(batch)[0].numel() * (1 if batch.is_floating_point() else TOKEN)
         needed = max(fewest, NUMBERS // max(1, numbers))
         if count >= (needed if most is None else min(most, needed)):
             return
 
 
-def _direction(answer: Tensor, generator: torch.Generator) -> Tensor:
+def _direction(answer: Tensor, generator: torch.Generator, masks: Sequence[Tensor]) -> Tensor:
+    """A random direction in the space of an answer; padded positions have no part in it."""
     direction = torch.randn(answer.shape, generator=generator, dtype=torch.float32, device="cpu").to(answer)
     if answer.ndim == 2 and answer.shape[1] > 1:
         # A constant added to all logits changes no probability.
         direction -= direction.mean(1, keepdim=True)
-    return direction
+    mask = next((mask for mask in masks if mask.shape == answer.shape[:2]), None)
+    return direction if mask is None else direction * mask.reshape(*mask.shape, *[1] * (answer.ndim - 2)).to(answer)
 
 
 def _with_gradient(answer: Any) -> list[Tensor]:
-    """All tensors of a plain list, tuple or dict, such as the maps of a backbone; else the first tensor inside."""
+    """All tensors of a plain list, tuple or dict, such as the maps of a backbone; else the one that counts inside."""
     items = list(answer.values()) if type(answer) in (dict, OrderedDict) else answer
     direct = items if type(items) in (list, tuple) else ()
     found = [item for item in direct if isinstance(item, Tensor) and item.grad_fn is not None]
+    counting = answer_of(answer)
+    if not found and counting is not None and counting.grad_fn is not None:
+        return [counting]
     found = found or [tensor for tensor in tensors_in(answer) if tensor.requires_grad][:1]
     if not found:
         raise ValueError("its answer has no tensor with a gradient")
@@ -233,18 +245,18 @@ def _with_gradient(answer: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _size(model: nn.Module, batch: Tensor) -> int:
+def _size(model: nn.Module, batch: Given) -> int:
     """The number of entries of one input, or of the first floating activation if the input has whole numbers."""
     if batch.is_floating_point():
-        return batch[0].numel()
-    sizes = [batch[0].numel()]
+        return first_of(batch)[0].numel()
+    sizes = [first_of(batch)[0].numel()]
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
             sizes.append(output.numel())
             raise Reached
 
-    run_until_reached(model, [module.register_forward_hook(hook) for module in _with_hooks(model)], batch[:1])
+    run_on(model, [module.register_forward_hook(hook) for module in _with_hooks(model)], batch[:1])
     return sizes[-1]
 
 

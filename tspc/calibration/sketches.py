@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tspc.calibration.moments import SCARCITY, scarcity
 from tspc.calibration.patches import Positions, input_patches
 from tspc.calibration.samples import Part, Samples, Survey
+from tspc.data.model_inputs import called
 from tspc.decompositions import Metric
 from tspc.decompositions.metric import Rows
 from tspc.layers.dense import DenseLayer, kernel_of
@@ -57,9 +58,9 @@ def sketches_of(
 
     One pass over the network serves as many layers as fit into memory together.
     """
-    called = [name for name in layers if survey.trace.calls.get(name)]
+    reached = [name for name in layers if survey.trace.calls.get(name)]
     size = lambda name: 4 * FEW * kernel_of(model.get_submodule(name))[0].numel() / 2**20  # noqa: E731
-    for part in in_parts(called, size, samples.settings.memory):
+    for part in in_parts(reached, size, samples.settings.memory):
         yield from _together(model, part, samples, survey, images or samples)
 
 
@@ -73,7 +74,8 @@ def _together(
     def hook(name: str, batch: int) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
             layer = cast(DenseLayer, module)
-            positions = Positions.at_most(most, layer, outputs.shape, zlib.crc32(name.encode()) + batch)
+            seed, masks = zlib.crc32(name.encode()) + batch, samples.kept.masks(batch)
+            positions = Positions.at_most(most, layer, outputs.shape, seed, masks)
             rows = input_patches(layer, first_argument(args, kwargs), positions).flatten(0, 1)
             found[name].append(rows.clone())  # a later operation may change the input in place
 
@@ -82,7 +84,7 @@ def _together(
     for number, batch in enumerate(images):
         handles = [model.get_submodule(n).register_forward_hook(hook(n, number), with_kwargs=True) for n in found]
         with hooked(handles), running(number, samples.short):
-            model(batch)
+            called(model, batch)
     for name in [name for name in layers if found[name]]:
         rows, kernel = torch.cat(found.pop(name)), kernel_of(model.get_submodule(name))
         yield name, Sketch.of(kernel, rows, samples.settings.damping, survey.weights(name), len(images))

@@ -12,7 +12,7 @@ from tspc.calibration.samples import Samples, Survey
 from tspc.calibration.sketches import Sketch
 from tspc.decompositions import Metric
 from tspc.layers.dense import kernel_of
-from tspc.traversal.hooks import Reached, first_argument, run_until_reached, running
+from tspc.traversal.hooks import Reached, first_argument, run_on, running
 
 UNSEEN = 1
 """Added to the count of every token, because calibration shows only some of them."""
@@ -43,11 +43,13 @@ def _counts(model: nn.Module, tables: Collection[str], samples: Samples) -> dict
     found: dict[str, Tensor] = {}
     calls, expected = 0, None
 
-    def hook(name: str) -> Callable[..., None]:
+    def hook(name: str, masks: list[Tensor]) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
             nonlocal calls
             size = len(kernel_of(module))
-            counts = torch.bincount(first_argument(args, kwargs).flatten(), minlength=size)
+            tokens = first_argument(args, kwargs)
+            mask = next((mask for mask in masks if mask.shape == tokens.shape), None)
+            counts = torch.bincount(tokens.flatten() if mask is None else tokens[mask], minlength=size)
             found[name] = found[name] + counts if name in found else counts
             calls += 1
             if calls == expected:  # the rest of the network shows nothing more
@@ -57,8 +59,9 @@ def _counts(model: nn.Module, tables: Collection[str], samples: Samples) -> dict
 
     for number, batch in enumerate(samples if tables else ()):
         calls = 0
-        handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in tables]
+        see = {name: hook(name, samples.kept.masks(number)) for name in tables}
+        handles = [model.get_submodule(name).register_forward_hook(see[name], with_kwargs=True) for name in tables]
         with running(number, samples.short):
-            run_until_reached(model, handles, batch)
+            run_on(model, handles, batch)
         expected = expected or calls or None
     return found

@@ -17,6 +17,7 @@ from tspc.calibration.samples import Samples
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, kernel_of
 from tspc.system.parallel import in_parts
+from tspc.traversal.regular import is_regular
 from tspc.traversal.stash import Stash
 from tspc.traversal.tracing import Trace
 from tspc.traversal.walk import Walker
@@ -49,9 +50,11 @@ class Targets:
 
     def is_routed(self, samples: Samples) -> bool:
         """Whether the network decides by the images which of them reach the layer, as in a mixture of experts."""
-        whole = range(len(samples) // samples.settings.batch_size)  # the last batch may be smaller
-        shapes = [[call.outputs for call in self.calls if call.batch == number] for number in whole]
-        return any(found != shapes[0] for found in shapes)
+        found: dict[int, list[torch.Size]] = {number: [] for number in range(len(samples.kept))}
+        for call in self.calls:
+            found[call.batch].append(call.outputs)
+        shapes, sizes = [tuple(each) for each in found.values()], [samples.kept.size(number) for number in found]
+        return not is_regular(shapes, sizes)
 
 
 def targets_of(reference: Walker, layers: Collection[str], samples: Samples) -> dict[str, Targets]:

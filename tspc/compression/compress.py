@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tspc.calibration.samples import Calibration, Samples, kept
 from tspc.compression import fastest
@@ -22,6 +22,7 @@ from tspc.compression.progress import FIT, progress_bar, work_on
 from tspc.compression.selection import FilterFn
 from tspc.compression.settings import PlanSettings
 from tspc.compression.smallest import Search, Tried
+from tspc.data.model_inputs import Given
 from tspc.decompositions import Method
 from tspc.errors import ConfigError
 from tspc.layers.dense import has_inputs, kind_of
@@ -41,12 +42,12 @@ def compress(
     method: str | Method | PlanSettings = "tt",
     rate: float | None = None,
     *,
-    calibration: Tensor | Iterable[Any] | Samples | None = None,
+    calibration: Given | Iterable[Any] | Samples | None = None,
     settings: Calibration | None = None,
     held_out: Iterable[Any] | None = None,
     metric: str | Callable[..., Any] = "top1",
     filter_fn: FilterFn | None = None,
-    example: Tensor | None = None,
+    example: Given | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     progress: bool = False,
     spread: bool = False,
@@ -106,10 +107,10 @@ def smallest(
     *,
     held_out: Iterable[Any] | None,
     metric: str | Callable[..., Any] = "top1",
-    calibration: Tensor | Iterable[Any] | Samples | None = None,
+    calibration: Given | Iterable[Any] | Samples | None = None,
     settings: Calibration | None = None,
     filter_fn: FilterFn | None = None,
-    example: Tensor | None = None,
+    example: Given | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
@@ -141,7 +142,7 @@ def smallest(
     with kept(calibration, settings, model) as samples:
         curves = error_curves(model, sketch.layers, asked.method, samples, widths=asked.widths, on_layer=on_layer)
         if example is None and samples is not None:
-            example = next(iter(samples))[:1]
+            example = samples.example(model)
         keeper = keeper_for(model, sketch, example) if asked.is_timed else None
         plan_at = lambda share: planned(model, at_share(sketch, share), curves, example, keeper)  # noqa: E731
         plan_in = lambda share: planned(model, in_time(sketch, share), curves, example, keeper)  # noqa: E731

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tspc.compression.plan import LayerPlan
 from tspc.compression.runtime_costs import WORK, Work, rounded_up
+from tspc.data.model_inputs import Given, called
 from tspc.decompositions import Decomposition, Rank, Shape
 from tspc.deploy.calls import EXTRAS, Run, Unusable, call, family
 from tspc.deploy.graphs import Graphs
@@ -46,12 +47,12 @@ class Times(Protocol):
     ) -> float: ...
 
 
-def input_sizes(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str, Size]:
+def input_sizes(model: nn.Module, names: Collection[str], images: Given) -> dict[str, Size]:
     """The size of the largest input of each named layer when the network runs on an example; see `calls`."""
     return {name: max(sizes, key=math.prod) for name, sizes in calls(model, names, images).items()}
 
 
-def calls(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str, list[Size]]:
+def calls(model: nn.Module, names: Collection[str], images: Given) -> dict[str, list[Size]]:
     """For each named layer the sizes of its inputs, one for each call, when the network runs on an example.
 
     Layers that are not called are left out. The result is empty if the network fails on the example.
@@ -69,11 +70,11 @@ def calls(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str,
 
         return hook
 
-    called = [(model.get_submodule(name), on_call(name)) for name in names]
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in called]
+    hooks = [(model.get_submodule(name), on_call(name)) for name in names]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     with hooked(handles), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            model(images)
+            called(model, images)
         except Exception:  # the network may be the user's own, with other inputs
             return {}
     return sizes

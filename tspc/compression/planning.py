@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tspc.calibration.samples import Calibration, Samples, kept
 from tspc.compression.allocation import Candidate, overall, uniform, without_slower
@@ -21,6 +21,7 @@ from tspc.compression.plan import SLOWER, LayerPlan, Plan
 from tspc.compression.selection import FilterFn
 from tspc.compression.settings import PlanSettings
 from tspc.compression.time_plans import Timekeeper, needs_example, timekeeper
+from tspc.data.model_inputs import Given
 from tspc.decompositions import Method
 from tspc.errors import ConfigError, TspcWarning, UntimedError
 from tspc.quantization.grids import FULL
@@ -38,10 +39,10 @@ def plan(
     method: str | Method | PlanSettings = "tt",
     rate: float | None = None,
     *,
-    calibration: Tensor | Iterable[Any] | Samples | None = None,
+    calibration: Given | Iterable[Any] | Samples | None = None,
     settings: Calibration | None = None,
     filter_fn: FilterFn | None = None,
-    example: Tensor | None = None,
+    example: Given | None = None,
     curves: Curves | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     spread: bool = False,
@@ -79,7 +80,7 @@ def plan(
         if curves is None and asked.needs_curves:
             curves = error_curves(model, sketch.layers, asked.method, samples, widths=asked.widths, on_layer=on_layer)
         if example is None and samples is not None:
-            example = next(iter(samples))[:1]
+            example = samples.example(model)
         if processes.is_shared():  # the times that `paths` may measure differ from process to process
             return Plan.from_dict(processes.by_first(lambda: planned(model, sketch, curves, example).to_dict()))
     return planned(model, sketch, curves, example)
@@ -90,7 +91,7 @@ def planned(
     model: nn.Module,
     sketch: Outline,
     curves: Curves | None,
-    example: Tensor | None,
+    example: Given | None,
     known: Timekeeper | None = None,
 ) -> Plan:
     """The ranks of an outline's layers, from their error curves, and the paths for inputs of the `example`'s size.
@@ -111,13 +112,13 @@ def planned(
         return _planned(model, sketch, curves, example, None)
 
 
-def keeper_for(model: nn.Module, sketch: Outline, example: Tensor | None) -> Timekeeper | None:
+def keeper_for(model: nn.Module, sketch: Outline, example: Given | None) -> Timekeeper | None:
     """What knows the times of an outline's layers; None if its settings need no times. Raises ConfigError."""
     return timekeeper(model, sketch.settings, [layer.name for layer in sketch.chosen], example)
 
 
 def _planned(
-    model: nn.Module, sketch: Outline, curves: Curves | None, example: Tensor | None, keeper: Timekeeper | None
+    model: nn.Module, sketch: Outline, curves: Curves | None, example: Given | None, keeper: Timekeeper | None
 ) -> Plan:
     asked, names = sketch.settings, [layer.name for layer in sketch.chosen]
     if keeper is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tspc.compression.allocation import Candidate
 from tspc.compression.form import DENSE
@@ -18,6 +18,8 @@ from tspc.compression.path_costs import Costs, Size, calls
 from tspc.compression.plan import LayerPlan
 from tspc.compression.settings import PlanSettings
 from tspc.compression.timed import Allocation, Option, options_of
+from tspc.data.arranging import as_positional
+from tspc.data.model_inputs import Given
 from tspc.deploy.calls import EXTRAS, family
 from tspc.errors import ConfigError, InfeasibleTimeError
 from tspc.layers.chains import REBUILT
@@ -172,7 +174,7 @@ def _rows(found: Try) -> Rows:
 
 
 def timekeeper(
-    model: nn.Module, settings: PlanSettings, names: Sequence[str], example: Tensor | None
+    model: nn.Module, settings: PlanSettings, names: Sequence[str], example: Given | None
 ) -> Timekeeper | None:
     """A timekeeper for layers of these names; None if the settings need no times.
 
@@ -190,7 +192,7 @@ def timekeeper(
     if family(settings.runtime) in EXTRAS and extras.missing(EXTRAS[family(settings.runtime)]) is not None:
         return None  # with a limit the settings are refused before
     place = place_of(settings, model)
-    watch = Stopwatch(model, example, place, min(settings.terms.seconds, SECONDS))
+    watch = Stopwatch(model, as_positional(model, example), place, min(settings.terms.seconds, SECONDS))
     return Timekeeper(model, settings, called, LayerTimes(place), watch)
 
 

@@ -10,7 +10,7 @@ from tspc.data import small
 from tspc.data.base import Batch, Data, Feed, generator_of
 from tspc.data.folder import image_folder
 from tspc.data.layout import Contiguous
-from tspc.data.model_inputs import Given, ModelInputs, answer_of, arguments_of, called
+from tspc.data.model_inputs import Given, ModelInputs, answer_of, answered, called, filled, first_of, kinds_of, masks_of
 from tspc.data.spec import KINDS_IN_FOLDERS, NO_DATA, DataSpec
 from tspc.errors import ConfigError
 
@@ -26,10 +26,14 @@ __all__ = [
     "Given",
     "ModelInputs",
     "answer_of",
-    "arguments_of",
+    "answered",
     "called",
+    "filled",
+    "first_of",
     "generator_of",
+    "kinds_of",
     "load_data",
+    "masks_of",
 ]
 
 KINDS: dict[str, Callable[[DataSpec, Path | None, bool], Data]] = {

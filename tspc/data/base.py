@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from tspc.data.spec import DataSpec
 from tspc.errors import DataError
 from tspc.system.processes import ALONE, Share
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Tensor]
+"""Inputs and targets. The inputs are a tensor, such as images, or `ModelInputs`."""
 
 
 @dataclass(frozen=True)

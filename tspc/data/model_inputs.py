@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,10 +10,18 @@ from torch import Tensor
 
 from tspc.errors import DataError
 
-MASKS = ("attention_mask", "padding_mask", "mask")
+MASKS = (
+    *("attention_mask", "decoder_attention_mask", "encoder_attention_mask"),
+    *("input_mask", "padding_mask", "mask"),
+)
 """Names of arguments that say which positions hold something: 1 or true there, 0 or false at padded ones."""
+INVERTED = ("key_padding_mask", "src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
+"""Names of arguments that are true at padded positions, as in PyTorch's own attention."""
 ANSWERS = ("logits", "sentence_embedding", "image_embeds", "text_embeds", "last_hidden_state")
 """Names of an answer's tensors, the first of which that is there counts."""
+
+KINDS = 4
+"""So many kinds of batches show how a network's blocks call each other: other lengths, with and without padding."""
 
 
 class ModelInputs:
@@ -26,21 +34,31 @@ class ModelInputs:
 
     def __init__(self, positional: Sequence[Any] = (), named: Mapping[str, Any] | None = None) -> None:
         self.positional, self.named = tuple(positional), dict(named or {})
-        first = next((value for value in self.values() if isinstance(value, Tensor) and value.ndim), None)
-        if first is None:
+        inputs = [value for name, value in self.named.items() if name not in (*MASKS, *INVERTED)]
+        found = [v for v in (*self.positional, *inputs, *self.named.values()) if isinstance(v, Tensor) and v.ndim]
+        if not found:
             raise DataError("a batch of inputs holds no tensor with an axis for its inputs")
-        self._first = first
+        self._first = found[0]
 
     @property
     def first(self) -> Tensor:
-        """The first tensor: the token numbers, the images."""
+        """The first tensor that is no mask: the token numbers, the images."""
         return self._first
 
     @property
     def mask(self) -> Tensor | None:
         """Which positions hold something (N, L), as truth values; None if no argument says so."""
-        found = next((self.named[name] for name in MASKS if isinstance(self.named.get(name), Tensor)), None)
-        return None if found is None or found.ndim != 2 or len(found) != len(self) else found != 0
+        return next(iter(self.masks), None)
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """All such masks: an encoder and a decoder may have one each. A mask of another shape says nothing here."""
+        found = []
+        for name in (*MASKS, *INVERTED):
+            value = self.named.get(name)
+            if isinstance(value, Tensor) and value.ndim == 2 and len(value) == len(self):
+                found.append(_filled(name, value))
+        return found
 
     def values(self) -> Iterator[Any]:
         """All arguments, those by position first."""
@@ -63,10 +81,27 @@ class ModelInputs:
         """As `Tensor.chunk`: about so many parts of equal size."""
         return self.split(-(-len(self) // parts))
 
+    def is_floating_point(self) -> bool:
+        """Whether the first tensor holds real numbers, and not the numbers of tokens."""
+        return self.first.is_floating_point()
+
     def to(self, place: torch.device) -> ModelInputs:
         """The same on a device."""
         move = lambda value: value.to(place) if isinstance(value, Tensor) else value  # noqa: E731
         return ModelInputs(list(map(move, self.positional)), {name: move(value) for name, value in self.named.items()})
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> ModelInputs:
+        """The same in a layout of the memory; channels last is for images alone."""
+
+        def change(tensor: Tensor) -> Tensor:
+            is_image = tensor.ndim == 4 and tensor.is_floating_point()
+            return tensor.contiguous(memory_format=memory_format if is_image else torch.contiguous_format)
+
+        return self._each(change, all_tensors=True)
+
+    def detach(self) -> ModelInputs:
+        """The same without a history of gradients."""
+        return self._each(Tensor.detach, all_tensors=True)
 
     def clone(self) -> ModelInputs:
         """A copy whose tensors may be changed in place."""
@@ -90,6 +125,85 @@ class ModelInputs:
 
 Given = Tensor | ModelInputs
 """One batch of what a network takes."""
+
+
+def first_of(batch: Given) -> Tensor:
+    """The first tensor of a batch; the batch itself if it is a tensor."""
+    return batch.first if isinstance(batch, ModelInputs) else batch
+
+
+def masks_of(batch: Given) -> list[Tensor]:
+    """Which positions of a batch hold something (N, L): one mask for each shape, and none where nothing is padded.
+
+    If an encoder and a decoder have masks of the same shape, a position counts where either says so.
+    """
+    found: dict[torch.Size, Tensor] = {}
+    for mask in batch.masks if isinstance(batch, ModelInputs) else ():
+        found[mask.shape] = found[mask.shape] | mask if mask.shape in found else mask
+    return [mask for mask in found.values() if not bool(mask.all())]
+
+
+def joined(batches: Sequence[Given]) -> Given | None:
+    """Several batches in one; None if they do not fit together: other lengths, other arguments, what they share."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        parts = [batch for batch in batches if isinstance(batch, Tensor)]
+        fit = len(parts) == len(batches) and all(part.shape[1:] == first.shape[1:] for part in parts)
+        return torch.cat(parts) if fit else None
+    given = [arguments_of(batch) for batch in batches]
+    if any(len(places) != len(given[0][0]) or named.keys() != given[0][1].keys() for places, named in given):
+        return None
+    sizes = [len(first_of(batch)) for batch in batches]
+    rows = [[*places, *named.values()] for places, named in given]
+    columns = [_joined_column(list(column), sizes) for column in zip(*rows, strict=True)]
+    if any(not fits for _, fits in columns):
+        return None
+    values = [value for value, _ in columns]
+    count = len(given[0][0])
+    return ModelInputs(values[:count], dict(zip(given[0][1], values[count:], strict=True)))
+
+
+def _joined_column(values: list[Any], sizes: list[int]) -> tuple[Any, bool]:
+    """The same argument of several batches of these sizes, and whether its values fit together."""
+    if all(isinstance(value, Tensor) for value in values):
+        first: Tensor = values[0]
+        alike = all(value.shape[1:] == first.shape[1:] and value.dtype == first.dtype for value in values)
+        rows = all(value.ndim and len(value) == size for value, size in zip(values, sizes, strict=True))
+        return (torch.cat(values), True) if alike and rows else (None, False)
+    is_constant = all(value is None or isinstance(value, bool | int | float | str) for value in values)
+    return values[0], is_constant and all(value == values[0] for value in values)
+
+
+def few_of(batch: Given, masks: Sequence[Tensor]) -> Given:
+    """Two inputs of a batch; one of them is padded if any input is, as the `masks` of the batch say."""
+    if not masks or bool((~masks[0][:2]).any()):
+        return batch[:2]
+    return batch[torch.tensor([int(masks[0].sum(1).argmin()), 0])]
+
+
+def kinds_of(batches: Iterable[Given]) -> list[Given]:
+    """Two inputs of the first batch, and of the first batches of other sizes, with and without padding."""
+    found: dict[Any, Given] = {}
+    for batch in batches:
+        masks = masks_of(batch)
+        kind = first_of(batch).shape[1:], bool(masks)
+        if len(found) < KINDS and kind not in found:
+            found[kind] = few_of(batch, masks)
+    return list(found.values())
+
+
+def filled(answer: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """The rows of an answer (N, L, …) at positions that hold something; the answer itself if no mask has its shape."""
+    mask = next((mask for mask in masks if mask.shape == answer.shape[:2]), None)
+    return answer if mask is None else answer[mask.to(answer.device)]
+
+
+def _filled(name: str, mask: Tensor) -> Tensor:
+    """Where the argument of this name says that a position holds something."""
+    # Masks of floating-point numbers may be added to the scores of an attention: 0, and -inf at padded positions.
+    if mask.is_floating_point() and (name in INVERTED or bool((mask < 0).any())):
+        return mask >= 0
+    return mask == 0 if name in INVERTED else mask != 0
 
 
 def _shown(value: Any) -> str:
@@ -121,6 +235,18 @@ def answer_of(output: Any) -> Tensor | None:
     if named is not None or not isinstance(output, list | tuple):
         return named
     return _first_of(output)
+
+
+def answered(model: Callable[..., Any], batch: Given) -> Tensor:
+    """The tensor that counts in what a network answers to a batch. Raises DataError if there is none."""
+    output = called(model, batch)
+    found = answer_of(output)
+    if found is None:
+        raise DataError(
+            f"{type(model).__name__} answers with {type(output).__name__}, which holds no tensor of real numbers; "
+            "wrap the network in a module that returns the tensor to learn from"
+        )
+    return found
 
 
 def _first_of(values: Any) -> Tensor | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tspc.data import generator_of
+from tspc.data import Given, first_of, generator_of, masks_of
 from tspc.errors import ConfigError
 from tspc.phases.context import Context
 from tspc.system import processes
 from tspc.training import Recipe
+from tspc.traversal.handing import Call
 from tspc.traversal.nested import UnknownValueError
+from tspc.traversal.regular import is_regular
 from tspc.traversal.stash import Room, Stash
 from tspc.traversal.tracing import Trace
 from tspc.traversal.walk import Walker
@@ -23,6 +25,14 @@ VIEWS = 4
 """The largest number of augmentations of one training image."""
 JUDGES = 8
 """One of this number of kept batches judges, and is not trained on."""
+
+
+@dataclass(frozen=True)
+class Masked:
+    """The arguments of a block, and which positions of the batch hold something; see `tspc.data.masks_of`."""
+
+    call: Call
+    masks: list[Tensor]
 
 
 def augmented_images(recipe: Recipe, wanted: int, context: Context, room: Room) -> Stash:
@@ -48,6 +58,9 @@ class Kept:
         self._small = None if inputs == "parallel" else Walker(model, trace, images, room, half=True)
         self._walkers = [walker for walker in (self._reference, self._small) if walker is not None]
         self._inputs, self._seed, self._images = inputs, seed, images
+        self._masks = [masks_of(batch) for batch in images]
+        self._sizes = [first_of(batch).shape for batch in images]
+        self._device = first_of(images[0]).device
         self.is_paired = True
         """Whether the inputs that one network gives the block belong to the outputs of the other's block."""
         self._judging = max(1, len(images) // JUDGES)
@@ -77,12 +90,13 @@ class Kept:
         """Whether both networks, in all processes, give the block inputs of one shape for every batch."""
         is_paired = all(walker.is_called_always for walker in self._walkers)
         if is_paired and len(self._walkers) > 1:
-            shapes = {walker.shapes(number) for walker in self._walkers for number in range(len(self._images))}
-            is_paired = len(shapes) == 1
-        unpaired = torch.tensor(float(not is_paired), device=self._images[0].device)
+            one, other = ([walker.shapes(n) for n in range(len(self._images))] for walker in self._walkers)
+            # The first argument alone: a mask may be None for a batch without padding.
+            is_paired = one == other and is_regular([shapes[:1] for shapes in one], self._sizes)
+        unpaired = torch.tensor(float(not is_paired), device=self._device)
         return float(processes.summed(unpaired)) == 0
 
-    def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor]]:
+    def read(self, epoch: int, start: int) -> Iterator[tuple[Masked, Tensor]]:
         for number in torch.randperm(self.per_epoch, generator=generator_of(self._seed, epoch))[start:].tolist():
             yield self._pair(number, from_reference=self._inputs == "mixed" and (number + epoch) % 2 == 1)
 
@@ -93,17 +107,17 @@ class Kept:
                 args, named = walker.arguments(number)
                 block(*args, **named)
 
-    def training(self) -> Iterator[tuple[Any, Tensor]]:
+    def training(self) -> Iterator[tuple[Masked, Tensor]]:
         """All batches for training."""
         return (self._pair(number) for number in range(self.per_epoch))
 
-    def judging_images(self) -> Iterator[Tensor]:
+    def judging_images(self) -> Iterator[Given]:
         return (self._images[self.per_epoch + number] for number in range(self._judging))
 
-    def judging(self) -> Iterator[tuple[Any, Tensor]]:
+    def judging(self) -> Iterator[tuple[Masked, Tensor]]:
         """All batches that judge; they are not trained on."""
         return (self._pair(self.per_epoch + number) for number in range(self._judging))
 
-    def _pair(self, number: int, from_reference: bool = False) -> tuple[Any, Tensor]:
+    def _pair(self, number: int, from_reference: bool = False) -> tuple[Masked, Tensor]:
         walker = self._reference if from_reference else self._small or self._reference
-        return walker.arguments(number), self._reference.output(number)
+        return Masked(walker.arguments(number), self._masks[number]), self._reference.output(number)

@@ -10,12 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from tspc.data import Given, answer_of, called, filled, masks_of
 from tspc.phases.context import Context
 from tspc.system import processes
 from tspc.training import AGREEMENT, Again, Metric, losses, measure
 from tspc.traversal.hooks import evaluating
 
-Images = Callable[[], Iterable[Tensor]]
+Images = Callable[[], Iterable[Given]]
 T = TypeVar("T")
 
 
@@ -102,9 +103,10 @@ def _error(network: nn.Module, reference: nn.Module, images: Images) -> float | 
     sums: list[Tensor] = []
     with evaluating(network), evaluating(reference):
         for batch in images():
-            answer, wanted = network(batch), reference(batch)
-            if not (isinstance(answer, Tensor) and isinstance(wanted, Tensor)):
+            answer, wanted = answer_of(called(network, batch)), answer_of(called(reference, batch))
+            if answer is None or wanted is None:
                 return None
+            answer, wanted = (filled(found, masks_of(batch)) for found in (answer, wanted))
             sums.append(torch.stack([(answer - wanted).float().square().sum(), wanted.float().square().sum()]))
     if not sums:
         return None
@@ -117,8 +119,8 @@ def _classes(network: nn.Module, images: Images) -> Tensor | None:
     found: list[Tensor] = []
     with evaluating(network):
         for batch in images():
-            answer = network(batch)
-            if not (isinstance(answer, Tensor) and answer.ndim == 2):
+            answer = answer_of(called(network, batch))
+            if answer is None or answer.ndim != 2:
                 return None
             found.append(answer.argmax(1))
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=next(network.parameters()).device)

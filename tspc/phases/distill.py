@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,10 @@ from tspc.compression.fits import OnLayer
 from tspc.compression.integers import on_grids
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.rounding import put_on_grids_, take_off_grids_
+from tspc.data import Given, filled, kinds_of
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
-from tspc.phases.activations import Kept, augmented_images
+from tspc.phases.activations import Kept, Masked, augmented_images
 from tspc.phases.agreement import keep_better_, keep_closer_
 from tspc.phases.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
 from tspc.phases.context import Context
@@ -38,7 +38,7 @@ from tspc.system.modes import own_modes
 from tspc.system.tally import counting
 from tspc.training import Progress, Recipe, Step, Watchers, fit
 from tspc.traversal.blocks import block_of, find_blocks
-from tspc.traversal.hooks import evaluating
+from tspc.traversal.hooks import evaluating, first_argument
 from tspc.traversal.stash import Room
 from tspc.traversal.tracing import Trace, trace
 
@@ -116,7 +116,9 @@ def distill(
     room = Room(settings.memory)
     try:
         images = augmented_images(settings, settings.images, context, room)
-        found = _trace(reference, list(layers), blocks, adapted, images[0][:2], settings)
+        # If blocks are named, nothing else is changed. With the reference's inputs its own layer is the best one.
+        is_free = settings.blocks is None and settings.inputs != "parallel"
+        found = _trace(reference, list(layers), blocks, adapted, kinds_of(images), is_free)
         kept = Kept(reference, model, found, images, room, settings.inputs, context.seed)
         for number, segment in enumerate(found.segments):
             kept.advance()
@@ -167,26 +169,21 @@ def _round_(
 
 
 def _trace(
-    reference: nn.Module,
-    layers: list[str],
-    blocks: list[str],
-    adapted: list[str],
-    images: Tensor,
-    settings: Distillation,
+    reference: nn.Module, layers: list[str], blocks: list[str], adapted: list[str], kinds: list[Given], is_free: bool
 ) -> Trace:
-    """The blocks, and the adapted layers outside them that can be solved anew; each such layer is a segment.
+    """The blocks, and if `is_free` the adapted layers outside them that can be solved anew; each is a segment.
 
     The reference is traced, because in the compressed network the factors of a layer would count as layers of a block.
     """
-    found = trace(reference, layers + adapted, images, blocks)
-    # If blocks are named, nothing else is changed. With the reference's inputs its own layer is the best one.
-    if settings.blocks is not None or settings.inputs == "parallel":
+    few, *others = kinds
+    found = trace(reference, layers + adapted, few, blocks, others)
+    if not is_free:
         return found
     alone = [name for name in adapted if block_of(name, blocks) is None and can_be_refitted(reference, name, found)]
-    return trace(reference, layers + adapted, images, blocks + alone) if alone else found
+    return trace(reference, layers + adapted, few, blocks + alone, others) if alone else found
 
 
-def _unseen(kept: Kept, settings: Distillation, context: Context) -> Callable[[], Iterator[Tensor]]:
+def _unseen(kept: Kept, settings: Distillation, context: Context) -> Callable[[], Iterator[Given]]:
     """The held-out images, not augmented. If none are held out: the augmented images that judge the blocks."""
     data, feed = context.required_data, context.feed(settings)
     if feed.held_out == 0:
@@ -245,9 +242,9 @@ def _start_norms_(block: nn.Module, original: nn.Module, kept: Kept, settings: D
     rebase_(block, lambda: kept.show((block,), batches))
 
 
-def _loss(block: nn.Module, call: Any, target: Tensor) -> Tensor:
-    args, named = call
-    return relative_error(block(*args, **named), target)
+def _loss(block: nn.Module, given: Masked, target: Tensor) -> Tensor:
+    args, named = given.call
+    return relative_error(filled(block(*args, **named), given.masks), filled(target, given.masks))
 
 
 @torch.no_grad()
@@ -256,7 +253,7 @@ def _solve(
 ) -> None:
     """Solves a dense layer in closed form; a block is trained by steps instead."""
     layer, original = model.get_submodule(name), reference.get_submodule(name)
-    pairs = ((next(iter((*args, *named.values()))), target) for (args, named), target in kept.training())
+    pairs = ((first_argument(*given.call), target, given.masks) for given, target in kept.training())
     loss = _if_closer_(layer, kept, lambda: refit_(layer, original, pairs, kept.per_epoch))
     with context.watch("distill", label, 1, settings.batch_size, block=name) as on_step:
         on_step(Step(0, 1, loss, 0.0))

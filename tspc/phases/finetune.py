@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tspc.compression.beside import narrow_beside_, wide_parameters
 from tspc.compression.integers import on_grids
+from tspc.data import Given, answer_of, answered, filled, masks_of
 from tspc.layers.forms import tensorized_layers
 from tspc.phases.agreement import class_counts, distance
 from tspc.phases.batch_norm import SHOWN, rebase_
@@ -74,8 +76,8 @@ def train_classifier(model: nn.Module, recipe: Recipe, context: Context, progres
     be compared. Raises TrainingError if the loss stops being finite.
     """
 
-    def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(network(images), labels, label_smoothing=recipe.label_smoothing)
+    def loss_of(network: nn.Module, images: Given, labels: Tensor) -> Tensor:
+        return F.cross_entropy(answered(network, images), labels, label_smoothing=recipe.label_smoothing)
 
     _train(model, recipe, context, progress, phase, loss_of, TOP1)
 
@@ -96,16 +98,18 @@ def finetune(
     blocks = find_blocks(reference, list(tensorized_layers(model, tables=False))) if settings.features else []
     with outputs_of(reference, blocks) as wanted, outputs_of(model, blocks) as given:
 
-        def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        def loss_of(network: nn.Module, images: Given, labels: Tensor) -> Tensor:
             with torch.no_grad():
-                target = reference(images)
-            logits = network(images)
+                target = answered(reference, images)
+            logits = answered(network, images)
             loss = settings.distillation * _answer_loss(logits, target, settings.temperature)
             by_label = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
             loss = loss + (1 - settings.distillation) * by_label
             if blocks:
                 loss = (
-                    loss + settings.features * torch.stack([relative_error(given[b], wanted[b]) for b in blocks]).mean()
+                    loss
+                    + settings.features
+                    * torch.stack([_apart(given[b], wanted[b], masks_of(images)) for b in blocks]).mean()
                 )
             return loss
 
@@ -114,9 +118,9 @@ def finetune(
         def show() -> None:
             batches = context.required_data.train_batches(context.feed(settings), epoch=0)
             for images, _ in islice(batches, math.ceil(SHOWN / settings.batch_size)):
-                answer = model(images)
+                answer = answered(model, images)
                 if settings.is_careful:
-                    found.append(class_counts(answer, reference(images)))
+                    found.append(class_counts(answer, answered(reference, images)))
 
         recipe = settings
         if not progress.is_under_way():  # else the saved state would replace what is prepared here
@@ -143,6 +147,14 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """The mean squared error ÷ the variance of the target, over the batches of all processes."""
     target = target.float()
     return F.mse_loss(output.float(), target) / _variance(target).clamp(min=1e-12)
+
+
+def _apart(output: Any, target: Any, masks: list[Tensor]) -> Tensor:
+    """The relative error of a block's output, or of the tensor that counts in it, without padded positions."""
+    found, wanted = answer_of(output), answer_of(target)
+    assert found is not None, "a block with layers gives a tensor"
+    assert wanted is not None, "a block with layers gives a tensor"
+    return relative_error(filled(found, masks), filled(wanted, masks))
 
 
 def _variance(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -40,19 +40,22 @@ def can_be_refitted(model: nn.Module, name: str, found: Trace) -> bool:
 
 @own_modes()
 @torch.no_grad()
-def refit_(layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], batches: int) -> None:
+def refit_(
+    layer: nn.Module, original: nn.Module, pairs: Iterable[tuple[Tensor, Tensor, Sequence[Tensor]]], batches: int
+) -> None:
     """Gives the layer the kernel and the bias with the least mean squared error of its outputs.
 
-    `pairs` gives (x, y) for each of the `batches`: the layer's input, and the output of the `original` layer in the
-    reference. A small damping pulls the kernel towards the original's, as in `apply_`. A layer with too many inputs for
-    their second moments is not changed.
+    `pairs` gives (x, y, masks) for each of the `batches`: the layer's input, the output of the `original` layer in the
+    reference, and which positions hold something. A small damping pulls the kernel towards the original's, as in
+    `apply_`. A layer with too many inputs for their second moments is not changed.
     """
     if not is_narrow(layer):
         return
     dense, own = cast(DenseLayer, layer), cast(DenseLayer, original)
     settings, moments, images = Calibration(), None, 0
-    for number, (x, y) in enumerate(pairs):
-        positions = Positions.at_most(max(1, settings.patches // (batches * processes.count())), dense, y.shape, number)
+    most = max(1, settings.patches // (batches * processes.count()))
+    for number, (x, y, masks) in enumerate(pairs):
+        positions = Positions.at_most(most, dense, y.shape, number, masks)
         rows = input_patches(dense, x.float(), positions)
         moments = moments or Moments(rows.shape[-1], kernel_shape(dense)[0], rows.device, len(rows))
         moments.add(rows, output_rows(own, y.float(), positions))

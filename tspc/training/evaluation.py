@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.data import Batch, Data
+from tspc.data import Batch, Data, ModelInputs, answer_of, called
 from tspc.errors import ConfigError, TspcError
 from tspc.system import processes
 from tspc.system.modes import own_modes
@@ -120,16 +120,17 @@ def _answers(
 ) -> tuple[Tensor, Tensor | None]:
     """The answers of both networks, on the device of the first; None for the reference if it does not matter."""
     if not metric.uses_reference(targets):
-        return _tensor(metric, model(inputs)), None
+        return _tensor(metric, called(model, inputs)), None
     if reference is None:
         raise ConfigError([f"metric={metric.name} compares answers with the reference's, and there is no reference"])
     with seeded(number):
-        answer = _tensor(metric, model(inputs))
+        answer = _tensor(metric, called(model, inputs))
     if reference is model:
         return answer, answer
     place = next(chain(reference.parameters(), reference.buffers()), answer).device
     with seeded(number):
-        wanted = _tensor(metric, reference(inputs.to(place) if isinstance(inputs, Tensor) else inputs))
+        moved = inputs.to(place) if isinstance(inputs, Tensor | ModelInputs) else inputs
+        wanted = _tensor(metric, called(reference, moved))
     if wanted.shape != answer.shape:
         shapes = f"{tuple(answer.shape)}, but the reference with {tuple(wanted.shape)}"
         raise ConfigError([f"metric={metric.name}: the network answers with shape {shapes}"])
@@ -137,8 +138,9 @@ def _answers(
 
 
 def _tensor(metric: Metric, answer: Any) -> Tensor:
-    if isinstance(answer, Tensor) and answer.ndim:
-        return answer
+    found = answer_of(answer)
+    if found is not None and found.ndim:
+        return found
     what = f"its answer is {type(answer).__name__}"
     raise ConfigError([f"metric={metric.name} needs a network that gives one tensor; {what}: name a function instead"])
 

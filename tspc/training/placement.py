@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tspc.data import Given, answer_of, called, first_of
 from tspc.traversal.hooks import evaluating
 from tspc.traversal.layouts import alike
 
@@ -36,8 +37,8 @@ class Trial:
     reason: str = ""
 
 
-def tried(model: nn.Module, images: Tensor, trains: bool) -> Trial:
-    """Runs `model` on `images` (N, C, H, W) with channels last, and with contiguous images if only that works.
+def tried(model: nn.Module, images: Given, trains: bool) -> Trial:
+    """Runs `model` on images (N, C, H, W) with channels last, and with contiguous images if only that works.
 
     A network may call `view` on the output of a convolution, which fails with channels last. It is tried in eval mode;
     if it `trains`, also with a forward and backward step in training mode. The network is not changed.
@@ -66,26 +67,27 @@ def _text(error: Exception) -> str:
     return f"it fails ({' '.join(str(error).split()) or type(error).__name__})"
 
 
-def _answer(model: nn.Module, images: Tensor, layout: torch.memory_format) -> Trial:
-    place(model, images.device, layout)
+def _answer(model: nn.Module, images: Given, layout: torch.memory_format) -> Trial:
+    place(model, first_of(images).device, layout)
     # Both layouts draw the same random numbers, and later code draws as if nothing had been tried.
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
         torch.manual_seed(0)
         try:
-            return Trial(layout, model(images.contiguous(memory_format=layout)), None)
+            return Trial(layout, called(model, images.contiguous(memory_format=layout)), None)
         except Exception as error:  # the network may be the user's own
             return Trial(layout, None, error)
 
 
-def _failure(model: nn.Module, images: Tensor, layout: torch.memory_format) -> Exception | None:
+def _failure(model: nn.Module, images: Given, layout: torch.memory_format) -> Exception | None:
     """The error of a forward and backward step in training mode; None if it works."""
-    place(model, images.device, layout)
+    place(model, first_of(images).device, layout)
     with torch.random.fork_rng(devices=[]), evaluating(model), _buffers_kept(model), torch.enable_grad():
         model.train()
         try:
-            answer = model(images.contiguous(memory_format=layout))
-            if isinstance(answer, Tensor) and answer.requires_grad:
-                answer.sum().backward()
+            answer = called(model, images.contiguous(memory_format=layout))
+            found = answer_of(answer)
+            if found is not None and found.requires_grad:
+                found.sum().backward()
         except Exception as error:  # as above
             return error
         finally:

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tspc.data.model_inputs import Given, arguments_of
 from tspc.errors import TspcWarning
 from tspc.traversal.handing import Call
-from tspc.traversal.hooks import Reached, run_until_reached, running
+from tspc.traversal.hooks import Reached, run_on, running
 from tspc.traversal.nested import UnknownValueError, mapped, tensors_in
 from tspc.traversal.stash import Room, Stash
 
@@ -25,7 +26,7 @@ class Arguments:
     """
 
     def __init__(
-        self, model: nn.Module, name: str, images: Iterable[Tensor], room: Room, half: bool, short: bool
+        self, model: nn.Module, name: str, images: Iterable[Given], room: Room, half: bool, short: bool
     ) -> None:
         self._model, self._name, self._images, self._short = model, name, images, short
         self._kept = Stash(room, half)
@@ -34,18 +35,12 @@ class Arguments:
         """Whether every batch calls the module."""
 
     def append(self, call: Call | None) -> None:
-        """Adds the arguments of the next batch. Raises UnknownValueError if they cannot be kept."""
+        """Adds the arguments of the next batch; if they cannot be kept, those of no batch are."""
         self.is_complete &= call is not None
-        self._kept.append(call)
-
-    def find(self) -> None:
-        """Runs the network over all images up to the module.
-
-        Arguments that cannot be kept are computed again each time they are read.
-        """
+        if not self._is_kept:
+            return
         try:
-            for number, images in enumerate(self._images if self._name else ()):
-                self.append(self.made(number, images))
+            self._kept.append(call)
         except UnknownValueError as error:
             self._kept.clear()
             self._is_kept = False
@@ -56,11 +51,19 @@ class Arguments:
                 stacklevel=2,
             )
 
+    def find(self) -> None:
+        """Runs the network over all images up to the module.
+
+        Arguments that cannot be kept are computed again each time they are read.
+        """
+        for number, images in enumerate(self._images if self._name else ()):
+            self.append(self.made(number, images))
+
     @torch.no_grad()
-    def made(self, number: int, images: Tensor) -> Call | None:
+    def made(self, number: int, images: Given) -> Call | None:
         """The arguments for a batch of images, found by running the network up to the module."""
         if self._name == "":
-            return (images.clone(),), {}
+            return arguments_of(images.clone())
         found: list[Call] = []
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -69,12 +72,13 @@ class Arguments:
 
         module = self._model.get_submodule(self._name)
         with running(number, self._short):
-            run_until_reached(self._model, [module.register_forward_pre_hook(hook, with_kwargs=True)], images)
+            run_on(self._model, [module.register_forward_pre_hook(hook, with_kwargs=True)], images)
         return found[0] if found else None
 
-    def __len__(self) -> int:
-        """The number of batches that are kept."""
-        return len(self._kept)
+    @property
+    def is_found(self) -> bool:
+        """Whether the arguments are known, or known to be made again."""
+        return len(self._kept) > 0 or (self._name != "" and not self._is_kept)
 
     def kept(self, number: int) -> Call:
         """The arguments for a batch, not copied; the caller must not change them."""
@@ -92,7 +96,7 @@ class Arguments:
 
     def __iter__(self) -> Iterator[Call | None]:
         if self._is_kept:
-            return (self._copy(number) for number in range(len(self)))
+            return (self._copy(number) for number in range(len(self._kept)))
         return (self.made(number, images) for number, images in enumerate(self._images))
 
     def _copy(self, number: int) -> Call | None:

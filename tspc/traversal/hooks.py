@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tspc.data.model_inputs import Given, arguments_of
+
 
 class Reached(Exception):
     """Raised by a hook to end the forward pass of `run_until_reached`."""
@@ -34,6 +36,12 @@ def run_until_reached(model: nn.Module, handles: Sequence[RemovableHandle], *arg
     """Runs `model` up to the hook that raises `Reached`, or to the end if none does; then removes the hooks."""
     with hooked(handles), suppress(Reached):
         model(*args, **kwargs)
+
+
+def run_on(model: nn.Module, handles: Sequence[RemovableHandle], batch: Given) -> None:
+    """As `run_until_reached`, on a batch of the network's inputs."""
+    args, kwargs = arguments_of(batch)
+    run_until_reached(model, handles, *args, **kwargs)
 
 
 def version_of(value: Any) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tspc.data.model_inputs import Given, called, first_of
 from tspc.traversal.nested import tensors_in
 
 LIKE = 1e-2
@@ -14,19 +15,19 @@ LIKE = 1e-2
 
 
 @torch.no_grad()
-def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
+def takes_channels_last(model: nn.Module, images: Given) -> bool:
     """Whether `model` gives the same answer to images (N, C, H, W) with channels last; False for other inputs.
 
     A network may call `view` on the output of a convolution, which fails then. The network is in eval mode.
     """
-    if images.ndim != 4 or not images.is_floating_point():
+    if first_of(images).ndim != 4 or not images.is_floating_point():
         return False
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        plain = model(images.contiguous())
+        plain = called(model, images.contiguous())
         torch.default_generator.manual_seed(0)
         try:
-            fast = model(images.contiguous(memory_format=torch.channels_last))
+            fast = called(model, images.contiguous(memory_format=torch.channels_last))
             pairs = zip(tensors_in(fast), tensors_in(plain), strict=True)
             return all(alike(one, other) for one, other in pairs)
         except Exception:  # the network may be the user's own

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tspc.data.model_inputs import Given, called
 from tspc.errors import TspcError
 from tspc.traversal.handing import Call
-from tspc.traversal.hooks import Reached, run_until_reached, running, seeded
-from tspc.traversal.nested import mapped, tensors_in
+from tspc.traversal.hooks import Reached, run_on, running, seeded
+from tspc.traversal.nested import equal, mapped, tensors_in
 
 
 class _RefusedError(TspcError):
@@ -47,7 +48,7 @@ def leap(
     blocks: Sequence[str],
     output: Any,
     target: str,
-    images: Tensor,
+    images: Given,
     number: int = 0,
     short: bool = False,
 ) -> Call | None:
@@ -65,7 +66,7 @@ def leap(
         copied = mapped(output, Tensor.clone)  # the network may change it in place
         with _returning(model, blocks, copied), running(number, short):
             handle = model.get_submodule(target).register_forward_pre_hook(hook, with_kwargs=True)
-            run_until_reached(model, [handle], images.clone())
+            run_on(model, [handle], images.clone())
     except Exception:  # the network may be the user's own
         return None
     return found[0] if found else None
@@ -90,7 +91,7 @@ def _returning(model: nn.Module, blocks: Sequence[str], output: Any) -> Iterator
 
 
 @torch.no_grad()
-def can_leap(model: nn.Module, blocks: Sequence[str], target: str, images: Tensor) -> bool:
+def can_leap(model: nn.Module, blocks: Sequence[str], target: str, images: Given) -> bool:
     """Whether the leap from the blocks to the target gives, for a few images, the arguments that a whole pass gives.
 
     Between the two, the images run in another order. If the network keeps something from one pass to the next, the leap
@@ -113,8 +114,8 @@ def can_leap(model: nn.Module, blocks: Sequence[str], target: str, images: Tenso
             model.get_submodule(target).register_forward_pre_hook(before_target, with_kwargs=True),
         ]
         with seeded(0):
-            run_until_reached(model, handles, images.clone())
-        model(torch.stack((images[1], images[1], images[0])))
+            run_on(model, handles, images.clone())
+        called(model, images[torch.tensor([1, 1, 0])])
         found = leap(model, blocks, outputs[0], target, images)
         return found is not None and _equal(found, calls[0])
     except Exception:  # also a network that takes no single image
@@ -128,4 +129,4 @@ def _equal(first: Any, second: Any) -> bool:
         numbers = {id(tensor): number for number, tensor in enumerate(tensors_in(value))}
         shells.append(mapped(value, lambda tensor, numbers=numbers: numbers[id(tensor)]))
     pairs = zip(tensors_in(first), tensors_in(second), strict=False)
-    return shells[0] == shells[1] and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    return equal(*shells) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)

@@ -31,7 +31,10 @@ class UnknownValueError(TypeError):
         super().__init__(f"a {self.kind} cannot be copied")
 
 
-def mapped(value: Any, change: Callable[[Any], Any], leaf: type = Tensor) -> Any:
+Leaf = type | tuple[type, ...]
+
+
+def mapped(value: Any, change: Callable[[Any], Any], leaf: Leaf = Tensor) -> Any:
     """A copy of `value`, with `change` applied to every tensor (or other `leaf`).
 
     An object that occurs twice in `value` is copied once. Containers, their subclasses (namedtuples, transformers'
@@ -48,8 +51,35 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return iter(found)
 
 
+def equal(first: Any, second: Any) -> bool:
+    """Whether two values without tensors have the same structure and the same constants; also objects without `==`."""
+    return _equal(first, second, set())
+
+
+def _equal(first: Any, second: Any, seen: set[tuple[int, int]]) -> bool:
+    if first is second or (id(first), id(second)) in seen:
+        return True
+    if type(first) is not type(second):
+        return False
+    seen.add((id(first), id(second)))
+    if isinstance(first, CONSTANTS):
+        return bool(first == second)
+    if isinstance(first, dict):
+        items = list(first) == list(second) and all(_equal(first[key], second[key], seen) for key in first)
+    elif isinstance(first, list | tuple | deque):
+        pairs = zip(first, second, strict=False)
+        items = len(first) == len(second) and all(_equal(one, other, seen) for one, other in pairs)
+    elif _is_plain(type(first)):
+        items = True
+    else:
+        return bool(first == second)
+    own, other = dict(_attributes(first)), dict(_attributes(second))
+    is_alike = own.keys() == other.keys() and all(_equal(own[name], other[name], seen) for name in own)
+    return items and is_alike
+
+
 class _Copier:
-    def __init__(self, change: Callable[[Any], Any], leaf: type, is_strict: bool = True) -> None:
+    def __init__(self, change: Callable[[Any], Any], leaf: Leaf, is_strict: bool = True) -> None:
         self._change, self._leaf, self._is_strict = change, leaf, is_strict
         self._done: dict[int, Any] = {}
 

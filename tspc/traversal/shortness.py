@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tspc.data.model_inputs import Given, called, first_of
 from tspc.layers.dense import AXES, DenseLayer, kernel_of, kind_of
 from tspc.system.precision import rough
 from tspc.traversal.hooks import hooked, running
@@ -21,15 +22,15 @@ NOISE = 1e-3
 
 
 @torch.no_grad()
-def is_short_enough(model: nn.Module, layers: Collection[str], images: Tensor, count: int) -> bool:
+def is_short_enough(model: nn.Module, layers: Collection[str], images: Given, count: int) -> bool:
     """Whether bfloat16 makes passes over `count` images faster, and changes no layer's outputs by more than `NOISE`.
 
     Judged by a few `images`. The network is in eval mode, and float32 throughout.
     """
     formats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if formats != {torch.float32} or images.dtype not in (torch.float32, torch.int64, torch.int32):
+    if formats != {torch.float32} or first_of(images).dtype not in (torch.float32, torch.int64, torch.int32):
         return False
-    if rough(images.device) != torch.bfloat16:
+    if rough(first_of(images).device) != torch.bfloat16:
         return False
     try:
         exact, work = _outputs(model, layers, images, short=False)
@@ -41,7 +42,7 @@ def is_short_enough(model: nn.Module, layers: Collection[str], images: Tensor, c
         return False
 
 
-def _outputs(model: nn.Module, layers: Collection[str], images: Tensor, short: bool) -> tuple[dict[str, Tensor], float]:
+def _outputs(model: nn.Module, layers: Collection[str], images: Given, short: bool) -> tuple[dict[str, Tensor], float]:
     """The outputs of each layer's last call (rows × T), and the multiply-adds of all calls."""
     found: dict[str, Tensor] = {}
     work = 0.0
@@ -57,7 +58,7 @@ def _outputs(model: nn.Module, layers: Collection[str], images: Tensor, short: b
         return see
 
     with hooked([model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]), running(0, short):
-        model(images.clone())
+        called(model, images.clone())
     return found, work
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from tspc.data.model_inputs import Given, called
 from tspc.layers.norms import along_channels, has_statistics, is_untouched, takes_shift
 from tspc.traversal.blocks import block_of, find_blocks
-from tspc.traversal.handing import Handed, NextCall, noted
+from tspc.traversal.handing import Handed, NextCall
 from tspc.traversal.hooks import first_argument, hooked, version_of
 from tspc.traversal.leaps import can_leap
 from tspc.traversal.nested import tensors_in
@@ -89,8 +90,17 @@ class _Record:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: list[str] | None = None) -> Trace:
-    """Runs `model` on a few images and finds its segments: the named blocks, or the blocks that hold the layers."""
+def trace(
+    model: nn.Module,
+    layers: Collection[str],
+    images: Given,
+    blocks: list[str] | None = None,
+    others: Sequence[Given] = (),
+) -> Trace:
+    """Runs `model` on a few images and finds its segments: the named blocks, or the blocks that hold the layers.
+
+    `others` are inputs of other kinds that will come, such as longer texts, or texts with padding.
+    """
     blocks = find_blocks(model, layers) if blocks is None else blocks
     record, consumers = _Record(), _Consumers()
 
@@ -114,9 +124,9 @@ def trace(model: nn.Module, layers: Collection[str], images: Tensor, blocks: lis
         norm.register_forward_pre_hook(on_batch_norm(name), with_kwargs=True) for name, norm in statistics.items()
     ]
     with hooked(handles), consumers:
-        answer = model(images)
+        answer = called(model, images)
     consumers.count(answer)
-    _forget_variables_(record, model, blocks, images)
+    _forget_variables_(record, model, blocks, [images[:1] if len(images) > 1 else None, *others])
     calls = {name: record.order.count(name) for name in layers}
     norms = [norm for norm, _ in record.normalised]
     batch_norms = {
@@ -146,28 +156,29 @@ def _around_blocks(model: nn.Module, blocks: list[str], record: _Record) -> list
     def on_entering(name: str) -> Callable:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             record.entered.setdefault(name, []).append(record.before.next_call((args, kwargs)))
-            record.before = Handed(given=noted((args, kwargs)))
+            record.before = Handed.to((args, kwargs))
 
         return hook
 
     def on_leaving(module: nn.Module, args: Any, output: Any) -> None:
-        record.before.returned = noted(output)
+        record.before.back(output)
 
     handles = [model.get_submodule(n).register_forward_pre_hook(on_entering(n), with_kwargs=True) for n in blocks]
     return [*handles, *(model.get_submodule(name).register_forward_hook(on_leaving) for name in blocks)]
 
 
-def _forget_variables_(record: _Record, model: nn.Module, blocks: list[str], images: Tensor) -> None:
+def _forget_variables_(record: _Record, model: nn.Module, blocks: list[str], others: Sequence[Given | None]) -> None:
     """A block follows no other one if its further arguments depend on the images, or cannot be compared."""
     if not any(call is not None and not call.is_plain for calls in record.entered.values() for call in calls):
         return
-    other = _Record()
-    if len(images) > 1:
-        with hooked(_around_blocks(model, blocks, other)):
-            model(images[:1])
-    for name, calls in record.entered.items():
-        if calls != other.entered.get(name, []):
-            record.entered[name] = [None for _ in calls]
+    for inputs in others:
+        other = _Record()
+        if inputs is not None:
+            with hooked(_around_blocks(model, blocks, other)):
+                called(model, inputs)
+        for name, calls in record.entered.items():
+            if calls != other.entered.get(name, []):
+                record.entered[name] = [None for _ in calls]
 
 
 def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
@@ -180,7 +191,7 @@ def _segments(blocks: list[str], record: _Record) -> tuple[Segment, ...]:
     )
 
 
-def _with_leaps(segments: tuple[Segment, ...], model: nn.Module, images: Tensor) -> tuple[Segment, ...]:
+def _with_leaps(segments: tuple[Segment, ...], model: nn.Module, images: Given) -> tuple[Segment, ...]:
     """The segments, with the blocks that need not run before those whose call is not known."""
     found, together = [], list[str]()
     for segment in segments:

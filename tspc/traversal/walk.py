@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tspc.data.model_inputs import Given
 from tspc.traversal.arguments import Arguments
 from tspc.traversal.handing import Call
 from tspc.traversal.hooks import Reached, first_argument, hooked, run_until_reached, running
@@ -27,7 +28,7 @@ from tspc.traversal.tracing import Segment, Trace
 class Walker:
     """Goes through the segments of a network; `calls_of` and `inputs_of` look into one, `advance` goes to the next.
 
-    `images` gives a tensor for each batch; it is a Stash if `arguments` is used. The network is in eval mode. Its
+    `images` gives each batch of inputs; it is a Stash if `arguments` is used. The network is in eval mode. Its
     layers may be replaced during the walk. With `half`, float32 is kept as float16 if its values fit; with `short` the
     network runs in bfloat16.
     """
@@ -36,7 +37,7 @@ class Walker:
         self,
         model: nn.Module,
         trace: Trace,
-        images: Iterable[Tensor],
+        images: Iterable[Given],
         room: Room,
         half: bool = False,
         short: bool = False,
@@ -82,9 +83,9 @@ class Walker:
                     output = module(*call[0], **call[1])
                 if keeps_output:
                     self._outputs.append(output)
-                self._hand_over(number, images, given, output)
+                self._hand_over(number, images, given, call, output)
 
-    def _calls(self) -> Iterator[tuple[Call | None, Tensor | None]]:
+    def _calls(self) -> Iterator[tuple[Call | None, Given | None]]:
         """The arguments of the segment's module for each batch, and the images if the next segment needs them."""
         needed = self._following is not None and self._following.call is None
         return zip(self._arguments, self._images if needed else repeat(None), strict=False)
@@ -95,11 +96,11 @@ class Walker:
         call = None if self._following is None else self._following.call
         return call is not None and call.is_plain
 
-    def _hand_over(self, number: int, images: Tensor | None, given: Sequence[Tensor], output: Any) -> None:
+    def _hand_over(self, number: int, images: Given | None, given: Sequence[Tensor], before: Call, output: Any) -> None:
         """Keeps the arguments of the next segment for a batch."""
         following = self._following
         if following is not None and following.call is not None:
-            self._next.append(following.call.made(given, output))
+            self._next.append(following.call.made(given, before, output))
         elif following is not None and images is not None:
             call = leap(self.model, following.skipped, output, following.module, images, number, self._short)
             self._next.append(self._next.made(number, images) if call is None else call)
@@ -123,7 +124,7 @@ class Walker:
             self._next.clear()
             self._next = self._of(self.trace.segments[self._position + 1].module)
             self._next.find()
-        elif len(self._next) == 0:
+        elif not self._next.is_found:
             self._run(keeps_output=False)
         self._arguments.clear()
         self._outputs.clear()
@@ -205,6 +206,6 @@ class Walker:
                     given = list(tensors_in(call))
                     with hooked(hooks(number, seen)):
                         result = module(*positional, **named)
-                    self._hand_over(number, images, given, result)
+                    self._hand_over(number, images, given, call, result)
                 else:
                     run_until_reached(module, hooks(number, seen), *positional, **named)

@@ -1,0 +1,95 @@
+"""Keeps the calibration inputs, and gives them in the form that a network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tspc.calibration.batches import Batches
+from tspc.data.arranging import ITEMS, arranged, labels_of, with_labels
+from tspc.data.model_inputs import KINDS, Given, called, few_of, first_of, masks_of
+from tspc.errors import DataError
+from tspc.system.tally import Tally
+from tspc.traversal.hooks import evaluating
+from tspc.traversal.stash import Room, Stash
+
+
+class KeptInputs:
+    """The first `samples` inputs, in batches, on the device.
+
+    Before `suit` they are as the loader gave them; of a tuple only the first tensor is given. Raises DataError if there
+    are none.
+    """
+
+    def __init__(self, inputs: Any, samples: int, batch_size: int, room: Room, tally: Tally) -> None:
+        self.device: torch.device | None = None
+        self.layout: torch.memory_format | None = None
+        self.count = 0
+        """The number of inputs."""
+        self._raw = Stash(room)
+        self._sizes: list[torch.Size] = []
+        self._masks: list[list[Tensor]] = []
+        batches = Batches(inputs, samples, batch_size)
+        with tally.expecting(-(-samples // batch_size)):
+            for batch in batches:
+                self._raw.append(batch)
+                self._sizes.append(first_of(batch).shape)
+                self.count += len(batch)
+                tally.add(f"{self.count} inputs read")
+        if self.count == 0:
+            raise DataError("calibration needs at least one input, but the data gave none")
+        self._form, self._model = batches.form, None
+        self._arrange: Callable[[Given], Given] = first_of if batches.form == ITEMS else lambda batch: batch
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._raw)
+
+    def __iter__(self) -> Iterator[Given]:
+        """The inputs, batch by batch."""
+        return (self._placed(self._arrange(batch)) for batch in self._raw)
+
+    def _placed(self, batch: Given) -> Given:
+        own = batch if self.device is None else batch.to(self.device)
+        return own if self.layout is None else own.contiguous(memory_format=self.layout)
+
+    def size(self, number: int) -> torch.Size:
+        """The shape of the first tensor of a batch."""
+        return self._sizes[number]
+
+    def masks(self, number: int) -> list[Tensor]:
+        """Which positions of a batch hold something; see `tspc.data.masks_of`."""
+        return self._masks[number] if self._masks else []
+
+    def suit(self, model: nn.Module) -> None:
+        """From now on the inputs are the arguments that `model` takes. Raises DataError if it takes nothing of them."""
+        if self._model is model:
+            return
+        self._arrange = lambda batch: arranged(model, batch, self._form)
+        raw = self._raw[0]
+        if labels_of(raw) is not None and not self._works(model) and not isinstance(raw, Tensor):
+            self._arrange = lambda batch: with_labels(model, batch, self._form)
+            if not self._works(model):
+                self._arrange = lambda batch: arranged(model, batch, self._form)
+        self._masks = [] if isinstance(self._arrange(raw), Tensor) else [masks_of(batch) for batch in self]
+        self._model = model
+
+    @torch.no_grad()
+    def _works(self, model: nn.Module) -> bool:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            try:
+                called(model, next(iter(self))[:2])
+            except Exception:  # the network may be the user's own
+                return False
+        return True
+
+    def kinds(self) -> list[Given]:
+        """As `tspc.data.kinds_of`, without reading all batches."""
+        wanted: dict[Any, int] = {}
+        for number, size in enumerate(self._sizes):
+            wanted.setdefault((size[1:], bool(self.masks(number))), number)
+        chosen = list(wanted.values())[:KINDS]
+        return [few_of(self._placed(self._arrange(self._raw[number])), self.masks(number)) for number in chosen]
