@@ -127,7 +127,7 @@ def why_dense(module: nn.Module) -> str | None:
         return "it holds parameters, buffers or modules of its own"
     if is_table(module):
         return _why_no_table(module)
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1 and module.groups == module.in_channels:
+    if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:
         return DEPTHWISE
     return None
 
