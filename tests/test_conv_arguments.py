@@ -12,7 +12,8 @@ from torch import nn
 from tests.methods import FAMILIES, TABLE
 from tspc.decompositions import METHODS
 from tspc.layers.chains import paths_of
-from tspc.layers.dense import Form, kernel_shape
+from tspc.layers.convolutions import Form
+from tspc.layers.dense import kernel_shape
 from tspc.layers.forms import untrained
 
 KERNELS = ((1, 1), (3, 3), (1, 3), (4, 2))

@@ -158,7 +158,7 @@ def test_what_is_no_plain_table_stays_as_it_is():
     assert small.tied.weight is small.words.weight
     reasons = {row.name: row.reason for row in plan(model, "svd", size=0.7).layers if row.is_table}
     assert reasons == {
-        "words": "its weight is shared with another layer",
+        "words": "its weight is shared with tied",
         "places": None,
         "tight": "max_norm changes its rows when it is called",
         "thin": "rows of fewer than 8 numbers",

@@ -124,13 +124,6 @@ def test_grouped_2d_convolutions_run_grouped():
     assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", [nn.Conv3d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3)])
-def test_other_convolutions_stay_dense_with_a_reason(kind):
-    model = nn.ModuleDict({"a": nn.Conv2d(4, 4, 3), "b": kind, "c": nn.Linear(40, 40)})
-    made = tspc.plan(model, "svd", 0.5, keep_last=False)
-    assert made.layers[1].reason == f"{type(kind).__name__} is not supported"
-
-
 def test_tied_weights_stay_tied():
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(40, 40), "b": nn.Linear(40, 40), "e": nn.Embedding(30, 40)})

@@ -80,7 +80,7 @@ def test_what_stays_dense_and_why():
     assert reasons["last"] == "final layer"
     assert reasons["grouped"] == "depthwise convolution"
     assert reasons["skipped"] == "excluded"
-    assert reasons["up"] == "ConvTranspose2d is not supported"
+    assert reasons["up"] is None
     assert "rank 1 needs" in reasons["tiny"]
     assert "shared" in reasons["tied"]
     assert "shared" in reasons["twin"]

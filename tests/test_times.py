@@ -30,7 +30,8 @@ from tspc.deploy.grafting import grafted
 from tspc.deploy.graphs import Graphs
 from tspc.deploy.layer_graphs import graph_of, operations, seconds_of
 from tspc.layers.chains import CHAIN, REBUILT, contracted, paths_of, stages_of
-from tspc.layers.dense import Form, kernel_of, kernel_shape
+from tspc.layers.convolutions import Form
+from tspc.layers.dense import kernel_of, kernel_shape
 
 ALL = {"keep_first": False, "keep_last": False}
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions, input_patches
 from tspc.calibration.samples import Part, Samples, is_centred
-from tspc.layers.dense import DenseLayer, Form, kernel_of, kernel_shape
+from tspc.layers.convolutions import Form
+from tspc.layers.dense import TRANSPOSED, DenseLayer, kernel_of, kernel_shape
 from tspc.system.parallel import in_parts
 from tspc.traversal.tracing import Trace
 from tspc.traversal.walk import Walker
@@ -87,7 +88,9 @@ def with_the_same_rows(model: nn.Module, trace: Trace, layers: Collection[str]) 
     for name in layers:
         layer = cast(DenseLayer, model.get_submodule(name))
         form = Form.of(layer), kernel_shape(layer)[1:], is_centred(layer, name, trace)
-        found[name] = firsts.setdefault((trace.same_input[name], *form), name)
+        # A call of a transposed convolution may ask for a size of its own.
+        alone = name if form[0].kind in TRANSPOSED else None
+        found[name] = firsts.setdefault((trace.same_input[name], *form, alone), name)
     return found
 
 

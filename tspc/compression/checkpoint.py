@@ -14,7 +14,8 @@ from tspc.compression.header import FORMAT, FORMAT_OF_NUMBERS, checked_header, m
 from tspc.compression.integers import on_grids, with_integers, without_integers
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
-from tspc.layers.dense import DenseLayer, Form, is_table, kernel_shape, kind_of
+from tspc.layers.convolutions import Form
+from tspc.layers.dense import DenseLayer, is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers, untrained
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, set_modules, warn_of_state_hooks
 from tspc.layers.tensorized import TensorizedLayer

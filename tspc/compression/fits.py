@@ -19,7 +19,7 @@ from tspc.compression.curves import naming
 from tspc.compression.plan import LayerPlan
 from tspc.compression.spreading import over_processes
 from tspc.decompositions import Factors, Metric
-from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape
+from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape, set_kernel_
 from tspc.layers.forms import TensorizedLayer, tensorize, untrained
 from tspc.layers.replacing import replace_layers
 from tspc.system import processes
@@ -189,8 +189,7 @@ def _fitted(
     with naming(layer.name):
         if layer.method is None or layer.rank is None:
             module: nn.Module = copied(dense)
-            with torch.no_grad():
-                kernel_of(module).copy_(kernel)
+            set_kernel_(module, kernel)
         else:
             metric = None if statistics is None else statistics.metric
             form = {"path": layer.path, "bits": layer.bits}

@@ -77,14 +77,16 @@ def without_integers(
         expected = _layer_bytes(layer)
         if dtype is None or data is None or data.dtype != torch.uint8 or tuple(data.shape) != (expected,):
             raise WeightsError(_damaged(layer_name))
-        for (name, factor, _), scales_name in zip(factors, _scales(layer_name, layer), strict=True):
+        values: list[Tensor] = []
+        for (_, factor, _), scales_name in zip(factors, _scales(layer_name, layer), strict=True):
             scales, integers, data = _split(data, tuple(factor.shape), layer.bits)
             if not bool((scales.isfinite() & (scales > 0)).all()):
                 raise WeightsError(_damaged(layer_name))
             wide = integers.to(torch.promote_types(dtype, torch.float32)).reshape(factor.shape)
-            values = Grid(layer.bits, scales).values(wide, dtype)
-            found[name] = values.reshape(layer.get_parameter(name.removeprefix(f"{layer_name}.")).shape)
+            values.append(Grid(layer.bits, scales).values(wide, dtype))
             found[scales_name] = scales.view(torch.int32)
+        names = (name for name, _, _ in factors)
+        found |= {name: x.contiguous() for name, x in zip(names, layer.as_parameters(values), strict=True)}
     return found
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from tspc.compression.form import rank_for
-from tspc.compression.path_costs import Size, estimate
+from tspc.compression.path_costs import Size, estimate, map_of
 from tspc.compression.runtime_costs import WORK
 from tspc.decompositions import Decomposition, Rank, Shape
 from tspc.deploy.calls import EXTRAS, family, precision
@@ -32,7 +32,7 @@ from tspc.deploy.exporting import INT8
 from tspc.deploy.layer_graphs import operations, seconds_of
 from tspc.errors import ExportError, RunError, UntimedError
 from tspc.layers.chains import REBUILT, Stage, paths_of, stages_of
-from tspc.layers.dense import Form
+from tspc.layers.convolutions import Form
 from tspc.store.files import intact, make_folder, write_json
 from tspc.store.schemas import LAYER_TIMES
 
@@ -116,9 +116,8 @@ def clock_of(place: Place) -> Clock:
     """Measures in the runtime. Raises UntimedError if the runtime does not take a layer."""
 
     def elsewhere(form: Form, stages: Sequence[Stage], size: Size) -> float:
-        sizes = {"conv2d": size, "conv1d": size[1:]}.get(form.kind, size[:1])
         try:
-            return seconds_of(operations(form, stages), place.batch, sizes, place.table, place.threads)
+            return seconds_of(operations(form, stages), place.batch, map_of(form, size), place.table, place.threads)
         except ExportError as error:
             raise UntimedError([f"runtime={place.runtime} cannot time a layer: {error}"]) from error
 
@@ -127,8 +126,8 @@ def clock_of(place: Place) -> Clock:
         like = {"device": place.device, "dtype": torch.float32}
         parts = [form.module(stage, i == len(stages) - 1, **like) for i, stage in enumerate(stages)]
         module, channels = nn.Sequential(*parts).eval(), stages[0].channels
-        kinds = {"conv2d": (channels, *size), "conv1d": (channels, size[1])}
-        x = torch.ones(place.batch, *kinds.get(form.kind, (size[0], channels)), **like)
+        where = map_of(form, size)
+        x = torch.ones(place.batch, *((channels, *where) if form.is_convolution else (*where, channels)), **like)
         times = []
         with threads(place.threads):
             for _ in range(REPEATS + WARM):

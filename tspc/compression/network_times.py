@@ -29,7 +29,8 @@ from tspc.deploy.programs import Inputs, as_inputs, take
 from tspc.deploy.timing import summary, turns
 from tspc.errors import ExportError, UntimedError
 from tspc.layers.chains import REBUILT, stages_of
-from tspc.layers.dense import Form, kernel_of
+from tspc.layers.convolutions import Form
+from tspc.layers.dense import kernel_of
 from tspc.layers.forms import untrained
 from tspc.layers.replacing import set_module
 from tspc.system.modes import own_modes

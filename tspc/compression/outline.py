@@ -10,16 +10,28 @@ from torch import nn
 
 from tspc.compression.allocation import Candidate, candidate
 from tspc.compression.beside import NARROW, bytes_saved, is_narrow_whole
+from tspc.compression.beside_rows import Beside, rows_beside
 from tspc.compression.error_curve import Curves
 from tspc.compression.form import DENSE, Widths
 from tspc.compression.goals import share_of
 from tspc.compression.integers import state_bytes
 from tspc.compression.plan import BYTES, PARAMETERS, LayerPlan
-from tspc.compression.selection import DEPTHWISE, UNTOUCHED, FilterFn, matches, parameters_beside, select, why_dense
+from tspc.compression.selection import (
+    DEPTHWISE,
+    FilterFn,
+    is_untouched,
+    matches,
+    parameters_beside,
+    select,
+    why_dense,
+)
 from tspc.compression.settings import PlanSettings
 from tspc.errors import ConfigError, InfeasibleRateError
 from tspc.layers.dense import kind_of
 from tspc.quantization.grids import FULL, LONG_ROW
+
+NAMED, MUCH = 3, 0.05
+"""An error names at most so many parts that stay dense, each with at least this share of the parameters."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Outline:
 
     `network_bytes` are those of all parameters and buffers that a file holds. `beside_saved` are the bytes by which
     what lies beside the layers becomes smaller, if factors lie on grids; the parameters named in `kept` do not.
+    `beside` has a row for each of the other modules with parameters.
     """
 
     settings: PlanSettings
@@ -36,6 +49,7 @@ class Outline:
     network_bytes: int
     beside_saved: int = 0
     kept: tuple[str, ...] = ()
+    beside: tuple[Beside, ...] = ()
 
     @property
     def chosen(self) -> list[LayerPlan]:
@@ -99,6 +113,19 @@ class Outline:
         """Whether the layers that share the budget fit into it as these rows."""
         return sum(row.size(self.unit) for row in rows) <= _whole_share(rate, self._base) - self._rest
 
+    def _held_up(self) -> str:
+        """The largest parts that stay dense and are counted, for the message of an error; empty if there are none."""
+        if self.settings.scope == "layers":
+            return ""
+        fixed = [row for row in self.layers if row.reason is not None and not row.is_on_grids]
+        sizes = [(row.params, row.name, row.reason) for row in (*fixed, *self.beside)]
+        largest = sorted(sizes, key=lambda row: -row[0])[:NAMED]
+        return "".join(
+            f"; {name} holds {params / self.network_params:.0%} of the parameters and stays dense: {reason}"
+            for params, name, reason in largest
+            if params >= MUCH * self.network_params
+        )
+
     def budget(self, rate: float) -> int:
         """What these layers together may have. Raises InfeasibleRateError if they cannot have so little."""
         counted = _whole_share(rate, self._base)
@@ -107,14 +134,14 @@ class Outline:
                 raise InfeasibleRateError(
                     f"size={self.settings.size} cannot be met: the smallest form of every layer already needs "
                     f"{self._least:,} of {self._base:,} bytes; the smallest feasible size for this method and network "
-                    f"is {self._least}B",
+                    f"is {self._least}B{self._held_up()}",
                     self.smallest_rate,
                 )
             what = "rank" if self.unit == PARAMETERS else "form"
             raise InfeasibleRateError(
                 f"rate={rate} cannot be met: the smallest {what} in every layer already needs {self._least:,} of "
                 f"{self._base:,} {self.unit}; the smallest feasible rate for this method and network is "
-                f"{self.smallest_rate}",
+                f"{self.smallest_rate}{self._held_up()}",
                 self.smallest_rate,
             )
         return counted - self._rest
@@ -135,14 +162,15 @@ def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None
         rows = [modules[layer.name] for layer in layers if kind_of(modules[layer.name]) or layer.bits < FULL]
         saved = bytes_saved(model, rows, kept)
     params = sum(p.numel() for p in model.parameters())
-    return Outline(settings, layers, params, state_bytes(model), saved, tuple(sorted(kept)))
+    beside = rows_beside(model, {layer.name for layer in layers})
+    return Outline(settings, layers, params, state_bytes(model), saved, tuple(sorted(kept)), beside)
 
 
 def _kept(model: nn.Module, layers: Sequence[LayerPlan], settings: PlanSettings) -> set[str]:
     """The names of parameters that keep their numbers: those of shared layers, and those that the user left out."""
     if not settings.widths.offers_dense:
         return set()
-    alone = [layer.name for layer in layers if layer.reason in UNTOUCHED]
+    alone = [layer.name for layer in layers if is_untouched(layer.reason)]
     found = {f"{name}.{own}" for name in alone for own, _ in model.get_submodule(name).named_parameters()}
     beside = parameters_beside(model).items()
     return found | {name for name, names in beside if matches(names, settings.selection.exclude)}
@@ -153,7 +181,7 @@ def _rounded(layer: LayerPlan, module: nn.Module, widths: Widths, kept: Collecti
 
     A layer of a kind that is not known has float16 numbers.
     """
-    if layer.reason in (None, *UNTOUCHED) or widths.of_rules == FULL:
+    if layer.reason is None or is_untouched(layer.reason) or widths.of_rules == FULL:
         return layer
     if why_dense(module) not in (None, DEPTHWISE):
         is_free = not any(f"{layer.name}.{name}" in kept for name, _ in module.named_parameters(recurse=False))

@@ -2,7 +2,7 @@
 
 A layer with fewer parameters is not always faster. Every path (see `tspc.layers.chains`) is judged for the layer's
 input size, as it runs in eval mode with contracted kernels kept. If the size is unknown, a map of `NOMINAL` positions
-is assumed.
+along each axis is assumed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from tspc.deploy.calls import EXTRAS, Run, Unusable, call, family
 from tspc.deploy.graphs import Graphs
 from tspc.errors import ConfigError
 from tspc.layers.chains import REBUILT, Stage, paths_of, stages_of
-from tspc.layers.dense import DenseLayer, Form, kernel_shape
+from tspc.layers.convolutions import Form
+from tspc.layers.dense import DenseLayer, kernel_shape
 from tspc.layers.forms import untrained
 from tspc.traversal.hooks import evaluating, first_argument, hooked
 
-NOMINAL = (14, 14)
+NOMINAL = 14
 BATCH = 8
 """Inputs in a batch; they share one reading of the kernels."""
 GAIN = 0.9
 """A path is faster than the dense kernel if it costs less than this share of it, because no estimate is exact."""
 RUNS, WARM = 5, 2
 
-Size = tuple[int, int]
-"""Rows and columns of a layer's input map: (rows, 1) for a dense layer, (1, length) for a 1-d convolution."""
+Size = tuple[int, ...]
+"""The size of a layer's input map: (rows, 1) for a dense layer, (1, length) for a 1-d convolution, (rows, columns) for
+a 2-d one, (depth, rows, columns) for a 3-d one."""
 
 
 class Times(Protocol):
@@ -65,7 +67,8 @@ def calls(model: nn.Module, names: Collection[str], images: Given) -> dict[str, 
             if not Form.of(module).is_convolution:
                 size = math.prod(shape[:-1]) // max(1, len(images)), 1
             else:
-                size = cast(Size, shape[-2:]) if Form.of(module).kind == "conv2d" else (1, shape[-1])
+                axes = len(Form.of(module).axes)
+                size = (1, shape[-1]) if axes == 1 else shape[-axes:]
             sizes.setdefault(name, []).append(size)
 
         return hook
@@ -80,28 +83,38 @@ def calls(model: nn.Module, names: Collection[str], images: Given) -> dict[str, 
     return sizes
 
 
+def map_of(form: Form, size: Size) -> Size:
+    """The spatial axes of a layer's input, or the rows of a dense layer's."""
+    return size[-len(form.axes) :] if form.is_convolution else size[:1]
+
+
 def output_size(form: Form, stage: Stage, size: Size) -> Size:
     """The size of the map after a stage of a path."""
-    if not form.is_convolution:
-        return size
-    found = list(size)
-    axes = "w" if form.kind == "conv1d" else "hw"
-    for axis, stride, dilation, *sides in zip(
-        axes, form.stride, form.dilation, form.explicit[-2::-2], form.explicit[::-2], strict=True
-    ):
-        if axis in stage.covered:
-            i = "hw".index(axis)
-            reach = dilation * (stage.shape[2 + i] - 1) + 1
-            found[i] = max(1, (found[i] + sum(sides) - reach) // stride + 1)
-    return found[0], found[1]
+    found, count = list(size), len(form.axes)
+    pads = [before + behind for before, behind in zip(form.explicit[-2::-2], form.explicit[::-2], strict=True)]
+    for i, axis in enumerate(form.axes):
+        place = len(size) - count + i
+        if axis not in stage.covered:
+            continue
+        if form.is_transposed(stage):
+            found[place] = max(1, form.length(i, found[place]))
+        else:
+            reach = form.dilation[i] * (form.window[i] - 1) + 1
+            found[place] = max(1, (found[place] + pads[i] - reach) // form.stride[i] + 1)
+    return tuple(found)
+
+
+def _positions(form: Form, stage: Stage, before: Size, after: Size) -> int:
+    """How often the kernel of a stage is applied: at each output, of a transposed convolution at each input."""
+    return math.prod(before if form.is_transposed(stage) else after)
 
 
 def macs_of(form: Form, stages: list[Stage], size: Size) -> int:
     """Multiply-adds of the stages for one input of this size."""
     total = 0
     for stage in stages:
-        size = output_size(form, stage, size)
-        total += math.prod(size) * math.prod(stage.shape)
+        before, size = size, output_size(form, stage, size)
+        total += _positions(form, stage, before, size) * math.prod(stage.shape)
     return total
 
 
@@ -138,7 +151,8 @@ class Costs:
     _known: dict[object, float] = field(default_factory=dict)
 
     def of(self, layer: nn.Module, name: str, decomposition: Decomposition, rank: Rank, path: str) -> float:
-        size, form = self.sizes.get(name, NOMINAL), Form.of(layer)
+        form = Form.of(layer)
+        size = self.sizes.get(name) or (NOMINAL,) * max(2, len(form.axes))
         key = form, kernel_shape(layer), size, decomposition, rank, path
         if path == REBUILT:  # the cost does not depend on the factors
             key = (*key[:3], path)
@@ -184,11 +198,12 @@ def estimate(form: Form, stages: list[Stage], size: Size, work: Work, batch: int
     """Estimated time for one input of a batch, in multiply-adds: computing, and moving activations and the kernels."""
     total = 0.0
     for stage in stages:
-        read, size = math.prod(size) * stage.channels, output_size(form, stage, size)
-        t, s, h, w = stage.shape
-        written = math.prod(size) * t
+        before, size = size, output_size(form, stage, size)
+        t, s, *_ = stage.shape
+        read, written = math.prod(before) * stage.channels, math.prod(size) * t
         padded = 1 if stage.groups > 1 else rounded_up(t, work.outputs) / t * (rounded_up(s, work.inputs) / s)
-        total += written * s * h * w * padded + work.entry * (read + written)
+        operations = _positions(form, stage, before, size) * math.prod(stage.shape)
+        total += operations * padded + work.entry * (read + written)
         total += (work.weight * math.prod(stage.shape) + work.call) / batch
     return total
 
@@ -207,9 +222,7 @@ def measure(
         parameter.fill_(0.01)
     module.eval()
     form, channels = Form.of(layer), module.shape[1] * Form.of(layer).groups
-    shape = {"conv2d": (BATCH, channels, *size), "conv1d": (BATCH, channels, size[1])}.get(
-        form.kind, (BATCH * size[0], channels)
-    )
+    shape = (BATCH, channels, *map_of(form, size)) if form.is_convolution else (BATCH * size[0], channels)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(layer.weight)
     run = _in_pytorch(module, x) if family(runtime) not in EXTRAS else _elsewhere(module, x, runtime)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tspc import decompositions
+from tspc.compression.beside_rows import Beside, lines
 from tspc.decompositions import Decomposition, Method, Rank, Shape
 from tspc.quantization.grids import FULL, VECTOR_BYTES, factor_bytes
 
@@ -167,6 +168,8 @@ class Plan:
     `network_dense_bytes` are the bytes of the network's parameters and buffers before, and
     `beside_saved` those by which what lies beside the `layers` becomes smaller. The parameters named in `kept` keep
     their numbers. `judged` is what held-out inputs said of the network in phase 0, if there is a limit on the drop.
+    `beside` has the other modules with parameters, so that all rows together count every parameter once; a plan of an
+    earlier version has none of them.
     """
 
     method: Method
@@ -183,6 +186,7 @@ class Plan:
     kept: tuple[str, ...] = ()
     judged: dict[str, Any] | None = None
     promise: dict[str, Any] | None = None
+    beside: tuple[Beside, ...] = ()
 
     @property
     def budgeted(self) -> tuple[LayerPlan, ...]:
@@ -260,21 +264,23 @@ class Plan:
         totals = [f"total: {self.dense_params:,} → {self.params:,} parameters"]
         if self.counts_bytes:
             totals.append(f"network: {self.network_dense_bytes:,} → {self.network_bytes:,} bytes")
-        return "\n".join([*map(str, self.layers), *totals])
+        return "\n".join([*map(str, self.layers), *map(str, lines(self.beside)), *totals])
 
     def to_dict(self) -> dict[str, Any]:
         plain = ("rate", "rate_decay", "rate_scope", "allocation", "network_dense_params", "objective")
         plain += ("rate_unit", "network_dense_bytes", "beside_saved")
-        layers, kept = [layer.to_dict() for layer in self.layers], list(self.kept)
-        plan = {k: getattr(self, k) for k in plain}
+        rows = {key: [row.to_dict() for row in getattr(self, key)] for key in ("layers", "beside")}
+        plan = {k: getattr(self, k) for k in plain} | rows
         found = {"promise": self.promise, "judged": self.judged}
         judged = {key: value for key, value in found.items() if value is not None}
-        return plan | {"method": self.method.to_dict(), "layers": layers, "kept": kept} | judged
+        return plan | {"method": self.method.to_dict(), "kept": list(self.kept)} | judged
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         layers, kept = tuple(LayerPlan.from_dict(layer) for layer in data["layers"]), tuple(data.get("kept", ()))
+        beside = tuple(Beside.from_dict(row) for row in data.get("beside", ()))
         method = decompositions.from_dict(data["method"])
         saved = data.get("beside_saved", data.get("vectors_saved", 0))  # the second is its name in an earlier version
         plain = {key: value for key, value in data.items() if key != "vectors_saved"}
-        return cls(**plain | {"method": method, "layers": layers, "kept": kept, "beside_saved": saved})
+        rows = {"layers": layers, "beside": beside}
+        return cls(**plain | rows | {"method": method, "kept": kept, "beside_saved": saved})

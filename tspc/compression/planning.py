@@ -152,7 +152,8 @@ def _planned(
         layers = tuple(found.get(layer.name, layer) for layer in used.layers)
         settled = asked.method, rate, asked.rate_decay, asked.scope, asked.allocation
         sizes = sketch.network_params, asked.objective, sketch.unit, sketch.network_bytes, used.beside_saved
-        return Plan(*settled, layers, *sizes, sketch.kept, promise=None if keeper is None else keeper.promise)
+        promise = None if keeper is None else keeper.promise
+        return Plan(*settled, layers, *sizes, sketch.kept, promise=promise, beside=sketch.beside)
 
     def at(rate: float) -> Plan:
         return made(ranked(sketch.budget(rate)), rate)

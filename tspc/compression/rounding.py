@@ -16,7 +16,7 @@ from tspc.compression.form import DENSE
 from tspc.compression.integers import on_grids
 from tspc.compression.plan import TABLE, LayerPlan, Plan
 from tspc.decompositions import Factors
-from tspc.layers.dense import is_table, kernel_of
+from tspc.layers.dense import is_table, kernel_of, set_kernel_
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.tensorized import TensorizedLayer
 from tspc.store.state import tensor_state
@@ -77,7 +77,7 @@ def _dense(model: nn.Module, reference: nn.Module) -> nn.Module:
     found.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
     for name, layer in tensorized_layers(model).items():
         dense = found.get_submodule(name)
-        kernel_of(dense).copy_(kernel_of(layer))
+        set_kernel_(dense, kernel_of(layer))
         if layer.bias is not None:
             dense.bias.copy_(layer.bias)  # type: ignore[union-attr, operator]
     return found

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tspc.compression.beside import has_narrow_bias
+from tspc.compression.beside_rows import LOOKED_UP, own_parameters
 from tspc.compression.form import PLAIN, Widths
 from tspc.compression.plan import FINAL, PARAMETERS, TABLE, LayerPlan
 from tspc.compression.settings import Selection
@@ -25,12 +26,10 @@ FilterFn = Callable[[str, nn.Module], bool]
 
 
 FIRST = "first convolution"
-DEPTHWISE, SHARED = "depthwise convolution", "its weight is shared with another layer"
+DEPTHWISE, SHARED = "depthwise convolution", "its weight is shared with "
 EXCLUDED, NOT_INCLUDED, FILTERED = "excluded", "not included", "left out by filter_fn"
-UNTOUCHED = (SHARED, EXCLUDED, NOT_INCLUDED, FILTERED)
-"""The reasons for which a layer keeps its kernel as it is, also where other dense layers have fewer bits."""
-LOOKED_UP, SHORT_ROWS = "a table, which has no ranks", f"rows of fewer than {LONG_ROW} numbers"
-"""Why a table of embeddings takes no part in a budget of parameters; and in none."""
+SHORT_ROWS = f"rows of fewer than {LONG_ROW} numbers"
+"""Why a table of embeddings takes no part in any budget."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types of numbers in which a kernel can be decomposed."""
 
@@ -39,6 +38,8 @@ def select(
     model: nn.Module, selection: Selection, filter_fn: FilterFn | None = None, widths: Widths = PLAIN
 ) -> list[LayerPlan]:
     """A row for every convolution and dense layer, still dense; `reason` says which rule keeps it dense, or is None.
+
+    A parameter that several modules share counts in the first of them.
 
     With `widths` below 32 bits there is a row for every table of embeddings, too. The last rule is `filter_fn`: it is
     called for layers that no other rule keeps dense, and those for which it is false stay dense. With fewer than 32
@@ -69,7 +70,7 @@ def select(
             raise ConfigError(
                 [f"{key}={idle}: no convolution or dense layer has such a name; there are {some(modules)}"]
             )
-    layers = []
+    layers, own = [], own_parameters(model)
     for name, module in modules.items():
         reason = why_dense(module)
         if reason is None and name in tables and widths.unit == PARAMETERS:
@@ -78,7 +79,8 @@ def select(
         is_whole, is_small = name in tables, params < selection.min_params
         is_end = (selection.keep_first and name == first) or (selection.keep_last and name == last and reason is None)
         if name in shared:
-            reason = SHARED
+            reason = f"{SHARED}{shared[name]}"
+            params = sum(p.numel() for p in own[name].values())
         elif matches([name], selection.exclude):
             reason = EXCLUDED
         elif selection.include and not matches([name], selection.include) and (widths.offers_dense or not is_end):
@@ -127,7 +129,7 @@ def why_dense(module: nn.Module) -> str | None:
         return "it holds parameters, buffers or modules of its own"
     if is_table(module):
         return _why_no_table(module)
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1 and module.groups == module.in_channels:
+    if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:
         return DEPTHWISE
     return None
 
@@ -141,9 +143,19 @@ def _why_no_table(table: nn.Module) -> str | None:
     return SHORT_ROWS if kernel_shape(table)[1] < LONG_ROW else None
 
 
-def _shared_weights(model: nn.Module) -> set[str]:
-    owners: dict[int, set[str]] = {}
+def is_untouched(reason: str | None) -> bool:
+    """Whether a layer keeps its kernel as it is for this reason, also where other dense layers have fewer bits."""
+    return reason in (EXCLUDED, NOT_INCLUDED, FILTERED) or (reason or "").startswith(SHARED)
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """For each module that holds a parameter of another one the name of the other, or its second name."""
+    owners: dict[int, dict[str, None]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(name)
-    return {name for names in owners.values() if len(names) > 1 for name in names}
+            owners.setdefault(id(parameter), {})[name] = None
+    shared: dict[str, str] = {}
+    for names in owners.values():
+        for name in names if len(names) > 1 else ():
+            shared.setdefault(name, next(other for other in names if other != name))
+    return shared

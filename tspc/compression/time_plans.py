@@ -23,7 +23,7 @@ from tspc.data.model_inputs import Given
 from tspc.deploy.calls import EXTRAS, family
 from tspc.errors import ConfigError, InfeasibleTimeError
 from tspc.layers.chains import REBUILT
-from tspc.layers.dense import Form
+from tspc.layers.convolutions import Form
 from tspc.system import extras
 
 NOISE = 0.01

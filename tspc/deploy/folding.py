@@ -7,14 +7,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tspc.errors import DataError, TspcWarning
 from tspc.layers.chains import REBUILT
-from tspc.layers.dense import AXES, kind_of
+from tspc.layers.dense import AXES, DenseLayer, kernel_of, kind_of, set_kernel_
 from tspc.layers.forms import Chain, Table, TensorizedLayer, tensorized_layers
 from tspc.layers.norms import BatchNorm, is_exact, is_untouched
 from tspc.layers.replacing import forbid_save_pretrained_, replace_layer, saves_pretrained
@@ -199,7 +199,7 @@ def plain(layer: TensorizedLayer, path: str | None = None) -> nn.Module:
     modules: list[nn.Module] = []
     for i, (stage, kernel) in enumerate(zip(layer.stages, kernels, strict=True)):
         bias = cast("nn.Parameter | None", layer.bias) if i == len(kernels) - 1 else None
-        module = layer.form.module(stage, bias is not None, device=kernel.device, dtype=kernel.dtype)
+        module: Any = layer.form.module(stage, bias is not None, device=kernel.device, dtype=kernel.dtype)
         module.weight = nn.Parameter(kernel.detach().clone(), requires_grad=layer.factor_parameters()[0].requires_grad)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
@@ -241,17 +241,18 @@ def _without_norm(norm: nn.Module) -> nn.Module | None:
     return None
 
 
-def _absorbed(layer: nn.Conv1d | nn.Conv2d | nn.Linear, norm: BatchNorm) -> nn.Module:
+def _absorbed(layer: DenseLayer, norm: BatchNorm) -> nn.Module:
     """The layer with the batch norm's scale and shift in its kernel and bias; computed in float64."""
     mean, variance = (cast(Tensor, t).double() for t in (norm.running_mean, norm.running_var))
     scale = (variance + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.double())
     old = cast("nn.Parameter | None", layer.bias)
     bias = -mean if old is None else old.double() - mean
     shift = bias * scale + (0.0 if norm.bias is None else norm.bias.double())
-    weight = layer.weight.double() * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
     trained = layer.weight.requires_grad
     folded = copy.copy(layer)
     folded._parameters = layer._parameters.copy()
-    folded.weight = nn.Parameter(weight.to(layer.weight), requires_grad=trained)
+    folded.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=trained)
+    kernel = kernel_of(layer).double()
+    set_kernel_(folded, kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1)))
     folded.bias = nn.Parameter(shift.to(layer.weight), requires_grad=trained if old is None else old.requires_grad)
     return folded

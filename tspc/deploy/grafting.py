@@ -14,9 +14,10 @@ import numpy as np
 from torch import nn
 
 from tspc.deploy.layer_graphs import Operation
-from tspc.layers.dense import Form, kernel_of
+from tspc.layers.convolutions import Form
+from tspc.layers.dense import kernel_of
 
-KINDS = ("Conv", "Gemm", "MatMul")
+KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def grafted(graph: bytes, model: nn.Module, chains: Mapping[str, Sequence[Operation]]) -> bytes | None:
@@ -86,17 +87,14 @@ def _chain(node: Any, name: str, parts: Sequence[Operation], rng: np.random.Gene
     nodes, weights, last = [], [], node.input[0]
     for i, part in enumerate(parts):
         is_end, own = i == len(parts) - 1, f"{name}.part{i}"
-        values = rng.standard_normal(part.shape, np.float32) * np.float32(np.prod(part.shape[1:]) ** -0.5)
-        options: dict[str, Any] = {}
-        if node.op_type == "Conv":
-            options = {"strides": part.strides, "pads": part.pads, "dilations": part.dilations, "group": part.groups}
-        elif node.op_type == "Gemm":
-            options = {"transB": 1}
-        else:
+        values, operator, options = part.random(rng), part.operator, part.attributes
+        if node.op_type == "Gemm":
+            operator, options = "Gemm", {"transB": 1}
+        elif part.is_dense:
             values = np.ascontiguousarray(values.T)
         weights.append(numpy_helper.from_array(values, f"{own}.weight"))
         bias = list(node.input[2:]) if is_end else []
         output = node.output[0] if is_end else own
-        nodes.append(helper.make_node(node.op_type, [last, f"{own}.weight", *bias], [output], name=own, **options))
+        nodes.append(helper.make_node(operator, [last, f"{own}.weight", *bias], [output], name=own, **options))
         last = output
     return nodes, weights

@@ -26,11 +26,23 @@ from tspc.errors import ExportError
 from tspc.layers.forms import tensorized_layers
 
 OPERATORS = (
-    *("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat"),
+    *(
+        "Conv",
+        "ConvTranspose",
+        "Gemm",
+        "MatMul",
+        "Add",
+        "Relu",
+        "Clip",
+        "MaxPool",
+        "AveragePool",
+        "GlobalAveragePool",
+        "Concat",
+    ),
     *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Pad"),
 )
 """ONNX operators that compute with integers. Others, such as softmax and norms, lose much accuracy in 8 bits."""
-WEIGHTED = ("Conv", "Gemm", "MatMul")
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators with weights."""
 LOST = 0.01
 """Share of images with another class than in float32, above which the first and the last layer stay in float32."""
@@ -81,11 +93,12 @@ def _written(source: Path, target: Path, model: nn.Module, images: Sequence[Inpu
         graph = onnx.load(ready).graph
         overrides = _overrides(graph, model)
         nodes = [node.name for node, _ in _weighted(graph)]
+        refused = [node.name for node, _ in _weighted(graph) if not _has_scales(node)]
         answers = _answers(ready, images)
 
         def tried(excluded: list[str]) -> tuple[Path, _Loss]:
             path = folder / f"without-{len(excluded)}.onnx"
-            _quantize(ready, path, images, overrides, excluded, folder / "ranges.json")
+            _quantize(ready, path, images, overrides, excluded + refused, folder / "ranges.json")
             return path, _loss(answers, _answers(path, images))
 
         best, loss = tried([])
@@ -210,10 +223,15 @@ def _weighted(graph: Any) -> list[tuple[Any, Any]]:
     return [(node, constants[node.input[1]]) for node in nodes]
 
 
+def _has_scales(node: Any) -> bool:
+    """Whether the quantizer has a scale for each output channel; of groups of a transposed convolution it has not."""
+    return node.op_type != "ConvTranspose" or all(a.i == 1 for a in node.attribute if a.name == "group")
+
+
 def _axis(node: Any, weight: Any) -> int:
     """The axis of the output channels."""
-    if node.op_type == "Conv":
-        return 0
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return int(node.op_type == "ConvTranspose")
     if node.op_type == "Gemm":
         return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
     return len(weight.dims) - 1

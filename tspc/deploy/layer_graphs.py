@@ -23,7 +23,7 @@ from tspc.deploy.programs import onnx_session
 from tspc.deploy.runtimes import BFLOAT16, openvino_session
 from tspc.errors import ExportError
 from tspc.layers.chains import Stage
-from tspc.layers.dense import AXES, Form
+from tspc.layers.convolutions import Form
 
 BEFORE, AFTER = "mark_before", "mark_after"
 MARK = 16
@@ -37,7 +37,8 @@ OPSET, IR = 17, 8
 class Operation:
     """One convolution. The kernel's `shape` is (out, in of one group, then the window); a dense layer has no window.
 
-    `strides`, `pads` (of all axes before, then of all axes behind) and `dilations` are as in ONNX.
+    `strides`, `pads` (of all axes before, then of all axes behind) and `dilations` are as in ONNX. A transposed
+    convolution has `longer`, the padding of its output; else it is None.
     """
 
     shape: tuple[int, ...]
@@ -45,14 +46,42 @@ class Operation:
     pads: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
     groups: int = 1
+    longer: tuple[int, ...] | None = None
 
     @property
     def channels(self) -> int:
         """Input channels."""
         return self.shape[1] * self.groups
 
+    @property
+    def is_dense(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the constant in ONNX: (in, out of one group, window) for a transposed convolution."""
+        return self.shape if self.longer is None else (self.channels, self.shape[0] // self.groups, *self.shape[2:])
+
+    @property
+    def operator(self) -> str:
+        """The ONNX operator; a dense layer's takes its matrix transposed."""
+        return "MatMul" if self.is_dense else "Conv" if self.longer is None else "ConvTranspose"
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The operator's attributes."""
+        if self.is_dense:
+            return {}
+        found = {"strides": self.strides, "pads": self.pads, "dilations": self.dilations, "group": self.groups}
+        return found if self.longer is None else found | {"output_padding": self.longer}
+
+    def random(self, rng: np.random.Generator) -> np.ndarray:
+        """Random weights that keep the size of the numbers."""
+        return rng.standard_normal(self.weight_shape, np.float32) * np.float32(np.prod(self.shape[1:]) ** -0.5)
+
     def __str__(self) -> str:
         parts = (self.shape, self.strides, self.pads, self.dilations, (self.groups,))
+        parts += () if self.longer is None else (self.longer,)
         return "/".join("x".join(map(str, part)) for part in parts)
 
 
@@ -66,9 +95,10 @@ def _operation(form: Form, stage: Stage) -> Operation:
         return Operation((stage.shape[0], stage.channels))
     sides = form.sides_along(stage.covered)
     pads = (*sides[-2::-2], *sides[-1::-2])  # F.pad begins with the last axis
-    window = stage.shape[4 - len(AXES[form.kind]) :]
     strides, dilations = form.along(stage.covered, form.stride, 1), form.along(stage.covered, form.dilation, 1)
-    return Operation((*stage.shape[:2], *window), strides, pads, dilations, stage.groups)
+    longer = form.along(stage.covered, form.output_padding, 0) if form.is_transposed(stage) else None
+    shape = (*stage.shape[:2], *form.window_of(stage))
+    return Operation(shape, strides, pads, dilations, stage.groups, longer)
 
 
 def graph_of(
@@ -89,18 +119,15 @@ def graph_of(
     if marked:
         named = {BEFORE: _mark(parts[0], parts[0].channels, MARK)} | named
         named[AFTER] = _mark(parts[0], MARK, parts[-1].shape[0])
-    given = dict(zip(named, kernels, strict=True)) if kernels is not None else {}
+    own = dict(zip(named, kernels, strict=True)) if kernels is not None else {}
     for name, part in named.items():
-        weight = given.get(name)
+        weight = own.get(name)
         if weight is None:
-            weight = rng.standard_normal(part.shape, np.float32) * np.float32(np.prod(part.shape[1:]) ** -0.5)
-        is_dense = len(part.shape) == 2
-        known.append(numpy_helper.from_array(np.ascontiguousarray(weight.T if is_dense else weight), f"{name}.weight"))
-        options: dict[str, Any] = {}
-        if not is_dense:
-            options = {"strides": part.strides, "pads": part.pads, "dilations": part.dilations, "group": part.groups}
-        kind = "MatMul" if is_dense else "Conv"
-        nodes.append(helper.make_node(kind, [last, f"{name}.weight"], [name], name=name, **options))
+            weight = part.random(rng)
+        constant = np.ascontiguousarray(weight.T if part.is_dense else weight)
+        known.append(numpy_helper.from_array(constant, f"{name}.weight"))
+        given = [last, f"{name}.weight"]
+        nodes.append(helper.make_node(part.operator, given, [name], name=name, **part.attributes))
         last = name
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
@@ -123,8 +150,7 @@ def seconds_of(parts: Sequence[Operation], batch: int, size: Sequence[int], runt
     `size` is that of the input's map: rows and columns, a length, or the rows of a dense layer. Of a runtime's name the
     family counts, and bfloat16. Raises ExportError if the runtime does not take the layer.
     """
-    is_dense = len(parts[0].shape) == 2
-    shape = (batch, *size, MARK) if is_dense else (batch, MARK, *size)
+    shape = (batch, *size, MARK) if parts[0].is_dense else (batch, MARK, *size)
     graph = graph_of(parts, shape)
     x = np.random.default_rng(1).standard_normal(shape, np.float32)
     find = _in_openvino if family(runtime) == "openvino" else _in_onnx

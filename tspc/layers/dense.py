@@ -1,4 +1,10 @@
-"""The layers that can be tensorized: their kernels, and how to run the same convolution with another kernel.
+"""The layers that can be tensorized, and their kernels.
+
+A kernel has four axes, (T, S of one group, H, W), or two for a dense layer, (T, S). Any convolution has such a kernel:
+
+- in a 1-d convolution H is 1. In a 3-d convolution H stands for depth and height, one after the other;
+- a transposed convolution is an ordinary one over its input with zeros in between, with the taps in reverse order. Its
+  kernel is the one of this ordinary convolution, but keeps the order of the taps, so that it is a view of the weight.
 
 A table of embeddings (`nn.Embedding`) counts as a kernel with a row for each token. It has no decompositions; only its
 entries can have fewer bits.
@@ -6,34 +12,42 @@ entries can have fewer bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tspc.decompositions import Shape
 from tspc.errors import DecompositionError
-from tspc.layers.chains import Stage
 
-DenseLayer = nn.Conv1d | nn.Conv2d | nn.Linear
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+DenseLayer = Convolution | nn.Linear
 """Also transformers' `Conv1D`, a dense layer with its matrix transposed, told by its name and its attributes."""
 
 EMBEDDING = "embedding"
 """The kind of a table: its rows are looked up, and no inputs are multiplied with it."""
-AXES = {"conv1d": "w", "conv2d": "hw"}
-"""The kernel's axes that each kind of convolution has."""
+_SPATIAL = {"1d": "w", "2d": "hw", "3d": "hhw"}
+AXES = {f"{kind}{size}": axes for kind in ("conv", "conv_transpose") for size, axes in _SPATIAL.items()}
+"""For each kind of convolution the kernel's axis of each of its spatial axes; depth and height are one axis there."""
+TRANSPOSED = tuple(kind for kind in AXES if kind.startswith("conv_transpose"))
+_KINDS = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+    nn.Embedding: EMBEDDING,
+}
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """ "linear", "transposed" (linear), "conv1d", "conv2d" or "embedding"; None for other modules and subclasses."""
+    """ "linear", "transposed" (linear), "embedding" or a key of `AXES`; None for other modules and subclasses."""
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2:
         return "transposed"
-    kinds = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Embedding: EMBEDDING}
-    return kinds.get(type(module))  # type: ignore[call-overload]
+    return _KINDS.get(type(module))  # type: ignore[call-overload]
 
 
 def is_table(module: nn.Module) -> bool:
@@ -51,26 +65,54 @@ def output_count(layer: nn.Module) -> int:
     return kernel_shape(layer)[-1 if is_table(layer) else 0]
 
 
-def as_kernel(weight: Tensor, kind: str | None) -> Tensor:
+def as_kernel(weight: Tensor, kind: str | None, groups: int = 1) -> Tensor:
     """A layer's weight as a kernel: (T, S) for a dense layer, (T, S of one group, H, W) for a convolution.
 
-    In a 1-d convolution H is 1. A table is (tokens, length of an embedding).
+    A table is (tokens, length of an embedding). The kernel is a view of the weight, but for a transposed convolution
+    with groups.
     """
     if kind == "transposed":
         return weight.T
-    return weight.unsqueeze(2) if kind == "conv1d" else weight
+    if kind not in AXES:
+        return weight
+    weight = _turned(weight, groups) if kind in TRANSPOSED else weight
+    axes = AXES[kind]
+    return weight.unsqueeze(2) if len(axes) == 1 else weight.flatten(2, 3) if len(axes) == 3 else weight
 
 
-def as_weight(kernel: Tensor, kind: str | None) -> Tensor:
-    """The inverse of `as_kernel`."""
+def as_weight(kernel: Tensor, kind: str | None, groups: int = 1, window: Shape = ()) -> Tensor:
+    """The inverse of `as_kernel`. `window` is the layer's `kernel_size`; only a 3-d convolution needs it."""
     if kind == "transposed":
         return kernel.T
-    return kernel.squeeze(2) if kind == "conv1d" else kernel
+    if kind not in AXES:
+        return kernel
+    axes = AXES[kind]
+    kernel = kernel.squeeze(2) if len(axes) == 1 else kernel.unflatten(2, window[:2]) if len(axes) == 3 else kernel
+    return _turned(kernel, groups) if kind in TRANSPOSED else kernel
+
+
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """The weight (S, T of one group, …) of a transposed convolution as (T, S of one group, …), and back."""
+    if groups == 1:
+        return weight.transpose(0, 1)
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def kernel_of(layer: nn.Module) -> Tensor:
-    """The kernel of a dense layer, or the rebuilt kernel of a tensorized layer; a view of its weight."""
-    return as_kernel(layer.weight, getattr(layer, "kind", None) or kind_of(layer))  # type: ignore[arg-type]
+    """The kernel of a dense layer, or the rebuilt kernel of a tensorized layer."""
+    return as_kernel(layer.weight, *_form(layer)[:2])  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def set_kernel_(layer: nn.Module, kernel: Tensor) -> None:
+    """Gives a dense layer another kernel, (T, S of one group, H, W) or (T, S)."""
+    layer.weight.copy_(as_weight(kernel, *_form(layer)))  # type: ignore[operator, union-attr]
+
+
+def _form(layer: nn.Module) -> tuple[str | None, int, Shape]:
+    """The kind, the groups and the window of a dense or tensorized layer."""
+    kind = getattr(layer, "kind", None) or kind_of(layer)
+    return (kind, layer.groups, layer.kernel_size) if kind in AXES else (kind, 1, ())  # type: ignore[return-value]
 
 
 def kernel_shape(layer: nn.Module) -> Shape:
@@ -108,97 +150,3 @@ def check_values(model: nn.Module) -> None:
         wrong = ~values.isfinite() if isinstance(value, nn.Parameter) else values.isnan()
         if wrong.any():
             raise DecompositionError(f"{name} holds NaN or infinite values; mend the weights first")
-
-
-@dataclass(frozen=True)
-class Form:
-    """The arguments of a layer's convolution besides the kernel: stride, padding, dilation, groups."""
-
-    kind: str
-    stride: tuple[int, ...] = ()
-    padding: str | tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    padding_mode: str = "zeros"
-    explicit: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> Form:
-        kind = kind_of(layer)
-        assert kind is not None
-        if not isinstance(layer, nn.Conv1d | nn.Conv2d):
-            return cls(kind)
-        sides = tuple(explicit_padding(layer))
-        return cls(kind, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, sides)
-
-    @property
-    def is_convolution(self) -> bool:
-        return self.kind in AXES
-
-    def along(self, covered: str, values: Sequence[int], neutral: int) -> tuple[int, ...]:
-        """The layer's values on the covered axes, and `neutral` on the other axes."""
-        return tuple(v if axis in covered else neutral for axis, v in zip(AXES[self.kind], values, strict=True))
-
-    def padding_along(self, covered: str) -> str | tuple[int, ...]:
-        if isinstance(self.padding, str):
-            return self.padding if covered else (0,) * len(AXES[self.kind])
-        return self.along(covered, self.padding, 0)
-
-    def sides_along(self, covered: str) -> list[int]:
-        """Padding of the covered axes as F.pad takes it: left, right, top, bottom; 0 on the other axes."""
-        pairs = zip(reversed(AXES[self.kind]), self.explicit[::2], self.explicit[1::2], strict=True)
-        return [side if axis in covered else 0 for axis, *both in pairs for side in both]
-
-    def ready(self, kernel: Tensor) -> Tensor:
-        """A kernel with four (or two) axes in the form that `run` takes."""
-        if not self.is_convolution:
-            return kernel.flatten(1)
-        kernel = kernel.squeeze(2) if self.kind == "conv1d" else kernel
-        # An axis of length one may have any stride; with some strides PyTorch assumes channels last for the output.
-        return kernel.flatten().view(kernel.shape)
-
-    def module(self, stage: Stage, bias: bool, **like: Any) -> nn.Conv1d | nn.Conv2d | nn.Linear:
-        """The ordinary layer that computes the same as `run`, with arbitrary weights; `like`: device and dtype."""
-        if not self.is_convolution:
-            return nn.Linear(stage.channels, stage.shape[0], bias=bias, **like)
-        kind: Any = nn.Conv1d if self.kind == "conv1d" else nn.Conv2d
-        return kind(
-            stage.channels,
-            stage.shape[0],
-            stage.shape[3:] if self.kind == "conv1d" else stage.shape[2:],
-            stride=self.along(stage.covered, self.stride, 1),
-            padding=self.padding_along(stage.covered),
-            dilation=self.along(stage.covered, self.dilation, 1),
-            groups=stage.groups,
-            bias=bias,
-            padding_mode=self.padding_mode if stage.covered else "zeros",
-            **like,
-        )
-
-    def run(self, stage: Stage, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        """Runs one convolution of a path. It strides, pads and dilates only along its own axes.
-
-        This is exact for every padding mode. Only the last stage has a bias, so padding of one axis commutes with a
-        map of the channels, and with a convolution along the other axis.
-        """
-        if not self.is_convolution:
-            return F.linear(x, kernel, bias)
-        padding = self.padding_along(stage.covered)
-        if self.padding_mode != "zeros" and any(sides := self.sides_along(stage.covered)):
-            x, padding = F.pad(x, sides, mode=self.padding_mode), 0
-        convolve = F.conv1d if self.kind == "conv1d" else F.conv2d
-        stride, dilation = self.along(stage.covered, self.stride, 1), self.along(stage.covered, self.dilation, 1)
-        return convolve(x, kernel, bias, stride, padding, dilation, stage.groups)  # type: ignore[arg-type]
-
-
-def explicit_padding(layer: nn.Conv1d | nn.Conv2d) -> list[int]:
-    """Padding as F.pad takes it: left, right, top, bottom."""
-    sides: list[int] = []
-    for axis in reversed(range(len(layer.kernel_size))):
-        if layer.padding == "same":
-            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-            sides += [total // 2, total - total // 2]
-        else:
-            amount = 0 if isinstance(layer.padding, str) else layer.padding[axis]
-            sides += [amount, amount]
-    return sides

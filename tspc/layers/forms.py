@@ -15,6 +15,7 @@ of the layer that they replace, so code that reads them keeps working.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from tspc.decompositions import Decomposition, Factors, Metric, Rank
+from tspc.decompositions import Decomposition, Factors, Metric, Rank, Shape
 from tspc.layers.chains import CHAIN, REBUILT, stages_of
-from tspc.layers.dense import DenseLayer, Form, is_table, kernel_of, kernel_shape
+from tspc.layers.convolutions import Form
+from tspc.layers.dense import TRANSPOSED, DenseLayer, is_table, kernel_of, kernel_shape
 from tspc.layers.tensorized import TensorizedLayer as TensorizedLayer
 from tspc.quantization.factors import quantized
 from tspc.quantization.grids import FULL, Grid
@@ -50,15 +52,25 @@ class Chain(TensorizedLayer, nn.Sequential):
         # Tensors of other kinds, such as quantised ones, may support nothing except being a layer's weight.
         return self._path == CHAIN or any(not _is_ordinary(link.weight) for link in self)
 
-    def _run(self, x: Tensor) -> Tensor:
-        return nn.Sequential.forward(self, x) if self.runs_factors else super()._run(x)
+    def _run(self, x: Tensor, size: Shape | None = None) -> Tensor:
+        if not self.runs_factors:
+            return super()._run(x, size)
+        if size is None:
+            return nn.Sequential.forward(self, x)
+        stages = stages_of(self.decomposition, self.shape, self.rank, CHAIN)
+        for stage, link in zip(stages, self, strict=True):
+            given = (self.form.size_after(stage, size, x),) if self.form.is_transposed(stage) else ()
+            x = link(x, *given)
+        return x
 
     def factor_parameters(self) -> list[nn.Parameter]:
         return [cast(nn.Parameter, link.weight) for link in self]
 
     def factor_tensors(self) -> list[Tensor]:
-        weights: list[Tensor] = [*self.factor_parameters()]
-        return [weight.unsqueeze(2) for weight in weights] if self.kind == "conv1d" else weights
+        return [self.form.link_kernel(link) for link in self]
+
+    def as_parameters(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        return [self.form.link_weight(link, factor) for link, factor in zip(self, factors, strict=True)]
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -106,7 +118,7 @@ class Table(Contracted):
         """The scales of the rows, and no kernel: eval mode would keep it, and it is as large as the table."""
         return tuple(grid.scales for grid in self.grids)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, size: Shape | None = None) -> Tensor:
         (table,), found = self.factor_tensors(), self.kernels()
         if not found:
             return F.embedding(x, table, self.padding_idx)
@@ -135,7 +147,17 @@ def _like(layer: DenseLayer) -> dict[str, Any]:
 
 def is_chain(layer: nn.Module, decomposition: Decomposition) -> bool:
     """Whether the factors themselves are the kernels of a chain of several links."""
-    return Form.of(layer).groups == 1 and len(decomposition.chain_axes(kernel_shape(layer)) or ()) > 1
+    form, shape = Form.of(layer), kernel_shape(layer)
+    if form.groups != 1 or len(decomposition.chain_axes(shape) or ()) < 2:
+        return False
+    return form.kind not in TRANSPOSED or _are_views(decomposition, shape)
+
+
+def _are_views(decomposition: Decomposition, shape: Shape) -> bool:
+    """Whether the links of a chain are views of weights of transposed convolutions: one group, or one for a channel."""
+    links = decomposition.links(shape, tuple(min(2, top) for top in decomposition.max_rank(shape)))
+    channels = [shape[1], *(link[0] for link, _ in links or ())]
+    return all(own[1] == n or own[:2] == (n, 1) for (own, _), n in zip(links or (), channels, strict=False))
 
 
 def default_path(layer: nn.Module, decomposition: Decomposition) -> str:

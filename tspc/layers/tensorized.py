@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tspc.decompositions import Decomposition, Factors, Rank, Shape
 from tspc.layers.chains import Stage, contracted, paths_of, stages_of
-from tspc.layers.dense import DenseLayer, Form, as_weight, kernel_shape, shown_by
+from tspc.layers.convolutions import Form
+from tspc.layers.dense import TRANSPOSED, DenseLayer, as_weight, kernel_shape, shown_by
 from tspc.quantization.grids import FULL, Grid, row_count
 
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
@@ -85,6 +86,10 @@ class TensorizedLayer(nn.Module):
         """The factors, in the order of the decomposition: the parameters, or views of them."""
         raise NotImplementedError
 
+    def as_parameters(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        """Other factors as the values of `factor_parameters`."""
+        return [factor.reshape(own.shape) for factor, own in zip(factors, self.factor_parameters(), strict=True)]
+
     def factors(self) -> Factors:
         """The factors that the layer computes with; on their grids, if it has any. Differentiable."""
         tensors = self.factor_tensors()
@@ -126,7 +131,8 @@ class TensorizedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors represent, in the shape of the dense layer's weight; differentiable."""
-        return as_weight(self.decomposition.reconstruct(self.factors()), self.kind)
+        kernel = self.decomposition.reconstruct(self.factors())
+        return as_weight(kernel, self.kind, self.form.groups, self.form.window)
 
     def kernels(self) -> tuple[Tensor, ...]:
         """The kernels of the path's stages: kept ones if no gradient is needed, else contracted from the factors.
@@ -146,17 +152,29 @@ class TensorizedLayer(nn.Module):
             self._keep()
         return self._contract() if self._kept is None else self._kept
 
-    def forward(self, input: Tensor | None = None, x: Tensor | None = None) -> Tensor:
-        """The output of the layer. PyTorch's layers call the argument `input`, those of transformers `x`."""
-        x = cast(Tensor, x if input is None else input)
-        return _as_one_node(self, x) if isinstance(x, torch.fx.Proxy) else self._run(x)
+    def forward(
+        self, input: Tensor | None = None, output_size: Sequence[int] | None = None, x: Tensor | None = None
+    ) -> Tensor:
+        """The output of the layer. PyTorch's layers call the argument `input`, those of transformers `x`.
 
-    def _run(self, x: Tensor) -> Tensor:
-        """Runs the convolutions of the path in order."""
+        A transposed convolution also takes the `output_size`, as PyTorch's does: it chooses among the sizes that the
+        stride leaves open. Raises ValueError for another size, and TypeError if the layer is of another kind.
+        """
+        x = cast(Tensor, x if input is None else input)
+        if isinstance(x, torch.fx.Proxy):
+            return _as_one_node(self, x, output_size)
+        if output_size is None:
+            return self._run(x)
+        if self.kind not in TRANSPOSED:
+            raise TypeError(f"a layer of the kind {self.kind} takes no output_size")
+        return self._run(x, self.form.map_size(output_size, x))
+
+    def _run(self, x: Tensor, size: Shape | None = None) -> Tensor:
+        """Runs the convolutions of the path in order. `size` is that of the output's map, if it was asked for."""
         last = len(self._stages) - 1
         bias = cast("Tensor | None", self.bias)
         for i, (stage, kernel) in enumerate(zip(self._stages, self.kernels(), strict=True)):
-            x = self.form.run(stage, x, kernel, bias if i == last else None)
+            x = self.form.run(stage, x, kernel, bias if i == last else None, size)
         return x
 
     def train(self, mode: bool = True) -> Any:
@@ -182,7 +200,7 @@ class TensorizedLayer(nn.Module):
         factors = self.factors()
         with torch.autocast(factors.tensors[0].device.type, enabled=False):
             found = contracted(self.decomposition, factors, self._path)
-        return tuple(self.form.ready(kernel) for kernel in found)
+        return tuple(self.form.ready(kernel, stage) for kernel, stage in zip(found, self._stages, strict=True))
 
     def _keep(self) -> None:
         """Contracts the kernels in eval mode; frees them in training mode."""
@@ -223,16 +241,17 @@ def scales_of(factor: int) -> str:
     return f"scales_{factor}"
 
 
-def _as_one_node(layer: TensorizedLayer, x: Any) -> Any:
+def _as_one_node(layer: TensorizedLayer, x: Any, output_size: Any = None) -> Any:
     """The layer in a graph of `torch.fx`: one call, as the dense layer is, whose kernels follow its modes."""
+    given = (x,) if output_size is None else (x, output_size)
     if layer._forward_hooks or layer._forward_pre_hooks:  # the graph has what they do; the module would do it again
         module = x.tracer.create_proxy("get_attr", x.tracer.path_of_module(layer), (), {})
-        return x.tracer.create_proxy("call_function", _forward, (module, x), {})
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
+        return x.tracer.create_proxy("call_function", _forward, (module, *given), {})
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), given, {})
 
 
-def _forward(layer: TensorizedLayer, x: Tensor) -> Tensor:
-    return layer.forward(x)
+def _forward(layer: TensorizedLayer, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    return layer.forward(x, output_size)
 
 
 def _after_loading(layer: TensorizedLayer, *_: Any) -> None:

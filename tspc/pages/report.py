@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tspc.compression.beside_rows import lines
 from tspc.compression.goals import bits_of
 from tspc.errors import RunError
 from tspc.pages.benchmark import LATENCY, MACS, figures_of, readable_bytes, readable_count
@@ -56,6 +57,7 @@ def _content(run: Run) -> dict[str, Any]:
         "asked": _asked(run),
         "files": _files(run.result),
         "layers": _layers(run),
+        "beside": [] if run.plan is None else lines(run.plan.beside),
         "in_bytes": run.plan is not None and run.plan.counts_bytes,
         "settings": _settings(run),
         "problems": run.problems,
@@ -198,6 +200,7 @@ def _layers(run: Run) -> list[dict[str, Any]]:
             "layer": layer,
             "path": layer.path if layer.rank else None,
             "sizes": (layer.dense_size(unit), layer.size(unit)),
+            "share": layer.size(unit) / max(1, layer.dense_size(unit)),  # a shared kernel is counted in another row
             "before": 100 * layer.dense_size(unit) / largest,
             "after": 100 * layer.size(unit) / largest,
             "error": 100 * (layer.output_error or 0.0) / worst,

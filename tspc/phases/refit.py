@@ -12,7 +12,7 @@ from tspc.calibration.gathering import is_narrow
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions, input_patches, output_rows
 from tspc.calibration.samples import Calibration
-from tspc.layers.dense import DenseLayer, has_inputs, kernel_of, kernel_shape
+from tspc.layers.dense import DenseLayer, has_inputs, kernel_of, kernel_shape, set_kernel_
 from tspc.system import processes
 from tspc.system.modes import own_modes
 from tspc.traversal.tracing import Trace
@@ -65,7 +65,7 @@ def refit_(
     moments.join()
     images = int(processes.summed(torch.tensor(images, device=moments.device)))
     found = moments.statistics(kernel_of(own), dense.bias is not None, settings.damping, images=images)
-    kernel_of(dense).copy_(found.target.reshape(kernel_shape(dense)))
+    set_kernel_(dense, found.target.reshape(kernel_shape(dense)))
     shift = found.shift(kernel_of(dense))
     if dense.bias is not None and own.bias is not None and shift is not None:
         dense.bias.copy_(own.bias + shift.to(own.bias))

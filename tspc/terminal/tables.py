@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tspc.compression.beside_rows import Line, lines
 from tspc.compression.goals import bits_of
 from tspc.compression.plan import LayerPlan, Plan
 from tspc.errors import InfeasibleRateError
@@ -32,7 +33,9 @@ def versions() -> dict[str, str]:
 def plan_table(
     plan: Plan, bytes_before: int, bytes_after: int, max_rows: int | None = MAX_ROWS, width: int = 100
 ) -> Table:
-    """Every layer of the plan, and totals. Sizes are parameters; with few bits or a budget in bytes they are bytes.
+    """Every layer of the plan, what lies beside them, and totals.
+
+    Sizes are parameters; with few bits or a budget in bytes they are bytes.
 
     `bytes_before` and `bytes_after` are those of the whole network. If there are more than `max_rows` layers, the
     middle ones are left out. If `width` is below 100 columns, the least important columns are left out.
@@ -54,7 +57,15 @@ def plan_table(
         table.add_row(f"… {len(rows) - shown} more, see tspc.log")
     for layer in rows[len(rows) - shown // 2 :]:
         table.add_row(*(_row(layer, plan.counts_bytes)[place] for place in kept))
+    for line in lines(plan.beside):
+        table.add_row(*(_beside(line, plan.counts_bytes)[place] for place in kept))
     return table
+
+
+def _beside(line: Line, in_bytes: bool) -> tuple[str, ...]:
+    shape, size = "×".join(map(str, line.shape)), f"{line.bytes if in_bytes else line.params:,}"
+    sizes = ("", size, "") if in_bytes else (size, size)  # the bytes after are known for all of them together alone
+    return escape(line.name), line.kind, shape, escape(f"dense: {line.reason}"), *sizes, *("" for _ in ERRORS)
 
 
 def _title(plan: Plan) -> str:
