@@ -14,7 +14,7 @@ from tspc.layers.chains import Stage, contracted, paths_of, stages_of
 from tspc.layers.dense import DenseLayer, Form, as_weight, kernel_shape, shown_by
 from tspc.quantization.grids import FULL, Grid, row_count
 
-_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
 _TracerWarning: type[Warning] = torch.jit.TracerWarning  # pyright: ignore[reportPrivateImportUsage]
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -133,7 +133,7 @@ class TensorizedLayer(nn.Module):
 
         A trace of `torch.jit` always contains the contraction, because the tracer runs twice and compares.
         """
-        if _is_tracing():
+        if is_tracing():
             with warnings.catch_warnings():  # of sizes that become constants: the factors' do not change
                 warnings.simplefilter("ignore", _TracerWarning)
                 return self._contract()
@@ -149,7 +149,7 @@ class TensorizedLayer(nn.Module):
     def forward(self, input: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """The output of the layer. PyTorch's layers call the argument `input`, those of transformers `x`."""
         x = cast(Tensor, x if input is None else input)
-        return _as_one_node(self, x) if isinstance(x, torch.fx.Proxy) else self._run(x)
+        return as_one_node(self, (x,)) if isinstance(x, torch.fx.Proxy) else self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         """Runs the convolutions of the path in order."""
@@ -213,7 +213,7 @@ class TensorizedLayer(nn.Module):
 
 def _as_float(bits: Tensor) -> Tensor:
     """The float32 numbers with these bits. The tracer of `torch.jit` knows no `view` of another dtype: a constant."""
-    if _is_tracing():
+    if is_tracing():
         return torch.from_numpy(bits.detach().cpu().numpy().view("float32")).to(bits.device)
     return bits.view(torch.float32)
 
@@ -223,16 +223,17 @@ def scales_of(factor: int) -> str:
     return f"scales_{factor}"
 
 
-def _as_one_node(layer: TensorizedLayer, x: Any) -> Any:
+def as_one_node(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any] | None = None) -> Any:
     """The layer in a graph of `torch.fx`: one call, as the dense layer is, whose kernels follow its modes."""
+    named, tracer = named or {}, given[0].tracer
     if layer._forward_hooks or layer._forward_pre_hooks:  # the graph has what they do; the module would do it again
-        module = x.tracer.create_proxy("get_attr", x.tracer.path_of_module(layer), (), {})
-        return x.tracer.create_proxy("call_function", _forward, (module, x), {})
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
+        module = tracer.create_proxy("get_attr", tracer.path_of_module(layer), (), {})
+        return tracer.create_proxy("call_function", _forward, (module, *given), named)
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), given, named)
 
 
-def _forward(layer: TensorizedLayer, x: Tensor) -> Tensor:
-    return layer.forward(x)
+def _forward(layer: nn.Module, *given: Any, **named: Any) -> Any:
+    return layer.forward(*given, **named)
 
 
 def _after_loading(layer: TensorizedLayer, *_: Any) -> None:
