@@ -17,6 +17,7 @@ from tspc.compression.selection import why_dense
 from tspc.decompositions import Factors
 from tspc.layers.dense import check_values
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
+from tspc.layers.unpacking import of_parts, unpacked
 from tspc.store.state import tensor_state
 from tspc.system import processes
 from tspc.system.modes import is_of_inference, own_modes
@@ -25,6 +26,7 @@ from tspc.traversal.hooks import evaluating
 
 
 @own_modes()
+@of_parts
 def apply_(
     model: nn.Module, plan: Plan, samples: Samples | None = None, on_layer: OnLayer = lambda *fitted: None
 ) -> Plan:
@@ -68,8 +70,10 @@ def tensorized(
     factors of some layers may be `known`; they are only rounded to their grids. The parameters named in `kept` are not
     rounded.
     """
-    with evaluating(model), torch.random.fork_rng(devices=[]):
-        fits = Fits(model, copied(model, shares_tensors), on_layer, known)
+    with evaluating(model):
+        small = copied(model, shares_tensors)
+    with unpacked(model), unpacked(small), evaluating(model), torch.random.fork_rng(devices=[]):
+        fits = Fits(model, small, on_layer, known)
         small, done = _tensorized(model, fits, plan, samples, kept)
     if processes.is_shared():  # what each process has computed itself may differ in the last bits
         first = processes.by_first(lambda: {name: value.cpu() for name, value in tensor_state(small).items()})
@@ -103,6 +107,7 @@ def _tensorized(
     return fits.work, replace(plan, layers=tuple(fits.done.get(layer.name, layer) for layer in plan.layers))
 
 
+@of_parts
 def to_fit(model: nn.Module, plan: Plan, samples: Samples | None) -> list[LayerPlan]:
     """The layers that get another kernel: the tensorized ones, and dense ones that correct the errors before them.
 

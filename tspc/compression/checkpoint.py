@@ -19,6 +19,7 @@ from tspc.layers.dense import DenseLayer, is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers, untrained
 from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, set_modules, warn_of_state_hooks
 from tspc.layers.tensorized import TensorizedLayer
+from tspc.layers.unpacking import unpacked
 from tspc.models import NetworkSpec
 from tspc.models.described import described_network
 from tspc.models.lazy import require_sizes
@@ -99,6 +100,15 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         model = _described(path, header, file)
     require_sizes(model)
+    owners = {name.rpartition(".")[0] for name in header["layers"]}
+    with unpacked(model, owners.__contains__):
+        _load_(model, header, file, path)
+    refuse_save_pretrained_(model)
+    return model
+
+
+def _load_(model: nn.Module, header: dict[str, Any], file: TensorFile, path: str | Path) -> None:
+    """Replaces the layers of the network by those of the file, and loads its state; all or nothing."""
     modules = dict(model.named_modules())
     small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
     try:
@@ -114,8 +124,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     for name, module in small.items():
         module.train(modules[name].training)
     warn_of_state_hooks({name: modules[name] for name in small})
-    refuse_save_pretrained_(model)
-    return model
 
 
 def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: str | Path) -> None:

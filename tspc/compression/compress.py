@@ -27,6 +27,7 @@ from tspc.decompositions import Method
 from tspc.errors import ConfigError
 from tspc.layers.dense import has_inputs, kind_of
 from tspc.layers.replacing import warn_of_parameter_hooks
+from tspc.layers.unpacking import owner_in, pack_, unpack_
 from tspc.models.lazy import require_sizes
 from tspc.system import processes
 from tspc.system.modes import own_modes
@@ -76,8 +77,10 @@ def compress(
         raise ConfigError(["held_out has an effect only with max_drop; leave it out"])
     require_sizes(model)
     small = copied(model)
+    originals = unpack_(small)
     # The predicate is asked about the caller's modules, which it may know.
-    chooses = filter_fn and (lambda name, copy: filter_fn(name, model.get_submodule(name)))
+    known = dict(model.named_modules())
+    chooses = filter_fn and (lambda name, copy: filter_fn(name, known.get(name, copy)))
     counted = kind_of if asked.widths.offers_dense else has_inputs
     layers = {name: layer for name, layer in small.named_modules() if counted(layer)}
     sizes = {name: work_on(sum(p.numel() for p in layer.parameters())) for name, layer in layers.items()}
@@ -94,9 +97,10 @@ def compress(
             on_layer(name)
 
         ranks = plan(small, asked, calibration=samples, filter_fn=chooses, example=example, on_layer=done)
-        warn_of_parameter_hooks({layer.name: model.get_submodule(layer.name) for layer in ranks.tensorized})
+        warn_of_parameter_hooks({layer.name: owner_in(model, layer.name) for layer in ranks.tensorized})
         tally.total = tally.done + FIT * sum(sizes[layer.name] for layer in to_fit(small, ranks, samples))
         apply_(small, ranks, samples, lambda layer, *fitted: done(layer.name, FIT))
+    pack_(small, originals)
     return small
 
 

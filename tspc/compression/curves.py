@@ -26,6 +26,7 @@ from tspc.decompositions.function_space import spectra
 from tspc.decompositions.linalg import Spectra
 from tspc.errors import DecompositionError
 from tspc.layers.dense import DenseLayer, check_values, kernel_of
+from tspc.layers.unpacking import of_parts
 from tspc.system.modes import own_modes
 from tspc.system.parallel import side_by_side
 from tspc.traversal.hooks import evaluating
@@ -51,6 +52,7 @@ MOST = 1 - 1e-9
 
 
 @own_modes()
+@of_parts
 def error_curves(
     model: nn.Module,
     layers: Sequence[LayerPlan],

@@ -28,6 +28,7 @@ from tspc.compression.selection import (
 from tspc.compression.settings import PlanSettings
 from tspc.errors import ConfigError, InfeasibleRateError
 from tspc.layers.dense import kind_of
+from tspc.layers.unpacking import of_parts
 from tspc.quantization.grids import FULL, LONG_ROW
 
 NAMED, MUCH = 3, 0.05
@@ -147,6 +148,7 @@ class Outline:
         return counted - self._rest
 
 
+@of_parts
 def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None = None) -> Outline:
     """Finds the layers that can be tensorized. Raises ConfigError if there is none, and what `select` raises."""
     selected = select(model, settings.selection, filter_fn, settings.widths)

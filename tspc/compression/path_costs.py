@@ -27,6 +27,8 @@ from tspc.layers.chains import REBUILT, Stage, paths_of, stages_of
 from tspc.layers.convolutions import Form
 from tspc.layers.dense import DenseLayer, kernel_shape
 from tspc.layers.forms import untrained
+from tspc.layers.recurrent import is_read
+from tspc.layers.unpacking import of_parts
 from tspc.traversal.hooks import evaluating, first_argument, hooked
 
 NOMINAL = 14
@@ -54,6 +56,7 @@ def input_sizes(model: nn.Module, names: Collection[str], images: Given) -> dict
     return {name: max(sizes, key=math.prod) for name, sizes in calls(model, names, images).items()}
 
 
+@of_parts
 def calls(model: nn.Module, names: Collection[str], images: Given) -> dict[str, list[Size]]:
     """For each named layer the sizes of its inputs, one for each call, when the network runs on an example.
 
@@ -118,6 +121,7 @@ def macs_of(form: Form, stages: list[Stage], size: Size) -> int:
     return total
 
 
+@of_parts
 def macs_saved(model: nn.Module, rows: Iterable[LayerPlan], called: Mapping[str, Sequence[Size]]) -> int:
     """Multiply-adds for one input that the tensorized layers save on their paths; negative if they need more.
 
@@ -173,6 +177,8 @@ class Costs:
         """The row of a tensorized layer with the cheapest path; "rebuilt" unless another path is clearly cheaper."""
         if row.method is None or row.rank is None:
             return row
+        if is_read(layer):
+            return replace(row, path=REBUILT)
         method = row.method.for_shape(row.shape)
         options = paths_of(method, row.shape, row.rank, Form.of(layer).groups)
         rank = row.rank

@@ -24,6 +24,7 @@ from tspc.compression.time_plans import Timekeeper, needs_example, timekeeper
 from tspc.data.model_inputs import Given
 from tspc.decompositions import Method
 from tspc.errors import ConfigError, TspcWarning, UntimedError
+from tspc.layers.unpacking import of_parts
 from tspc.quantization.grids import FULL
 from tspc.system import processes
 from tspc.system.modes import own_modes
@@ -34,6 +35,7 @@ RATE_STEPS = 24
 
 
 @own_modes()
+@of_parts
 def plan(
     model: nn.Module,
     method: str | Method | PlanSettings = "tt",
@@ -87,6 +89,7 @@ def plan(
 
 
 @own_modes()
+@of_parts
 def planned(
     model: nn.Module,
     sketch: Outline,
@@ -112,6 +115,7 @@ def planned(
         return _planned(model, sketch, curves, example, None)
 
 
+@of_parts
 def keeper_for(model: nn.Module, sketch: Outline, example: Given | None) -> Timekeeper | None:
     """What knows the times of an outline's layers; None if its settings need no times. Raises ConfigError."""
     return timekeeper(model, sketch.settings, [layer.name for layer in sketch.chosen], example)

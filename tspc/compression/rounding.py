@@ -19,6 +19,7 @@ from tspc.decompositions import Factors
 from tspc.layers.dense import is_table, kernel_of, set_kernel_
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.tensorized import TensorizedLayer
+from tspc.layers.unpacking import unpack_like_
 from tspc.store.state import tensor_state
 from tspc.system import processes
 from tspc.system.modes import own_modes
@@ -73,6 +74,7 @@ def put_on_grids_(
 def _dense(model: nn.Module, reference: nn.Module) -> nn.Module:
     """A network of the reference's structure that computes what `model` computes."""
     found = copied(reference)
+    unpack_like_(found, model)
     state, own = tensor_state(model), tensor_state(found)
     found.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
     for name, layer in tensorized_layers(model).items():

@@ -17,6 +17,7 @@ from tspc.compression.settings import Selection
 from tspc.errors import ConfigError, some
 from tspc.layers.dense import is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers
+from tspc.layers.unpacking import parts_of
 from tspc.models.lazy import require_sizes
 from tspc.quantization.grids import LONG_ROW
 from tspc.traversal.hooks import evaluating
@@ -58,7 +59,8 @@ def select(
         shapes = {name: kernel_shape(module) for name, module in modules.items()}
     shared = _shared_weights(model)
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
-    last = next((name for name in reversed(modules) if name not in tables), None)
+    parts = parts_of(model)  # the final classifier is none of them
+    last = next((name for name in reversed(modules) if name not in tables and name not in parts), None)
     beside = parameters_beside(model).values() if widths.offers_dense else ()
     allowed = {*everything, *(name for names in beside for name in names)}
     for key, patterns, names in (

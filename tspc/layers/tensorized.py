@@ -15,7 +15,7 @@ from tspc.layers.convolutions import Form
 from tspc.layers.dense import TRANSPOSED, DenseLayer, as_weight, kernel_shape, shown_by
 from tspc.quantization.grids import FULL, Grid, row_count
 
-_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
 _TracerWarning: type[Warning] = torch.jit.TracerWarning  # pyright: ignore[reportPrivateImportUsage]
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -139,7 +139,7 @@ class TensorizedLayer(nn.Module):
 
         A trace of `torch.jit` always contains the contraction, because the tracer runs twice and compares.
         """
-        if _is_tracing():
+        if is_tracing():
             with warnings.catch_warnings():  # of sizes that become constants: the factors' do not change
                 warnings.simplefilter("ignore", _TracerWarning)
                 return self._contract()
@@ -162,7 +162,7 @@ class TensorizedLayer(nn.Module):
         """
         x = cast(Tensor, x if input is None else input)
         if isinstance(x, torch.fx.Proxy):
-            return _as_one_node(self, x, output_size)
+            return as_one_node(self, (x,) if output_size is None else (x, output_size))
         if output_size is None:
             return self._run(x)
         if self.kind not in TRANSPOSED:
@@ -231,7 +231,7 @@ class TensorizedLayer(nn.Module):
 
 def _as_float(bits: Tensor) -> Tensor:
     """The float32 numbers with these bits. The tracer of `torch.jit` knows no `view` of another dtype: a constant."""
-    if _is_tracing():
+    if is_tracing():
         return torch.from_numpy(bits.detach().cpu().numpy().view("float32")).to(bits.device)
     return bits.view(torch.float32)
 
@@ -241,17 +241,17 @@ def scales_of(factor: int) -> str:
     return f"scales_{factor}"
 
 
-def _as_one_node(layer: TensorizedLayer, x: Any, output_size: Any = None) -> Any:
+def as_one_node(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any] | None = None) -> Any:
     """The layer in a graph of `torch.fx`: one call, as the dense layer is, whose kernels follow its modes."""
-    given = (x,) if output_size is None else (x, output_size)
+    named, tracer = named or {}, given[0].tracer
     if layer._forward_hooks or layer._forward_pre_hooks:  # the graph has what they do; the module would do it again
-        module = x.tracer.create_proxy("get_attr", x.tracer.path_of_module(layer), (), {})
-        return x.tracer.create_proxy("call_function", _forward, (module, *given), {})
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), given, {})
+        module = tracer.create_proxy("get_attr", tracer.path_of_module(layer), (), {})
+        return tracer.create_proxy("call_function", _forward, (module, *given), named)
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), given, named)
 
 
-def _forward(layer: TensorizedLayer, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-    return layer.forward(x, output_size)
+def _forward(layer: nn.Module, *given: Any, **named: Any) -> Any:
+    return layer.forward(*given, **named)
 
 
 def _after_loading(layer: TensorizedLayer, *_: Any) -> None:

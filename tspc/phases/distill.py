@@ -24,6 +24,7 @@ from tspc.compression.rounding import put_on_grids_, take_off_grids_
 from tspc.data import Given, filled, kinds_of
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
+from tspc.layers.unpacking import unpacked_like
 from tspc.phases.activations import Kept, Masked, augmented_images
 from tspc.phases.agreement import keep_better_, keep_closer_
 from tspc.phases.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
@@ -157,8 +158,7 @@ def _round_(
     context: Context,
 ) -> None:
     """Puts the factors on grids again; the parameters named in `wide` stay as they are."""
-    layers = tensorized_layers(model)
-    sizes = {name: work_on(math.prod(layers[name].shape)) for name in widths}
+    sizes = {x: work_on(math.prod(layer.shape)) for x, layer in tensorized_layers(model).items() if x in widths}
     with (
         calibration_samples(calibration, context) as samples,
         context.tally("distill", f"rounding of {len(widths)} layers", FIT * sum(sizes.values())) as tally,
@@ -263,8 +263,7 @@ def _if_closer_(block: nn.Module, kept: Kept, change: Callable[[], None]) -> flo
     """Keeps the change of a block only if it lowers the loss; returns the loss in the end."""
     before, state = _judged(block, kept), copy.deepcopy(block.state_dict())
     change()
-    after = _judged(block, kept)
-    if after < before:
+    if (after := _judged(block, kept)) < before:
         return after
     block.load_state_dict(state)
     return before
@@ -284,7 +283,8 @@ def _stalled(losses: list[float], least_gain: float) -> bool:
 
 
 def _run(work: Work) -> tuple[nn.Module, None]:
-    distill(work.start, work.reference, work.settings, work.context, work.progress, work.planning.calibration)
+    with unpacked_like(work.reference, work.start):
+        distill(work.start, work.reference, work.settings, work.context, work.progress, work.planning.calibration)
     return work.start, None
 
 

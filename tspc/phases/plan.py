@@ -13,6 +13,7 @@ from tspc.compression.path_costs import calls, macs_saved
 from tspc.compression.plan import Plan
 from tspc.deploy import cost
 from tspc.errors import InfeasibleRateError
+from tspc.layers.unpacking import unpacked
 from tspc.phases.frontier import FILE, by_size, by_time, frontier_of, keeper_of
 from tspc.phases.phase import ShowingPhase, Work
 from tspc.phases.planning import Planning, calibration_samples
@@ -80,6 +81,11 @@ def sizes_of(reference: nn.Module, plan: Plan) -> tuple[int, int]:
 
 
 def _run(work: Work) -> None:
+    with unpacked(work.reference):
+        _show(work)
+
+
+def _show(work: Work) -> None:
     planning, reference, display = work.planning, work.reference, work.context.display
     with calibration_samples(planning.calibration, work.context) as samples:
         curves = planning.curves(samples)
