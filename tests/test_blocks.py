@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,8 @@ def test_all_image_classifiers_keep_their_blocks():
 
 def check(full: str) -> None:
     family, name = full.split("/")
-    with torch.device("cpu" if "regnet" in name else "meta"):
+    with torch.device("cpu" if "regnet" in name else "meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the initial weights
         if family == "torchvision":  # with the parts that are for training alone
             model = torchvision.models.get_model(name, weights=None)
         else:

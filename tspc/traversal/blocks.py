@@ -14,9 +14,9 @@ from tspc.traversal.repetition import holds_repetition, is_container, repeated
 def find_blocks(model: nn.Module, layers: Collection[str], pattern: str | None = None) -> list[str]:
     """Names of the blocks that hold at least one of the named `layers`, in module order.
 
-    Containers (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`) are opened, and so are modules that contain a sequence
-    of repeated blocks, which are found by their structure (see `repetition`). Every other module is one block, for
-    example a residual block, a transformer block or a single layer.
+    Containers (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`) are opened, and so are modules that contain blocks
+    with the same structure one after the other (see `repetition`). Every other module is one block, for example a
+    residual block, a transformer block or a single layer.
     `pattern` (shell wildcards over module names, such as `layer?.*`) names the blocks instead.
 
     Raises ConfigError if the pattern matches no module with such a layer.

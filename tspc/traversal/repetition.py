@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import nn
 
@@ -106,7 +107,7 @@ def _is_sequence(module: nn.Module) -> bool:
     if len(children) < 2 or len({type(child) for child in children}) > 1 or not all(map(_is_block, children)):
         return False
     widths = [_widths(child) for child in children]
-    return all(outputs & inputs for (_, outputs), (inputs, _) in zip(widths, widths[1:], strict=False))
+    return all(outputs & inputs for (_, outputs), (inputs, _) in pairwise(widths))
 
 
 def _widths(module: nn.Module) -> tuple[set[int], set[int]]:
