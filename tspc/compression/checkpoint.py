@@ -12,11 +12,12 @@ from tspc.compression.beside import with_narrow, without_narrow
 from tspc.compression.form import DENSE
 from tspc.compression.header import FORMAT, FORMAT_OF_NUMBERS, checked_header, method_of
 from tspc.compression.integers import on_grids, with_integers, without_integers
+from tspc.compression.pretrained import mend_save_pretrained_
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.layers.dense import DenseLayer, Form, is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers, untrained
-from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, set_modules, warn_of_state_hooks
+from tspc.layers.replacing import replace_layers, set_modules, warn_of_state_hooks
 from tspc.layers.tensorized import TensorizedLayer
 from tspc.models import NetworkSpec
 from tspc.models.described import described_network
@@ -113,7 +114,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     for name, module in small.items():
         module.train(modules[name].training)
     warn_of_state_hooks({name: modules[name] for name in small})
-    refuse_save_pretrained_(model)
+    mend_save_pretrained_(model)
     return model
 
 
