@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from tspc.calibration import Calibration as Calibration
     from tspc.calibration import Samples as Samples
     from tspc.compression.apply import apply_ as apply_
-    from tspc.compression.checkpoint import load as load
-    from tspc.compression.checkpoint import save as save
     from tspc.compression.compress import compress as compress
     from tspc.compression.compress import smallest as smallest
+    from tspc.compression.folders import load as load
+    from tspc.compression.folders import save as save
     from tspc.compression.plan import Plan as Plan
     from tspc.compression.planning import plan as plan
     from tspc.compression.settings import PlanSettings as PlanSettings
@@ -41,8 +41,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Calibration": "calibration.samples",
     "Samples": "calibration.samples",
-    "load": "compression.checkpoint",
-    "save": "compression.checkpoint",
+    "load": "compression.folders",
+    "save": "compression.folders",
     "apply_": "compression.apply",
     "compress": "compression.compress",
     "smallest": "compression.compress",

@@ -13,10 +13,11 @@ from tspc.calibration.samples import Samples
 from tspc.compression.beside import narrow_beside_
 from tspc.compression.fits import Fits, OnLayer
 from tspc.compression.plan import LayerPlan, Plan
+from tspc.compression.pretrained import mend_save_pretrained_
 from tspc.compression.selection import why_dense
 from tspc.decompositions import Factors
 from tspc.layers.dense import check_values
-from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
+from tspc.layers.replacing import replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
 from tspc.layers.unpacking import of_parts, unpacked
 from tspc.store.state import tensor_state
 from tspc.system import processes
@@ -49,7 +50,7 @@ def apply_(
     if samples is not None:
         with torch.inference_mode(is_of_inference(model)):
             model.load_state_dict(small.state_dict())
-    refuse_save_pretrained_(model)
+    mend_save_pretrained_(model)
     return done
 
 
@@ -103,7 +104,7 @@ def _tensorized(
         recalibrate_(fits.work, model, samples)
     if any(layer.is_on_grids for layer in plan.layers):
         narrow_beside_(fits.work, {*plan.kept, *kept})
-    refuse_save_pretrained_(fits.work)
+    mend_save_pretrained_(fits.work)
     return fits.work, replace(plan, layers=tuple(fits.done.get(layer.name, layer) for layer in plan.layers))
 
 

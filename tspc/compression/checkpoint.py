@@ -12,12 +12,13 @@ from tspc.compression.beside import with_narrow, without_narrow
 from tspc.compression.form import DENSE
 from tspc.compression.header import FORMAT, FORMAT_OF_NUMBERS, checked_header, method_of
 from tspc.compression.integers import on_grids, with_integers, without_integers
+from tspc.compression.pretrained import mend_save_pretrained_
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.layers.convolutions import Form
 from tspc.layers.dense import DenseLayer, is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers, untrained
-from tspc.layers.replacing import refuse_save_pretrained_, replace_layers, set_modules, warn_of_state_hooks
+from tspc.layers.replacing import replace_layers, set_modules, warn_of_state_hooks
 from tspc.layers.tensorized import TensorizedLayer
 from tspc.layers.unpacking import unpacked
 from tspc.models import NetworkSpec
@@ -103,7 +104,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     owners = {name.rpartition(".")[0] for name in header["layers"]}
     with unpacked(model, owners.__contains__):
         _load_(model, header, file, path)
-    refuse_save_pretrained_(model)
+    mend_save_pretrained_(model)
     return model
 
 

@@ -36,7 +36,7 @@ _LAYER = {
 _NETWORK = {
     **dict.fromkeys(("family", "name"), str),
     **dict.fromkeys(("num_classes?", "image_size?"), (SIZE, None)),
-    **{"in_channels?": SIZE, "factory?": (str, None), "kwargs?": dict},
+    **{"in_channels?": SIZE, "factory?": (str, None), "kwargs?": dict, "task?": (str, None)},
 }
 SCHEMA = {
     **{"format": SIZE, "layers": {...: _LAYER}, "methods?": [_METHOD], "network?": (None, _NETWORK), "info": dict},

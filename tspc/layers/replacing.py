@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from tspc.errors import TspcError, TspcWarning
-from tspc.layers.forms import tensorized_layers
 
 CALL_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -122,13 +121,6 @@ def warn_of_parameter_hooks(layers: Mapping[str, nn.Module]) -> None:
             TspcWarning,
             stacklevel=2,
         )
-
-
-def refuse_save_pretrained_(model: nn.Module) -> None:
-    """Makes `save_pretrained` of a compressed network raise: `from_pretrained` would fill its layers at random."""
-    for module in saves_pretrained(model):
-        if tensorized_layers(module):
-            forbid_save_pretrained_(module)
 
 
 def saves_pretrained(model: nn.Module) -> list[nn.Module]:

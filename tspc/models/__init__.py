@@ -15,7 +15,7 @@ from tspc.models.lazy import give_sizes_
 from tspc.models.lenet import LeNet5
 from tspc.models.timm_zoo import timm_network
 from tspc.models.torchvision_zoo import torchvision_network
-from tspc.models.transformers_zoo import transformers_network
+from tspc.models.transformers_zoo import OF_CLASSES, transformers_network
 from tspc.system.imports import named
 
 FAMILIES = ("builtin", "torchvision", "timm", "transformers", "custom")
@@ -28,6 +28,7 @@ class NetworkSpec:
 
     `family` is `builtin` (this package's CIFAR ResNets and LeNet-5), `torchvision` (any of its classification
     networks), `timm`, `transformers` or `custom` (`factory` is `package.module:function`, called with `kwargs`).
+    `task` is what a network of transformers is for; without it that is a classifier.
     """
 
     family: str
@@ -37,9 +38,13 @@ class NetworkSpec:
     image_size: int | None = None
     factory: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    task: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        found = dataclasses.asdict(self)
+        if self.task is None:  # files without it are those of earlier versions, which know no such key
+            del found["task"]
+        return found
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> NetworkSpec:
@@ -62,15 +67,18 @@ class NetworkSpec:
             network = _custom(self.factory, self.kwargs)
             give_sizes_(network, self.in_channels, self.image_size)
             return network
-        if self.num_classes is None:
+        if self.num_classes is None and (self.family != "transformers" or self.task in OF_CLASSES):
             raise ConfigError([f"dataset.num_classes is needed to build {self.name}, as in dataset.num_classes=1000"])
+        sizes = self.in_channels, self.image_size
+        if self.family == "transformers":
+            return transformers_network(
+                self.name, self.num_classes, *sizes, pretrained, self.kwargs, not from_file, self.task
+            )
+        assert self.num_classes is not None
         if self.family == "torchvision":
             return torchvision_network(self.name, self.num_classes, self.in_channels, pretrained, self.kwargs)
-        sizes = self.num_classes, self.in_channels, self.image_size
         if self.family == "timm":
-            return timm_network(self.name, *sizes, pretrained, self.kwargs)
-        if self.family == "transformers":
-            return transformers_network(self.name, *sizes, pretrained, self.kwargs, folders=not from_file)
+            return timm_network(self.name, self.num_classes, *sizes, pretrained, self.kwargs)
         if self.name == "lenet5":
             return LeNet5(self.num_classes, self.in_channels, self.image_size or 28)
         if self.name in CIFAR_RESNETS:

@@ -8,7 +8,7 @@ be numbers, truth values, short lists of numbers, or names that are also listed 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,7 +71,7 @@ TRANSFORMERS_NAMES = frozenset(
 )
 """Names that a configuration may hold besides those of activations."""
 
-_LOADING = re.compile(
+LOADING = re.compile(
     "^_|backbone|_kernels|timm|pretrained$|(?<!drop_)path|file|trust|remote|hub|implementation|detectron|architecture$"
 )
 """Parts of the names of configuration fields that make transformers load something."""
@@ -89,19 +89,24 @@ def described_network(spec: NetworkSpec, elements: int, tensors: int) -> nn.Modu
     Raises WeightsError for arguments that are not accepted from a file, and if the network cannot be built.
     """
     _check(spec)
+    return built_within(lambda: spec.build(from_file=True), spec.name, elements, tensors)
+
+
+def built_within(build: Callable[[], nn.Module], name: str, elements: int, tensors: int) -> nn.Module:
+    """What `build` makes, if it is not far larger than a file with so many entries and tensors. Raises WeightsError."""
     with torch.random.fork_rng(devices=[]), _bounded(elements, tensors):
         try:
             with torch.device("meta"):
-                spec.build(from_file=True)
+                build()
         except TspcError as error:
             raise WeightsError(str(error)) from error
         except Exception:  # some networks compute with values when they are built, which none has here
             pass
         try:
-            return spec.build(from_file=True)
+            return build()
         except Exception as error:  # libraries raise anything for arguments that do not go together
             text = str(error) if isinstance(error, TspcError) else f"{type(error).__name__}: {error}"
-            raise WeightsError(f"{spec.name} cannot be built as described: {shortened(text)}") from error
+            raise WeightsError(f"{name} cannot be built as described: {shortened(text)}") from error
 
 
 def room_for(elements: int) -> int:
@@ -160,7 +165,7 @@ def _check_transformers(spec: NetworkSpec) -> None:
         usual = CONFIG_MAPPING[spec.name]()
     except Exception as error:  # a configuration that needs other packages, for example
         raise WeightsError(f"transformers cannot describe {spec.name}: {shortened(str(error))}") from error
-    if any(_LOADING.search(field) and not field.startswith("_") for field in vars(usual)):
+    if any(LOADING.search(field) and not field.startswith("_") for field in vars(usual)):
         raise WeightsError(f"transformers may load other things to build {spec.name}")
     _check_fields(spec.kwargs, vars(usual), frozenset(ACT2FN) | TRANSFORMERS_NAMES)
 
@@ -168,7 +173,7 @@ def _check_transformers(spec: NetworkSpec) -> None:
 def _check_fields(given: Mapping[str, Any], usual: Mapping[str, Any], names: frozenset[str]) -> None:
     """Accepts only fields that the type's own configuration has, with harmless values."""
     for key, value in given.items():
-        if key not in usual or key in _KEPT or _LOADING.search(key):
+        if key not in usual or key in _KEPT or LOADING.search(key):
             raise _refused(key, value)
         inner = usual[key]
         if isinstance(value, dict) and hasattr(inner, "to_dict"):

@@ -1,4 +1,4 @@
-"""Networks of Hugging Face's transformers: classifiers of images or texts, from a configuration or a folder."""
+"""Networks of Hugging Face's transformers for each task, from a configuration or a folder."""
 
 from __future__ import annotations
 
@@ -6,66 +6,101 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tspc.errors import ConfigError, WeightsError
+from tspc.models.transformers_tasks import (
+    Classifier,
+    Features,
+    LanguageModel,
+    Regression,
+    SentenceEmbeddings,
+    Speech,
+    Wrapped,
+    pooling_of,
+)
 from tspc.system import extras
 
-
-class Classifier(nn.Module):
-    """Returns only the logits, as every other network does.
-
-    The input is the network's first argument: images (N, C, H, W) or token numbers (N, L).
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    @property
-    def dummy_inputs(self) -> dict[str, Tensor]:
-        """The inputs on which transformers itself tries the network."""
-        return self.network.dummy_inputs  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x).logits
+TASKS = (
+    *("image_classification", "text_classification", "sentence_embeddings", "language_modelling"),
+    *("speech", "regression", "custom"),
+)
+"""What a network can be built for."""
+OF_CLASSES = (None, "image_classification", "text_classification")
+"""The tasks whose networks have as many outputs as there are classes."""
 
 
 def transformers_network(
     name: str,
-    num_classes: int,
+    num_classes: int | None,
     in_channels: int,
     image_size: int | None,
     pretrained: bool,
     kwargs: dict[str, Any],
     folders: bool = True,
+    task: str | None = None,
 ) -> nn.Module:
-    """A classifier. `name` is a model type (`vit`, `bert`), a folder with a configuration, or a name on a hub.
+    """A network for a task. `name` is a model type (`vit`, `bert`), a folder with a configuration, or a name on a hub.
+
+    Without a `task` it classifies images, or texts if its type takes none. `regression` is a classifier of texts with
+    one output. `language_modelling` predicts the next token, or masked tokens if the folder says so or the type is that
+    of an encoder. `speech` has an encoder and a decoder, or an encoder alone (CTC). `sentence_embeddings` pools as the
+    folder says, else by the mean. `custom` is the network without a head. Each takes the network's own arguments; what
+    it returns is told in `transformers_tasks`.
 
     Without `folders` only model types are accepted. `kwargs` are fields of the configuration. `pretrained` reads the
     weights from the folder or the hub; nothing there is executed. Raises ConfigError, also if transformers is missing,
     or WeightsError.
     """
     extras.require("transformers", "model=transformers")
-    from transformers import AutoModelForImageClassification as ImageClassifier
-    from transformers import AutoModelForSequenceClassification as TextClassifier
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as OF_IMAGES
-
+    if task not in (None, *TASKS):
+        raise ConfigError([f"task={task!r}: choose one of {', '.join(TASKS)}"])
     config = _configuration(name, pretrained, kwargs, folders)
-    kind = ImageClassifier if type(config) in OF_IMAGES else TextClassifier
+    settings = pooling_of(name) if task == "sentence_embeddings" and folders else {}
     try:
-        config.num_labels = num_classes
+        kind, wrapper = _classes(config, task)
+        if task in OF_CLASSES:
+            config.num_labels = num_classes
+        elif task == "regression":
+            config.num_labels, config.problem_type = 1, "regression"
         config.architectures = config.architectures or []  # where there is a choice, None is iterated over
         for field, value in (("num_channels", in_channels), ("image_size", image_size)):
             if hasattr(config, field) and field not in kwargs and value is not None:
                 _set_size(config, field, value)
         if pretrained:
-            return Classifier(kind.from_pretrained(name, config=config, trust_remote_code=False))
-        return Classifier(kind.from_config(config, trust_remote_code=False))
+            network = kind.from_pretrained(name, config=config, trust_remote_code=False)
+        else:
+            network = kind.from_config(config, trust_remote_code=False)
     except OSError as error:
         raise WeightsError(f"pretrained=default: {_first_line(error)}; pass pretrained=FILE or random") from error
     except Exception as error:  # each network has its own checks, and some need other packages
-        raise ConfigError([f"transformers cannot build {name} with {kwargs}: {_first_line(error)}"]) from error
+        wanted = f"{name} for task={task}" if task else name
+        raise ConfigError([f"transformers cannot build {wanted} with {kwargs}: {_first_line(error)}"]) from error
+    return wrapper(network, **settings)
+
+
+def _classes(config: Any, task: str | None) -> tuple[Any, type[Wrapped]]:
+    """The class of transformers that builds the network, and the wrapper around it."""
+    import transformers as hf
+    from transformers.models.auto import modeling_auto as auto
+
+    own, told = type(config), " ".join(config.architectures or ())
+    if task is None:
+        task = "image" if own in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else "text_classification"
+    if task == "language_modelling":
+        is_causal, is_masked = own in auto.MODEL_FOR_CAUSAL_LM_MAPPING, own in auto.MODEL_FOR_MASKED_LM_MAPPING
+        masked = is_masked and not ("CausalLM" in told or "LMHead" in told or getattr(config, "is_decoder", False))
+        return (hf.AutoModelForMaskedLM if masked or not is_causal else hf.AutoModelForCausalLM), LanguageModel
+    if task == "speech":
+        has_decoder = own in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING and "CTC" not in told
+        return (hf.AutoModelForSpeechSeq2Seq if has_decoder else hf.AutoModelForCTC), Speech
+    kinds: dict[str, tuple[Any, type[Wrapped]]] = {
+        "text_classification": (hf.AutoModelForSequenceClassification, Classifier),
+        "regression": (hf.AutoModelForSequenceClassification, Regression),
+        "sentence_embeddings": (hf.AutoModel, SentenceEmbeddings),
+        "custom": (hf.AutoModel, Features),
+    }
+    return kinds.get(task, (hf.AutoModelForImageClassification, Classifier))
 
 
 def _set_size(config: Any, field: str, value: int) -> None:

@@ -8,14 +8,15 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from tspc.errors import ConfigError
-from tspc.layers.dense import has_inputs
+from tspc.traversal.repetition import holds_repetition, is_container, repeated
 
 
 def find_blocks(model: nn.Module, layers: Collection[str], pattern: str | None = None) -> list[str]:
     """Names of the blocks that hold at least one of the named `layers`, in module order.
 
-    Containers (`nn.Sequential`, `nn.ModuleList`) are opened, and so are modules that contain a sequence of repeated
-    blocks. Every other module is one block, for example a residual block, a transformer block or a single layer.
+    Containers (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`) are opened, and so are modules that contain blocks
+    with the same structure one after the other (see `repetition`). Every other module is one block, for example a
+    residual block, a transformer block or a single layer.
     `pattern` (shell wildcards over module names, such as `layer?.*`) names the blocks instead.
 
     Raises ConfigError if the pattern matches no module with such a layer.
@@ -29,7 +30,8 @@ def find_blocks(model: nn.Module, layers: Collection[str], pattern: str | None =
         if not blocks:
             raise ConfigError([f"blocks={pattern!r} matches no module of the network that has a tensorized layer"])
         return blocks
-    return [name for name in _leaves("", model, is_root=True) if _holds(name, layers)]
+    kinds = {type(child) for module in model.modules() for _, child in repeated(module)}
+    return [name for name in _leaves("", model, kinds, is_root=True, is_repeated=False) if _holds(name, layers)]
 
 
 def block_of(layer: str, blocks: list[str]) -> int | None:
@@ -41,34 +43,18 @@ def _holds(block: str, layers: Collection[str]) -> bool:
     return any(layer == block or layer.startswith(f"{block}.") for layer in layers)
 
 
-def _leaves(name: str, module: nn.Module, is_root: bool = False) -> list[str]:
+def _leaves(name: str, module: nn.Module, kinds: Collection[type], is_root: bool, is_repeated: bool) -> list[str]:
+    """Names of the blocks in `module`. `kinds` are the classes of the parts that repeat anywhere in the network.
+
+    `is_repeated` says that the module is, or lies in, one of several parts that repeat.
+    """
     children = list(module.named_children())
-    if not children or not (is_root or _is_container(module) or _has_repeated_blocks(module)):
+    is_repeated = is_repeated or type(module) in kinds
+    if not children or not (is_root or is_container(module) or holds_repetition(module, is_repeated)):
         return [name]
-    prefix = f"{name}." if name else ""
-    return [leaf for child_name, child in children for leaf in _leaves(prefix + child_name, child)]
-
-
-def _is_container(module: nn.Module) -> bool:
-    # A subclass of Sequential is a block; only the plain types are containers.
-    return type(module) in (nn.Sequential, nn.ModuleList)
-
-
-def _has_repeated_blocks(module: nn.Module) -> bool:
-    """Whether the module is or contains a sequence of two or more blocks of the same class."""
-    for inner in module.modules():
-        if isinstance(inner, nn.Sequential | nn.ModuleList):
-            children = list(inner.children())
-            if len(children) > 1 and len({type(c) for c in children}) == 1 and all(map(_is_block, children)):
-                return True
-    return False
-
-
-def _is_block(module: nn.Module) -> bool:
-    # A block has at least two layers with weights; a convolution with its normalisation is none.
-    return not _is_container(module) and sum(map(_has_kernel, module.modules())) > 1
-
-
-def _has_kernel(module: nn.Module) -> bool:
-    # Layers of subclasses stay dense, but they count here.
-    return has_inputs(module) or isinstance(module, nn.Conv2d | nn.Linear)
+    prefix, members = f"{name}." if name else "", {child for child, _ in repeated(module)}
+    return [
+        leaf
+        for own, child in children
+        for leaf in _leaves(prefix + own, child, kinds, is_root=False, is_repeated=is_repeated or own in members)
+    ]
