@@ -117,6 +117,8 @@ def _reason(name: str, module: nn.Module) -> str | None:
     if isinstance(module, parametrize.ParametrizationList):
         layer, _, weight = name.rpartition(".parametrizations.")
         return f"{layer}.{weight} is computed from it"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+        return f"{kind} is not supported"
     is_holder = isinstance(module, nn.ParameterList | nn.ParameterDict)
     return f"{kind} is not supported" if type(module).__module__.startswith("torch.nn.") and not is_holder else None
 
