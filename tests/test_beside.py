@@ -20,6 +20,14 @@ class Own(nn.Conv2d):
     """A convolution of a class of its own, as many networks have."""
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """An attention of a class of its own, whose matrices are no layers."""
+
+
+class OwnGRU(nn.GRU):
+    """The same for a recurrent module."""
+
+
 class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -29,8 +37,8 @@ class Network(nn.Module):
         self.middle = nn.Conv2d(24, 32, 3, padding=1)
         self.up = nn.ConvTranspose2d(32, 32, 2)
         self.places = nn.Parameter(torch.randn(81, 32))
-        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
-        self.recurrent = nn.GRU(32, 32, batch_first=True)
+        self.attention = OwnAttention(32, 4, batch_first=True)
+        self.recurrent = OwnGRU(32, 32, batch_first=True)
         self.sharpness = nn.Parameter(torch.tensor(1.2345678))
         self.last = nn.Linear(32, 40)
 

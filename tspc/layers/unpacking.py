@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -97,9 +97,15 @@ def of_parts(function: F) -> F:
     return cast(F, wrapped)
 
 
-def unpacked_like(model: nn.Module, other: nn.Module) -> AbstractContextManager[None]:
-    """As `unpacked`, for the modules that are unpacked in another network of the same structure."""
-    return unpacked(model, _unpacked_in(other).__contains__)
+def with_like_parts(function: F) -> F:
+    """The same function of a network and its reference, which is unpacked meanwhile where the network is unpacked."""
+
+    @functools.wraps(function)
+    def wrapped(model: nn.Module, reference: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with unpacked(reference, _unpacked_in(model).__contains__):
+            return function(model, reference, *args, **kwargs)
+
+    return cast(F, wrapped)
 
 
 def unpack_like_(model: nn.Module, other: nn.Module) -> None:
@@ -123,6 +129,12 @@ def owner_in(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         return model.get_submodule(name.rpartition(".")[0])
+
+
+def sequence_of(module: nn.Module, output: Any) -> Any:
+    """What a module passes on: of the tuples of attention and recurrent modules the first item."""
+    is_known = isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+    return output[0] if is_known and isinstance(output, tuple) else output
 
 
 def _has(model: nn.Module) -> bool:

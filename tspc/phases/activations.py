@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tspc.data import Given, first_of, generator_of, masks_of
 from tspc.errors import ConfigError
+from tspc.layers.unpacking import sequence_of
 from tspc.phases.context import Context
 from tspc.system import processes
 from tspc.training import Recipe
@@ -76,7 +78,7 @@ class Kept:
         self.is_paired = self._looks_paired()
         try:
             self._reference.answer()
-            output = self._reference.output(0) if self.is_paired else torch.empty(0)
+            output = self._output(0) if self.is_paired else torch.empty(0)
             kind = "" if isinstance(output, Tensor) else type(output).__name__
         except UnknownValueError as error:
             kind = error.kind
@@ -120,4 +122,8 @@ class Kept:
 
     def _pair(self, number: int, from_reference: bool = False) -> tuple[Masked, Tensor]:
         walker = self._reference if from_reference else self._small or self._reference
-        return Masked(walker.arguments(number), self._masks[number]), self._reference.output(number)
+        return Masked(walker.arguments(number), self._masks[number]), self._output(number)
+
+    def _output(self, number: int) -> Any:
+        block = self._reference.model.get_submodule(self._reference.segment.module)
+        return sequence_of(block, self._reference.output(number))

@@ -24,7 +24,7 @@ from tspc.compression.rounding import put_on_grids_, take_off_grids_
 from tspc.data import Given, filled, kinds_of
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
-from tspc.layers.unpacking import unpacked_like
+from tspc.layers.unpacking import sequence_of, with_like_parts
 from tspc.phases.activations import Kept, Masked, augmented_images
 from tspc.phases.agreement import keep_better_, keep_closer_
 from tspc.phases.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
@@ -84,6 +84,7 @@ class Distillation(Recipe):
 
 
 @own_modes(exact=False)
+@with_like_parts
 def distill(
     model: nn.Module,
     reference: nn.Module,
@@ -244,7 +245,8 @@ def _start_norms_(block: nn.Module, original: nn.Module, kept: Kept, settings: D
 
 def _loss(block: nn.Module, given: Masked, target: Tensor) -> Tensor:
     args, named = given.call
-    return relative_error(filled(block(*args, **named), given.masks), filled(target, given.masks))
+    answer = sequence_of(block, block(*args, **named))
+    return relative_error(filled(answer, given.masks), filled(target, given.masks))
 
 
 @torch.no_grad()
@@ -283,8 +285,7 @@ def _stalled(losses: list[float], least_gain: float) -> bool:
 
 
 def _run(work: Work) -> tuple[nn.Module, None]:
-    with unpacked_like(work.reference, work.start):
-        distill(work.start, work.reference, work.settings, work.context, work.progress, work.planning.calibration)
+    distill(work.start, work.reference, work.settings, work.context, work.progress, work.planning.calibration)
     return work.start, None
 
 

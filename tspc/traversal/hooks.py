@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tspc.data.model_inputs import Given, arguments_of
+from tspc.layers.unpacking import sequence_of
 
 
 class Reached(Exception):
@@ -67,7 +68,7 @@ def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any
     found: dict[str, Any] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, output: found.__setitem__(name, output)
+        return lambda module, args, output: found.__setitem__(name, sequence_of(module, output))
 
     with hooked([model.get_submodule(name).register_forward_hook(keep(name)) for name in names]):
         yield found
