@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tspc
+from tests.small import CPU
 from tspc.calibration.samples import Calibration
 from tspc.data import ModelInputs
 from tspc.data.arranging import arranged, as_positional, collected, form_of
 from tspc.errors import DataError, TspcWarning
+from tspc.training import TOP1, HeldOut
+from tspc.training.held_out import reader_of
 
 IDS, LABELS = torch.randint(1, 9, (4, 6)), torch.tensor([0, 1, 2, 5])
 MASK = (torch.arange(6) < torch.tensor([[6], [3], [5], [1]])).long()
@@ -175,3 +178,34 @@ def test_compress_takes_labels_and_leaves_them_out():
     )
     for other in (labelled, named):
         assert torch.equal(alone.hidden.weight, other.hidden.weight)
+
+
+class Numbers(nn.Module):
+    """Text of token k has the class k if its mask says that there is something."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: None = None) -> Tensor:
+        return F.one_hot((input_ids * attention_mask)[:, 0], 9).float()
+
+
+def test_held_out_inputs_as_a_network_takes_them():
+    given = [
+        {"input_ids": torch.full((3, n), n), "attention_mask": torch.ones(3, n).long(), "labels": torch.full((3,), n)}
+        for n in (4, 2, 4)
+    ]
+    read, count = reader_of(given, CPU, Numbers())
+    parts = [*read(0, 5), *read(5, 9)]
+    assert (count, sum(len(x) for x, _ in parts)) == (9, 9)
+    for inputs, targets in parts:
+        assert list(inputs.named) == ["input_ids", "attention_mask"]
+        assert torch.equal(inputs.first[:, 0], targets)
+    judge = HeldOut(Numbers(), TOP1, read, count, CPU)
+    drop = judge.drop(Wrong(), 0, 9)
+    assert (drop.lost, drop.gained) == (3, 0)
+    with pytest.raises(DataError, match="a batch has no labels among input_ids"):
+        reader_of([{"input_ids": torch.ones(2, 2)}], CPU, Numbers())
+    assert reader_of([{"input_ids": torch.ones(2, 2)}], CPU, Numbers(), needs_labels=False)[1] == 2
+
+
+class Wrong(Numbers):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: None = None) -> Tensor:
+        return super().forward(input_ids.clamp(min=4), attention_mask)

@@ -178,14 +178,14 @@ def test_blocks_called_with_constants_follow_each_other():
     assert (first.module, first.call, second.module) == ("blocks.0", None, "blocks.1")
     answer = torch.ones(2)
     assert second.call is not None
-    assert second.call.made([], answer) == ((answer,), {"scale": 1.5})
+    assert second.call.made([], ((), {"scale": 1.5}), answer) == ((answer,), {"scale": 1.5})
 
 
 def test_an_argument_that_depends_on_the_batch_is_no_constant():
     class Counted(Scaled):
         def forward(self, x):
-            for block in self.blocks:
-                x = block(x, scale=len(x))
+            for number, block in enumerate(self.blocks):
+                x = block(x, scale=len(x) + number)
             return x.mean((2, 3))
 
     model = Counted().eval()

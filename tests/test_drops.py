@@ -266,7 +266,7 @@ def test_held_out_inputs_are_mixed_and_the_same_at_every_time():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (5, "a batch is int; expected a pair of tensors"),
+        (5, "a batch is int; expected a pair of inputs and targets"),
         ([], "held_out has no batch"),
         ((torch.zeros(4, 2), torch.zeros(4)), r"held_out is a pair of tensors; give a list of batches"),
         ([(torch.zeros(4, 2), torch.tensor(1))], r"have shapes \(4, 2\) and \(\); the first axis counts both"),

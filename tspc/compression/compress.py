@@ -140,7 +140,7 @@ def smallest(
     judged = metric_of(metric)
     require_sizes(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    judge = HeldOut(model, judged, *reader_of(held_out, device), device)
+    judge = HeldOut(model, judged, *reader_of(held_out, device, model, judged.needs_labels), device)
     judge.check(asked.max_drop, pilot_of(judge.count))
     sketch = outline(model, asked, filter_fn)
     with kept(calibration, settings, model) as samples:

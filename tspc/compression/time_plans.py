@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tspc.compression.allocation import Candidate
 from tspc.compression.form import DENSE
@@ -21,7 +21,7 @@ from tspc.compression.timed import Allocation, Option, options_of
 from tspc.data.arranging import as_positional
 from tspc.data.model_inputs import Given
 from tspc.deploy.calls import EXTRAS, family
-from tspc.errors import ConfigError, InfeasibleTimeError
+from tspc.errors import ConfigError, DataError, InfeasibleTimeError
 from tspc.layers.chains import REBUILT
 from tspc.layers.convolutions import Form
 from tspc.system import extras
@@ -189,10 +189,16 @@ def timekeeper(
             why = "there is none" if example is None else "the network fails on the one given"
             raise ConfigError([needs_example(settings, why)])
         return None
+    try:
+        tensors = example if isinstance(example, Tensor) else as_positional(model, example)
+    except DataError as error:
+        if settings.is_timed:
+            raise ConfigError([needs_example(settings, str(error))]) from error
+        return None
     if family(settings.runtime) in EXTRAS and extras.missing(EXTRAS[family(settings.runtime)]) is not None:
         return None  # with a limit the settings are refused before
     place = place_of(settings, model)
-    watch = Stopwatch(model, as_positional(model, example), place, min(settings.terms.seconds, SECONDS))
+    watch = Stopwatch(model, tensors, place, min(settings.terms.seconds, SECONDS))
     return Timekeeper(model, settings, called, LayerTimes(place), watch)
 
 

@@ -99,6 +99,10 @@ class ModelInputs:
 
         return self._each(change, all_tensors=True)
 
+    def double(self) -> ModelInputs:
+        """The same with its real numbers in float64."""
+        return self._each(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, all_tensors=True)
+
     def detach(self) -> ModelInputs:
         """The same without a history of gradients."""
         return self._each(Tensor.detach, all_tensors=True)
@@ -141,6 +145,15 @@ def masks_of(batch: Given) -> list[Tensor]:
     for mask in batch.masks if isinstance(batch, ModelInputs) else ():
         found[mask.shape] = found[mask.shape] | mask if mask.shape in found else mask
     return [mask for mask in found.values() if not bool(mask.all())]
+
+
+def sizes_of(batch: Given) -> tuple[Any, ...]:
+    """The sizes of a batch's inputs, without their number: those of batches that may be joined are equal."""
+    positional, named = arguments_of(batch)
+    values = [*enumerate(positional), *named.items()]
+    return tuple(
+        (name, tuple(v.shape[1:]), str(v.dtype)) if isinstance(v, Tensor) else (name, repr(v)) for name, v in values
+    )
 
 
 def joined(batches: Sequence[Given]) -> Given | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tspc.data.arranging import arranged, collected, form_of
+from tspc.data.model_inputs import Given, called, first_of
 from tspc.errors import DataError, TspcWarning
 from tspc.layers.chains import REBUILT
 from tspc.layers.dense import AXES, DenseLayer, kernel_of, kind_of, set_kernel_
@@ -35,14 +37,14 @@ Swap = dict[str, nn.Module]
 
 @own_modes()
 @torch.no_grad()
-def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
+def fold_batch_norms(model: nn.Module, images: Given | Mapping[str, Tensor]) -> nn.Module:
     """A copy of a network for inference, in eval mode. It gives the same answers up to rounding, and runs faster.
 
     Tensorized layers become the ordinary convolutions or dense layers of their paths. If the input of a batch norm is
     exactly the output of one convolution or dense layer, it is folded into that layer's kernel and bias. `images` is an
-    input of the network; one pass finds these batch norms. Batch norms of other classes, over other axes, or with hooks
-    stay. The copy runs without tspc, but has no factors to train: a layer on the path "rebuilt" is as large as the
-    dense one.
+    input of the network, or a dict of its arguments; one pass finds these batch norms. Batch norms of other classes,
+    over other axes, or with hooks stay. The copy runs without tspc, but has no factors to train: a layer on the path
+    "rebuilt" is as large as the dense one.
 
     The copy is tried on `images` before it is returned. Its answers differ from the network's by at most 1e-4 of the
     largest. They may differ more if the network's own rounding is as large; a TspcWarning says so, unless the numbers
@@ -51,6 +53,7 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
     """
     require_sizes(model)
     small = copied(model).eval()
+    images = arranged(model, collected(images), form_of(images))
     answers = _Answers(model, small, images)
     layers = tensorized_layers(small)
     # If the network reads the weight of a layer, there must be one, so the kernel is rebuilt.
@@ -72,12 +75,14 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
 class _Answers:
     """A network's answers to some images, compared with its copy's. Raises DataError if they cannot be compared."""
 
-    def __init__(self, original: nn.Module, model: nn.Module, images: Tensor) -> None:
+    def __init__(self, original: nn.Module, model: nn.Module, images: Given) -> None:
         self._original, self._model, self._images = original, model, images
         try:
             self._wanted = _answers(model, images)
         except Exception as error:  # the network may be the user's own
-            raise DataError(f"the network cannot take images of shape {tuple(images.shape)}: {error}") from error
+            raise DataError(
+                f"the network cannot take images of shape {tuple(first_of(images).shape)}: {error}"
+            ) from error
         if not any(bool(answer.isfinite().any()) for answer in self._wanted):
             raise DataError("the network answers the images with no finite number: folding cannot be checked")
 
@@ -132,12 +137,13 @@ class _Answers:
             )
 
 
-def _answers(model: nn.Module, images: Tensor) -> list[Tensor]:
+def _answers(model: nn.Module, images: Given) -> list[Tensor]:
     """The tensors in a network's answer; a fixed seed is set, in case it draws random numbers."""
-    devices = [images.device] if images.device.type == "cuda" else []
+    device = first_of(images).device
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        return [answer.clone() for answer in tensors_in(model(images.clone()))]
+        return [answer.clone() for answer in tensors_in(called(model, images.clone()))]
 
 
 def _largest(answer: Tensor) -> float:
@@ -215,7 +221,7 @@ def _showing(modules: list[nn.Module], layer: TensorizedLayer) -> nn.Module:
     return sequence
 
 
-def _folds(model: nn.Module, images: Tensor) -> Iterator[Swap]:
+def _folds(model: nn.Module, images: Given) -> Iterator[Swap]:
     """For every batch norm that can be folded: the layer with it, and the module that replaces the norm."""
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     linear = [name for name, module in model.named_modules() if _can_absorb(module)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tspc.data.arranging import as_positional
 from tspc.deploy import Inputs
 from tspc.errors import ConfigError
 from tspc.models import NetworkSpec
@@ -42,7 +43,7 @@ def example(model: nn.Module, spec: NetworkSpec, count: int, context: Context) -
     device = context.device
     if context.data is not None:
         images, _ = next(iter(context.data.test_batches(count, device, limit=count)))
-        return Example((images,), "test images")
+        return Example(as_positional(model, images), "test images")
     own = getattr(model, "dummy_inputs", None)
     if spec.family == "transformers" and own and "input_ids" in own:
         return Example((own["input_ids"].to(device),), "token numbers")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tspc.data.arranging import arranged, collected, form_of, labels_of
+from tspc.data.model_inputs import Given, first_of, joined, sizes_of
 from tspc.errors import ConfigError, DataError
 from tspc.training.confidence import Drop
 from tspc.training.evaluation import measure
@@ -93,41 +95,78 @@ class HeldOut:
         return known[part]
 
 
-def reader_of(batches: Any, device: torch.device) -> tuple[Read, int]:
+def reader_of(
+    batches: Any, device: torch.device, model: nn.Module | None = None, needs_labels: bool = True
+) -> tuple[Read, int]:
     """How batches (inputs, targets) are read in parts, and how many inputs there are.
 
-    They are read once and kept in memory, in a random order that is always the same: data is often sorted by class, and
-    a loader may shuffle. Raises DataError for batches of another form.
+    Inputs are a tensor, or what else `model` takes by `tspc.data.arranging`; a batch may also be a dict with labels, or
+    without them if these are not needed. Batches are read once and kept in memory, in a random order that is always the
+    same: data is often sorted by class, and a loader may shuffle. Texts of one length are read together. Raises
+    DataError for batches of another form.
     """
     if isinstance(batches, Tensor | str) or not isinstance(batches, Iterable):
         raise _unfit(batches)
     if isinstance(batches, list | tuple) and len(batches) == 2 and all(isinstance(x, Tensor) for x in batches):
         raise DataError("held_out is a pair of tensors; give a list of batches: held_out=[(inputs, targets)]")
-    pairs = [_pair(batch) for batch in batches]
+    given = [batches] if isinstance(batches, Mapping) else batches
+    pairs = [_pair(batch, model, needs_labels) for batch in given]
     if not pairs:
         raise DataError("held_out has no batch")
-    try:
-        inputs, targets = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
-    except RuntimeError as error:
-        raise DataError(f"held_out: the batches do not fit together ({str(error).splitlines()[0]})") from error
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    groups = _groups(pairs)
+    ends = torch.tensor([len(targets) for _, targets in groups]).cumsum(0)
+    order = torch.randperm(int(ends[-1]), generator=torch.Generator().manual_seed(0))
 
-    def read(start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(start: int, stop: int) -> Iterator[tuple[Given, Tensor]]:
         for chosen in order[start:stop].split(CHUNK):
-            yield inputs[chosen].to(device), targets[chosen].to(device)
+            group = torch.bucketize(chosen, ends, right=True)
+            for number in group.unique().tolist():
+                (inputs, targets), first = groups[number], int(ends[number]) - len(groups[number][1])
+                rows = chosen[group == number] - first
+                yield inputs[rows].to(device), targets[rows].to(device)
 
-    return read, len(targets)
+    return read, len(order)
 
 
-def _pair(batch: Any) -> Sequence[Tensor]:
-    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+def _groups(pairs: Sequence[tuple[Given, Tensor]]) -> list[tuple[Given, Tensor]]:
+    """The inputs and targets of batches with equal sizes together."""
+    by_size: dict[Any, list[tuple[Given, Tensor]]] = {}
+    for inputs, targets in pairs:
+        by_size.setdefault((sizes_of(inputs), targets.shape[1:]), []).append((inputs, targets))
+    first, second = (next(iter(by_size), None), list(by_size)[-1])
+    if first != second and first_of(pairs[0][0]).is_floating_point():
+        raise DataError(f"held_out: the batches do not fit together ({first} and {second})")
+    found: list[tuple[Given, Tensor]] = []
+    for group in by_size.values():
+        whole = joined([inputs for inputs, _ in group])
+        found += group if whole is None else [(whole, torch.cat([targets for _, targets in group]))]
+    return found
+
+
+def _pair(batch: Any, model: nn.Module | None, needs_labels: bool) -> tuple[Given, Tensor]:
+    if isinstance(batch, Mapping):
+        given = collected(batch)
+        found = labels_of(given)
+        if found is None and needs_labels:
+            raise DataError(f"held_out: a batch has no labels among {', '.join(map(str, batch))}")
+        targets = torch.zeros(len(given), dtype=torch.long) if found is None else found
+        inputs = given if model is None else arranged(model, given, form_of(batch))
+    elif isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        inputs, targets = batch
+        if not isinstance(inputs, Tensor):
+            form, own = form_of(inputs), collected(inputs)
+            inputs = own if model is None else arranged(model, own, form)
+    else:
         raise _unfit(batch)
-    inputs, targets = batch
-    if not inputs.ndim or not targets.ndim or len(inputs) != len(targets):
-        shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
+    first = first_of(inputs)
+    if not first.ndim or not targets.ndim or len(first) != len(targets):
+        shapes = f"{tuple(first.shape)} and {tuple(targets.shape)}"
         raise DataError(f"held_out: inputs and targets of a batch have shapes {shapes}; the first axis counts both")
-    return batch
+    return inputs, targets
 
 
 def _unfit(batch: Any) -> DataError:
-    return DataError(f"held_out: a batch is {type(batch).__name__}; expected a pair of tensors, inputs and targets")
+    return DataError(
+        f"held_out: a batch is {type(batch).__name__}; expected a pair of inputs and targets (tensors), or a dict with "
+        "labels"
+    )
