@@ -63,7 +63,7 @@ def test_the_graph_of_a_layer_computes_what_the_layer_computes(kind, method):
         kernels = contracted(made, factors, path)
         wanted = x
         for stage, kernel in zip(stages_of(made, shape, rank, path, form.groups), kernels, strict=True):
-            wanted = form.run(stage, wanted, form.ready(kernel), None)
+            wanted = form.run(stage, wanted, form.ready(kernel, stage), None)
         given = [kernel.reshape(part.shape).numpy() for part, kernel in zip(parts, kernels, strict=True)]
         graph = graph_of(parts, x.shape, given, marked=False)
         session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
