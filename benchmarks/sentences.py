@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,18 +69,25 @@ class Judge:
     bodies: Tensor
     reference: Tensor
 
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Embed, titles: Tensor, bodies: Tensor) -> Judge:
+        return cls(titles, bodies, torch.cat([_vectors(model, titles), _vectors(model, bodies)]))
+
     @torch.no_grad()
     def __call__(self, embed: Embed) -> dict[str, float]:
         """The mean cosine to the original's vectors, recall@1 of a title's body, and Spearman of the similarities.
 
-        The cosine is that of titles and bodies. The similarities are those between all titles; their ranks are compared
-        with the original's.
+        The cosine is that of titles and bodies; `titles` is that of titles alone. The similarities are those between
+        all titles; their ranks are compared with the original's.
         """
         titles, bodies = _vectors(embed, self.titles), _vectors(embed, self.bodies)
         recall = (titles @ bodies.T).argmax(1) == torch.arange(len(titles))
         ranks = torch.stack([_ranks(x @ x.T) for x in (titles, self.reference[: len(titles)])])
+        cosines = (torch.cat([titles, bodies]) * self.reference).sum(1)
         return {
-            "cosine": float((torch.cat([titles, bodies]) * self.reference).sum(1).mean()),
+            "cosine": float(cosines.mean()),
+            "titles": float(cosines[: len(titles)].mean()),
             "recall": 100 * float(recall.double().mean()),
             "spearman": float(torch.corrcoef(ranks)[0, 1]),
         }
@@ -95,12 +102,20 @@ def _ranks(similarities: Tensor) -> Tensor:
     return similarities[upper[0], upper[1]].argsort().argsort().double()
 
 
-def minilm(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Judge]:
-    """The network, sentences for calibration, and the judge."""
+class Data(NamedTuple):
+    """Token numbers (N × LENGTH): what judges; what calibrates; all other sentences."""
+
+    titles: Tensor
+    bodies: Tensor
+    calibration: Tensor
+    training: Tensor
+
+
+def sentences(folder: Path, seed: int) -> Data:
+    """The sentences as the tokenizer in this folder gives them."""
     from transformers import AutoTokenizer
 
-    model = Sentences().eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(model.folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
 
     def tokens(texts: list[str]) -> Tensor:
         return tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")[
@@ -111,10 +126,16 @@ def minilm(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Judge]:
     test, rest = found[:TEST], found[TEST:]
     titles, bodies = tokens([title for title, _ in test]), tokens([body for _, body in test])
     shown = [text for pair in rest for text in pair]
-    chosen = torch.randperm(len(shown), generator=torch.Generator().manual_seed(options.seed))[:CALIBRATION]
-    with torch.no_grad():
-        reference = torch.cat([_vectors(model, titles), _vectors(model, bodies)])
-    return model, tokens([shown[i] for i in chosen.tolist()]), Judge(titles, bodies, reference)
+    order = torch.randperm(len(shown), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen, others = order[:CALIBRATION], order[CALIBRATION:]
+    return Data(titles, bodies, tokens([shown[i] for i in chosen]), tokens([shown[i] for i in others]))
+
+
+def minilm(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Judge]:
+    """The network, sentences for calibration, and the judge."""
+    model = Sentences().eval()
+    data = sentences(model.folder, options.seed)
+    return model, data.calibration, Judge.of(model, data.titles, data.bodies)
 
 
 def opponents(model: nn.Module, judge: Judge) -> dict[str, Callable[[], dict[str, Any]]]:

