@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,12 @@ class Masked:
 
     call: Call
     masks: list[Tensor]
+
+    @property
+    def first(self) -> Any:
+        """The first argument."""
+        args, named = self.call
+        return next(iter((*args, *named.values())))
 
 
 def augmented_images(recipe: Recipe, wanted: int, context: Context, room: Room) -> Stash:
