@@ -211,3 +211,27 @@ def test_masks_by_their_names():
     assert len(masks_of(both)) == 1
     assert masks_of(ModelInputs((ids,), {"attention_mask": torch.ones(2, 3)})) == []
     assert masks_of(ModelInputs((ids,), {"attention_mask": torch.zeros(2, 1, 3, 3)})) == []
+
+
+class Torch(nn.Module):
+    """PyTorch's own encoder, whose fast path would pack padded texts and call no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, 3)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: Tensor, src_key_padding_mask: Tensor | None = None) -> Tensor:
+        return self.head(self.encoder(self.words(x), src_key_padding_mask=src_key_padding_mask))
+
+
+def test_pytorchs_own_encoder_shows_its_layers():
+    given = [{"x": b["input_ids"], "src_key_padding_mask": b["attention_mask"] == 0} for b in batches()]
+    model = Torch().eval()
+    names = [f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)] + ["head"]
+    with Samples(given, EXACT) as samples:
+        trace = samples.survey(model, names).trace
+        found = dict(moments_of(model, names, samples, trace))
+    assert [segment.follows for segment in trace.segments] == [False, True, True]
+    assert {name: moments.count for name, moments in found.items()} == dict.fromkeys(names, sum(LENGTHS))

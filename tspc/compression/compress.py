@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from tspc.compression.goals import bits_of, share_of
 from tspc.compression.limits import Limit, pilot_of
 from tspc.compression.outline import Outline, outline
 from tspc.compression.plan import BYTES
-from tspc.compression.planning import keeper_for, plan, planned
+from tspc.compression.planning import keeper_for, plan, planned, shown_by
 from tspc.compression.progress import FIT, progress_bar, work_on
 from tspc.compression.selection import FilterFn
 from tspc.compression.settings import PlanSettings
@@ -48,7 +48,7 @@ def compress(
     held_out: Iterable[Any] | None = None,
     metric: str | Callable[..., Any] = "top1",
     filter_fn: FilterFn | None = None,
-    example: Given | None = None,
+    example: Given | Mapping[str, Any] | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     progress: bool = False,
     spread: bool = False,
@@ -114,17 +114,18 @@ def smallest(
     calibration: Given | Iterable[Any] | Samples | None = None,
     settings: Calibration | None = None,
     filter_fn: FilterFn | None = None,
-    example: Given | None = None,
+    example: Given | Mapping[str, Any] | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Tried:
     """The smallest network, in bytes, that loses at most `max_drop` points of a metric on held-out inputs.
 
-    `held_out` are batches (inputs, targets) that the network was not fitted to; best of all, the reference was not
-    trained on them either. On its own training data a reference is better than on new data, and compression takes that
-    away: there the drop is larger than on new data, and the network becomes less small than it could. The drop is at
-    most `max_drop` with the `confidence` that is asked for, if the inputs are a fair sample of those to come.
+    `held_out` are batches (inputs, targets), or dicts with labels, that the network was not fitted to; best of all, the
+    reference was not trained on them either. On its own training data a reference is better than on new data, and
+    compression takes that away: there the drop is larger than on new data, and the network becomes less small than it
+    could. The drop is at most `max_drop` with the `confidence` that is asked for, if the inputs are a fair sample of
+    those to come.
 
     `metric` is "top1", "top5", "agreement", "cosine", "perplexity", "mse", or a function (model, batches) → number,
     higher is better. A point is 0.01 of a share, else 1. The other arguments are those of `tspc.plan`. `say` gets a
@@ -145,8 +146,7 @@ def smallest(
     sketch = outline(model, asked, filter_fn)
     with kept(calibration, settings, model) as samples:
         curves = error_curves(model, sketch.layers, asked.method, samples, widths=asked.widths, on_layer=on_layer)
-        if example is None and samples is not None:
-            example = samples.example(model)
+        example = shown_by(model, samples, example)
         keeper = keeper_for(model, sketch, example) if asked.is_timed else None
         plan_at = lambda share: planned(model, at_share(sketch, share), curves, example, keeper)  # noqa: E731
         plan_in = lambda share: planned(model, in_time(sketch, share), curves, example, keeper)  # noqa: E731

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from tspc.compression.plan import SLOWER, LayerPlan, Plan
 from tspc.compression.selection import FilterFn
 from tspc.compression.settings import PlanSettings
 from tspc.compression.time_plans import Timekeeper, needs_example, timekeeper
+from tspc.data.arranging import inputs_of
 from tspc.data.model_inputs import Given
 from tspc.decompositions import Method
 from tspc.errors import ConfigError, TspcWarning, UntimedError
@@ -44,7 +45,7 @@ def plan(
     calibration: Given | Iterable[Any] | Samples | None = None,
     settings: Calibration | None = None,
     filter_fn: FilterFn | None = None,
-    example: Given | None = None,
+    example: Given | Mapping[str, Any] | None = None,
     curves: Curves | None = None,
     on_layer: Callable[[str], None] = lambda name: None,
     spread: bool = False,
@@ -56,10 +57,12 @@ def plan(
     left (0.2 if no goal is given). `options` are fields of `PlanSettings`, of its `Selection` and of its `Terms`.
     `filter_fn(name, module)` chooses layers: a layer stays dense if it returns False.
 
-    With `calibration` data the errors are those of the layers' outputs, else those of the kernels. The data is a tensor
-    of images (N, …), or an iterable of batches, with or without labels, such as a DataLoader; `settings` say how it is
-    used. Or it is `Samples`, which serve several calls. If `curves` are given, the errors are not measured again.
-    `example` (images; by default one of the samples) shows the sizes of the layers' inputs. They decide which path is
+    With `calibration` data the errors are those of the layers' outputs, else those of the kernels. The data is a batch
+    or an iterable of batches, such as a DataLoader; `settings` say how it is used. A batch is what the network takes: a
+    tensor (N, …), a tuple of tensors, a dict of them by name, `ModelInputs`; labels are left out. Positions that an
+    attention mask calls padded do not count, and texts may have any lengths. Or the data is `Samples`, which serve
+    several calls. If `curves` are given, the errors are not measured again.
+    `example` (inputs; by default one of the samples) shows the sizes of the layers' inputs. They decide which path is
     the cheapest. `on_layer` is called with the name of each layer after its errors were measured. With `spread` all
     processes of `torch.distributed` call this together and share the layers; see `compress`.
 
@@ -81,11 +84,17 @@ def plan(
     with processes.sharing(spread), kept(calibration, settings, model) as samples:
         if curves is None and asked.needs_curves:
             curves = error_curves(model, sketch.layers, asked.method, samples, widths=asked.widths, on_layer=on_layer)
-        if example is None and samples is not None:
-            example = samples.example(model)
+        example = shown_by(model, samples, example)
         if processes.is_shared():  # the times that `paths` may measure differ from process to process
             return Plan.from_dict(processes.by_first(lambda: planned(model, sketch, curves, example).to_dict()))
     return planned(model, sketch, curves, example)
+
+
+def shown_by(model: nn.Module, samples: Samples | None, example: Given | Mapping[str, Any] | None) -> Given | None:
+    """The example as the network takes it; without one, one of the samples."""
+    if example is not None:
+        return inputs_of(model, example)
+    return None if samples is None else samples.example(model)
 
 
 @own_modes()

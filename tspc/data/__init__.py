@@ -10,7 +10,19 @@ from tspc.data import small
 from tspc.data.base import Batch, Data, Feed, generator_of
 from tspc.data.folder import image_folder
 from tspc.data.layout import Contiguous
-from tspc.data.model_inputs import Given, ModelInputs, answer_of, answered, called, filled, first_of, kinds_of, masks_of
+from tspc.data.model_inputs import (
+    Given,
+    ModelInputs,
+    answer_of,
+    answered,
+    arguments_of,
+    called,
+    filled,
+    first_of,
+    kinds_of,
+    masks_of,
+    unpadded,
+)
 from tspc.data.spec import KINDS_IN_FOLDERS, NO_DATA, DataSpec
 from tspc.errors import ConfigError
 
@@ -27,6 +39,7 @@ __all__ = [
     "ModelInputs",
     "answer_of",
     "answered",
+    "arguments_of",
     "called",
     "filled",
     "first_of",
@@ -34,6 +47,7 @@ __all__ = [
     "kinds_of",
     "load_data",
     "masks_of",
+    "unpadded",
 ]
 
 KINDS: dict[str, Callable[[DataSpec, Path | None, bool], Data]] = {

@@ -69,7 +69,7 @@ def collected(given: Any) -> Given:
 
 def _fields(given: Any) -> dict[str, Any]:
     """The values of a dataclass or a namedtuple, by name."""
-    names = given._fields if isinstance(given, tuple) else [field.name for field in dataclasses.fields(given)]
+    names: Any = getattr(given, "_fields", None) or [field.name for field in dataclasses.fields(given)]
     return {name: getattr(given, name) for name in names}
 
 
@@ -115,6 +115,11 @@ def arranged(model: nn.Module, batch: Given, form: str) -> Given:
         return found
     positional, named = (found.positional, found.named) if isinstance(found, ModelInputs) else ((found,), {})
     return ModelInputs(positional, {CACHE: False} | named)
+
+
+def inputs_of(model: nn.Module, given: Any) -> Given:
+    """The arguments that `model` takes of one batch in any form. Raises DataError as `collected` and `arranged` do."""
+    return arranged(model, collected(given), form_of(given))
 
 
 def as_positional(model: nn.Module, batch: Given) -> tuple[Tensor, ...]:

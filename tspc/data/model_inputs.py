@@ -211,6 +211,14 @@ def filled(answer: Tensor, masks: Sequence[Tensor]) -> Tensor:
     return answer if mask is None else answer[mask.to(answer.device)]
 
 
+def unpadded(answer: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """An answer (N, L, …) with zeros at padded positions; the answer itself if no mask has its shape."""
+    mask = next((mask for mask in masks if mask.shape == answer.shape[:2]), None)
+    if mask is None:
+        return answer
+    return answer.masked_fill(~mask.to(answer.device).reshape(*mask.shape, *[1] * (answer.ndim - 2)), 0)
+
+
 def _filled(name: str, mask: Tensor) -> Tensor:
     """Where the argument of this name says that a position holds something."""
     # Masks of floating-point numbers may be added to the scores of an attention: 0, and -inf at padded positions.

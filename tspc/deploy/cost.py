@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tspc.deploy.programs import Inputs
 from tspc.layers.forms import tensorized_layers
 from tspc.store.state import tensor_state
+from tspc.system.modes import whole_operations
 from tspc.traversal.hooks import evaluating
 
 
@@ -44,7 +43,7 @@ def cost(model: nn.Module, inputs: Inputs) -> Cost:
     """The cost of `model` on a batch of `inputs`."""
     state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensor_state(model).values()}
     weights = sum(state.values())
-    with evaluating(model), _whole_operations():
+    with evaluating(model), whole_operations():
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             model(*(x[:1] for x in inputs))
         # Kernels that layers keep for inference are weights, too, while they run.
@@ -63,17 +62,6 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 """PyTorch's counter knows the fused attention of GPUs only."""
-
-
-@contextmanager
-def _whole_operations() -> Iterator[None]:
-    """Turns off the fast path of encoders, which is one operation that a counter cannot see into."""
-    was = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was)
 
 
 def _peak(model: nn.Module, inputs: Inputs) -> int:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tspc.data.arranging import arranged, collected, form_of
+from tspc.data.arranging import inputs_of
 from tspc.data.model_inputs import Given, called, first_of
 from tspc.errors import DataError, TspcWarning
 from tspc.layers.chains import REBUILT
@@ -53,7 +53,7 @@ def fold_batch_norms(model: nn.Module, images: Given | Mapping[str, Tensor]) -> 
     """
     require_sizes(model)
     small = copied(model).eval()
-    images = arranged(model, collected(images), form_of(images))
+    images = inputs_of(model, images)
     answers = _Answers(model, small, images)
     layers = tensorized_layers(small)
     # If the network reads the weight of a layer, there must be one, so the kernel is rebuilt.

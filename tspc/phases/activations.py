@@ -36,6 +36,12 @@ class Masked:
     call: Call
     masks: list[Tensor]
 
+    @property
+    def first(self) -> Any:
+        """The first argument."""
+        args, named = self.call
+        return next(iter((*args, *named.values())))
+
 
 def augmented_images(recipe: Recipe, wanted: int, context: Context, room: Room) -> Stash:
     """Batches with about as many training images as wanted, each augmented once: one pass over the split or more."""

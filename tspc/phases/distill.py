@@ -39,7 +39,7 @@ from tspc.system.modes import own_modes
 from tspc.system.tally import counting
 from tspc.training import Progress, Recipe, Step, Watchers, fit
 from tspc.traversal.blocks import block_of, find_blocks
-from tspc.traversal.hooks import evaluating, first_argument
+from tspc.traversal.hooks import evaluating
 from tspc.traversal.stash import Room
 from tspc.traversal.tracing import Trace, trace
 
@@ -255,7 +255,7 @@ def _solve(
 ) -> None:
     """Solves a dense layer in closed form; a block is trained by steps instead."""
     layer, original = model.get_submodule(name), reference.get_submodule(name)
-    pairs = ((first_argument(*given.call), target, given.masks) for given, target in kept.training())
+    pairs = ((given.first, target, given.masks) for given, target in kept.training())
     loss = _if_closer_(layer, kept, lambda: refit_(layer, original, pairs, kept.per_epoch))
     with context.watch("distill", label, 1, settings.batch_size, block=name) as on_step:
         on_step(Step(0, 1, loss, 0.0))

@@ -40,6 +40,17 @@ def own_modes(exact: bool = True) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def whole_operations() -> Iterator[None]:
+    """Turns off the fast path of PyTorch's encoders: one operation, which calls no layer and packs padded texts."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
+
+
 def is_of_inference(model: nn.Module) -> bool:
     """Whether a network was made in inference mode; its tensors have no gradients and cannot be changed outside it."""
     return any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))

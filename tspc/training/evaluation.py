@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.data import Batch, Data, ModelInputs, answer_of, called
+from tspc.data import Batch, Data, ModelInputs, answer_of, called, masks_of, unpadded
 from tspc.errors import ConfigError, TspcError
 from tspc.system import processes
 from tspc.system.modes import own_modes
@@ -125,6 +125,8 @@ def _answers(
         raise ConfigError([f"metric={metric.name} compares answers with the reference's, and there is no reference"])
     with seeded(number):
         answer = _tensor(metric, called(model, inputs))
+    masks = masks_of(inputs) if isinstance(inputs, ModelInputs) else []
+    answer = unpadded(answer, masks)
     if reference is model:
         return answer, answer
     place = next(chain(reference.parameters(), reference.buffers()), answer).device
@@ -134,7 +136,7 @@ def _answers(
     if wanted.shape != answer.shape:
         shapes = f"{tuple(answer.shape)}, but the reference with {tuple(wanted.shape)}"
         raise ConfigError([f"metric={metric.name}: the network answers with shape {shapes}"])
-    return answer, wanted.to(answer.device)
+    return answer, unpadded(wanted.to(answer.device), masks)
 
 
 def _tensor(metric: Metric, answer: Any) -> Tensor:

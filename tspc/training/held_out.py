@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.data.arranging import arranged, collected, form_of, labels_of
+from tspc.data.arranging import collected, inputs_of, labels_of
 from tspc.data.model_inputs import Given, first_of, joined, sizes_of
 from tspc.errors import ConfigError, DataError
 from tspc.training.confidence import Drop
@@ -150,12 +150,11 @@ def _pair(batch: Any, model: nn.Module | None, needs_labels: bool) -> tuple[Give
         if found is None and needs_labels:
             raise DataError(f"held_out: a batch has no labels among {', '.join(map(str, batch))}")
         targets = torch.zeros(len(given), dtype=torch.long) if found is None else found
-        inputs = given if model is None else arranged(model, given, form_of(batch))
+        inputs = given if model is None else inputs_of(model, batch)
     elif isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
         inputs, targets = batch
         if not isinstance(inputs, Tensor):
-            form, own = form_of(inputs), collected(inputs)
-            inputs = own if model is None else arranged(model, own, form)
+            inputs = collected(inputs) if model is None else inputs_of(model, inputs)
     else:
         raise _unfit(batch)
     first = first_of(inputs)

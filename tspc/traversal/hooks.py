@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tspc.data.model_inputs import Given, arguments_of
 from tspc.layers.unpacking import sequence_of
+from tspc.system.modes import whole_operations
 
 
 class Reached(Exception):
@@ -77,7 +78,7 @@ def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any
 @contextmanager
 def running(number: int, short: bool) -> Iterator[None]:
     """The modes in which a network runs over a batch: its own random numbers, and with `short` bfloat16 on the CPU."""
-    with seeded(number), torch.autocast("cpu", torch.bfloat16, enabled=short):
+    with seeded(number), torch.autocast("cpu", torch.bfloat16, enabled=short), whole_operations():
         yield
 
 

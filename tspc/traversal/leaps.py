@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tspc.data.model_inputs import Given, called
 from tspc.errors import TspcError
+from tspc.system.modes import whole_operations
 from tspc.traversal.handing import Call
 from tspc.traversal.hooks import Reached, run_on, running, seeded
 from tspc.traversal.nested import equal, mapped, tensors_in
@@ -113,9 +114,9 @@ def can_leap(model: nn.Module, blocks: Sequence[str], target: str, images: Given
             model.get_submodule(blocks[-1]).register_forward_hook(after_block),
             model.get_submodule(target).register_forward_pre_hook(before_target, with_kwargs=True),
         ]
-        with seeded(0):
+        with seeded(0), whole_operations():
             run_on(model, handles, images.clone())
-        called(model, images[torch.tensor([1, 1, 0])])
+            called(model, images[torch.tensor([1, 1, 0])])
         found = leap(model, blocks, outputs[0], target, images)
         return found is not None and _equal(found, calls[0])
     except Exception:  # also a network that takes no single image

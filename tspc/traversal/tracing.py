@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tspc.data.model_inputs import Given, called
 from tspc.layers.norms import along_channels, has_statistics, is_untouched, takes_shift
+from tspc.system.modes import whole_operations
 from tspc.traversal.blocks import block_of, find_blocks
 from tspc.traversal.handing import Handed, NextCall
 from tspc.traversal.hooks import first_argument, hooked, version_of
@@ -123,7 +124,7 @@ def trace(
     handles += [
         norm.register_forward_pre_hook(on_batch_norm(name), with_kwargs=True) for name, norm in statistics.items()
     ]
-    with hooked(handles), consumers:
+    with hooked(handles), consumers, whole_operations():
         answer = called(model, images)
     consumers.count(answer)
     _forget_variables_(record, model, blocks, [images[:1] if len(images) > 1 else None, *others])
@@ -174,7 +175,7 @@ def _forget_variables_(record: _Record, model: nn.Module, blocks: list[str], oth
     for inputs in others:
         other = _Record()
         if inputs is not None:
-            with hooked(_around_blocks(model, blocks, other)):
+            with hooked(_around_blocks(model, blocks, other)), whole_operations():
                 called(model, inputs)
         for name, calls in record.entered.items():
             if calls != other.entered.get(name, []):
