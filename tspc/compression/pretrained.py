@@ -12,6 +12,8 @@ from tspc.layers.forms import tensorized_layers
 from tspc.layers.replacing import forbid_save_pretrained_, saves_pretrained
 from tspc.models.transformers_folders import is_of_transformers
 
+HOLDS_INTEGERS = "the file holds integers; read the network with tspc.load(folder), and train it anew from there"
+
 
 def mend_save_pretrained_(model: nn.Module) -> None:
     """Lets `save_pretrained` of compressed networks write what `tspc.load` reads; it is what a Trainer saves with.
@@ -57,6 +59,6 @@ def _own_hooks(module: nn.Module) -> list[Any]:
 
 def _refuse_integers(module: nn.Module, state: Any, prefix: str, *others: Any) -> None:
     """Keeps a state with integers from being loaded in part, as a Trainer does that resumes."""
-    if any(f"{prefix}{name}.{ENTRY}" in state for name in on_grids(module)):
-        errors: list[str] = others[-1]
-        errors.append("the file holds integers; read the network with tspc.load(folder), and train it anew from there")
+    errors: list[str] = others[-1]
+    if HOLDS_INTEGERS not in errors and any(f"{prefix}{name}.{ENTRY}" in state for name in on_grids(module)):
+        errors.append(HOLDS_INTEGERS)

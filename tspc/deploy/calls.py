@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from tspc.deploy.graphs import Graphs
-from tspc.deploy.programs import Inputs, first_line, onnx_session, quiet, run_session
+from tspc.deploy.programs import first_line, onnx_session, quiet, run_session
 from tspc.deploy.runtimes import BFLOAT16, openvino_session, run_openvino
+from tspc.deploy.signature import Inputs, Signature
 from tspc.errors import ExportError
 from tspc.system import extras
 from tspc.traversal.copying import copied
@@ -50,7 +51,7 @@ def call(graphs: Graphs, side: str, runtime: str, batch: Inputs, sessions: Sessi
     """
     name = family(runtime)
     if name not in EXTRAS:
-        return _prepared(graphs.networks[side], batch, runtime)
+        return _prepared(graphs.networks[side], batch, runtime, graphs.signature)
     lack = extras.missing(EXTRAS[name])
     if lack is not None:
         raise Unusable(lack)
@@ -65,15 +66,15 @@ def call(graphs: Graphs, side: str, runtime: str, batch: Inputs, sessions: Sessi
         raise Unusable(str(error)) from error
 
 
-def _prepared(model: nn.Module, batch: Inputs, runtime: str) -> Run:
+def _prepared(model: nn.Module, batch: Inputs, runtime: str, signature: Signature) -> Run:
     """A call that runs the batch in PyTorch. Raises Unusable."""
     network = copied(model).eval()
     if runtime == "eager":
-        return lambda: network(*batch)
+        return lambda: signature.call(network, batch)
     compiled = torch.compile(network, dynamic=False)
 
     def run() -> object:
-        return compiled(*batch)
+        return signature.call(compiled, batch)
 
     try:
         with quiet("torch.utils.cpp_extension"):  # it says that there is no GPU

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tspc.deploy.int8 import Int8, write_int8
-from tspc.deploy.programs import Inputs, as_inputs, first_line, flat, on_cpu, onnx_program, take, traced
+from tspc.deploy.programs import first_line, flat, has_free_lengths, on_cpu, onnx_program, take, traced
 from tspc.deploy.runtimes import Answer, opened
+from tspc.deploy.signature import Call, Inputs, Signature
 from tspc.errors import ExportError, TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.models.weights import load_state
@@ -76,17 +77,20 @@ def check_formats(formats: tuple[str, ...]) -> None:
 def export(
     model: nn.Module,
     path: str | Path,
-    inputs: Tensor | Inputs,
+    inputs: Call,
     *,
     tolerance: float = 1e-4,
     format: str | None = None,
-    calibration: Sequence[Tensor | Inputs] | None = None,
+    calibration: Sequence[Call] | None = None,
 ) -> Exported:
     """Writes `model` for use elsewhere: `.onnx`, `.pt2` (torch.export), or `.safetensors` (the state dict alone).
 
-    `.onnx` and `.pt2` run without tspc; a state dict needs a network that loads it. `inputs` is a tensor or a tuple of
-    tensors, batch first; the batch size of the graph is free. The file is read back and tried on `inputs`, as a batch
-    and one by one. The network is written in eval mode, on the CPU.
+    `.onnx` and `.pt2` run without tspc; a state dict needs a network that loads it. `inputs` is a tensor, a tuple of
+    tensors, or a dict or `ModelInputs` with the network's arguments by name; batch first. The graph takes them by the
+    same names. Its batch size is free, and so is the number of tokens, axis 1 of token numbers and masks; if the
+    network's control flow depends on that number it is fixed, and a warning says so. A decoder of transformers is
+    written without caches. The file is read back and tried on `inputs`, as a batch, one by one, and with fewer tokens.
+    The network is written in eval mode, on the CPU.
 
     `.int8.onnx` (or `format="int8"`) is ONNX with 8-bit integers. Its answers are near the network's, but not within
     the tolerance. `calibration` are batches of inputs that show the ranges of its activations; by default `inputs`.
@@ -111,13 +115,13 @@ class Exporter:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Tensor | Inputs,
+        inputs: Call,
         tolerance: float,
-        calibration: Sequence[Tensor | Inputs] | None = None,
+        calibration: Sequence[Call] | None = None,
     ) -> None:
-        self.model, self.tolerance = on_cpu(model), tolerance
-        self.inputs = tuple(x.cpu() for x in as_inputs(inputs))
-        self.calibration = [self.inputs] if calibration is None else [as_inputs(batch) for batch in calibration]
+        self.model, self.tolerance, self.signature = on_cpu(model), tolerance, Signature.of(model, inputs)
+        self.inputs = tuple(x.cpu() for x in self.signature.tensors(inputs))
+        self.calibration = [self.inputs] if calibration is None else list(map(self.signature.tensors, calibration))
         self._int8: Int8 | None = None
         self._expected = [(tried, self._own_answer(tried)) for tried in (self.inputs, take(self.inputs, 1))]
         self._program: ExportedProgram | None = None
@@ -125,7 +129,10 @@ class Exporter:
     @property
     def program(self) -> ExportedProgram:
         if self._program is None:
-            self._program = traced(self.model, self.inputs)
+            self._program = traced(self.model, self.inputs, self.signature)
+            shorter = self.signature.shorter(self.inputs)
+            if shorter is not None and has_free_lengths(self._program, self.signature, self.inputs):
+                self._expected.append((shorter, self._own_answer(shorter)))
         return self._program
 
     @own_modes()
@@ -150,7 +157,7 @@ class Exporter:
         return found[0]
 
     def _write_onnx(self, path: Path) -> Answer:
-        onnx_program(self.program, self.inputs).save(str(path), external_data=False)
+        onnx_program(self.program, self.inputs, self.signature).save(str(path), external_data=False)
         return opened(path, "onnx")
 
     def _write_int8(self, path: Path) -> Answer:
@@ -180,12 +187,12 @@ class Exporter:
                 value.zero_()
         own = {name: value for name, value in network.state_dict().items() if not isinstance(value, Tensor)}
         load_state(network, load_file(path) | own, str(path))
-        return lambda inputs: flat(network(*inputs))
+        return lambda inputs: flat(self.signature.call(network, inputs))
 
     @torch.no_grad()
     def _own_answer(self, inputs: Inputs) -> list[Tensor]:
         try:
-            return flat(self.model(*inputs))
+            return flat(self.signature.call(self.model, inputs))
         except Exception as error:  # the network may be the user's own
             given = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)
             raise ExportError(

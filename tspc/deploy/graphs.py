@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tspc.deploy.exporting import INT8
 from tspc.deploy.int8 import Int8, write_int8
-from tspc.deploy.programs import Inputs, as_inputs, on_cpu, onnx_program, traced
+from tspc.deploy.programs import on_cpu, onnx_program, traced
+from tspc.deploy.signature import Call, Inputs, Signature
 from tspc.errors import ExportError
 
 
@@ -26,10 +27,11 @@ class Graphs:
     def __init__(
         self,
         networks: dict[str, nn.Module],
-        inputs: Inputs,
-        calibration: Callable[[], Sequence[Tensor | Inputs]] | None = None,
+        inputs: Call,
+        calibration: Callable[[], Sequence[Call]] | None = None,
     ) -> None:
-        self.networks, self._inputs = networks, tuple(x.cpu() for x in inputs)
+        self.networks, self.signature = networks, Signature.of(next(iter(networks.values())), inputs)
+        self._inputs = tuple(x.cpu() for x in self.signature.tensors(inputs))
         self._read = calibration or (lambda: [self._inputs])
         self.int8: dict[str, Int8] = {}
         self._made: dict[tuple[str, bool], bytes | ExportError] = {}
@@ -56,13 +58,13 @@ class Graphs:
 
     @cached_property
     def _calibration(self) -> list[Inputs]:
-        return [as_inputs(batch) for batch in self._read()]
+        return [self.signature.tensors(batch) for batch in self._read()]
 
     def _plain(self, side: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
-            program = traced(on_cpu(self.networks[side]), self._inputs)
-            onnx_program(program, self._inputs).save(str(path), external_data=False)
+            program = traced(on_cpu(self.networks[side]), self._inputs, self.signature)
+            onnx_program(program, self._inputs, self.signature).save(str(path), external_data=False)
             return path.read_bytes()
 
     @torch.no_grad()

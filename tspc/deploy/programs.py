@@ -1,4 +1,4 @@
-"""A network as a graph that runs elsewhere, with any batch size: `torch.export` traces it once."""
+"""A network as a graph that runs elsewhere, with any batch size and number of tokens: `torch.export` traces it once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch._dynamo.exc import UserError
+from torch.export import ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.utils import _pytree as pytree
 
-from tspc.errors import ExportError
+from tspc.deploy.signature import Inputs, Signature
+from tspc.errors import ExportError, TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.traversal.copying import copied
-
-Inputs = tuple[Tensor, ...]
 
 PROTOBUF_LIMIT = 2**31 - 2**24
 """The largest number of bytes of weights in an ONNX file, with some room for the graph."""
@@ -51,21 +52,23 @@ def on_cpu(model: nn.Module) -> nn.Module:
     return copied(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
-    """The graph of `model`, whose batch size (the first axis of every input) is free.
+def traced(model: nn.Module, inputs: Inputs, signature: Signature | None = None) -> ExportedProgram:
+    """The graph of `model`, whose batch size (the first axis of every input) is free, and the number of tokens.
+
+    That number stays fixed, with a warning, if the control flow depends on it; and without one if the network cannot
+    take fewer tokens itself. `signature` says how the inputs are given; by default all by position.
 
     Raises ExportError if the network's control flow depends on values or on the batch size.
     """
+    signature = signature or Signature(len(inputs))
     # The file will hold the example, so it is not the user's images. A batch of one would be taken for a constant.
-    example = tuple(torch.zeros_like(x) for x in take(inputs, 2))
+    example = signature.example(take(inputs, 2))
     model = copied(model)
     for layer in tensorized_layers(model).values():
         layer.take_off_grids_()  # a file holds numbers, without the steps that round them
         layer.forget()  # and factors, not the larger kernels that eval mode contracts from them
     try:
-        # For control flow that depends on values the tracer prints the whole graph, besides raising the error.
-        with quiet(*EXPORTERS), redirect_stderr(io.StringIO()):
-            program = torch.export.export(model, example, dynamic_shapes=_as_arguments(model, _free_batch(example)))
+        program = _program(model, example, signature, _takes_fewer(model, example, signature))
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
         raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
@@ -74,29 +77,86 @@ def traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     return program
 
 
-def _free_batch(inputs: Inputs) -> tuple[dict[int, Dim], ...]:
-    batch = Dim("batch", min=1)
-    return tuple({0: batch} for _ in inputs)
+def _program(model: nn.Module, example: Inputs, signature: Signature, free: bool) -> ExportedProgram:
+    network = signature.bound(model)
+    args, kwargs = signature.arguments(example)
+
+    def attempt(shapes: Any) -> ExportedProgram:
+        # For control flow that depends on values the tracer prints the whole graph, besides raising the error.
+        with quiet(*EXPORTERS), redirect_stderr(io.StringIO()):
+            return torch.export.export(network, args, kwargs, dynamic_shapes=shapes)
+
+    fixed, wanted = (
+        _as_arguments(network, *signature.arguments(signature.shapes(example, lengths))) for lengths in (False, free)
+    )
+    if not free:
+        return attempt(fixed)
+    try:
+        try:
+            program = attempt(wanted)
+        except UserError as error:  # the network has a largest number of tokens, which the tracer names
+            program = attempt(refine_dynamic_shapes_from_suggested_fixes(error.msg, wanted))
+        reason = "" if has_free_lengths(program, signature, example) else "its control flow depends on their number"
+    except Exception as error:
+        program, reason = attempt(fixed), first_line(error)
+    if reason:
+        message = f"the file takes inputs of {_told(signature, example)} tokens only: {reason}"
+        warnings.warn(message, TspcWarning, stacklevel=5)
+    return program
 
 
-def _as_arguments(model: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A value for each argument of `forward`. `*inputs` is one argument, a tuple."""
-    return tuple(inspect.signature(model.forward).bind(*values).arguments.values())
+def has_free_lengths(program: ExportedProgram, signature: Signature, inputs: Inputs) -> bool:
+    """Whether the number of tokens is free in the graph."""
+    places = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    given = [places[name].meta["val"] for name in program.graph_signature.user_inputs if name in places]
+    return all(isinstance(given[place].shape[1], torch.SymInt) for place in signature.lengths(inputs))
 
 
-def onnx_program(program: ExportedProgram, inputs: Inputs) -> Any:
-    """`program` as ONNX operators. Raises ExportError if it has one that ONNX lacks, or too many weights."""
+def _told(signature: Signature, inputs: Inputs) -> str:
+    return ", ".join(str(size) for size in dict.fromkeys(inputs[place].shape[1] for place in signature.lengths(inputs)))
+
+
+@torch.no_grad()
+def _takes_fewer(model: nn.Module, inputs: Inputs, signature: Signature) -> bool:
+    """Whether there are tokens, and the network takes fewer of them."""
+    shorter = signature.shorter(inputs)
+    if shorter is None:
+        return False
+    try:
+        signature.call(model, shorter)
+    except Exception:  # the network may be the user's own
+        return False
+    return True
+
+
+def _as_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A value for each argument of `forward`. `*inputs` is one argument, a tuple, and `**named` one, a dict."""
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+
+
+def onnx_program(program: ExportedProgram, inputs: Inputs, signature: Signature | None = None) -> Any:
+    """`program` as ONNX operators. Its inputs have the names of the network's arguments, or `input`, `input1`, ….
+
+    Raises ExportError if it has an operator that ONNX lacks, or too many weights.
+    """
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     if size > PROTOBUF_LIMIT:
         raise ExportError(f"{size:,} bytes of weights are more than one ONNX file can hold; export to pt2 instead")
     from onnxscript import optimizer
 
-    names = [f"input{i}" if i else "input" for i in range(len(inputs))]
-    shapes = _free_batch(inputs)
+    signature = signature or Signature(len(inputs))
+    args, kwargs = signature.arguments(inputs)
+    shapes = tuple(signature.shapes(inputs, has_free_lengths(program, signature, inputs)))
     try:
         with quiet(*EXPORTERS):
             made: Any = torch.onnx.export(
-                program, inputs, verbose=False, input_names=names, dynamic_shapes=shapes, optimize=False
+                program,
+                args,
+                kwargs=kwargs or None,
+                verbose=False,
+                input_names=signature.input_names,
+                dynamic_shapes=shapes,
+                optimize=False,
             )
             # Kernels stay factors in the file; a runtime contracts them once, when it loads it.
             optimizer.optimize_ir(made.model, output_size_limit=FOLDED)

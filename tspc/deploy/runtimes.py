@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from tspc.deploy.programs import Inputs, first_line, flat, onnx_session, run_session
+from tspc.deploy.programs import first_line, flat, onnx_session, run_session
+from tspc.deploy.signature import Inputs
 from tspc.errors import ExportError
 
 Answer = Callable[[Inputs], list[Tensor]]
@@ -35,8 +37,14 @@ def opened(path: Path, format: str, threads: int | None = None) -> Answer:
     """
     if format == "pt2":
         with path.open("rb") as file:  # with a path, torch requires its own ending
-            network = torch.export.load(file).module()
-        return lambda inputs: flat(network(*inputs))
+            program = torch.export.load(file)
+        network = program.module()
+
+        def answer(inputs: Inputs) -> list[Tensor]:
+            args, kwargs = pytree.tree_unflatten(list(inputs), program.call_spec.in_spec)
+            return flat(network(*args, **kwargs))
+
+        return answer
     session = onnx_session(path, threads)
     return lambda inputs: run_session(session, inputs)
 

@@ -1,0 +1,127 @@
+"""Files take what the network takes: arguments by name, masks, any batch and number of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tspc
+from tests.tiny_transformers import batch_of, tiny
+from tspc.data.model_inputs import ModelInputs, answer_of
+from tspc.deploy.graphs import Graphs
+from tspc.deploy.runtimes import opened
+from tspc.deploy.timing import Comparison
+from tspc.errors import ExportError, TspcWarning
+from tspc.models.transformers_tasks import SentenceEmbeddings
+
+
+class Pooled(nn.Module):
+    """A small encoder that leaves padded positions out."""
+
+    def __init__(self, by_length: bool = False) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.by_length = by_length
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        if self.by_length and input_ids.shape[1] == 7:
+            input_ids = input_ids.flip(0)
+        x = self.mix(self.words(input_ids)).tanh() * scale
+        held = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.head((x * held[:, :, None]).sum(1) / held.sum(1, keepdim=True))
+
+
+def pooled(**options: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return tspc.compress(Pooled(**options), "svd", 0.8, allocation="uniform").eval()
+
+
+def answers(path: Path, batch: dict[str, Tensor]) -> list[Tensor]:
+    """What ONNX Runtime, or torch.export, makes of arguments by name."""
+    if path.suffix == ".pt2":
+        with path.open("rb") as file:
+            found = torch.export.load(file).module()(**batch)
+        return [answer_of(found)]  # type: ignore[list-item]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert {entry.name for entry in session.get_inputs()} == set(batch)
+    return [torch.from_numpy(x) for x in session.run(None, {name: x.numpy() for name, x in batch.items()})]
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_batch_and_length_are_free_and_masks_count(tmp_path, ending):
+    small, path = pooled(), tmp_path / f"small.{ending}"
+    tspc.export(small, path, batch_of("bert", 3, 8))
+    for count, length in ((5, 13), (1, 3)):
+        batch = batch_of("bert", count, length)
+        with torch.no_grad():
+            torch.testing.assert_close(answers(path, batch)[0], small(**batch), rtol=1e-4, atol=1e-5)
+        other = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
+        assert not torch.allclose(answers(path, other)[0][-1], answers(path, batch)[0][-1], atol=1e-4)
+
+
+def test_arguments_that_are_no_tensors_are_part_of_the_file(tmp_path):
+    small, batch = pooled(), batch_of("bert", 3, 8)
+    tspc.export(small, tmp_path / "small.pt2", ModelInputs((), batch | {"scale": 2.0, "attention_mask": None}))
+    ids = {"input_ids": batch["input_ids"]}
+    with torch.no_grad():
+        torch.testing.assert_close(answers(tmp_path / "small.pt2", ids)[0], small(**ids, scale=2.0))
+    with pytest.raises(ExportError, match="an argument by position is no tensor"):
+        tspc.export(small, tmp_path / "small.onnx", ModelInputs((batch["input_ids"], None)))
+
+
+def test_a_length_that_steers_the_network_is_fixed_and_told(tmp_path):
+    batch = batch_of("bert", 3, 7)
+    with pytest.warns(TspcWarning, match="the file takes inputs of 7 tokens only"):
+        tspc.export(pooled(by_length=True), tmp_path / "small.pt2", batch)
+    assert answers(tmp_path / "small.pt2", batch_of("bert", 4, 7))[0].shape == (4, 3)
+
+
+@pytest.mark.slow
+def test_inputs_by_position_keep_their_names_and_images_their_axes(tmp_path):
+    ids = batch_of("bert", 3, 8)["input_ids"]
+    tspc.export(pooled(), tmp_path / "ids.onnx", ids)
+    tspc.export(nn.Conv2d(3, 4, 3), tmp_path / "image.onnx", torch.randn(2, 3, 8, 8))
+    found = {}
+    for name in ("ids", "image"):
+        session = onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+        found[name] = [(entry.name, entry.shape) for entry in session.get_inputs()]
+    assert found == {"ids": [("input", ["batch", "length"])], "image": [("input", ["batch", 3, 8, 8])]}
+
+
+@pytest.mark.slow
+def test_files_and_timings_share_the_arguments(tmp_path):
+    small, batch = pooled(), batch_of("bert", 3, 8)
+    graphs = Graphs({"dense": Pooled().eval(), "compressed": small}, batch)
+    tensors = graphs.signature.tensors(batch)
+    found = Comparison(graphs, tensors, ("eager",), 0.0).at(2)
+    found += Comparison(graphs, tensors, ("onnx", "onnx-int8"), 0.0).at(2)
+    assert [(timing.runtime, timing.skipped) for timing in found] == [
+        (name, None) for name in ("eager", "onnx", "onnx-int8")
+    ]
+    done = tspc.export(small, tmp_path / "small.int8.onnx", batch, calibration=[batch, batch_of("bert", 2, 8)])
+    assert done.int8 is not None
+    given = opened(tmp_path / "small.int8.onnx", "int8")(graphs.signature.tensors(batch_of("bert", 2, 5)))
+    assert given[0].shape == (2, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "whisper", "embeddings"])
+def test_networks_of_transformers(tmp_path, name):
+    kind = "bert" if name == "embeddings" else name
+    model = tiny(kind)
+    if name == "embeddings":
+        model = SentenceEmbeddings(model.bert).eval()  # type: ignore[arg-type]
+    small, path = tspc.compress(model, "svd", 0.5, allocation="uniform").eval(), tmp_path / "small.onnx"
+    tspc.export(small, path, batch_of(kind, 3, 8))
+    for count, length in ((5, 13), (1, 3)):
+        batch = batch_of(kind, count, length)
+        held = batch.get("attention_mask", torch.ones(count, length)).bool()
+        with torch.no_grad():
+            wanted = answer_of(small(**batch))
+        assert wanted is not None
+        ours, theirs = (x[held] if x.ndim == 3 else x for x in (answers(path, batch)[0], wanted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
