@@ -7,8 +7,11 @@ many calls there were.
 
 from __future__ import annotations
 
+import importlib
 import os
+import random
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,11 +74,58 @@ def run(folder: Path, point: int, command: list[str]) -> int:
     return status
 
 
+def survives(top: Path, command: tuple[str, ...], run: Path, directories: int, kills: int = 3) -> None:
+    """Asserts that a killed command, given again, ends with the weights of an undisturbed run in the folder `run`.
+
+    In each of the `directories` it is killed up to `kills` times before it may run to its end.
+    """
+    from safetensors.torch import load_file
+
+    arguments = [sys.executable, "-m", "tests.killing", str(top), *command]
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(top), str(root)])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(arguments, cwd=root, env=environment, text=True, **pipes) as process:  # type: ignore[call-overload]
+
+        def once(name: str, point: int) -> list[int]:
+            process.stdin.write(f"{name} {point}\n")
+            process.stdin.flush()
+            return [int(word) for word in process.stdout.readline().split()]
+
+        status, calls = once("whole", -1)
+        assert status == 0, (top / "whole.out").read_text()
+        assert calls > 100
+        expected = load_file(top / "whole" / run / "model.safetensors")
+        for seed in range(directories):
+            points = random.Random(seed)
+            name, killed = f"killed{seed}", 0
+            for _ in range(kills):
+                status, _ = once(name, points.randrange(calls))
+                killed += status == signal.SIGKILL
+                assert status in (0, signal.SIGKILL), (top / f"{name}.out").read_text()
+            assert killed, "killed too late to show anything"
+            assert once(name, -1)[0] == 0, (top / f"{name}.out").read_text()
+            found = load_file(top / name / run / "model.safetensors")
+            assert all(expected[key].equal(found[key]) for key in expected), f"{name}: other weights"
+            assert left_over(top / name) == [], name
+            assert (top / f"{name}.out").read_text().count("Traceback") == 0
+        process.stdin.close()
+
+
+def left_over(folder: Path) -> list[str]:
+    """What a run that was stopped leaves, and a finished one does not."""
+    return [str(path) for path in folder.rglob("*") if any(word in path.name for word in ("progress", "partial"))]
+
+
 def serve(top: Path, command: list[str]) -> None:
     import torch
 
     import tspc.run.pipeline  # noqa: F401  before the forks, so that each need not
 
+    for argument in command:
+        if argument.startswith("model.name=") and "model=transformers" in command:
+            kind = argument.partition("=")[2]
+            importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     torch.set_num_threads(1)
     for line in sys.stdin:
         name, point = line.split()

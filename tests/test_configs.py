@@ -11,6 +11,7 @@ from tspc.decompositions import names, resolve
 from tspc.errors import ConfigError
 from tspc.phases.table import PHASES
 from tspc.run.config import TOP_LEVEL, Config, read_config
+from tspc.training.tasks import KINDS
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -44,11 +45,18 @@ def test_every_method_has_a_file():
     assert set(options("phase")) == set(PHASES)
 
 
+OF_OTHER_TASKS = {
+    "text": ("task=text_classification",),
+    "datasets": ("task=regression",),
+    "factory": ("task=custom", "dataset.factory=a.b:data", "metric=a.b:judge", "model=resnet20"),
+}
+
+
 @pytest.mark.parametrize("dataset", options("dataset"))
 def test_datasets(dataset):
     extra = ["model=resnet20", "phase=decompose"] if dataset == "none" else []
-    config = read(f"dataset={dataset}", *extra)
-    assert config.dataset.name == dataset
+    config = read(f"dataset={dataset}", *extra, *OF_OTHER_TASKS.get(dataset, ()))
+    assert config.dataset.name == (config.task.name if dataset in OF_OTHER_TASKS else dataset)
 
 
 @pytest.mark.parametrize("model", options("model"))
@@ -62,6 +70,22 @@ def test_models(model):
         "custom": "net",
     }.get(model, model)
     assert read(f"model={model}", *extra).network.name == expected
+
+
+@pytest.mark.parametrize("task", options("task"))
+def test_tasks(task):
+    own = ["dataset.factory=a.b:data", "model=custom", "model.factory=a.b:net", "metric=a.b:judge"]
+    extra = {"speech": own, "custom": own, "sentence_embeddings": ["pretrained=random"]}.get(task, [])
+    config = read(f"task={task}", *extra)
+    assert config.task.name == task
+    assert config.dataset.kind in KINDS[task]
+    usual = {"sentence_embeddings": "cosine", "language_modelling": "perplexity", "regression": "mse"}
+    assert config.metric == ("a.b:judge" if extra == own else usual.get(task, "top1"))
+    assert (config.task.identity == {}) == (task == "image_classification"), "runs of images stay the same runs"
+
+
+def test_every_task_has_a_file():
+    assert set(options("task")) == set(KINDS)
 
 
 @pytest.mark.parametrize("phase", options("phase"))
@@ -122,6 +146,17 @@ def test_top_level_keys():
         (["dataset=synthetic", "+dataset.options.trian=5"], "dataset.options.trian is not a setting; did you mean"),
         (["dataset=synthetic", "~dataset.options.train"], "dataset.options lacks train"),
         (["variant=a/b"], "variant=a/b: expected"),
+        (["dataset=text"], "task=image_classification takes no dataset of the kind text: .* or another task"),
+        (["task=regression", "dataset=cifar10"], "task=regression takes no dataset of the kind cifar10: choose one"),
+        (["task=speech"], "task=speech has no usual metric: give metric=package.module:function"),
+        (["task=speech", "metric=a:b"], "dataset.factory=null: dataset=factory needs package.module:function"),
+        (["task=sentence_embeddings"], "has no targets with which a reference could be trained"),
+        (["task=text_classification", "pretrained=default"], "the network brings no tokenizer; name the folder of one"),
+        (["task=text_classification", "+dataset.image_size=3"], "dataset.image_size is not a setting"),
+        (["task=text_classification", "dataset.length=1"], "dataset.length=1: expected a whole number of at least 2"),
+        (["task=text_classification", "+dataset.path=x"], "dataset.path=x has an effect only with dataset=datasets"),
+        (["task.answers=words"], "task.answers=words: expected one of classes, tokens"),
+        (["task.loss=words"], "task.loss=words: expected package.module:function"),
     ],
 )
 def test_wrong_values(overrides, message):

@@ -12,7 +12,7 @@ import yaml
 from tspc.calibration import Calibration
 from tspc.compression.goals import Terms
 from tspc.compression.settings import PlanSettings, Selection
-from tspc.data import DataSpec
+from tspc.data import OWN_KIND, TEXT_KINDS, DataSpec, OwnSpec, TextSpec
 from tspc.decompositions import names, settings_of
 from tspc.models import FAMILIES, NetworkSpec
 from tspc.phases.benchmark import Benchmark
@@ -24,7 +24,7 @@ from tspc.run.config import GROUPS, SHARED, TOP_LEVEL
 from tspc.run.reader import DATASET_EXTRAS
 from tspc.run.settings import RunSettings
 from tspc.system.bounds import COUNT
-from tspc.training import Recipe
+from tspc.training import Recipe, Task
 
 CONF = Path(__file__).parent.parent / "conf"
 PHASES: dict[str, type | None] = {
@@ -96,23 +96,43 @@ def test_methods(method):
     check(read(f"method/{method}"), settings_of(method) | {"name": method})
 
 
-OWN = {"epochs", "batch_size", "learning_rate", "weight_decay", "warmup"}
+IMAGES = {"epochs", "batch_size", "learning_rate", "weight_decay", "warmup"}
 """What a recipe chooses for its data."""
 
 
 @pytest.mark.parametrize("dataset", stems("dataset"))
 def test_data_sets(dataset):
     stated = read(f"dataset/{dataset}")
-    assert {key for key in stated if key not in DATASET_EXTRAS} <= set(defaults(DataSpec))
+    kind = stated["kind"]
+    spec = TextSpec if kind in TEXT_KINDS else OwnSpec if kind == OWN_KIND else DataSpec
+    own = {key: value for key, value in stated.items() if key not in DATASET_EXTRAS}
+    assert set(own) <= set(defaults(spec))
+    if spec is not DataSpec:
+        same = {key: value for key, value in defaults(spec).items() if key in own and value is not MISSING}
+        assert {key: own[key] for key in same} == same
     assert stated["batch_size"] in COUNT
     assert stated["epochs"] in COUNT
     assert stated.get("learning_rate", 3e-3) > 0
     recipe, coded = stated["pretrain"], defaults(Recipe)
     if recipe is not None:
+        own = IMAGES if spec is DataSpec else IMAGES | {"optimizer"}
         chosen = {key for key, value in recipe.items() if value != coded[key]}
-        assert chosen == OWN, "the others are the defaults of the code"
+        assert chosen == own, "the others are the defaults of the code"
         same = {key: recipe[key] for key in ("learning_rate", "weight_decay", "warmup")}
-        assert same == {"learning_rate": 0.1, "weight_decay": 5e-4, "warmup": 0.1}, "one choice for all data sets"
+        rates = (0.1, 5e-4) if spec is DataSpec else (3e-4, 0.01)
+        wanted = dict(zip(("learning_rate", "weight_decay"), rates, strict=True)) | {"warmup": 0.1}
+        assert same == wanted, "one choice for all data sets of images, and one for all others"
+
+
+@pytest.mark.parametrize("task", stems("task"))
+def test_tasks(task):
+    stated = read(f"task/{task}")
+    stated = stated.get("task", stated)
+    assert set(stated) == {*defaults(Task), "metric"}
+    assert stated["name"] == task
+    if task == Task().name:
+        assert {key: stated[key] for key in defaults(Task)} == defaults(Task)
+        assert stated["metric"] == RunSettings().metric
 
 
 @pytest.mark.parametrize("model", stems("model"))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.conftest import TINY, Cli
+from tests.killing import left_over, survives
 from tspc.store.files import remove_left_over
 
 COMMAND = (
@@ -22,45 +20,12 @@ COMMAND = (
 )
 REFERENCE = Path("outputs/synthetic/resnet8/reference")
 RUN = Path("outputs/synthetic/resnet8/tt-0.2/seed0")
-KILLS, DIRECTORIES = 3, int(os.environ.get("TSPC_TEST_KILLED", "2"))
-
-
-def left_over(folder: Path) -> list[str]:
-    return [str(path) for path in folder.rglob("*") if any(word in path.name for word in ("progress", "partial"))]
+DIRECTORIES = int(os.environ.get("TSPC_TEST_KILLED", "2"))
 
 
 @pytest.mark.slow
 def test_killed_at_any_change_of_the_disk(tmp_path):
-    command = [sys.executable, "-m", "tests.killing", str(tmp_path), *COMMAND]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=environment, text=True, **pipes) as process:
-
-        def run(name: str, point: int) -> list[int]:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(f"{name} {point}\n")
-            process.stdin.flush()
-            return [int(word) for word in process.stdout.readline().split()]
-
-        status, calls = run("whole", -1)
-        assert status == 0, (tmp_path / "whole.out").read_text()
-        assert calls > 100
-        expected = load_file(tmp_path / "whole" / RUN / "model.safetensors")
-        for seed in range(DIRECTORIES):
-            points = random.Random(seed)
-            name, killed = f"killed{seed}", 0
-            for _ in range(KILLS):
-                status, _ = run(name, points.randrange(calls))
-                killed += status == signal.SIGKILL
-                assert status in (0, signal.SIGKILL), (tmp_path / f"{name}.out").read_text()
-            assert killed, "killed too late to show anything"
-            assert run(name, -1)[0] == 0, (tmp_path / f"{name}.out").read_text()
-            found = load_file(tmp_path / name / RUN / "model.safetensors")
-            assert all(expected[key].equal(found[key]) for key in expected), f"{name}: other weights"
-            assert left_over(tmp_path / name) == [], name
-            assert (tmp_path / f"{name}.out").read_text().count("Traceback") == 0
-        process.stdin.close()  # type: ignore[union-attr]
+    survives(tmp_path, COMMAND, RUN, DIRECTORIES)
 
 
 def dead() -> int:

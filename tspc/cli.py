@@ -30,7 +30,7 @@ from tspc.system.bounds import shown
 from tspc.system.launch import count, is_first
 
 FAILED, INTERRUPTED = 1, 130
-GROUPS = ("method", "dataset", "model")
+GROUPS = ("method", "dataset", "model", "task")
 """Groups from which one option is chosen; of phases there may be several."""
 LONGEST_LINE = 600
 """Characters of a complaint of Hydra's."""
@@ -211,7 +211,9 @@ def _unknown_key(key: str) -> str:
     """The message for a key that does not exist, with the keys of its group."""
     parent, dot, name = key.rpartition(".")
     # Composed with the groups that were chosen, for each method and each phase has keys of its own.
-    chosen = [re.sub(r",[^\]]*$", "", a) for a in sys.argv[1:] if re.match(r"(method|dataset|model|phase)=[\w[]", a)]
+    chosen = [
+        re.sub(r",[^\]]*$", "", a) for a in sys.argv[1:] if re.match(r"(method|dataset|model|task|phase)=[\w[]", a)
+    ]
     with hydra.initialize_config_dir(_config_path(), version_base="1.3"):
         try:
             node: Any = hydra.compose("config", chosen)

@@ -17,11 +17,12 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-GROUPS = ("phase", "method", "dataset", "model", "hydra/launcher")
+GROUPS = ("phase", "method", "task", "dataset", "model", "hydra/launcher")
 TITLES = {
     "config": "General",
     "phase": "phase=",
     "method": "method=",
+    "task": "task=",
     "dataset": "dataset=",
     "model": "model=",
     "hydra/launcher": "hydra/launcher=",
@@ -30,6 +31,7 @@ TITLES = {
 MEANINGS = {
     "rate_decay": "How a uniform rate changes with depth.",
     "method.name": "The method of decomposition.",
+    "task.name": "The task.",
     "dataset.kind": "How the data is read.",
     "dataset.name": "Name of the data set, also in the path of its runs.",
     "dataset.num_classes": "Number of classes.",
@@ -86,6 +88,7 @@ UNITS = {
     "image_size": "pixels",
     "resize": "pixels",
     "pad": "pixels",
+    "length": "tokens",
     "samples": "images",
     "images": "images",
     "held_out": "images",
@@ -204,14 +207,16 @@ def _kind(name: str, value: Any) -> str:
     """The type: from the field of the settings class if there is one, else from the default."""
     from tspc.calibration.samples import Calibration
     from tspc.compression.settings import PlanSettings
-    from tspc.data import DataSpec
+    from tspc.data import DataSpec, OwnSpec, TextSpec
     from tspc.phases.table import PHASES
     from tspc.run.config import Config
-    from tspc.training import Recipe
+    from tspc.training import Recipe, Task
 
     hints = {f.name: f.type for cls in (Config, PlanSettings) for f in dataclasses.fields(cls)}
     section, _, field = name.rpartition(".")
-    classes: dict[str, type] = {"calibration": Calibration, "dataset": DataSpec, "dataset.pretrain": Recipe}
+    classes: dict[str, type] = {"calibration": Calibration, "task": Task, "dataset.pretrain": Recipe}
+    specs = (DataSpec, TextSpec, OwnSpec)
+    classes["dataset"] = next((c for c in specs if field in {f.name for f in dataclasses.fields(c)}), DataSpec)
     if section.startswith("phase."):
         classes[section] = PHASES[section.removeprefix("phase.")].settings
     if section in classes:

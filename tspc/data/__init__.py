@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tspc.data import small
-from tspc.data.base import Batch, Data, Feed, generator_of
+from tspc.data.base import Batch, Data, Feed, at_once, generator_of
+from tspc.data.collating import IGNORED
 from tspc.data.folder import image_folder
 from tspc.data.layout import Contiguous
 from tspc.data.model_inputs import (
@@ -23,13 +25,24 @@ from tspc.data.model_inputs import (
     masks_of,
     unpadded,
 )
-from tspc.data.spec import KINDS_IN_FOLDERS, NO_DATA, DataSpec
+from tspc.data.own import own_data
+from tspc.data.spec import KINDS_IN_FOLDERS, LOADED_KINDS, NO_DATA, DataSpec
+from tspc.data.text_files import LABELLED
+from tspc.data.text_spec import BYTES, OWN_KIND, TEXT_KINDS, OwnSpec, TextSpec
+from tspc.data.texts import library_data, text_data
 from tspc.errors import ConfigError
 
 __all__ = [
+    "BYTES",
+    "IGNORED",
     "KINDS",
     "KINDS_IN_FOLDERS",
+    "LABELLED",
+    "LOADED_KINDS",
     "NO_DATA",
+    "OWN_KIND",
+    "TEXT_KINDS",
+    "AnySpec",
     "Batch",
     "Contiguous",
     "Data",
@@ -37,9 +50,12 @@ __all__ = [
     "Feed",
     "Given",
     "ModelInputs",
+    "OwnSpec",
+    "TextSpec",
     "answer_of",
     "answered",
     "arguments_of",
+    "at_once",
     "called",
     "filled",
     "first_of",
@@ -50,19 +66,25 @@ __all__ = [
     "unpadded",
 ]
 
-KINDS: dict[str, Callable[[DataSpec, Path | None, bool], Data]] = {
+AnySpec = DataSpec | TextSpec | OwnSpec
+"""The description of a data set: of images, of texts, or of what a function gives."""
+
+KINDS: dict[str, Callable[[Any, Path | None, bool], Data]] = {
     "digits": small.digits,
     "idx": small.idx,
     "cifar10": small.cifar10,
     "folder": image_folder,
     "synthetic": small.synthetic,
+    "text": text_data,
+    "datasets": library_data,
+    OWN_KIND: own_data,
 }
 
 
 class _Key:
     """Hashes a spec by its text, because its options are a dict."""
 
-    def __init__(self, spec: DataSpec) -> None:
+    def __init__(self, spec: AnySpec) -> None:
         self.spec = spec
 
     def __hash__(self) -> int:
@@ -72,7 +94,7 @@ class _Key:
         return isinstance(other, _Key) and self.spec == other.spec
 
 
-def load_data(spec: DataSpec, data_dir: str | Path | None = None, download: bool = True) -> Data:
+def load_data(spec: AnySpec, data_dir: str | Path | None = None, download: bool = True) -> Data:
     """The data set that `spec` describes. The jobs of a sweep in one process share it.
 
     With `download`, torchvision may download the files if they are not in `data_dir` (or ./data).

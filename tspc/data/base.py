@@ -90,6 +90,15 @@ class Data(Protocol):
         ...
 
 
+AT_ONCE = 250
+"""The number of inputs that are judged at once, unless the data set says another one."""
+
+
+def at_once(data: Data) -> int:
+    """The number of inputs of a data set that are judged at once: fewer where an answer takes much memory."""
+    return getattr(data, "at_once", AT_ONCE)
+
+
 def steps_per_epoch(train_size: int, feed: Feed) -> int:
     return max(1, (train_size - feed.left_out) // feed.batch_size)
 

@@ -1,4 +1,4 @@
-"""The description of a data set, and of how its images are prepared for the network."""
+"""The description of a data set of images, and of how they are prepared for the network."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from tspc.system.bounds import SEEDS, Allowed, Bounds, described, out_of_range, 
 
 NO_DATA = "none"
 """The kind for a run without data."""
-KINDS_IN_FOLDERS = ("idx", "cifar10", "folder")
+IMAGES_IN_FOLDERS = ("idx", "cifar10", "folder")
+OTHER_KINDS = ("text", "datasets", "factory")
+"""Those that are no images; see `tspc.data.text_spec`."""
+KINDS_IN_FOLDERS = (*IMAGES_IN_FOLDERS, *OTHER_KINDS)
 """Those that read a data_dir."""
-LOADED_KINDS = ("digits", "synthetic", *KINDS_IN_FOLDERS)
+LOADED_KINDS = ("digits", "synthetic", *IMAGES_IN_FOLDERS)
+"""Those of images."""
 OPTIONS: dict[str, dict[str, Allowed]] = {
     "idx": {"torchvision": ("MNIST", "FashionMNIST", "KMNIST", "QMNIST")},
     "synthetic": {"train": Bounds(1, 1e8), "test": Bounds(1, 1e8), "seed": SEEDS},
@@ -46,7 +50,8 @@ class DataSpec:
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
         kinds = (*LOADED_KINDS, NO_DATA)
-        found = [] if self.kind in kinds else [f"{where}.kind={shown(self.kind)}: choose one of {', '.join(kinds)}"]
+        known = ", ".join((*kinds, *OTHER_KINDS))
+        found = [] if self.kind in kinds else [f"{where}.kind={shown(self.kind)}: choose one of {known}"]
         bounds = {
             "num_classes": Bounds(1, 1e7),
             "channels": Bounds(1, 1000),

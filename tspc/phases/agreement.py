@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tspc.data import Given, answer_of, called, filled, masks_of
+from tspc.data import IGNORED, Given, answer_of, called, filled, masks_of
 from tspc.phases.context import Context
 from tspc.system import processes
-from tspc.training import AGREEMENT, Again, Metric, losses, measure
+from tspc.training import AGREEMENT, Again, Metric, Task, losses, measure
 from tspc.traversal.hooks import evaluating
 
 Images = Callable[[], Iterable[Given]]
@@ -31,10 +32,12 @@ def keep_better_(
     standard deviations of that difference (McNemar, 1947). A network that does not classify is not changed.
 
     The images have no labels. If the run's metric needs none either, such as the cosine, its numbers for each image
-    decide in the same way, for any network.
+    decide in the same way, for any network. So do those of the task's own one where the answers are no classes.
     """
-    metric = context.metric
-    is_other = metric.needs_reference and metric.name != AGREEMENT.name
+    metric, has_classes = context.metric, context.task.answers == "classes"
+    if not has_classes and not metric.needs_reference:
+        metric = context.task.metric_without_targets
+    is_other = not has_classes or (metric.needs_reference and metric.name != AGREEMENT.name)
     wanted = None if is_other else _classes(reference, images)
     if wanted is None:
         if metric.needs_reference:
@@ -55,8 +58,8 @@ def keep_better_(
 def _keep_better_by_(
     metric: Metric, model: nn.Module, start: dict[str, Tensor], reference: nn.Module, images: Images, context: Context
 ) -> None:
-    # The targets are never read: whole numbers are class numbers, so the reference's answers are the goal.
-    batches = Again(lambda: ((batch, torch.zeros(len(batch), dtype=torch.long)) for batch in images()))
+    # The targets are whole numbers, and so class numbers: the reference's answers are the goal.
+    batches = Again(lambda: ((batch, context.task.stand_ins(batch)) for batch in images()))
     judge = lambda: measure(metric, model, batches, context.device, reference)  # noqa: E731
     before, after = _before_and_after(model, start, judge)
     lost = losses(metric, before, after)
@@ -124,6 +127,49 @@ def _classes(network: nn.Module, images: Images) -> Tensor | None:
                 return None
             found.append(answer.argmax(1))
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=next(network.parameters()).device)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far a network is from the reference: 0 if both answer the same, 1 if they agree by chance alone.
+
+    `counts` of (answers, the reference's answers, targets) are added up over batches, and `distance` reads a list of
+    them. `name` is that of one minus the distance.
+    """
+
+    name: str
+    counts: Callable[[Tensor, Tensor, Tensor], Tensor]
+    distance: Callable[[Sequence[Tensor]], float]
+
+    @classmethod
+    def of(cls, task: Task) -> Apart:
+        """For the answers of a task."""
+        if task.answers == "classes":
+            return cls("κ", lambda answer, wanted, targets: class_counts(answer, wanted), distance)
+        if task.answers == "tokens":
+            return cls("κ", _token_counts, distance)
+        return cls("R²", lambda answer, wanted, targets: _moments(answer, wanted), _unexplained)
+
+
+def _token_counts(answer: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
+    """The class counts of the positions (N, L, C) that have a target (N, L)."""
+    counted = targets != IGNORED
+    return class_counts(answer[counted], wanted[counted])
+
+
+def _moments(answer: Tensor, wanted: Tensor) -> Tensor:
+    """The squared error, and of the reference's answers the number, the sum and the sum of squares."""
+    wide = torch.float32 if wanted.device.type == "mps" else torch.float64
+    goal = wanted.to(wide)
+    count = torch.tensor(float(goal.numel()), dtype=wide, device=goal.device)
+    return torch.stack([(answer.to(wide) - goal).square().sum(), count, goal.sum(), goal.square().sum()])
+
+
+def _unexplained(moments: Sequence[Tensor]) -> float:
+    """The squared error ÷ that of the mean answer, at most 1."""
+    error, count, total, squares = processes.summed(torch.stack(list(moments)).sum(0)).tolist()
+    spread = squares - total**2 / count
+    return min(1.0, error / spread) if spread > 0 else 1.0
 
 
 def class_counts(answer: Tensor, wanted: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from tspc.data import Data, Feed
 from tspc.system import processes
 from tspc.system.tally import Tally
 from tspc.terminal.display import Display
-from tspc.training import TOP1, Hardware, Metric, Recipe, Step, place
+from tspc.training import TOP1, Hardware, Metric, Recipe, Step, Task, place
 
 
 @dataclass(frozen=True)
 class Context:
-    """`note` receives a dict for each measurement, for `metrics.jsonl`. `metric` judges networks.
+    """`note` receives a dict for each measurement, for `metrics.jsonl`. `metric` judges networks for the `task`.
 
     The last `reserved` training images judge the finished network alone; nothing is fitted to them.
     """
@@ -31,6 +31,7 @@ class Context:
     display: Display
     note: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
     metric: Metric = TOP1
+    task: Task = field(default_factory=Task)
     reserved: int = 0
 
     @property

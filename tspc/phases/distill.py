@@ -21,7 +21,7 @@ from tspc.compression.fits import OnLayer
 from tspc.compression.integers import on_grids
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.rounding import put_on_grids_, take_off_grids_
-from tspc.data import Given, filled, kinds_of
+from tspc.data import Given, at_once, filled, kinds_of
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.unpacking import sequence_of, with_like_parts
@@ -189,7 +189,9 @@ def _unseen(kept: Kept, settings: Distillation, context: Context) -> Callable[[]
     data, feed = context.required_data, context.feed(settings)
     if feed.held_out == 0:
         return kept.judging_images
-    return lambda: (x for x, _ in data.held_out_batches(feed.held_out, 250, context.device, feed.share, feed.reserved))
+    return lambda: (
+        x for x, _ in data.held_out_batches(feed.held_out, at_once(data), context.device, feed.share, feed.reserved)
+    )
 
 
 def _train_block(

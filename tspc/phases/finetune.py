@@ -8,21 +8,19 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspc.compression.beside import narrow_beside_, wide_parameters
 from tspc.compression.integers import on_grids
-from tspc.data import Given, answer_of, answered, filled, masks_of
+from tspc.data import Given, answer_of, answered, at_once, filled, masks_of
 from tspc.layers.forms import tensorized_layers
-from tspc.phases.agreement import class_counts, distance
+from tspc.phases.agreement import Apart
 from tspc.phases.batch_norm import SHOWN, rebase_
 from tspc.phases.context import Context
 from tspc.phases.phase import NetworkPhase, Work
-from tspc.system import processes
 from tspc.system.bounds import SHARE, Bounds, out_of_range
 from tspc.system.modes import own_modes
-from tspc.training import TOP1, Again, Labelled, LossOf, Metric, Progress, Recipe, Watchers, fit, measure
+from tspc.training import Again, Labelled, LossOf, Metric, Progress, Recipe, Watchers, fit, measure, relative_error
 from tspc.traversal.blocks import find_blocks
 from tspc.traversal.hooks import outputs_of
 
@@ -40,9 +38,11 @@ class Finetuning(Recipe):
     blocks (Romero et al., "FitNets", ICLR 2015).
 
     The distance from the reference is 1 − κ (Cohen, 1960): 0 if both networks give the same class to every image, 1 if
-    they agree by chance alone. If it is below `careful_below`, the learning rate is reduced in proportion, because
-    large steps would first make the network worse. The learning rate is not reduced with `careful_below=0`, nor if the
-    loss does not use the reference.
+    they agree by chance alone. Of numbers and embeddings it is the relative squared error, at most 1. If it is below
+    `careful_below`, the learning rate is reduced in proportion, because large steps would first make the network worse.
+    The learning rate is not reduced with `careful_below=0`, nor if the loss does not use the reference.
+
+    If the data has no targets, as that of sentence embeddings, the whole loss is the comparison with the reference.
     """
 
     distillation: float = 0.9
@@ -70,16 +70,16 @@ class Finetuning(Recipe):
 
 @own_modes(exact=False)
 def train_classifier(model: nn.Module, recipe: Recipe, context: Context, progress: Progress, phase: str) -> None:
-    """Trains all parameters of `model` with cross-entropy, in place.
+    """Trains all parameters of `model` with the loss of the task, in place: of classes with cross-entropy.
 
-    Held-out images judge it by top-1: another metric would make another reference, and the runs that share it could not
-    be compared. Raises TrainingError if the loss stops being finite.
+    Held-out images judge it by the task's own metric, such as top-1: another metric would make another reference, and
+    the runs that share it could not be compared. Raises TrainingError if the loss stops being finite.
     """
 
     def loss_of(network: nn.Module, images: Given, labels: Tensor) -> Tensor:
-        return F.cross_entropy(answered(network, images), labels, label_smoothing=recipe.label_smoothing)
+        return context.task.loss_of(answered(network, images), labels, recipe.label_smoothing)
 
-    _train(model, recipe, context, progress, phase, loss_of, TOP1)
+    _train(model, recipe, context, progress, phase, loss_of, context.task.usual_metric)
 
 
 @own_modes(exact=False)
@@ -94,79 +94,64 @@ def finetune(
     Raises TrainingError if the loss stops being finite.
     """
     reference.eval()
-    wide = wide_parameters(model)
+    task, wide = context.task, wide_parameters(model)
+    share = settings.distillation if task.has_labels else 1.0
     blocks = find_blocks(reference, list(tensorized_layers(model, tables=False))) if settings.features else []
     with outputs_of(reference, blocks) as wanted, outputs_of(model, blocks) as given:
 
         def loss_of(network: nn.Module, images: Given, labels: Tensor) -> Tensor:
             with torch.no_grad():
                 target = answered(reference, images)
-            logits = answered(network, images)
-            loss = settings.distillation * _answer_loss(logits, target, settings.temperature)
-            by_label = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-            loss = loss + (1 - settings.distillation) * by_label
+            answer = answered(network, images)
+            loss = share * task.taught_by(answer, target, labels, settings.temperature)
+            if task.has_labels:
+                loss = loss + (1 - share) * task.loss_of(answer, labels, settings.label_smoothing)
             if blocks:
                 loss = (
                     loss
                     + settings.features
-                    * torch.stack([_apart(given[b], wanted[b], masks_of(images)) for b in blocks]).mean()
+                    * torch.stack([_feature_error(given[b], wanted[b], masks_of(images)) for b in blocks]).mean()
                 )
             return loss
 
-        found: list[Tensor] = []
+        found, apart = [], Apart.of(task)
 
         def show() -> None:
             batches = context.required_data.train_batches(context.feed(settings), epoch=0)
-            for images, _ in islice(batches, math.ceil(SHOWN / settings.batch_size)):
+            for images, targets in islice(batches, math.ceil(SHOWN / settings.batch_size)):
                 answer = answered(model, images)
                 if settings.is_careful:
-                    found.append(class_counts(answer, answered(reference, images)))
+                    found.append(apart.counts(answer, answered(reference, images), targets))
 
         recipe = settings
         if not progress.is_under_way():  # else the saved state would replace what is prepared here
             rebase_(model, show)
-            recipe = _careful(settings, distance(found), context, phase) if settings.is_careful else settings
+            recipe = _careful(settings, apart, found, context, phase) if settings.is_careful else settings
         _train(model, recipe, context, progress, phase, loss_of, context.metric, reference)
     if on_grids(model):
         narrow_beside_(model, wide)
 
 
-def _careful(settings: Finetuning, apart: float, context: Context, phase: str) -> Finetuning:
-    """The settings, with the learning rate for a network at the distance `apart` from the reference."""
-    if not apart < settings.careful_below:
+def _careful(settings: Finetuning, apart: Apart, counts: list[Tensor], context: Context, phase: str) -> Finetuning:
+    """The settings, with the learning rate for a network at the distance from the reference that `counts` show."""
+    distance = apart.distance(counts)
+    if not distance < settings.careful_below:
         return settings
-    share = max(apart, LEAST_APART) / settings.careful_below
+    share = max(distance, LEAST_APART) / settings.careful_below
     careful = replace(settings, learning_rate=settings.learning_rate * min(1.0, share))
-    context.note({"phase": phase, "event": "careful", "apart": apart, "learning_rate": careful.learning_rate})
+    context.note({"phase": phase, "event": "careful", "apart": distance, "learning_rate": careful.learning_rate})
     text = f"learning rate {careful.learning_rate:.2g} instead of {settings.learning_rate:.2g}"
-    context.display.line(f"{phase:<9}  {text}, because the network is close to the reference (κ = {1 - apart:.3f})")
+    close = f"({apart.name} = {1 - distance:.3f})"
+    context.display.line(f"{phase:<9}  {text}, because the network is close to the reference {close}")
     return careful
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error ÷ the variance of the target, over the batches of all processes."""
-    target = target.float()
-    return F.mse_loss(output.float(), target) / _variance(target).clamp(min=1e-12)
-
-
-def _apart(output: Any, target: Any, masks: list[Tensor]) -> Tensor:
+def _feature_error(output: Any, target: Any, masks: list[Tensor]) -> Tensor:
     """The relative error of a block's output, or of the tensor that counts in it, without padded positions."""
     found, wanted = answer_of(output), answer_of(target)
     assert found is not None, "a block with layers gives a tensor"
     assert wanted is not None, "a block with layers gives a tensor"
     return relative_error(filled(found, masks), filled(wanted, masks))
-
-
-def _variance(tensor: Tensor) -> Tensor:
-    count = torch.tensor(float(tensor.numel()), dtype=tensor.dtype, device=tensor.device)
-    number, total = processes.summed(torch.stack((count, tensor.sum())))
-    return processes.summed((tensor - total / number).square().sum()) / number
-
-
-def _answer_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence from the reference's softened answers, times the temperature squared."""
-    ours, theirs = (F.log_softmax(values.float() / temperature, dim=1) for values in (logits, target))
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _train(
@@ -185,7 +170,9 @@ def _train(
 
     def judge(network: nn.Module) -> float:
         share = metric.share_of(feed.share)
-        held_out = Again(lambda: data.held_out_batches(feed.held_out, 250, context.device, share, feed.reserved))
+        held_out = Again(
+            lambda: data.held_out_batches(feed.held_out, at_once(data), context.device, share, feed.reserved)
+        )
         score = measure(metric, network, held_out, context.device, reference, num_classes=data.num_classes)
         return metric.gain(score.value)
 

@@ -12,7 +12,7 @@ from tspc.compression.compress import limit_of
 from tspc.compression.limits import MOST, PILOT, Limit, pilot_of
 from tspc.compression.outline import Outline
 from tspc.compression.settings import PlanSettings
-from tspc.data import Batch, Data
+from tspc.data import Batch, Data, at_once
 from tspc.errors import ConfigError
 from tspc.phases.context import Context
 from tspc.training import Drop, HeldOut, Metric
@@ -94,7 +94,7 @@ def held_out_images(reference: nn.Module, context: Context, count: int) -> HeldO
 
     def read(start: int, stop: int) -> Iterable[Batch]:
         if data.fresh_size:
-            return data.fresh_batches(start, stop, 250, context.device)
-        return data.held_out_batches(stop - start, 250, context.device, reserved=count - stop)
+            return data.fresh_batches(start, stop, at_once(data), context.device)
+        return data.held_out_batches(stop - start, at_once(data), context.device, reserved=count - stop)
 
     return HeldOut(reference, context.metric, read, count, context.device)

@@ -11,20 +11,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tspc.calibration.samples import Calibration
 from tspc.compression.settings import PlanSettings, Selection
-from tspc.data import KINDS_IN_FOLDERS, DataSpec
+from tspc.data import KINDS_IN_FOLDERS, NO_DATA, AnySpec
 from tspc.decompositions import names
 from tspc.errors import ConfigError
 from tspc.models import NetworkSpec
 from tspc.phases.table import FIRST, PHASES
 from tspc.run.effects import without_effect
-from tspc.run.reader import Reader
+from tspc.run.reader import Reader, tokenizer_for
 from tspc.run.settings import RunSettings
 from tspc.store.scores import scale_of
 from tspc.system.bounds import COUNT, shown
-from tspc.training import Metric, Recipe, metric_of
+from tspc.training import Metric, Recipe, Task, metric_of
 from tspc.training.metrics import Function, name_of
 
-GROUPS = ("calibration", "contract", "dataset", "model", "phase")
+GROUPS = ("calibration", "contract", "dataset", "model", "phase", "task")
 GROUPED = ("selection", "terms")
 """Fields of `PlanSettings` that have groups of their own."""
 SHARED = ("batch_size", "epochs")
@@ -42,7 +42,8 @@ class Config(RunSettings):
 
     planning: PlanSettings
     calibration: Calibration
-    dataset: DataSpec
+    dataset: AnySpec
+    task: Task
     network: NetworkSpec
     pretrain_recipe: Recipe | None
     phases: dict[str, Any]
@@ -55,7 +56,7 @@ class Config(RunSettings):
 
     def judge(self) -> Metric:
         """The metric that judges networks. Raises ConfigError if it is a function that cannot be imported."""
-        return metric_of(self.metric_function or self.metric)
+        return self.task.judged_by(metric_of(self.metric_function or self.metric))
 
     @property
     def trains(self) -> bool:
@@ -103,19 +104,24 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
     """The fields of Config."""
     phases = reader.phases(reader.mapping(raw, "phase"))
     group = reader.mapping(raw, "dataset")
-    dataset = reader.dataset(group)
+    task = reader.task(reader.mapping(raw, "task"), raw["metric"], has_data=group.get("kind") != NO_DATA)
+    dataset = reader.dataset(group, task, tokenizer_for(raw))
     recipe = group.get("pretrain")
     # Distillation and finetuning check their own values. These are checked because a phase may not use them.
     reader.number(raw, "batch_size", int, COUNT)
     reader.number(raw, "epochs", int, COUNT)
     alone = {field.name for field in fields(RunSettings)}
-    run = reader.section(RunSettings, {key: raw[key] for key in raw if key in alone}, "")
+    # That there is no metric was told with the task.
+    run = reader.section(
+        RunSettings, {key: raw[key] for key in raw if key in alone and (key, raw[key]) != ("metric", None)}, ""
+    )
     return {
         **({} if run is None else vars(run)),
         "planning": reader.planning(raw, phases.get(FIRST) or Selection()),
         "calibration": reader.section(Calibration, raw["calibration"], "calibration"),
         "dataset": dataset,
-        "network": reader.network(reader.mapping(raw, "model"), dataset),
+        "task": task,
+        "network": reader.network(reader.mapping(raw, "model"), dataset, task),
         "pretrain_recipe": None if recipe is None else reader.section(Recipe, recipe, "dataset.pretrain"),
         "settings": raw,
         "phases": phases,
@@ -125,7 +131,12 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
 def _contradictions(reader: Reader, raw: dict[str, Any], values: dict[str, Any]) -> None:
     """Finds settings that are right alone, but not together."""
     dataset, pretrained, phases = raw["dataset"], raw["pretrained"], values["phases"]
-    if pretrained is None and isinstance(dataset, dict) and dataset.get("pretrain") is None:
+    if pretrained is None and values["task"] is not None and not values["task"].has_labels:
+        reader.problems.append(
+            f"task={values['task'].name} has no targets with which a reference could be trained: "
+            "pass pretrained=FILE, default or random"
+        )
+    elif pretrained is None and isinstance(dataset, dict) and dataset.get("pretrain") is None:
         reader.problems.append(
             f"pretrained=null, but dataset {shown(dataset.get('name'))} has no recipe to train a reference; "
             "pass pretrained=FILE, default or random"

@@ -35,6 +35,7 @@ def _idle(raw: dict[str, Any]) -> Iterable[tuple[str, str]]:
         if recipe != "phase.distill" and _at(raw, f"{recipe}.held_out") in (0, None):
             yield f"{recipe}.evaluations", f"{recipe}.held_out=0"
     yield from _idle_of_finetuning(raw)
+    yield from _idle_of_task(raw)
     if _at(raw, "dataset.kind") not in KINDS_IN_FOLDERS:
         yield "dataset.in_memory", f"dataset {shown(_at(raw, 'dataset.name'))}"
     is_streamed = _at(raw, "dataset.kind") == "folder" and _at(raw, "dataset.in_memory") is False
@@ -52,6 +53,17 @@ def _idle_of_finetuning(raw: dict[str, Any]) -> Iterable[tuple[str, str]]:
             yield "phase.finetune.careful_below", "phase.finetune.distillation=0 and features=0"
     if share == 1:
         yield "phase.finetune.label_smoothing", "phase.finetune.distillation=1"
+
+
+def _idle_of_task(raw: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    task, answers, loss = (_at(raw, f"task.{key}") for key in ("name", "answers", "loss"))
+    reason = f"task={task}" if loss is None else f"task.loss={loss}"
+    if answers == "embeddings" and loss is None:
+        yield "phase.finetune.distillation", f"task={task}, whose data has no targets"
+    if answers in ("embeddings", "values"):
+        yield "phase.finetune.temperature", f"task.answers={answers}"
+    if answers in ("embeddings", "values") or loss is not None:
+        yield from ((f"{recipe}.label_smoothing", reason) for recipe in RECIPES)
 
 
 def _at(raw: dict[str, Any], key: str) -> Any:

@@ -10,6 +10,7 @@ from tspc.errors import ConfigError
 from tspc.models import NetworkSpec
 from tspc.phases.planning import example_input
 from tspc.run.config import Config
+from tspc.run.suiting import suited
 from tspc.terminal.display import Display
 from tspc.training import TOP1, Metric, Trial, measure, tried
 
@@ -25,6 +26,8 @@ def fitted(
     The metric judges the answers to them. Raises ConfigError if the network cannot take the images of the data set, if
     its answer has a shape that the metric or the training does not take, or if the user's metric fails.
     """
+    if data is not None and not config.task.is_of_images:
+        return suited(model, data, spec, config, metric)
     labels = None
     if data is not None:
         images, labels = next(iter(data.test_batches(2, CPU, limit=2)))

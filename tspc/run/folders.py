@@ -16,7 +16,13 @@ from tspc.system.bounds import shown
 
 def shared_folder(config: Config, spec: NetworkSpec) -> Path:
     """The folder of a reference that was trained, and of measurements of it; runs share it."""
-    return config.output_dir / config.dataset.name / spec.name / "reference"
+    return config.output_dir / config.dataset.name / _name_of(spec) / "reference"
+
+
+def _name_of(spec: NetworkSpec) -> str:
+    """The network's part of the path. A network may be a folder anywhere, which is then known by its own name."""
+    path = Path(spec.name)
+    return path.resolve().name if path.is_absolute() or ".." in path.parts else spec.name
 
 
 LABELS = {
@@ -55,7 +61,9 @@ def run_folder(config: Config, spec: NetworkSpec) -> Path:
             label = LABELS.get(key, f"{key}{{}}").format(getattr(planning, key))
             parts.append("" if label == goal else label)
     parts.append(config.variant or "")
-    return config.output_dir / config.dataset.name / spec.name / "-".join(filter(None, parts)) / f"seed{config.seed}"
+    return (
+        config.output_dir / config.dataset.name / _name_of(spec) / "-".join(filter(None, parts)) / f"seed{config.seed}"
+    )
 
 
 def _brief(value: Any) -> str:

@@ -13,7 +13,7 @@ from tspc.compression.error_curve import Curves
 from tspc.compression.integers import state_bytes
 from tspc.compression.outline import Outline
 from tspc.compression.settings import PlanSettings
-from tspc.data import NO_DATA, Contiguous, Data, DataSpec, load_data
+from tspc.data import NO_DATA, Contiguous, Data, load_data
 from tspc.decompositions import resolve
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
@@ -32,6 +32,7 @@ from tspc.run.job import Job
 from tspc.run.machine import hardware, pick_device
 from tspc.run.networks import Networks
 from tspc.run.reference import (
+    DATA_BY_DEFAULT,
     TRAINED_BY_DEFAULT,
     Pretrained,
     calibration_identity,
@@ -97,7 +98,7 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     trains = any(isinstance(phase, NetworkPhase) and phase.trains for phase in phases)
     judges = judges_of(config.planning, metric, data, config.calibration.samples, trains)
     reserved = 0 if data is not None and data.fresh_size else judges
-    context = Context(data, machine, config.seed, display, metric=metric, reserved=reserved)
+    context = Context(data, machine, config.seed, display, metric=metric, task=config.task, reserved=reserved)
     shared = shared_folder(config, spec)
 
     def measured(sketch: Outline, samples: Samples | None) -> Curves:
@@ -248,7 +249,7 @@ def _identity_by_default(config: Config) -> dict[str, Any]:
     return PlanSettings(config.planning.method).identity | {
         "method": resolve(config.planning.method.name).to_dict(),
         "calibration": usual(Calibration),
-        "dataset": usual(DataSpec),
+        "dataset": DATA_BY_DEFAULT,
         "network": usual(NetworkSpec),
         "metric": TOP1,
         "reference": {"trained": TRAINED_BY_DEFAULT},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 from tspc import decompositions
 from tspc.compression.goals import Terms
 from tspc.compression.settings import PlanSettings, Selection
-from tspc.data import DataSpec
+from tspc.data import BYTES, OWN_KIND, TEXT_KINDS, AnySpec, DataSpec, OwnSpec, TextSpec
 from tspc.decompositions import Method
 from tspc.errors import ConfigError, DecompositionError
 from tspc.models import FAMILIES, NetworkSpec
@@ -18,8 +19,18 @@ from tspc.phases.table import PHASES
 from tspc.run.fields import Unfit, converted
 from tspc.run.settings import LONGEST_NAME
 from tspc.system.bounds import Bounds, shown, unknown
+from tspc.training.tasks import KINDS, Task
 
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "learning_rate", "pretrain")
+
+
+def tokenizer_for(raw: dict[str, Any]) -> str | None:
+    """The tokenizer of a network: that of its folder or of the hub, or bytes if it is a new one; None if unknown."""
+    model, pretrained = raw["model"], raw["pretrained"]
+    name = str(model.get("name")) if isinstance(model, dict) else ""
+    if isinstance(model, dict) and model.get("family") == "transformers" and ("/" in name or Path(name).is_dir()):
+        return name
+    return BYTES if pretrained in (None, "random") else None
 
 
 class Section(Protocol):
@@ -128,14 +139,45 @@ class Reader:
             self.problems.append(str(error))
         return None
 
-    def dataset(self, data: dict[str, Any]) -> DataSpec | None:
+    def task(self, data: dict[str, Any], metric: Any, has_data: bool) -> Task | None:
+        """The task; one without a usual metric needs the user's, if there is data to judge by."""
+        task = self.section(Task, {key: value for key, value in data.items() if key != "metric"}, "task")
+        if metric is None and has_data:
+            name = "this task" if task is None else f"task={task.name}"
+            self.problems.append(f"{name} has no usual metric: give metric=package.module:function, or the name of one")
+        return task
+
+    def dataset(self, data: dict[str, Any], task: Task | None, tokenizer: str | None) -> AnySpec | None:
+        """The data set; texts without a tokenizer of their own get the `tokenizer` of the network."""
         self.mapping(data, "model", "dataset.")  # the network where model=default
-        spec = self.section(DataSpec, {k: v for k, v in data.items() if k not in DATASET_EXTRAS}, "dataset")
+        own = {key: value for key, value in data.items() if key not in DATASET_EXTRAS}
+        kind, name = own.get("kind"), Task().name if task is None else task.name
+        spec: AnySpec | None
+        if kind in TEXT_KINDS:
+            made = {"task": name}
+            if own.get("tokenizer") is None:
+                made |= {"tokenizer": tokenizer}
+                if tokenizer is None:
+                    self.problems.append(
+                        "dataset.tokenizer=null: the network brings no tokenizer; name the folder of one, or bytes"
+                    )
+            spec = self.section(
+                TextSpec, {key: value for key, value in own.items() if key not in made}, "dataset", **made
+            )
+        else:
+            spec = self.section(OwnSpec if kind == OWN_KIND else DataSpec, own, "dataset")
         if spec is not None:
             self.folder_name(spec.name, "dataset.name")
+        others = {known for kinds in KINDS.values() for known in kinds} - {*KINDS[name]}
+        if task is not None and isinstance(kind, str) and kind in others:
+            other = "" if kind not in (*TEXT_KINDS, OWN_KIND) else ", or another task"
+            known = ", ".join(KINDS[name])
+            self.problems.append(
+                f"task={name} takes no dataset of the kind {shown(kind)}: choose one of {known}{other}"
+            )
         return spec
 
-    def network(self, model: dict[str, Any], dataset: DataSpec | None) -> NetworkSpec | None:
+    def network(self, model: dict[str, Any], dataset: AnySpec | None, task: Task | None) -> NetworkSpec | None:
         self.known(model, ("family", "name", "factory", "kwargs"), "model.")
         family = self.choice(model, "family", FAMILIES, "model.")
         name, factory = (self.value(model, key, str | None, "model.") for key in ("name", "factory"))
@@ -155,8 +197,10 @@ class Reader:
             self.folder_name(name, "model.name")
         if dataset is None:
             return None
-        sizes = dataset.num_classes, dataset.channels, dataset.image_size
-        return NetworkSpec(family, name, *sizes, factory, kwargs)
+        sizes = dataset.num_classes, getattr(dataset, "channels", 3), getattr(dataset, "image_size", None)
+        # A network of transformers has a head for its task; without one it classifies, as those of earlier versions do.
+        head = task.name if task is not None and family == "transformers" and not task.is_of_images else None
+        return NetworkSpec(family, name, *sizes, factory, kwargs, head)
 
     def phases(self, data: dict[str, Any]) -> dict[str, Any]:
         """The settings of the phases that are asked for, by name, in the order in which they run."""

@@ -18,7 +18,7 @@ from tspc.compression import checkpoint
 from tspc.compression.error_curve import Curves, ErrorCurve
 from tspc.compression.form import PLAIN
 from tspc.compression.outline import Outline
-from tspc.data import Data, DataSpec
+from tspc.data import Data, DataSpec, OwnSpec, TextSpec
 from tspc.errors import TrainingError, TspcError
 from tspc.models import NetworkSpec
 from tspc.models.weights import load_state, read_state
@@ -94,13 +94,15 @@ def _recipe_identity(config: Config, spec: NetworkSpec, data: Data) -> dict[str,
     }
 
 
-TRAINED_BY_DEFAULT = {"recipe": usual(Recipe), "dataset": usual(DataSpec), "network": usual(NetworkSpec)}
+DATA_BY_DEFAULT = usual(OwnSpec) | usual(TextSpec) | usual(DataSpec)
+"""The settings of data sets that have a default."""
+TRAINED_BY_DEFAULT = {"recipe": usual(Recipe), "dataset": DATA_BY_DEFAULT, "network": usual(NetworkSpec)}
 """The settings of a reference's training that have a default."""
 
 
 def data_identity(config: Config) -> dict[str, Any]:
     """The settings of the data set that change a result."""
-    return {key: value for key, value in plain(config.dataset).items() if key != "workers"}
+    return {key: value for key, value in plain(config.dataset).items() if key != "workers"} | config.task.identity
 
 
 def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, context: Context, folder: Path) -> None:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from tspc.errors import ConfigError
 
 EXTRAS = {
+    "datasets": ("datasets",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "onnx", "onnxscript", "onnxruntime"),
     "timm": ("timm",),

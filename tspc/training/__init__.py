@@ -8,6 +8,7 @@ from tspc.training.metrics import AGREEMENT, METRICS, TOP1, Again, Metric, Score
 from tspc.training.placement import Trial, place, tried
 from tspc.training.progress import Progress
 from tspc.training.recipe import OPTIMIZERS, SCHEDULES, Recipe
+from tspc.training.tasks import Task, relative_error
 
 __all__ = [
     "AGREEMENT",
@@ -28,6 +29,7 @@ __all__ = [
     "Score",
     "Step",
     "TOP1",
+    "Task",
     "Trial",
     "Watchers",
     "accuracy",
@@ -40,5 +42,6 @@ __all__ = [
     "metric_of",
     "name_problem",
     "place",
+    "relative_error",
     "tried",
 ]

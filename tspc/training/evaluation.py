@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.data import Batch, Data, ModelInputs, answer_of, called, masks_of, unpadded
+from tspc.data import Batch, Data, ModelInputs, answer_of, at_once, called, masks_of, unpadded
 from tspc.errors import ConfigError, TspcError
 from tspc.system import processes
 from tspc.system.modes import own_modes
@@ -62,14 +62,15 @@ def judged(
     reference: nn.Module | None = None,
     *,
     limit: int | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
 ) -> Score:
     """What the metric says of a network on the test split, or on a fixed random subset of `limit` images.
 
-    The processes share the images. Raises ConfigError as `measure` does.
+    The processes share the images. The `batch_size` is the usual one of the data if it is None. Raises ConfigError as
+    `measure` does.
     """
     share = metric.share_of(processes.share())
-    batches = Again(lambda: data.test_batches(batch_size, device, limit, share))
+    batches = Again(lambda: data.test_batches(batch_size or at_once(data), device, limit, share))
     return measure(metric, model, batches, device, reference, num_classes=data.num_classes)
 
 
