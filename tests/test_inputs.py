@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -211,6 +212,34 @@ def test_masks_by_their_names():
     assert len(masks_of(both)) == 1
     assert masks_of(ModelInputs((ids,), {"attention_mask": torch.ones(2, 3)})) == []
     assert masks_of(ModelInputs((ids,), {"attention_mask": torch.zeros(2, 1, 3, 3)})) == []
+
+
+class Opaque(Encoder):
+    """Hands each of its blocks an iterator, which cannot be kept."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        shared, x = iter([input_ids]), self.words(input_ids)
+        mask = None if attention_mask is None else attention_mask[:, None].bool()
+        for block in self.blocks:
+            x = block(x, mask, shared)
+        return self.head(x)
+
+
+def test_what_cannot_be_kept_sends_the_walk_back_to_the_start():
+    plain, opaque = Encoder().eval(), Opaque().eval()
+    for block in opaque.blocks:
+        block.forward = lambda x, mask, shared, block=block: Block.forward(block, x, mask)  # type: ignore[assignment]
+    found = {}
+    for model in (plain, opaque):
+        with Samples(batches(), EXACT) as samples, warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found[model] = dict(moments_of(model, NAMES, samples, samples.survey(model, NAMES).trace))
+        assert bool(seen) == (model is opaque)
+    assert all("is called with a list_iterator, which cannot be kept" in str(warning.message) for warning in seen)
+    for name in NAMES:
+        layer = plain.get_submodule(name)
+        pair = (moments[name].statistics(layer.weight, True, 1e-3).mean_x for moments in found.values())
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
 
 
 class Torch(nn.Module):
