@@ -44,7 +44,8 @@ class Beside:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Beside:
-        return cls(**data | {"shape": tuple(data["shape"])})
+        found: dict[str, Any] = data | {"shape": tuple(data["shape"])}
+        return cls(**found)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def _chain(node: Any, name: str, parts: Sequence[Operation], rng: np.random.Gene
     nodes, weights, last = [], [], node.input[0]
     for i, part in enumerate(parts):
         is_end, own = i == len(parts) - 1, f"{name}.part{i}"
-        values, operator, options = part.random(rng), part.operator, part.attributes
+        values, operator = part.random(rng), part.operator
+        options: dict[str, Any] = part.attributes
         if node.op_type == "Gemm":
             operator, options = "Gemm", {"transB": 1}
         elif part.is_dense:
