@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tspc.calibration.samples import Samples, Survey
 from tspc.calibration.sketches import Sketch
 from tspc.decompositions import Metric
-from tspc.layers.dense import kernel_of
+from tspc.layers.dense import has_inputs, kernel_of
+from tspc.layers.ties import partners_of
 from tspc.traversal.hooks import Reached, first_argument, run_on, running
 
 UNSEEN = 1
@@ -28,19 +29,44 @@ def tables_of(
     frequencies p of the tokens on their diagonal, and 0 elsewhere. So the squared error is Σ p·dᵀGd over the rows d of
     D, where G is the sensitivity of the outputs. It has the units of the other layers' errors. In the norm p stands for
     the outputs and G for the inputs, because a table has its tokens in the first axis.
+
+    If the table's weight is also that of output layers with inputs h, their relative error counts as much: G becomes
+    the mean of G and E[hhᵀ], each relative to its own norm of the kernel. Tokens that come often are also often said.
     """
-    for name, counts in _counts(model, tables, samples).items():
+    heads = _heads(model, tables)
+    counted, moments_of_heads = _counts(model, tables, heads, samples)
+    for name, counts in counted.items():
         kernel = kernel_of(model.get_submodule(name)).detach().float()
         frequencies = (counts + UNSEEN).to(kernel)
         weights = survey.weights(name)
         weights = torch.ones_like(kernel[0]) if weights is None else weights.to(kernel)
-        moments = weights.diag() if weights.ndim == 1 else weights
-        yield name, Sketch(kernel, Metric(moments, frequencies / frequencies.sum()))
+        metric = Metric(weights.diag() if weights.ndim == 1 else weights, frequencies / frequencies.sum())
+        for head in (head for head, table in heads.items() if table == name and head in moments_of_heads):
+            metric = _mean(metric, Metric(moments_of_heads[head].to(kernel), metric.outputs), kernel)
+        yield name, Sketch(kernel, metric)
 
 
-def _counts(model: nn.Module, tables: Collection[str], samples: Samples) -> dict[str, Tensor]:
-    """How often each row of a table is looked up; tables that are never called are left out."""
+def _heads(model: nn.Module, tables: Collection[str]) -> dict[str, str]:
+    """The dense layers that share the weights of tables, with the names of the tables."""
+    ties = partners_of(model) if tables else {}
+    pairs = {partner: table for table in tables for partner in ties.get(table, ())}
+    return {partner: table for partner, table in pairs.items() if has_inputs(model.get_submodule(partner))}
+
+
+def _mean(one: Metric, other: Metric, kernel: Tensor) -> Metric:
+    """A norm in which relative errors in both count the same, and the kernel is as large as in the first."""
+    sizes = one.squared(kernel), other.squared(kernel)
+    if min(sizes) <= 0:
+        return one
+    return Metric((one.inputs + other.inputs * (sizes[0] / sizes[1])) / 2, one.outputs)
+
+
+def _counts(
+    model: nn.Module, tables: Collection[str], heads: Collection[str], samples: Samples
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """How often each row of a table is looked up, and Σ hhᵀ of the inputs of `heads`; without those never called."""
     found: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     calls, expected = 0, None
 
     def hook(name: str, masks: list[Tensor]) -> Callable[..., None]:
@@ -52,8 +78,15 @@ def _counts(model: nn.Module, tables: Collection[str], samples: Samples) -> dict
             counts = torch.bincount(tokens.flatten() if mask is None else tokens[mask], minlength=size)
             found[name] = found[name] + counts if name in found else counts
             calls += 1
-            if calls == expected:  # the rest of the network shows nothing more
+            if calls == expected and not heads:  # the rest of the network shows nothing more
                 raise Reached
+
+        return see
+
+    def head(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            rows = first_argument(args, kwargs).flatten(0, -2).float()
+            moments[name] = moments.get(name, 0) + rows.T @ rows
 
         return see
 
@@ -61,7 +94,8 @@ def _counts(model: nn.Module, tables: Collection[str], samples: Samples) -> dict
         calls = 0
         see = {name: hook(name, samples.kept.masks(number)) for name in tables}
         handles = [model.get_submodule(name).register_forward_hook(see[name], with_kwargs=True) for name in tables]
+        handles += [model.get_submodule(n).register_forward_pre_hook(head(n), with_kwargs=True) for n in heads]
         with running(number, samples.short):
             run_on(model, handles, batch)
         expected = expected or calls or None
-    return found
+    return found, moments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from tspc.compression.selection import why_dense
 from tspc.decompositions import Factors
 from tspc.layers.dense import check_values
 from tspc.layers.replacing import replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
+from tspc.layers.tensorized import TensorizedLayer
+from tspc.layers.ties import partners_of, share_bias_
 from tspc.layers.unpacking import of_parts, unpacked
 from tspc.store.state import tensor_state
 from tspc.system import processes
@@ -45,8 +48,13 @@ def apply_(
     """
     # Fits to the kernels alone change no parameter of the copy, so it needs none of its own.
     small, done = tensorized(model, plan, samples, on_layer, shares_tensors=samples is None)
-    modes = {layer.name: model.get_submodule(layer.name).training for layer in done.tensorized}
+    ties, names = partners_of(model), [layer.name for layer in done.tensorized]
+    names += [partner for layer in done.tensorized if layer.rank for partner in ties.get(layer.name, ())]
+    dense = {name: model.get_submodule(name) for name in names}
+    modes = {name: module.training for name, module in dense.items()}
     replace_layers(model, {name: small.get_submodule(name).train(mode) for name, mode in modes.items()})
+    for name in names[len(done.tensorized) :]:
+        share_bias_(cast(TensorizedLayer, model.get_submodule(name)), dense[name])
     if samples is not None:
         with torch.inference_mode(is_of_inference(model)):
             model.load_state_dict(small.state_dict())

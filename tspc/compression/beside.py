@@ -96,8 +96,8 @@ def bytes_saved(model: nn.Module, layers: Collection[nn.Module], kept: Collectio
         if not (done | exact) & {id(norm.weight), id(norm.bias)} and _narrowed(norm) is not None:
             saved += _saved_by_statistics(name, norm, state) + _saved(norm.weight) + _saved(norm.bias)
             done |= {id(norm.weight), id(norm.bias)}
-    # A shared parameter is in the state under each of its names.
-    beside = (x for name, x in _parameters(model) if name in state and id(x) not in done and _is_float32(x))
+    # A shared parameter is in a file under the first of its names.
+    beside = (x for name, x in model.named_parameters() if name in state and id(x) not in done and _is_float32(x))
     return saved + sum(_saved(x) for x in beside if (_is_narrow(x) if id(x) in exact else _fits(x)))
 
 
@@ -236,7 +236,7 @@ def _narrow(model: nn.Module) -> tuple[list[str], dict[str, BatchNorm]]:
     norms = {name: norm for name, norm in _norms(model).items() if _has_few_bits(norm)}
     factors = {id(x) for layer in tensorized_layers(model).values() for x in layer.factor_parameters()}
     state = tensor_state(model)
-    beside = ((name, x) for name, x in _parameters(model) if name in state and id(x) not in factors)
+    beside = ((name, x) for name, x in model.named_parameters() if name in state and id(x) not in factors)
     return [name for name, x in beside if _is_narrow(x)], norms
 
 

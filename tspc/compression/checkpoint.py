@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tspc.compression.beside import with_narrow, without_narrow
-from tspc.compression.form import DENSE
-from tspc.compression.header import FORMAT, FORMAT_OF_NUMBERS, checked_header, method_of
+from tspc.compression.form import DENSE, OF_TABLES
+from tspc.compression.header import FORMAT, FORMAT_OF_INTEGERS, FORMAT_OF_NUMBERS, checked_header, method_of
 from tspc.compression.integers import on_grids, with_integers, without_integers
 from tspc.compression.pretrained import mend_save_pretrained_
 from tspc.errors import WeightsError, shortened
@@ -20,7 +20,8 @@ from tspc.layers.dense import DenseLayer, is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers, untrained
 from tspc.layers.replacing import replace_layers, set_modules, warn_of_state_hooks
 from tspc.layers.tensorized import TensorizedLayer
-from tspc.layers.unpacking import unpacked
+from tspc.layers.ties import tie_loaded_
+from tspc.layers.unpacking import parts_of, unpacked
 from tspc.models import NetworkSpec
 from tspc.models.described import described_network
 from tspc.models.lazy import require_sizes
@@ -52,14 +53,14 @@ def save(
         for name, layer in tensorized_layers(model).items()
     }
     require_sizes(model)
-    tensors, beside = packed(model)
+    tensors, beside = packed(model, once=True)
     compact: dict[str, Any] = {}
     if on_grids(model):
         tensors, compact = with_narrow(with_integers(tensors, model), model)
         compact["methods"] = _by_place_(layers)
     header = (
         {
-            "format": FORMAT if on_grids(model) else FORMAT_OF_NUMBERS,
+            "format": _format(model, beside),
             "layers": layers,
             "network": None if network is None else network.to_dict(),
             "info": info or {},
@@ -68,6 +69,15 @@ def save(
         | compact
     )
     write_atomically(Path(path), lambda temporary: write_tensors(temporary, tensors, json.dumps(header)))
+
+
+def _format(model: nn.Module, beside: dict[str, Any]) -> int:
+    """The oldest format whose readers understand the file."""
+    parts, tables = parts_of(model), tensorized_layers(model).keys() - tensorized_layers(model, tables=False).keys()
+    has_low_rank = any(model.get_submodule(name).rank for name in tables)
+    if "tied" in beside or has_low_rank or parts & tensorized_layers(model).keys():
+        return FORMAT
+    return FORMAT_OF_INTEGERS if on_grids(model) else FORMAT_OF_NUMBERS
 
 
 def _by_place_(layers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -116,6 +126,7 @@ def _load_(model: nn.Module, header: dict[str, Any], file: TensorFile, path: str
         state = without_integers(file.tensors, small, header["layers"])
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+    tie_loaded_(model, small)
     replace_layers(model, small)
     try:
         _fill_(model, header, state, path)
@@ -142,7 +153,7 @@ def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], p
         raise WeightsError(f"{path}: the network does not take its state: {error}") from error
 
 
-def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str, Any]) -> nn.Module:
+def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str, Any]) -> TensorizedLayer:
     """The tensorized form of `dense`, the architecture's layer `name`, with arbitrary values."""
     if dense is None or kind_of(dense) is None or list(kernel_shape(dense)) != layer["shape"]:
         found = "no such layer" if dense is None else f"{type(dense).__name__}"
@@ -151,8 +162,8 @@ def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str,
             f"{found} there; pass the dense architecture that was compressed"
         )
     method, rank, way = method_of(layer), tuple(layer["rank"]), layer.get("path")
-    if is_table(dense) and method != DENSE:
-        raise WeightsError(f"{path}: layer {shortened(name)} is a table of embeddings, which has no ranks")
+    if is_table(dense) and method not in (DENSE, OF_TABLES):
+        raise WeightsError(f"{path}: layer {shortened(name)} is a table of embeddings, which cannot be {method.name}")
     paths = paths_of(method, kernel_shape(dense), rank, Form.of(dense).groups)
     if way is not None and way not in paths:
         raise WeightsError(f"{path}: layer {shortened(name)} has no path {way}; choose one of {', '.join(paths)}")
@@ -175,7 +186,11 @@ def _read(path: str | Path, tensors: bool) -> tuple[dict[str, Any], TensorFile]:
     if file.header is None:
         raise WeightsError(f"{path} holds weights, but was not written by tspc: load it into the network itself")
     try:
-        return checked_header(file.header, file.elements), file
+        header = checked_header(file.header, file.elements)
+        file.tensors.update(
+            {name: file.tensors[first] for name, first in header.get("tied", {}).items() if first in file.tensors}
+        )
+        return header, file
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
 

@@ -81,10 +81,10 @@ def compress(
     # The predicate is asked about the caller's modules, which it may know.
     known = dict(model.named_modules())
     chooses = filter_fn and (lambda name, copy: filter_fn(name, known.get(name, copy)))
-    counted = kind_of if asked.widths.offers_dense else has_inputs
-    layers = {name: layer for name, layer in small.named_modules() if counted(layer)}
+    layers = {name: layer for name, layer in small.named_modules() if kind_of(layer)}
     sizes = {name: work_on(sum(p.numel() for p in layer.parameters())) for name, layer in layers.items()}
-    total = (FIT + asked.needs_curves) * sum(sizes.values())
+    counted = kind_of if asked.widths.offers_dense or asked.ranks_tables else has_inputs
+    total = (FIT + asked.needs_curves) * sum(size for name, size in sizes.items() if counted(layers[name]))
     with (
         processes.sharing(spread),
         progress_bar(total, progress) as tally,

@@ -22,6 +22,7 @@ from tspc.decompositions import Factors, Metric
 from tspc.layers.dense import DenseLayer, kernel_of, kernel_shape, set_kernel_
 from tspc.layers.forms import TensorizedLayer, tensorize, untrained
 from tspc.layers.replacing import replace_layers
+from tspc.layers.ties import with_partners
 from tspc.system import processes
 from tspc.system.parallel import side_by_side
 from tspc.traversal.copying import copied
@@ -96,7 +97,7 @@ class Fits:
             for row, (module, found) in side_by_side(fitted, some, size=lambda row: row.dense_params):
                 modules[row.name] = module
                 self._finish(found, kernel_of(dense[row.name]), None)
-            replace_layers(self.work, modules)
+            replace_layers(self.work, with_partners(self.work, modules))
 
         self._spread(layers, None, fit)
 
@@ -106,7 +107,8 @@ class Fits:
         return _fitted(dense, layer, kernel, statistics, self._known.get(layer.name))
 
     def _keep(self, module: nn.Module, row: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:
-        replace_layers(self.work, {row.name: module})
+        new = {row.name: module}
+        replace_layers(self.work, with_partners(self.work, new) if isinstance(module, TensorizedLayer) else new)
         self._finish(row, kernel, metric)
 
     def _finish(self, row: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from tspc.compression.error_curve import ErrorCurve
 from tspc.compression.plan import PARAMETERS, LayerPlan
-from tspc.decompositions import Decomposition, Dense, Method, Metric, Rank, Shape
+from tspc.decompositions import SVD, Decomposition, Dense, Method, Metric, Rank, Shape
 from tspc.quantization.factors import expected_share, measured_share, nearest
 from tspc.quantization.grids import FULL, factor_bytes
 
 DENSE = Dense()
+OF_TABLES = SVD()
+"""The decomposition of tables of embeddings, whatever that of the layers is."""
 SAFE = 8
 """The width at which rounding costs hardly anything; where the plan chooses widths, layers that a rule keeps dense have
 it."""
@@ -27,6 +29,11 @@ ROUNDED = 0.2
 def rank_for(method: Decomposition, shape: Shape, budget: int, multiple: int = 1) -> Rank:
     """`Decomposition.rank_for`; layers of the same shape share its results."""
     return method.rank_for(shape, budget, multiple)
+
+
+def decompositions_of(method: Method, layer: LayerPlan) -> tuple[Decomposition, ...]:
+    """The decompositions that a layer may take under a method."""
+    return (OF_TABLES,) if layer.is_table else tuple(method.candidates(layer.shape))
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class Widths:
 
     def methods(self, method: Method, layer: LayerPlan) -> tuple[Decomposition, ...]:
         """The methods that a layer may take."""
-        found = () if layer.is_whole else method.candidates(layer.shape)
+        found = () if layer.is_whole else decompositions_of(method, layer)
         return tuple(dict.fromkeys((*found, DENSE))) if self.offers_dense else found
 
     def least_error(self, dense: ErrorCurve | None) -> float:

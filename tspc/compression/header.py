@@ -18,7 +18,7 @@ from tspc.store.files import parsed_json
 from tspc.store.schemas import COUNT, SIZE, problem
 from tspc.system.bounds import shown
 
-FORMAT, FORMAT_OF_NUMBERS = 4, 1
+FORMAT, FORMAT_OF_INTEGERS, FORMAT_OF_NUMBERS = 5, 4, 1
 """Versions of the header's layout; raised when a reader of the old one would fail.
 
 Files without integers have the first one, which earlier versions read, too. The second one had integers, but no float16
@@ -40,7 +40,14 @@ _NETWORK = {
 }
 SCHEMA = {
     **{"format": SIZE, "layers": {...: _LAYER}, "methods?": [_METHOD], "network?": (None, _NETWORK), "info": dict},
-    **{"extra?": dict, "buffers?": {...: str}, "vectors?": [str], "shapes?": [[COUNT]], "norms?": [str]},
+    **{
+        "extra?": dict,
+        "buffers?": {...: str},
+        "vectors?": [str],
+        "shapes?": [[COUNT]],
+        "norms?": [str],
+        "tied?": {...: str},
+    },
 }
 """The keys and kinds of values in a header. A layer may name its method by the place in the list `methods`."""
 

@@ -16,7 +16,7 @@ from tspc.layers.forms import tensorized_layers
 from tspc.layers.tensorized import TensorizedLayer, scales_of
 from tspc.quantization.grids import FULL, SCALE_BYTES, Grid, factor_bytes, row_count
 from tspc.quantization.packing import packed, unpacked
-from tspc.store.state import tensor_state
+from tspc.store.state import tensor_state, tied_names
 
 FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 """The number formats in which factors compute, by name."""
@@ -37,6 +37,7 @@ def state_bytes(model: nn.Module) -> int:
         total += _layer_bytes(layer)
     if apart:
         total -= state_saved(model)
+    apart |= tied_names(model).keys()  # a shared parameter counts once
     return total + sum(t.numel() * t.element_size() for name, t in tensor_state(model).items() if name not in apart)
 
 

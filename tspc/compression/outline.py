@@ -12,7 +12,7 @@ from tspc.compression.allocation import Candidate, candidate
 from tspc.compression.beside import NARROW, bytes_saved, is_narrow_whole
 from tspc.compression.beside_rows import Beside, rows_beside
 from tspc.compression.error_curve import Curves
-from tspc.compression.form import DENSE, Widths
+from tspc.compression.form import DENSE, Widths, decompositions_of
 from tspc.compression.goals import share_of
 from tspc.compression.integers import state_bytes
 from tspc.compression.plan import BYTES, PARAMETERS, LayerPlan
@@ -151,7 +151,7 @@ class Outline:
 @of_parts
 def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None = None) -> Outline:
     """Finds the layers that can be tensorized. Raises ConfigError if there is none, and what `select` raises."""
-    selected = select(model, settings.selection, filter_fn, settings.widths)
+    selected = select(model, settings.selection, filter_fn, settings.widths, settings.ranks_tables)
     layers = tuple(_smaller(layer, settings) for layer in selected)
     if all(layer.reason is not None for layer in layers):
         why = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no Conv2d or Linear"
@@ -206,7 +206,7 @@ def _smaller(layer: LayerPlan, settings: PlanSettings) -> LayerPlan:
         return layer
     if layer.is_whole:
         return replace(layer, reason="no width makes it smaller")
-    forms = method.candidates(layer.shape)
+    forms = decompositions_of(method, layer)
     minimum = min(form.min_params(layer.shape, multiple) for form in forms) + layer.bias_params
     rank = "rank 1" if multiple == 1 else f"rank {multiple}"
     return replace(layer, reason=f"{rank} needs {minimum} parameters, no fewer than dense")

@@ -26,7 +26,7 @@ from tspc.errors import ConfigError
 from tspc.layers.chains import REBUILT, Stage, paths_of, stages_of
 from tspc.layers.convolutions import Form
 from tspc.layers.dense import DenseLayer, kernel_shape
-from tspc.layers.forms import untrained
+from tspc.layers.forms import default_path, untrained
 from tspc.layers.recurrent import is_read
 from tspc.layers.unpacking import of_parts
 from tspc.traversal.hooks import evaluating, first_argument, hooked
@@ -129,7 +129,7 @@ def macs_saved(model: nn.Module, rows: Iterable[LayerPlan], called: Mapping[str,
     """
     total = 0
     for row in rows:
-        if row.method is None or row.rank is None or row.path is None:
+        if row.method is None or row.rank is None or row.path is None or row.is_table:
             continue
         form, method = Form.of(model.get_submodule(row.name)), row.method.for_shape(row.shape)
         dense, own = (stages_of(method, row.shape, row.rank, path, form.groups) for path in (REBUILT, row.path))
@@ -177,8 +177,8 @@ class Costs:
         """The row of a tensorized layer with the cheapest path; "rebuilt" unless another path is clearly cheaper."""
         if row.method is None or row.rank is None:
             return row
-        if is_read(layer):
-            return replace(row, path=REBUILT)
+        if is_read(layer) or row.is_table:
+            return replace(row, path=REBUILT if is_read(layer) else default_path(layer, row.method))
         method = row.method.for_shape(row.shape)
         options = paths_of(method, row.shape, row.rank, Form.of(layer).groups)
         rank = row.rank

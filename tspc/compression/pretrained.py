@@ -10,6 +10,7 @@ from torch import nn
 from tspc.compression.integers import ENTRY, on_grids
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.replacing import forbid_save_pretrained_, saves_pretrained
+from tspc.layers.ties import forget_ties_
 from tspc.models.transformers_folders import is_of_transformers
 
 HOLDS_INTEGERS = "the file holds integers; read the network with tspc.load(folder), and train it anew from there"
@@ -19,8 +20,9 @@ def mend_save_pretrained_(model: nn.Module) -> None:
     """Lets `save_pretrained` of compressed networks write what `tspc.load` reads; it is what a Trainer saves with.
 
     The library's own would write files that `from_pretrained` fills with random values. Networks of other libraries
-    that have such a function refuse.
+    that have such a function refuse. `tie_weights` leaves the compressed layers alone.
     """
+    forget_ties_(model)
     for module in saves_pretrained(model):
         if not tensorized_layers(module):
             continue

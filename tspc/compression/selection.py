@@ -17,6 +17,7 @@ from tspc.compression.settings import Selection
 from tspc.errors import ConfigError, some
 from tspc.layers.dense import is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers
+from tspc.layers.ties import partners_of
 from tspc.layers.unpacking import parts_of
 from tspc.models.lazy import require_sizes
 from tspc.quantization.grids import LONG_ROW
@@ -36,15 +37,20 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def select(
-    model: nn.Module, selection: Selection, filter_fn: FilterFn | None = None, widths: Widths = PLAIN
+    model: nn.Module,
+    selection: Selection,
+    filter_fn: FilterFn | None = None,
+    widths: Widths = PLAIN,
+    ranks_tables: bool | None = None,
 ) -> list[LayerPlan]:
     """A row for every convolution and dense layer, still dense; `reason` says which rule keeps it dense, or is None.
 
     A parameter that several modules share counts in the first of them.
 
-    With `widths` below 32 bits there is a row for every table of embeddings, too. The last rule is `filter_fn`: it is
-    called for layers that no other rule keeps dense, and those for which it is false stay dense. With fewer than 32
-    bits it is called for all layers that are not shared or left out by name. Raises ConfigError if
+    With `widths` below 32 bits there is a row for every table of embeddings, too, and with 32 bits for those that may
+    have a low rank: with `ranks_tables` all, and if it is None those that the selection includes by name. The last rule
+    is `filter_fn`: it is called for layers that no other rule keeps dense, and those for which it is false stay dense.
+    With fewer than 32 bits it is called for all layers that are not shared or left out by name. Raises ConfigError if
     the network is compressed already, or a wildcard matches nothing.
     """
     require_sizes(model)
@@ -55,9 +61,11 @@ def select(
         known = nn.Linear | nn.Embedding | _ConvNd
         everything = {n: m for n, m in model.named_modules() if isinstance(m, known) or kind_of(m)}
         tables = {name for name, module in everything.items() if isinstance(module, nn.Embedding)}
-        modules = {n: m for n, m in everything.items() if widths.offers_dense or n not in tables}
+        ranked = _ranked(tables, selection, ranks_tables)
+        modules = {n: m for n, m in everything.items() if widths.offers_dense or n not in tables - ranked}
         shapes = {name: kernel_shape(module) for name, module in modules.items()}
     shared = _shared_weights(model)
+    ties = _ties(model, ranked, selection) if not widths.offers_dense else set()
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
     parts = parts_of(model)  # the final classifier is none of them
     last = next((name for name in reversed(modules) if name not in tables and name not in parts), None)
@@ -75,12 +83,12 @@ def select(
     layers, own = [], own_parameters(model)
     for name, module in modules.items():
         reason = why_dense(module)
-        if reason is None and name in tables and widths.unit == PARAMETERS:
+        if reason is None and name in tables - ranked and widths.unit == PARAMETERS:
             reason = LOOKED_UP
         params = sum(p.numel() for p in module.parameters(recurse=False))
-        is_whole, is_small = name in tables, params < selection.min_params
+        is_whole, is_small = name in tables - ranked, params < selection.min_params
         is_end = (selection.keep_first and name == first) or (selection.keep_last and name == last and reason is None)
-        if name in shared:
+        if name in shared and name not in ties:
             reason = f"{SHARED}{shared[name]}"
             params = sum(p.numel() for p in own[name].values())
         elif matches([name], selection.exclude):
@@ -102,6 +110,23 @@ def select(
         numbers = {"entry_bytes": entry, "has_narrow_bias": has_narrow_bias(module), "is_whole": is_whole}
         layers.append(LayerPlan(name, kind, shapes[name], params, params, reason=reason, **numbers))
     return layers
+
+
+def _ranked(tables: set[str], selection: Selection, ranks_tables: bool | None) -> set[str]:
+    """The tables that may have a low rank."""
+    if ranks_tables is None:
+        return {name for name in tables if matches([name], selection.include)}
+    return tables if ranks_tables else set()
+
+
+def _ties(model: nn.Module, ranked: set[str], selection: Selection) -> set[str]:
+    """The tables that get a low rank together with the layers that share their weight."""
+    return {
+        name
+        for name, partners in partners_of(model).items()
+        if name in ranked and not any(why_dense(model.get_submodule(partner)) for partner in partners)
+        if not any(matches([partner], selection.exclude) for partner in partners)
+    }
 
 
 def parameters_beside(model: nn.Module) -> dict[str, tuple[str, str]]:

@@ -243,6 +243,13 @@ class PlanSettings:
         return "network" if self._counts_network else self.rate_scope
 
     @property
+    def ranks_tables(self) -> bool | None:
+        """Whether tables of embeddings may have a low rank; None if only those that `include` names may."""
+        if self.method == DENSE:
+            return False
+        return True if self.scope == "network" or self._unit == BYTES else None
+
+    @property
     def widths(self) -> Widths:
         """The widths that factors may have."""
         bits = bits_of({"bits": self.bits, "size": self.size, DROP: self.max_drop})

@@ -4,8 +4,8 @@ The parameters are the factors, on every path (see `tspc.layers.chains`). The me
 
 - `Chain`: its children are ordinary convolutions (or dense layers), and their weights are the factors. On the path
   "chain" it is just a sequence of them;
-- `Contracted`: the factors are a list of matrices. The kernels of the path are contracted from them. An embedding takes
-  the form `Table`, which looks up rows and rounds those rows alone.
+- `Contracted`: the factors are a list of matrices. The kernels of the path are contracted from them. A table of
+  embeddings takes the form `Table`, which looks up rows and rounds those rows alone, or `LowRankTable`.
 
 In training kernels are contracted at each call. In eval mode they are contracted once and kept until the factors
 change. Both forms have `weight` (rebuilt, differentiable), `bias` and the plain attributes (`in_features`, `stride`, …)
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from tspc.decompositions import Decomposition, Factors, Metric, Rank, Shape
+from tspc.decompositions import Decomposition, Dense, Factors, Metric, Rank, Shape
 from tspc.layers.chains import CHAIN, REBUILT, stages_of
 from tspc.layers.convolutions import Form
 from tspc.layers.dense import TRANSPOSED, DenseLayer, is_table, kernel_of, kernel_shape
@@ -128,13 +128,40 @@ class Table(Contracted):
         rounded = grid.straight_through(rows) if rows.requires_grad else grid.rounded(rows)
         return rounded.reshape(*x.shape, rounded.shape[-1])
 
-    def as_embedding(self) -> nn.Embedding:
+    def as_embedding(self) -> nn.Module:
         """An ordinary table with the values that this one looks up."""
         return nn.Embedding.from_pretrained(
             self.weight.detach().clone(),
             freeze=not self.factor_parameters()[0].requires_grad,
             padding_idx=self.padding_idx,
         )
+
+
+class LowRankTable(Table):
+    """A table of embeddings as a product: a call looks up short rows, and a matrix makes them as long as the table's.
+
+    The factors are (rank × length) and (tokens × rank).
+    """
+
+    @property
+    def runs_factors(self) -> bool:
+        return self.bits == FULL
+
+    def _contract(self) -> tuple[Tensor, ...]:
+        """The factors, on their grids if they have any."""
+        return self.factors().tensors
+
+    def _run(self, x: Tensor, size: Shape | None = None) -> Tensor:
+        matrix, rows = self.factor_tensors() if self.runs_factors else self.kernels()
+        return F.embedding(x, rows, self.padding_idx) @ matrix
+
+    def as_embedding(self) -> nn.Module:
+        """An ordinary table, and a dense layer after it."""
+        matrix, rows = (factor.detach().clone() for factor in self.factors().tensors)
+        found = nn.Linear(*matrix.shape, bias=False, device="meta")
+        found.weight = nn.Parameter(matrix.T.contiguous(), self.factor_parameters()[0].requires_grad)
+        freeze = not self.factor_parameters()[1].requires_grad
+        return nn.Sequential(nn.Embedding.from_pretrained(rows, freeze=freeze, padding_idx=self.padding_idx), found)
 
 
 def _bias_of(layer: nn.Module) -> nn.Parameter | None:
@@ -174,7 +201,10 @@ def untrained(
     weight, the bias from its bias. Raises ConfigError for a path that the layer does not have.
     """
     decomposition = decomposition.for_shape(kernel_shape(layer))
-    form = Table if is_table(layer) else Chain if is_chain(layer, decomposition) else Contracted
+    if is_table(layer):
+        form = Table if decomposition == Dense() else LowRankTable
+    else:
+        form = Chain if is_chain(layer, decomposition) else Contracted
     result = form(layer, decomposition, rank, path)
     for factor in result.factor_parameters():
         factor.requires_grad_(layer.weight.requires_grad)
@@ -223,6 +253,12 @@ def tensorize(
 
 
 def tensorized_layers(model: nn.Module, tables: bool = True) -> dict[str, TensorizedLayer]:
-    """All tensorized layers of a network by name, in module order; tables of embeddings only with `tables`."""
+    """All tensorized layers of a network by name, in module order.
+
+    Only with `tables` there are tables of embeddings among them, and layers that share their factors.
+    """
     kept = {name: module for name, module in model.named_modules() if isinstance(module, TensorizedLayer)}
-    return {name: module for name, module in kept.items() if tables or not isinstance(module, Table)}
+    if tables:
+        return kept
+    of_tables = {id(factor) for layer in kept.values() if isinstance(layer, Table) for factor in layer.factor_list}
+    return {name: layer for name, layer in kept.items() if not of_tables & set(map(id, layer.factor_parameters()))}

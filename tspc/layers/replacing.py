@@ -46,6 +46,8 @@ def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), child, module)
         new.setdefault(id(old[name]), module)
     for owner in model.modules():
+        for key, child in owner._modules.items():  # in more places than one
+            owner._modules[key] = child if child is None else new.get(id(child), child)
         own = vars(owner)
         for key in own.keys() - _PYTORCH:
             value = _exchanged(own[key], new, _DEPTH)

@@ -20,16 +20,29 @@ def tensor_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def packed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """For each further name of a parameter in the state its first name."""
+    firsts: dict[int, str] = {}
+    own = model.state_dict(keep_vars=True)
+    named = {name: firsts.setdefault(id(x), name) for name, x in own.items() if isinstance(x, nn.Parameter)}
+    return {name: first for name, first in named.items() if name != first}
+
+
+def packed(model: nn.Module, once: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a network's state on the CPU, each with its own memory, and data for the header.
 
     The data is `extra`, the entries of the state dict that are not tensors, as JSON, and `buffers`, the dtypes of
     floating buffers that the state dict leaves out. Raises WeightsError for tensors without values or of kinds that
     safetensors does not support, and for extra state that only code could rebuild.
+
+    With `once` a parameter with several names has the first one alone, and the data is also `tied`: see `tied_names`.
     """
+    tied = tied_names(model) if once else {}
     extra: dict[str, Any] = {}
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
+        if name in tied:
+            continue
         if isinstance(value, Tensor):
             found[name] = value
         else:
@@ -39,7 +52,7 @@ def packed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     inside = {id(value) for value in model.state_dict(keep_vars=True).values()}
     left_out = {name: value for name, value in model.named_buffers() if id(value) not in inside}
     buffers = {name: _name_of(value.dtype) for name, value in left_out.items() if _is_inexact(value)}
-    return tensors, {key: said for key, said in (("extra", extra), ("buffers", buffers)) if said}
+    return tensors, {key: said for key, said in (("extra", extra), ("buffers", buffers), ("tied", tied)) if said}
 
 
 def _whole(name: str, value: Tensor) -> Tensor:
