@@ -23,7 +23,7 @@ GPT2 = (
 QUICK = (
     *("method=svd", "rate=0.4", "report=false", "calibration.samples=24", "dataset.pretrain.steps=12", "epochs=1"),
     *("dataset.pretrain.learning_rate=3e-3", "phase.distill.images=32", "batch_size=16", "dataset.length=24"),
-    "phase=[pretrain,decompose,distill,finetune]",
+    "phase=[pretrain,decompose,distill,finetune,export]",
 )
 NETWORKS = {"text_classification": BERT, "language_modelling": GPT2}
 
@@ -39,6 +39,13 @@ def test_a_network_goes_through_all_phases(cli, tmp_path, task):
     result = json.loads((run / "result.json").read_text())
     assert list(result["phases"]) == ["decompose", "distill", "finetune"]
     assert result["rate_reached"] <= 0.4
+    files = {file["format"]: file["accuracy"] for file in result["export"]["files"]}
+    for name in ("onnx", "pt2"):
+        found, own = (
+            list(record.values())[-2 if task == "language_modelling" else 0]
+            for record in (files[name], result["accuracy"])
+        )
+        assert found == pytest.approx(own, rel=1e-3), "the file in its runtime"
     small = tspc.load(run / "model.safetensors")
     assert sum(p.numel() for p in small.parameters()) == result["parameters"]["after"]
     code, out, err = cli(*command)

@@ -20,14 +20,17 @@ BFLOAT16 = "bfloat16"
 
 
 class Answering(nn.Module):
-    """An opened file as a network of one input: its first answer to a batch."""
+    """An opened file as a network: its first answer to a batch.
+
+    Arguments by name come in the order in which the file has them, which is that of the example it was made with.
+    """
 
     def __init__(self, answer: Answer) -> None:
         super().__init__()
         self._answer = answer
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self._answer((images,))[0]
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        return self._answer((*inputs, *named.values()))[0]
 
 
 def opened(path: Path, format: str, threads: int | None = None) -> Answer:

@@ -14,7 +14,7 @@ from torch import nn
 from tspc.deploy import RUNTIMES, USUAL, Comparison, Graphs, check_runtimes, cost, families
 from tspc.deploy.programs import take
 from tspc.phases.context import Context
-from tspc.phases.inputs import Example, example, for_ranges
+from tspc.phases.inputs import Example, example, for_ranges, in_order, tensors_of
 from tspc.phases.phase import DeliveryPhase, Work
 from tspc.store.schemas import COUNT, POSITIVE, SIZE, Number
 from tspc.system.bounds import Bounds, out_of_range, shown
@@ -72,11 +72,11 @@ def measure(
     dense: nn.Module, compressed: nn.Module, settings: Benchmark, example: Example, context: Context
 ) -> dict[str, Any]:
     """Measures both networks in eval mode, in every runtime and batch size; returns plain data."""
-    inputs = example.tensors
     largest = max(settings.batch_sizes)
-    networks = {"dense": dense.eval(), "compressed": compressed.eval()}
+    networks, inputs = in_order({"dense": dense.eval(), "compressed": compressed.eval()}, example)
     timings: list[dict[str, Any]] = []
-    graphs = Graphs(networks, inputs, partial(for_ranges, settings.calibration, example, "benchmark", context))
+    images = partial(for_ranges, settings.calibration, example, "benchmark", context)
+    graphs = Graphs(networks, inputs, lambda: [tensors_of(batch) for batch in images()])
     total = len(set(settings.runtimes)) * len(settings.batch_sizes)
     with context.display.bar(f"{'benchmark':<9} {total} settings", total) as bar:
         for runtimes in families(settings.runtimes):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tspc.data.arranging import as_positional
+from tspc.data import Given, ModelInputs
 from tspc.deploy import Inputs
 from tspc.errors import ConfigError
 from tspc.models import NetworkSpec
@@ -19,11 +20,42 @@ from tspc.traversal.hooks import evaluating
 class Example:
     """`tensors` are the arguments of a call, batch first. `source` says what they are, such as "test images"."""
 
-    tensors: Inputs
+    tensors: Inputs | ModelInputs
     source: str
 
 
-def for_ranges(count: int, tried: Example, phase: str, context: Context) -> list[Tensor | Inputs]:
+class InOrder(nn.Module):
+    """A network that takes by position, one after the other, the tensors that an example gives it by name."""
+
+    def __init__(self, network: nn.Module, example: ModelInputs) -> None:
+        super().__init__()
+        self.network, self._example = network, example
+
+    def forward(self, *tensors: Tensor) -> Any:
+        given = iter(tensors)
+        taken = lambda value: next(given) if isinstance(value, Tensor) else value  # noqa: E731
+        positional = [taken(value) for value in self._example.positional]
+        named = {name: taken(value) for name, value in self._example.named.items()}
+        return self.network(*positional, **named)
+
+
+def in_order(networks: dict[str, nn.Module], example: Example) -> tuple[dict[str, nn.Module], Inputs]:
+    """The networks, and the tensors of the example that they take by position."""
+    tensors = example.tensors
+    if not isinstance(tensors, ModelInputs):
+        return networks, tensors
+    return {name: InOrder(network, tensors) for name, network in networks.items()}, tensors_of(tensors)
+
+
+def tensors_of(batch: Given | Inputs) -> Inputs:
+    """The tensors of a batch one after the other, as a network in order takes them."""
+    if isinstance(batch, Tensor):
+        return (batch,)
+    values = batch.values() if isinstance(batch, ModelInputs) else batch
+    return tuple(value for value in values if isinstance(value, Tensor))
+
+
+def for_ranges(count: int, tried: Example, phase: str, context: Context) -> list[Given | Inputs]:
     """Batches of `count` training images on the CPU, which show the ranges of activations in int8.
 
     Without data these are the inputs of the example, and a warning says so. `phase` is the one that asks.
@@ -42,8 +74,9 @@ def example(model: nn.Module, spec: NetworkSpec, count: int, context: Context) -
     """
     device = context.device
     if context.data is not None:
-        images, _ = next(iter(context.data.test_batches(count, device, limit=count)))
-        return Example(as_positional(model, images), "test images")
+        inputs, _ = next(iter(context.data.test_batches(count, device, limit=count)))
+        source = "test images" if context.task.is_of_images else "test inputs"
+        return Example(inputs if isinstance(inputs, ModelInputs) else (inputs,), source)
     own = getattr(model, "dummy_inputs", None)
     if spec.family == "transformers" and own and "input_ids" in own:
         return Example((own["input_ids"].to(device),), "token numbers")

@@ -20,6 +20,7 @@ from tspc.compression.planning import keeper_for, planned
 from tspc.compression.progress import work_on
 from tspc.compression.settings import PlanSettings
 from tspc.compression.time_plans import Timekeeper
+from tspc.data import Given
 from tspc.models import NetworkSpec
 from tspc.phases.context import Context
 from tspc.system.tally import counting
@@ -58,13 +59,17 @@ def measure_curves(
 
 @dataclass(frozen=True)
 class Planning:
-    """How one run plans. `measured` returns the error curves of an outline's layers: from a file, or measured now."""
+    """How one run plans. `measured` returns the error curves of an outline's layers: from a file, or measured now.
+
+    `shown` is an input of the data set, where the description of the network does not tell the size of an input.
+    """
 
     settings: PlanSettings
     calibration: Calibration
     reference: nn.Module
     network: NetworkSpec
     measured: Callable[[Outline, Samples | None], Curves]
+    shown: Given | None = None
 
     @cached_property
     def sketch(self) -> Outline:
@@ -72,9 +77,11 @@ class Planning:
         return outline(self.reference, self.settings)
 
     @property
-    def example(self) -> Tensor | None:
-        """An image that shows the sizes of the layers' inputs."""
-        return example_input(self.reference, self.network)
+    def example(self) -> Given | None:
+        """An input that shows the sizes of the layers' inputs."""
+        if self.shown is None:
+            return example_input(self.reference, self.network)
+        return self.shown.to(next(self.reference.parameters(), torch.zeros(())).device)
 
     def curves(self, samples: Samples | None) -> Curves:
         return self.measured(self.sketch, samples)

@@ -13,8 +13,10 @@ from tspc.compression.goals import goals_in, share_of
 from tspc.compression.network_times import verify
 from tspc.compression.plan import Plan
 from tspc.compression.time_plans import shown as in_words
+from tspc.data import ModelInputs
+from tspc.data.arranging import as_positional
 from tspc.phases.context import Context
-from tspc.phases.inputs import example
+from tspc.phases.inputs import example, tensors_of
 from tspc.phases.judging import Pair
 from tspc.phases.table import FIRST, NETWORK_PHASES
 from tspc.run.config import Config
@@ -126,7 +128,10 @@ def _drop(job: Job, model: nn.Module, result: dict[str, Any], plan: Plan) -> dic
 def _time(job: Job, model: nn.Module) -> dict[str, Any]:
     """What `verify` finds: both networks are exported, and timed in turns in the runtime."""
     shape = job.planning.example
-    inputs = example(model, job.network, 1, job.context).tensors if shape is None else shape
+    if isinstance(shape, ModelInputs):
+        inputs = as_positional(job.reference, shape)
+    else:
+        inputs = tensors_of(example(model, job.network, 1, job.context).tensors) if shape is None else shape
     return verify(job.reference, job.context.place(model), inputs, job.config.planning)
 
 

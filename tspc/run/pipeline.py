@@ -13,7 +13,7 @@ from tspc.compression.error_curve import Curves
 from tspc.compression.integers import state_bytes
 from tspc.compression.outline import Outline
 from tspc.compression.settings import PlanSettings
-from tspc.data import NO_DATA, Contiguous, Data, load_data
+from tspc.data import NO_DATA, Contiguous, Data, Given, load_data
 from tspc.decompositions import resolve
 from tspc.errors import ConfigError, DataError, RunError
 from tspc.models import NetworkSpec
@@ -104,7 +104,7 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     def measured(sketch: Outline, samples: Samples | None) -> Curves:
         return reference_curves(pretrained, config, sketch, samples, context, shared)
 
-    planning = Planning(config.planning, config.calibration, pretrained.model, spec, measured)
+    planning = Planning(config.planning, config.calibration, pretrained.model, spec, measured, _shown(config, data))
     if "plan" in config.phases or FIRST in config.phases:
         _announce(planning, config, display)
         if data is None and config.calibration.samples > 0:
@@ -222,6 +222,14 @@ def _data(config: Config, display: Display) -> Data | None:
             raise
         display.warn(f"accuracy will not be measured: {error}")
         return None
+
+
+def _shown(config: Config, data: Data | None) -> Given | None:
+    """An input that shows the sizes of the layers' inputs; None where the network's description tells the size."""
+    if data is None or config.task.is_of_images:
+        return None
+    inputs, _ = next(iter(data.test_batches(1, torch.device("cpu"), limit=1)))
+    return inputs
 
 
 def _identity(config: Config, spec: NetworkSpec, reference: Pretrained, data: Data | None) -> dict[str, Any]:
