@@ -41,10 +41,11 @@ def opened(path: Path, format: str, threads: int | None = None) -> Answer:
     if format == "pt2":
         with path.open("rb") as file:  # with a path, torch requires its own ending
             program = torch.export.load(file)
-        network = program.module()
+        network, form = program.module(), program.call_spec.in_spec
+        assert form is not None
 
         def answer(inputs: Inputs) -> list[Tensor]:
-            args, kwargs = pytree.tree_unflatten(list(inputs), program.call_spec.in_spec)
+            args, kwargs = pytree.tree_unflatten(list(inputs), form)
             return flat(network(*args, **kwargs))
 
         return answer

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -114,8 +114,8 @@ def _fields(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any
             raise WeightsError(f"it sets {shortened(key)} to {shortened(value)}, which is not taken from a folder")
         if key in DROPPED or key.startswith("_") or LOADING.search(key):
             continue
-        nested = isinstance(value, dict) and hasattr(inner, "to_dict")
-        found[key] = _fields(value, vars(inner)) if nested else value
+        is_nested = isinstance(value, dict) and hasattr(inner, "to_dict")
+        found[key] = _fields(cast("dict[str, Any]", value), vars(inner)) if is_nested else value
     return found
 
 
