@@ -58,9 +58,9 @@ class Encoder(Sentences):
         mask = (ids > 0).to(states)[..., None]
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The mask is for those who read the inputs, such as calibration; padding is known by its number."""
-        return self.pooled(self.states(input_ids), input_ids)
+        return self.pooled(self.states(ids), ids)
 
 
 class Texts(NamedTuple):
@@ -99,6 +99,7 @@ class Lessons:
 
 def lesson(network: nn.Module, ids: Tensor, wanted: Tensor) -> Tensor:
     """1 − cosine of the vectors, plus the squared relative error of the token states."""
+    assert isinstance(network, Encoder)
     states = network.states(ids)
     mask = (ids > 0)[..., None]
     error = ((states - wanted) * mask).square().sum() / (wanted * mask).square().sum()
@@ -158,7 +159,7 @@ class Bench:
         """Compressed by `tspc`; the network is kept for training."""
         started = time.process_time()
         ids = self.texts.calibration
-        given = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+        given = {"ids": ids, "attention_mask": (ids > 0).long()}
         small = tspc.compress(self.model, "svd", calibration=given, settings=Calibration(samples=len(ids)), **goal)
         small.eval()
         seconds = time.process_time() - started
@@ -168,6 +169,7 @@ class Bench:
 
     def trained(self, path: Path) -> dict[str, Any]:
         small = tspc.load(path, model=Encoder()).eval()
+        assert isinstance(small, Encoder)
         steps = trained(small, self.model, self.texts.training, self.options.minutes, self.options.seed)
         return self._figures(small, 60 * self.options.minutes) | {"steps": steps}
 

@@ -47,7 +47,9 @@ class _File:
         return self._data[self._at - length : self._at - 1].decode()  # it ends with a zero
 
     def tensors(self) -> dict[str, Tensor]:
-        self._numbers("I"), self._text(), self._numbers("I")
+        self._numbers("I")
+        self._text()
+        self._numbers("I")
         found = {}
         for _ in range(*self._numbers("I")):
             name, (axes,) = self._text(), self._numbers("B")
