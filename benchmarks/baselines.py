@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def decomposed(model: nn.Module, layers: Collection[str], rate: float, method: s
     """
     small = copy.deepcopy(model)
     for name in layers:
-        weight = small.get_submodule(name).weight
+        weight = cast(Tensor, small.get_submodule(name).weight)
         root, inverse = _roots(weight, method, name, inputs)
         u, s, v = torch.linalg.svd(weight.double() @ root, full_matrices=False)
         rank = rank_of(weight, rate)

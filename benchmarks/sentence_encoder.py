@@ -51,14 +51,15 @@ class Encoder(Sentences):
     """The encoder with vectors of length 1, as it is deployed."""
 
     def states(self, ids: Tensor) -> Tensor:
-        """Token numbers (N × L) to the last states (N × L × 384)."""
+        """Token numbers (N × L), 0 for padding, to the last states (N × L × 384)."""
         return self.encoder(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state
 
     def pooled(self, states: Tensor, ids: Tensor) -> Tensor:
         mask = (ids > 0).to(states)[..., None]
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The mask is for those who read the inputs, such as calibration; padding is known by its number."""
         return self.pooled(self.states(ids), ids)
 
 
@@ -98,6 +99,7 @@ class Lessons:
 
 def lesson(network: nn.Module, ids: Tensor, wanted: Tensor) -> Tensor:
     """1 − cosine of the vectors, plus the squared relative error of the token states."""
+    assert isinstance(network, Encoder)
     states = network.states(ids)
     mask = (ids > 0)[..., None]
     error = ((states - wanted) * mask).square().sum() / (wanted * mask).square().sum()
@@ -156,8 +158,10 @@ class Bench:
     def ours(self, path: Path, **goal: Any) -> dict[str, Any]:
         """Compressed by `tspc`; the network is kept for training."""
         started = time.process_time()
-        settings = Calibration(samples=len(self.texts.calibration))
-        small = tspc.compress(self.model, "svd", calibration=self.texts.calibration, settings=settings, **goal).eval()
+        ids = self.texts.calibration
+        given = {"ids": ids, "attention_mask": (ids > 0).long()}
+        small = tspc.compress(self.model, "svd", calibration=given, settings=Calibration(samples=len(ids)), **goal)
+        small.eval()
         seconds = time.process_time() - started
         path.parent.mkdir(parents=True, exist_ok=True)
         tspc.save(small, path)
@@ -165,6 +169,7 @@ class Bench:
 
     def trained(self, path: Path) -> dict[str, Any]:
         small = tspc.load(path, model=Encoder()).eval()
+        assert isinstance(small, Encoder)
         steps = trained(small, self.model, self.texts.training, self.options.minutes, self.options.seed)
         return self._figures(small, 60 * self.options.minutes) | {"steps": steps}
 

@@ -47,7 +47,9 @@ class _File:
         return self._data[self._at - length : self._at - 1].decode()  # it ends with a zero
 
     def tensors(self) -> dict[str, Tensor]:
-        self._numbers("I"), self._text(), self._numbers("I")
+        self._numbers("I")
+        self._text()
+        self._numbers("I")
         found = {}
         for _ in range(*self._numbers("I")):
             name, (axes,) = self._text(), self._numbers("B")
@@ -102,8 +104,13 @@ def whisper() -> Any:
     """The network as a WhisperForConditionalGeneration, in eval mode."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    sizes = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in _SIZES.items()}
-    ends = {"pad_token_id": END, "bos_token_id": END, "eos_token_id": END, "decoder_start_token_id": START}
+    sizes: dict[str, Any] = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in _SIZES.items()}
+    ends: dict[str, Any] = {
+        "pad_token_id": END,
+        "bos_token_id": END,
+        "eos_token_id": END,
+        "decoder_start_token_id": START,
+    }
     model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=51864, d_model=WIDTH, **sizes, **ends))
     missing = model.load_state_dict(_state(_File(folder() / "model.bin").tensors()), strict=False)
     assert set(missing.missing_keys) <= {"proj_out.weight"}, missing
@@ -116,7 +123,10 @@ _SIZES = {"layers": DEPTH, "attention_heads": 6, "ffn_dim": 1536}
 
 
 class Decoder(nn.Module):
-    """The language model. An input is one row: what the encoder heard (1500 · 384 numbers), then the tokens."""
+    """The language model. An input is one row: what the encoder heard (1500 · 384 numbers), then the tokens.
+
+    Logits behind the end of a text are zero, so that they count nowhere.
+    """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -125,7 +135,8 @@ class Decoder(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         heard, tokens = heard_and_tokens(rows)
-        return self.network(encoder_outputs=(heard,), decoder_input_ids=tokens).logits
+        logits = self.network(encoder_outputs=(heard,), decoder_input_ids=tokens).logits
+        return logits * (torch.cumsum((tokens == END).long(), 1) == 0)[..., None]
 
 
 def heard_and_tokens(rows: Tensor) -> tuple[Tensor, Tensor]:

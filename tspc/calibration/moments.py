@@ -52,25 +52,33 @@ class Moments:
         """The number of rows."""
         return self._inputs.count
 
-    def add(self, x: Tensor, y: Tensor | None = None, others: Iterable[tuple[Moments, Tensor]] = ()) -> None:
+    def add(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        others: Iterable[tuple[Moments, Tensor]] = (),
+        weights: Tensor | None = None,
+    ) -> None:
         """Adds rows x (groups × m × n), and their targets y (m × T); for moments beside these, their own targets.
 
+        `weights` (m) say how much each row counts; by default all count 1.
         Products are taken in the rows' own precision (at least float32) and summed in float64.
         """
         with own_modes(), torch.no_grad():  # also where a network has switched on others for itself
             x = x if x.dtype in (torch.float32, torch.float64) else x.float()
             if x.shape[1] == 0:  # an expert that none of these images came to
                 return
-            x = self._inputs.add(x)
+            weights = None if weights is None else weights.to(x)
+            x = self._inputs.add(x, weights)
             for moments, targets in ((self, y), *others):
                 if moments._pairs is not None and targets is not None:
-                    moments._pairs.add(x, targets)
+                    moments._pairs.add(x, targets, weights)
 
     def join(self) -> None:
         """Adds up the sums of all processes."""
         if processes.count() == 1:
             return
-        x, count = self._inputs.sums, self._inputs.count
+        x, count = self._inputs.sums, self._inputs.weight
         # The pairs first: they need the sums of this process alone.
         dx = x.meet()
         if self._pairs is not None:
@@ -115,23 +123,25 @@ class _Inputs:
     off: Tensor
 
     def __init__(self, n: int, groups: int, device: torch.device) -> None:
-        self.n, self.groups, self.count = n, groups, 0
+        self.n, self.groups, self.count, self.weight = n, groups, 0, 0.0
         self.sums = _Sums(n, groups, device)
         self._xx = Products(groups, n, None, device)
         self._shift: Tensor | None = None
         self._factor: Tensor | None = None
 
-    def add(self, x: Tensor) -> Tensor:
+    def add(self, x: Tensor, weights: Tensor | None) -> Tensor:
         self.count += x.shape[1]
-        x = self.sums.add(x)
+        self.weight += x.shape[1] if weights is None else float(weights.sum())
+        x = self.sums.add(x, weights)
         self._xx.add(x)
         return x
 
     def join(self, dx: Tensor) -> None:
         x, xx = self.sums, self._xx.total()
-        xx += _moved(x.total, dx, x.total, dx, self.count)
-        x.move(dx, self.count)
+        xx += _moved(x.total, dx, x.total, dx, self.weight)
+        x.move(dx, self.weight)
         self.count = int(processes.summed(torch.tensor(self.count, device=dx.device)))
+        self.weight = float(processes.summed(double(torch.tensor(self.weight, device=dx.device))))
         processes.summed(x.total)
         processes.summed(xx)
 
@@ -139,9 +149,9 @@ class _Inputs:
         """The damped second moments (groups × n × n), and the damping (groups × 1 × 1); computed once."""
         xx = self._xx.total()
         if self._shift is None:
-            self.mean, self.off = self.sums.means(max(self.count, 1))
+            self.mean, self.off = self.sums.means(self.weight or 1)
             # In place, because each such matrix of a wide layer takes hundreds of megabytes.
-            xx.div_(max(self.count, 1)).baddbmm_(self.off[..., None], self.off[:, None], alpha=-1)
+            xx.div_(self.weight or 1).baddbmm_(self.off[..., None], self.off[:, None], alpha=-1)
             if not centred:
                 xx.baddbmm_(self.mean[..., None], self.mean[:, None])
             diagonals = xx.diagonal(dim1=1, dim2=2)
@@ -171,13 +181,13 @@ class _Pairs:
         self._yx = Products(groups, own, n, device)
         self._yy = products_of_outputs(groups, targets, device)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Adds targets (m × T) of the rows x (groups × m × n), which are relative to their centre."""
-        y = self.sums.add(y.to(x).reshape(x.shape[1], len(x), -1).transpose(0, 1))
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
+        """Adds targets (m × T) of the rows x (groups × m × n), which are relative to their centre, and weighted."""
+        y = self.sums.add(y.to(x).reshape(x.shape[1], len(x), -1).transpose(0, 1), weights)
         self._yx.add(y, x)
         self._yy.add(y)
 
-    def join(self, x: _Sums, dx: Tensor, count: int) -> None:
+    def join(self, x: _Sums, dx: Tensor, count: float) -> None:
         y, yx, yy = self.sums, self._yx.total(), self._yy.total()
         dy = y.meet()
         # Σ(a + da)(b + db)ᵀ = Σabᵀ + (Σa)dbᵀ + da(Σb)ᵀ + m·da·dbᵀ, where m rows are seen from another centre.
@@ -192,7 +202,7 @@ class _Pairs:
 
     def finished(self, x: _Inputs, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The mean of y, and the second moments of y with x and with y."""
-        count = max(x.count, 1)
+        count = x.weight or 1
         mean, off = self.sums.means(count)
         cross = self._yx.total().div_(count).baddbmm_(off[..., None], x.off[:, None], alpha=-1)
         outputs = self._yy.total()
@@ -216,15 +226,18 @@ class _Sums:
         self.total = double(torch.zeros(groups, n, dtype=torch.float32, device=device))
         self.centre: Tensor | None = None
 
-    def add(self, rows: Tensor) -> Tensor:
-        """Adds rows (groups × m × n); returns them relative to the centre."""
+    def add(self, rows: Tensor, weights: Tensor | None) -> Tensor:
+        """Adds rows (groups × m × n); returns them relative to the centre, times the roots of their weights (m)."""
         if self.centre is None:
             self.centre = rows.mean(1).to(self.total)
         rows = rows - self.centre.to(rows)[:, None]
-        self.total += rows.sum(1).to(self.total)
-        return rows
+        if weights is None:
+            self.total += rows.sum(1).to(self.total)
+            return rows
+        self.total += (rows * weights[:, None]).sum(1).to(self.total)
+        return rows * weights.sqrt()[:, None]
 
-    def means(self, count: int) -> tuple[Tensor, Tensor]:
+    def means(self, count: float) -> tuple[Tensor, Tensor]:
         """The mean of `count` rows, and its difference from the centre."""
         off = self.total / count
         return off if self.centre is None else self.centre + off, off
@@ -235,11 +248,11 @@ class _Sums:
         self.centre = processes.summed(own.clone()) / processes.count()
         return own - self.centre
 
-    def move(self, by: Tensor, count: int) -> None:
+    def move(self, by: Tensor, count: float) -> None:
         self.total += count * by
 
 
-def _moved(a: Tensor, da: Tensor, b: Tensor, db: Tensor, count: int) -> Tensor:
+def _moved(a: Tensor, da: Tensor, b: Tensor, db: Tensor, count: float) -> Tensor:
     """The change of Σabᵀ over `count` rows when these move by da and db; `a` and `b` are the sums of the rows."""
     return (a + count * da)[..., None] * db[:, None] + da[..., None] * b[:, None]
 

@@ -19,6 +19,7 @@ from tspc.calibration.kept_inputs import KeptInputs
 from tspc.calibration.moments import Moments
 from tspc.calibration.sensitivity import FEWEST, enough, output_sensitivity
 from tspc.calibration.statistics import Statistics
+from tspc.calibration.weights import RowWeights
 from tspc.data.model_inputs import Given, first_of
 from tspc.decompositions import Metric
 from tspc.errors import ConfigError, DataError
@@ -80,6 +81,8 @@ class Calibration:
 
 BATCH_NORMS = ("keep", "recalibrate", "auto")
 PRECISIONS = ("auto", "float32")
+TOKENS = 2**16
+"""Of texts with at most so many tokens all gradients are taken, to see how much each position matters."""
 DIVERSE = 128
 """So many images are diverse enough for the errors of layers, however large the images are."""
 FEW = 4
@@ -107,7 +110,9 @@ class Survey:
     def _measured(
         self, name: str, layer: DenseLayer, samples: Samples | Part
     ) -> tuple[bool, float, Tensor | None, int]:
-        return is_centred(layer, name, self.trace), samples.settings.damping, self.weights(name), len(samples)
+        # The rows of an image are alike; those of a text are different words.
+        images = 0 if is_text(samples) else len(samples)
+        return is_centred(layer, name, self.trace), samples.settings.damping, self.weights(name), images
 
     def weights(self, name: str) -> Tensor | None:
         """How much the layer's outputs matter (T × T, or the diagonal); None if that is unknown."""
@@ -132,8 +137,13 @@ class Part:
         return sum(map(len, self))
 
     def __iter__(self) -> Iterator[Given]:
-        is_text = not first_of(next(iter(self.samples))).is_floating_point()  # there few inputs have many positions
-        yield from enough(self.samples, most=None, fewest=FEWEST if is_text else DIVERSE)
+        # Of texts few have many positions.
+        yield from enough(self.samples, most=None, fewest=FEWEST if is_text(self.samples) else DIVERSE)
+
+
+def is_text(samples: Samples | Part) -> bool:
+    """Whether the inputs are token numbers."""
+    return not first_of(next(iter(samples))).is_floating_point()
 
 
 class Samples:
@@ -160,6 +170,8 @@ class Samples:
         self.room, self._matrices = Room(self.settings.memory), Room(MATRICES)
         self._sensitivity: tuple[nn.Module, dict[str, Stash]] | None = None
         self._asked = set[str]()
+        self.weights = RowWeights()
+        """How much the positions of texts matter to the network that was surveyed last; empty for other inputs."""
         self._is_closed = False
         self.short = False
         """Whether the network that was surveyed last runs in bfloat16."""
@@ -230,7 +242,7 @@ class Samples:
         if self._sensitivity is None or self._sensitivity[0] is not model:
             for matrix in self._sensitivity[1].values() if self._sensitivity else ():
                 matrix.clear()
-            self._sensitivity, self._asked = (model, {}), set()
+            self._sensitivity, self._asked, self.weights = (model, {}), set(), RowWeights()
         found = self._sensitivity[1]
         missing = [name for name in dict.fromkeys(layers) if name not in self._asked]
         self._asked.update(missing)
@@ -241,7 +253,9 @@ class Samples:
 
     def _gradients(self, model: nn.Module, layers: list[str]) -> Iterator[tuple[str, Tensor]]:
         if self.settings.sensitivity:
-            yield from output_sensitivity(model, layers, self, self.tally, self.short)
+            is_weighted = is_text(self) and sum(first_of(batch).numel() for batch in self) <= TOKENS
+            weights = self.weights if is_weighted else None
+            yield from output_sensitivity(model, layers, self, self.tally, self.short, weights)
 
     @property
     def patches_of_a_batch(self) -> int:

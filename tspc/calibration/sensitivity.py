@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tspc.calibration.patches import Positions, filled_rows, rows_of
 from tspc.calibration.products import Products, Squares, is_diagonal, products_of_outputs
+from tspc.calibration.weights import RowWeights
 from tspc.data.model_inputs import Given, answer_of, called, first_of, masks_of
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, output_count
@@ -37,6 +38,8 @@ PROBES, LARGE = 2, 2**16
 """Projections of an answer; one for an image with so many numbers, whose layers have many positions."""
 ROWS = 16384
 """About so many positions of a layer's gradients are enough."""
+VOCABULARY = 8192
+"""An answer with so many numbers at each position holds the logits of a language model's tokens."""
 SHRINKAGE = 1e-2
 """Least share of the mean added to all outputs alike."""
 
@@ -47,6 +50,7 @@ def output_sensitivity(
     batches: Iterable[Given],
     tally: Tally | None = None,
     short: bool = False,
+    weights: RowWeights | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """For each layer G = Σ E[ggᵀ] (T × T), summed over its output positions.
 
@@ -58,13 +62,14 @@ def output_sensitivity(
     If the answer is a plain list, tuple or dict, all its tensors are used, else its first tensor with a gradient.
     Inputs without a gradient, such as token numbers, are skipped: gradients stop at the first floating-point
     activations. Layers that do not affect the answer, or cannot be measured, are left out; for the latter a TspcWarning
-    says so. The `tally` counts how often gradients are taken. With `short` the network runs in bfloat16.
+    says so. The `tally` counts how often gradients are taken. With `short` the network runs in bfloat16. With `weights`
+    all batches are used, and what matters of each position is added to them.
     """
     model = copied(model) if is_of_inference(model) else model
     lost: list[str] = []
     for part in in_parts(layers, lambda name: _numbers(model.get_submodule(name)), TOGETHER):
         try:
-            sums, projections = _measured(model, part, batches, tally or Tally(), short)
+            sums, projections = _measured(model, part, batches, tally or Tally(), short, weights)
         except Exception as error:  # the network may be the user's own
             why = next(iter(str(error).splitlines()), type(error).__name__)
             _warn(f"{type(model).__name__} gives no gradients ({why}): the outputs of all layers have equal weights")
@@ -76,12 +81,17 @@ def output_sensitivity(
 
 
 def _measured(
-    model: nn.Module, layers: Collection[str], batches: Iterable[Given], tally: Tally, short: bool
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Iterable[Given],
+    tally: Tally,
+    short: bool,
+    weights: RowWeights | None,
 ) -> tuple[_Sums, int]:
     """The sums over the gradients of some layers, and the number of projections."""
     # The network may have an operation whose gradient does not know bfloat16.
     for is_short in (True, False) if short else (False,):
-        sums = _Sums(model, layers)
+        sums = _Sums(model, layers, weights)
         try:
             with _without_parameters(model), hooked(sums.handles()):
                 return sums, _backward(model, batches, sums, is_short, tally)
@@ -98,8 +108,12 @@ def _warn(reason: str) -> None:
 class _Sums:
     """Sums over the gradients of the layers' outputs."""
 
-    def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
-        self._model, self._layers = model, layers
+    def __init__(self, model: nn.Module, layers: Collection[str], weights: RowWeights | None) -> None:
+        self._model, self.layers, self.weights = model, layers, weights
+        self.place: tuple[int, int] = (0, 0)
+        """The numbers of the batch, and of the part of it, whose gradients come next."""
+        if weights is not None:
+            weights.start(layers)
         self._sums: dict[str, Products | Squares] = {}
         self._rows: dict[str, int] = {}
         self._called: dict[str, None] = {}
@@ -111,7 +125,7 @@ class _Sums:
 
     def handles(self) -> list[Any]:
         """Hooks on every module. They start the gradients at the first activations, and sum those of the layers."""
-        names = {self._model.get_submodule(name): name for name in self._layers}
+        names = {self._model.get_submodule(name): name for name in self.layers}
         return [m.register_forward_hook(self._hook(names.get(m)), prepend=True) for m in _with_hooks(self._model)]
 
     def _hook(self, name: str | None) -> Callable[..., Any]:
@@ -134,6 +148,8 @@ class _Sums:
 
     def _add(self, name: str, layer: DenseLayer, gradient: Tensor) -> None:
         with own_modes(), torch.no_grad():
+            if self.weights is not None:
+                self.weights.add(name, *self.place, rows_of(layer, gradient))
             g = rows_of(layer, gradient, Positions(rows=filled_rows(layer, gradient.shape, self.masks)))
             if len(g) > self.rows:
                 # Neighbouring positions tell the same; a fixed step could always meet the same column.
@@ -182,10 +198,12 @@ def _backward(model: nn.Module, batches: Iterable[Given], sums: _Sums, short: bo
     """Sends random projections of the answers back; returns their number. With `short` the network runs in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     projections = 0
-    parts = [part for batch in enough(batches) for part in batch.split(max(1, AT_ONCE // _size(model, batch)))]
-    whole = sum(map(len, parts))
+    used = enumerate(enough(batches) if sums.weights is None else batches)
+    parts = [(number, part) for number, b in used for part in b.split(max(1, AT_ONCE // _size(model, b)))]
+    whole = sum(len(part) for _, part in parts)
     with tally.expecting(len(parts)):
-        for part in parts:
+        for place, (number, part) in enumerate(parts):
+            sums.place = number, place
             probes = 1 if first_of(part)[0].numel() >= LARGE else PROBES
             sums.rows = max(1, ROWS * len(part) // (whole * probes))
             inputs, sums.masks = part.detach().clone(), masks_of(part)
@@ -202,6 +220,8 @@ def _backward(model: nn.Module, batches: Iterable[Given], sums: _Sums, short: bo
                 torch.autograd.backward(cast(Tensor, projected), retain_graph=probe + 1 < probes)
             projections += probes * len(part)
             tally.add("how much each layer matters")
+    if sums.weights is not None:
+        sums.weights.finish(sums.layers, PROBES)
     return projections
 
 
@@ -226,6 +246,12 @@ def _direction(answer: Tensor, generator: torch.Generator, masks: Sequence[Tenso
     if answer.ndim == 2 and answer.shape[1] > 1:
         # A constant added to all logits changes no probability.
         direction -= direction.mean(1, keepdim=True)
+    elif answer.ndim == 3 and answer.shape[2] >= VOCABULARY:
+        # Nearly all tokens are out of the question. The covariance of this direction is the Fisher information of the
+        # logits, diag(p) − ppᵀ.
+        p = answer.detach().float().softmax(2)
+        direction = p.sqrt() * direction
+        direction -= p * direction.sum(2, keepdim=True)
     mask = next((mask for mask in masks if mask.shape == answer.shape[:2]), None)
     return direction if mask is None else direction * mask.reshape(*mask.shape, *[1] * (answer.ndim - 2)).to(answer)
 

@@ -101,7 +101,8 @@ def moments_towards(targets: Mapping[str, Targets], small: Walker, samples: Samp
                 moments[own] = Moments(x.shape[-1], len(kernel_of(layers[own])), x.device, len(x))
                 moments.update({one: moments[own].beside(len(kernel_of(layers[one]))) for one in others})
             beside = [(moments[one], targets[one].rows[number]) for one in others]
-            moments[own].add(x, targets[own].rows[number], beside)
+            weights = samples.weights.at([own, *others], batch, positions, x.shape[1])
+            moments[own].add(x, targets[own].rows[number], beside, weights)
 
     small.inputs_of([head], see)
     return moments if seen == expected else {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.gathering import moments_of
-from tspc.calibration.samples import Part, Samples, Survey
+from tspc.calibration.samples import Part, Samples, Survey, is_text
 from tspc.calibration.sketches import sketches_of
 from tspc.calibration.tables import tables_of
 from tspc.compression.error_curve import LEAST, ErrorCurve
@@ -108,8 +108,12 @@ def _measured(
     def measured(name: str, metric: Metric | None = None) -> list[ErrorCurve]:
         weight = kernel_of(model.get_submodule(name)).detach()
         with naming(name):
-            return _curves(widths.methods(method, rows[name]), weight, metric, widths.bits, rows[name].is_table)
+            found = _curves(widths.methods(method, rows[name]), weight, metric, widths.bits, rows[name].is_table)
+            return [replace(curve, weight=weighed(curve.weight)) for curve in found]
 
+    # A layer's share in the squared change of the answer comes from a linear model, which is wrong where errors are
+    # large. As measured, the geometric mean of 1 and the share is the better weight for images, the share for texts.
+    weighed = (lambda share: share) if samples is not None and is_text(samples) else math.sqrt
     rest = dict.fromkeys(rows)
     if samples is not None and survey is not None:
         part = Part(samples)
@@ -159,9 +163,7 @@ def _curves(
     kernel = weight.to(own if metric is None else metric.inputs.dtype)
     squared = (lambda matrix: float(matrix.square().sum())) if metric is None else metric.squared
     whole = squared(kernel.flatten(1))
-    # `whole` is the layer's share in the squared change of the answer. It comes from a linear model, which is wrong
-    # where errors are large. So the weight is the geometric mean of 1 and `whole`.
-    importance = math.sqrt(whole) if metric is not None and metric.outputs is not None else 1.0
+    importance = whole if metric is not None and metric.outputs is not None else 1.0
 
     def fitted(point: tuple[Decomposition, Rank]) -> float:
         method, rank = point

@@ -1,0 +1,97 @@
+"""The positions of a text count by how much the answer depends on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tspc.calibration.gathering import moments_of
+from tspc.calibration.moments import Moments
+from tspc.calibration.patches import Positions
+from tspc.calibration.samples import Samples
+from tspc.calibration.sensitivity import VOCABULARY, _direction
+from tspc.calibration.weights import EVEN
+from tspc.compression.curves import error_curves
+from tspc.compression.outline import outline
+from tspc.compression.settings import PlanSettings
+
+
+class Reader(nn.Module):
+    """Reads its answer from the first position of a text; a layer may be called twice."""
+
+    def __init__(self, calls: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.inner, self.head = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x) if not x.is_floating_point() else x
+        for _ in range(self.calls):
+            x = torch.tanh(self.inner(x))
+        return self.head(x[:, 0])
+
+
+def texts(length: int = 5) -> Tensor:
+    return torch.randint(20, (24, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_weight_of_a_row_is_how_often_it_counts() -> None:
+    torch.manual_seed(0)
+    x, y, weights = torch.randn(1, 60, 5), torch.randn(60, 3), torch.randint(4, (60,)).float()
+    weighted, repeated = (Moments(5, 3, x.device) for _ in range(2))
+    weighted.add(x[:, :40], y[:40], weights=weights[:40])
+    weighted.add(x[:, 40:], y[40:], weights=weights[40:])
+    times = weights.long()
+    repeated.add(x.repeat_interleave(times, 1), y.repeat_interleave(times, 0))
+    kernel = torch.randn(3, 5)
+    found, wanted = (m.statistics(kernel, True, 1e-3) for m in (weighted, repeated))
+    for key in ("inputs", "cross", "outputs", "mean_x", "mean_y"):
+        torch.testing.assert_close(getattr(found, key), getattr(wanted, key), rtol=1e-5, atol=1e-6)
+
+
+def weights(model: nn.Module, inputs: Any) -> Tensor | None:
+    model.eval()
+    with Samples(inputs) as samples:
+        samples.survey(model, ["inner"])
+        return samples.weights.at(["inner"], 0, Positions(), 24 * 5)
+
+
+def test_positions_that_the_answer_does_not_see_count_little() -> None:
+    found = weights(Reader(), texts())
+    assert found is not None
+    first, others = found.reshape(24, 5)[:, 0], found.reshape(24, 5)[:, 1:]
+    assert float(first.mean()) == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(others, torch.full_like(others, EVEN))
+
+
+@pytest.mark.parametrize("case", ["called twice", "no text"])
+def test_all_positions_count_alike_where_their_gradients_tell_nothing(case: str) -> None:
+    twice = case == "called twice"
+    assert weights(Reader(2 if twice else 1), texts() if twice else torch.randn(24, 5, 12)) is None
+
+
+@pytest.mark.parametrize("inputs", [texts(), torch.randn(24, 5, 12, generator=torch.Generator().manual_seed(0))])
+def test_a_layer_of_a_text_network_weighs_its_share_in_the_answer(inputs: Tensor) -> None:
+    model = Reader().eval()
+    sketch = outline(model, PlanSettings.of("svd", 0.5, min_params=0, keep_last=False))
+    layers = [layer for layer in sketch.layers if layer.name == "inner"]
+    with Samples(inputs) as samples:
+        (curve,) = error_curves(model, layers, sketch.settings.method, samples)["inner"]
+        survey = samples.survey(model, ["inner"])
+        own = model.inner
+        ((_, moments),) = moments_of(model, ["inner"], samples, survey.trace)
+        share = survey.metric("inner", own, moments, samples).squared(own.weight.detach().double())
+    assert curve.weight == pytest.approx(share if not inputs.is_floating_point() else share**0.5, rel=1e-3)
+
+
+def test_the_weights_of_tokens_that_may_come_next() -> None:
+    """The directions for the logits of a language model have the covariance diag(p) − ppᵀ."""
+    logits, generator = torch.zeros(1, 1, VOCABULARY), torch.Generator().manual_seed(0)
+    logits[..., :3] = torch.tensor([20.0, 21.0, 19.0])
+    p = logits[0, 0].softmax(0)[:3]
+    found = torch.cat([_direction(logits, generator, [])[0, :, :3] for _ in range(2000)])
+    torch.testing.assert_close(found.T @ found / len(found), p.diag() - p[:, None] * p, rtol=0.15, atol=0.01)
