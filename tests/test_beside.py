@@ -20,6 +20,10 @@ class Own(nn.Conv2d):
     """A convolution of a class of its own, as many networks have."""
 
 
+class OwnUp(nn.ConvTranspose2d):
+    """A transposed convolution of a class of its own."""
+
+
 class OwnAttention(nn.MultiheadAttention):
     """An attention of a class of its own, whose matrices are no layers."""
 
@@ -35,7 +39,7 @@ class Network(nn.Module):
         self.first = nn.Conv2d(3, 24, 3, padding=1)
         self.own = Own(24, 24, 3, padding=1, groups=24)
         self.middle = nn.Conv2d(24, 32, 3, padding=1)
-        self.up = nn.ConvTranspose2d(32, 32, 2)
+        self.up = OwnUp(32, 32, 2)
         self.places = nn.Parameter(torch.randn(81, 32))
         self.attention = OwnAttention(32, 4, batch_first=True)
         self.recurrent = OwnGRU(32, 32, batch_first=True)
@@ -193,7 +197,7 @@ class Transposed(nn.Module):
     def __init__(self, *kernel: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.up, self.last = nn.Linear(24, 32), nn.ConvTranspose2d(16, 16, kernel), nn.Linear(32, 8)
+        self.first, self.up, self.last = nn.Linear(24, 32), OwnUp(16, 16, kernel), nn.Linear(32, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.first(x).relu())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ def _mean(one: Metric, other: Metric, kernel: Tensor) -> Metric:
     sizes = one.squared(kernel), other.squared(kernel)
     if min(sizes) <= 0:
         return one
-    return Metric((one.inputs + other.inputs * (sizes[0] / sizes[1])) / 2, one.outputs)
+    of_rows, of_heads = (cast(Tensor, metric.inputs) for metric in (one, other))
+    return Metric((of_rows + of_heads * (sizes[0] / sizes[1])) / 2, one.outputs)
 
 
 def _counts(

@@ -107,8 +107,7 @@ class Fits:
         return _fitted(dense, layer, kernel, statistics, self._known.get(layer.name))
 
     def _keep(self, module: nn.Module, row: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:
-        new = {row.name: module}
-        replace_layers(self.work, with_partners(self.work, new) if isinstance(module, TensorizedLayer) else new)
+        replace_layers(self.work, with_partners(self.work, {row.name: module}))
         self._finish(row, kernel, metric)
 
     def _finish(self, row: LayerPlan, kernel: Tensor, metric: Metric | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 from torch import nn
@@ -35,12 +36,12 @@ def partners_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def with_partners(model: nn.Module, layers: dict[str, TensorizedLayer]) -> dict[str, nn.Module]:
-    """The new layers of `model`, and those of the layers that share the weights of its tables; they share factors."""
+def with_partners(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The new layers of `model`, and for tensorized tables those of the layers that share the weights of its tables; they share factors."""
     partners = partners_of(model) if any(is_table(model.get_submodule(name)) for name in layers) else {}
     found: dict[str, nn.Module] = dict(layers)
     for name, layer in layers.items():
-        for partner in partners.get(name, ()):
+        for partner in partners.get(name, ()) if isinstance(layer, TensorizedLayer) else ():
             dense = cast(DenseLayer, model.get_submodule(partner))
             made = untrained(dense, layer.decomposition, layer.rank)
             tie_(made, dense, layer)
