@@ -82,7 +82,8 @@ class Calibration:
 BATCH_NORMS = ("keep", "recalibrate", "auto")
 PRECISIONS = ("auto", "float32")
 TOKENS = 2**16
-"""Of texts with at most so many tokens all gradients are taken, to see how much each position matters."""
+"""Of texts with at most so many tokens all gradients are taken, to see how much each position matters. About so many
+tokens show the errors of layers."""
 DIVERSE = 128
 """So many images are diverse enough for the errors of layers, however large the images are."""
 FEW = 4
@@ -137,8 +138,10 @@ class Part:
         return sum(map(len, self))
 
     def __iter__(self) -> Iterator[Given]:
-        # Of texts few have many positions.
-        yield from enough(self.samples, most=None, fewest=FEWEST if is_text(self.samples) else DIVERSE)
+        fewest = DIVERSE
+        if is_text(self.samples):  # few have many positions, but too few words make wide layers seem simple
+            fewest = max(FEWEST, TOKENS // max(1, first_of(next(iter(self.samples)))[0].numel()))
+        yield from enough(self.samples, most=None, fewest=fewest)
 
 
 def is_text(samples: Samples | Part) -> bool:
