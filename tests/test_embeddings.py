@@ -225,7 +225,9 @@ def test_a_file_that_gives_a_table_ranks_is_refused(tmp_path):
     )
     assert header != file.header
     write_tensors(path, dict(file.tensors), header)
-    with pytest.raises(WeightsError, match="the integers of layer words are missing, damaged, or not those of its rank"):
+    with pytest.raises(
+        WeightsError, match="the integers of layer words are missing, damaged, or not those of its rank"
+    ):
         tspc.load(path, encoder())
     tspc.save(tspc.compress(encoder(), "dense", bits=8), path)
     other = encoder()

@@ -14,8 +14,8 @@ import tspc
 ROOT = Path(__file__).parents[2]
 
 ORDER = (
-    "index tutorial howto sentence_encoder speech_recogniser own_task runs tasks contracts methods decomposition training inference deploy looking original"
-    " reference/config reference/api contributing results"
+    "index tutorial howto sentence_encoder speech_recogniser own_task runs tasks contracts methods decomposition"
+    " training inference deploy looking original reference/config reference/api contributing results"
 ).split()
 """Pages in this order; others follow by name."""
 LINKS = {
