@@ -88,7 +88,7 @@ class Recurrent(nn.RNNBase):
         """The same as `forward`, layer by layer, with calls of the dense layers."""
         packed: Any = input if isinstance(input, PackedSequence) else None
         is_batched = packed is not None or cast(Tensor, input).dim() == 3
-        x: Any = packed.data if packed is not None else input if is_batched else input[None]
+        x: Any = packed.data if packed is not None else input if is_batched else cast(Tensor, input)[None]
         if packed is None and is_batched and not self.batch_first:
             x = x.transpose(0, 1)
         states = self._states(x, packed, hx, is_batched)

@@ -37,14 +37,17 @@ def partners_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def with_partners(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The new layers of `model`, and for tensorized tables those of the layers that share the weights of its tables; they share factors."""
+    """The new layers of `model`, and new ones for the layers that share the weights of its tables.
+
+    The latter share the factors of the new tables.
+    """
     partners = partners_of(model) if any(is_table(model.get_submodule(name)) for name in layers) else {}
-    found: dict[str, nn.Module] = dict(layers)
-    for name, layer in layers.items():
-        for partner in partners.get(name, ()) if isinstance(layer, TensorizedLayer) else ():
-            dense = cast(DenseLayer, model.get_submodule(partner))
-            made = untrained(dense, layer.decomposition, layer.rank)
-            tie_(made, dense, layer)
+    found = dict(layers)
+    for name, table in layers.items():
+        for partner in partners.get(name, ()) if isinstance(table, TensorizedLayer) else ():
+            table, dense = cast(TensorizedLayer, table), cast(DenseLayer, model.get_submodule(partner))
+            made = untrained(dense, table.decomposition, table.rank)
+            tie_(made, dense, table)
             found[partner] = made.train(dense.training)
     return found
 
