@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ def compress(
     originals = unpack_(small)
     # The predicate is asked about the caller's modules, which it may know.
     known = dict(model.named_modules())
-    chooses = filter_fn and (lambda name, copy: filter_fn(name, known[name] if name in known else copy))
+    chooses = filter_fn and (lambda name, copy: filter_fn(name, cast(nn.Module, known.get(name, copy))))
     layers = {name: layer for name, layer in small.named_modules() if kind_of(layer)}
     sizes = {name: work_on(sum(p.numel() for p in layer.parameters())) for name, layer in layers.items()}
     counted = kind_of if asked.widths.offers_dense or asked.ranks_tables else has_inputs
