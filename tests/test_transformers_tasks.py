@@ -11,6 +11,7 @@ import pytest
 import tspc
 from tests.killing import survives
 from tests.text_tasks import write
+from tspc.store.scores import value_in
 
 BERT = (
     *("model=transformers", "model.name=bert", "+model.kwargs.hidden_size=32", "+model.kwargs.num_hidden_layers=2"),
@@ -23,7 +24,7 @@ GPT2 = (
 QUICK = (
     *("method=svd", "rate=0.4", "report=false", "calibration.samples=24", "dataset.pretrain.steps=12", "epochs=1"),
     *("dataset.pretrain.learning_rate=3e-3", "phase.distill.images=32", "batch_size=16", "dataset.length=24"),
-    "phase=[pretrain,decompose,distill,finetune,export]",
+    *("phase=[pretrain,decompose,distill,finetune,export]", "phase.export.formats=[onnx]"),
 )
 NETWORKS = {"text_classification": BERT, "language_modelling": GPT2}
 
@@ -39,13 +40,8 @@ def test_a_network_goes_through_all_phases(cli, tmp_path, task):
     result = json.loads((run / "result.json").read_text())
     assert list(result["phases"]) == ["decompose", "distill", "finetune"]
     assert result["rate_reached"] <= 0.4
-    files = {file["format"]: file["accuracy"] for file in result["export"]["files"]}
-    for name in ("onnx", "pt2"):
-        found, own = (
-            list(record.values())[-2 if task == "language_modelling" else 0]
-            for record in (files[name], result["accuracy"])
-        )
-        assert found == pytest.approx(own, rel=1e-3), "the file in its runtime"
+    (file,) = result["export"]["files"]
+    assert value_in(file["accuracy"]) == pytest.approx(value_in(result["accuracy"]), rel=1e-3), "in its runtime"
     small = tspc.load(run / "model.safetensors")
     assert sum(p.numel() for p in small.parameters()) == result["parameters"]["after"]
     code, out, err = cli(*command)
@@ -76,6 +72,7 @@ def test_a_folder_with_a_network_and_its_tokenizer(cli, tmp_path):
     save_encoder(tmp_path / "encoder", words)
     quick = [option for option in QUICK if "pretrain" not in option]
     command = ("task=sentence_embeddings", "model=transformers", f"model.name={tmp_path}/encoder", "data_dir=texts")
+    quick = [option for option in quick if "export" not in option]
     code, _, err = cli(*command, "pretrained=default", *quick, "phase=[decompose,distill,finetune]")
     assert code == 0, err
     run = tmp_path / "outputs/sentence_embeddings/encoder/svd-0.4/seed0"
@@ -85,7 +82,7 @@ def test_a_folder_with_a_network_and_its_tokenizer(cli, tmp_path):
     assert values[2] > values[0] - 1e-4
     identity = json.loads((run / "run.json").read_text())["dataset"]
     assert identity["tokenizer"] == f"{tmp_path}/encoder"
-    code, _, err = cli(*command, "pretrained=default", *quick, "dataset.tokenizer=bytes")
+    code, _, err = cli(*command, "pretrained=default", *quick, "dataset.tokenizer=bytes", "phase=[decompose,distill]")
     assert code == 1
     assert f"the network knows {len(set(words)) + 4} tokens: name its own tokenizer" in err
 
@@ -94,14 +91,14 @@ def test_a_folder_with_a_network_and_its_tokenizer(cli, tmp_path):
 def test_an_encoder_predicts_hidden_tokens_alone(cli, tmp_path):
     write(tmp_path / "texts", "language_modelling")
     command = ("task=language_modelling", *BERT, "data_dir=texts", *QUICK)
-    code, _, err = cli(*command)
+    code, _, err = cli(*[option for option in command if "export" not in option], "phase=[pretrain,distill]")
     assert code == 1
     assert "bert sees the tokens that it should predict" in err
     quick = [
         option for option in command if not option.startswith(("rate", "method", "phase", "epochs", "calibration"))
     ]
     code, out, err = cli(*quick, "dataset.masked=0.2", "phase=pretrain")
-    assert (code, err) == (0, "")
+    assert code == 0, err
     assert "perplexity" in out
 
 
@@ -109,7 +106,9 @@ def test_an_encoder_predicts_hidden_tokens_alone(cli, tmp_path):
 @pytest.mark.parametrize("task", NETWORKS)
 def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, task):
     texts = write(tmp_path / "texts", task)
-    command = (f"task={task}", *NETWORKS[task], f"data_dir={texts}", *QUICK, "checkpoint_seconds=0", "device=cpu")
+    quick = [option for option in QUICK if "export" not in option]
+    quick += ["phase=[pretrain,decompose,distill,finetune]", "checkpoint_seconds=0", "device=cpu"]
+    command = (f"task={task}", *NETWORKS[task], f"data_dir={texts}", *quick)
     network = NETWORKS[task][1].partition("=")[2]
     run = Path("outputs") / task / network / "svd-0.4/seed0"
     survives(tmp_path, command, run, directories=int(os.environ.get("TSPC_TEST_KILLED", "1")))

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tspc.data.model_inputs import Given
 from tspc.data.spec import DataSpec
 from tspc.errors import DataError
 from tspc.system.processes import ALONE, Share
@@ -81,7 +82,7 @@ class Data(Protocol):
         """The fresh images from `start` to `stop` of a fixed random order, not augmented."""
         ...
 
-    def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Given]:
         """A fixed random choice of training images, neither augmented nor labelled."""
         ...
 

@@ -55,8 +55,8 @@ class Examples:
         self._splits, self._fills = dict(splits), dict(fills or {})
         self.train_size, self.test_size = len(splits["train"]), len(splits["test"])
         self.fresh_size = len(splits.get("held_out", ()))
-        largest = [examples.largest_token for examples in splits.values() if hasattr(examples, "largest_token")]
-        self.largest_token: int | None = max(largest, default=None)
+        largest = [getattr(examples, "largest_token", None) for examples in splits.values()]
+        self.largest_token: int | None = max((token for token in largest if token is not None), default=None)
         digests = {split: digest_of(examples) for split, examples in splits.items()}
         self.fresh_fingerprint = digests.pop("held_out", "")
         self.fingerprint = hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()[:16]
@@ -104,8 +104,9 @@ class Examples:
 
     def _batch(self, split: str, index: Tensor, device: torch.device) -> tuple[Given, Tensor]:
         examples = self._splits[split]
+        places: list[int] = index.tolist()
         try:
-            inputs, targets = collated([examples[place] for place in index.tolist()], self._fills)
+            inputs, targets = collated([examples[place] for place in places], self._fills)
         except DataError as error:
             raise DataError(f"{self.name}: {error}") from error
         return inputs.to(device), targets.to(device)

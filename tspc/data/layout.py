@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from tspc.data.base import Batch, Data, Feed
+from tspc.data.model_inputs import Given
 from tspc.system.processes import ALONE, Share
 
 
@@ -39,7 +39,7 @@ class Contiguous:
     def fresh_batches(self, start: int, stop: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
         return _contiguous(self._data.fresh_batches(start, stop, batch_size, device))
 
-    def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    def calibration_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Given]:
         return (images.contiguous() for images in self._data.calibration_batches(count, batch_size, device))
 
 

@@ -100,7 +100,7 @@ def library_data(spec: TextSpec, data_dir: Path | None, download: bool) -> Examp
     Raises DataError if it cannot be read or lacks a split, ConfigError if the library is missing.
     """
     extras.require("datasets", "dataset=datasets")
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     place = spec.path or (None if data_dir is None else str(existing(data_dir)))
     if place is None:

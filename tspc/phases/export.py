@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tspc.data import Given
 from tspc.deploy import ENDINGS, FORMATS, INT8, Exported, Exporter, Inputs, check_formats
 from tspc.deploy.runtimes import Answering, opened
 from tspc.errors import ExportError
@@ -36,7 +37,7 @@ FOUND = {
 }
 """The schema of what `export.json` says was found."""
 
-Images = Callable[[], list[Tensor | Inputs]]
+Images = Callable[[], list[Given | Inputs]]
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from tspc.compression.error_curve import Curves
 from tspc.compression.goals import SPEEDUPS
 from tspc.compression.integers import state_bytes
 from tspc.compression.path_costs import calls, macs_saved
 from tspc.compression.plan import Plan
+from tspc.data import Given, ModelInputs
 from tspc.deploy import cost
 from tspc.errors import InfeasibleRateError
 from tspc.layers.unpacking import unpacked
 from tspc.phases.frontier import FILE, by_size, by_time, frontier_of, keeper_of
+from tspc.phases.inputs import Example, in_order
 from tspc.phases.phase import ShowingPhase, Work
 from tspc.phases.planning import Planning, calibration_samples
 from tspc.store.files import make_folder, write_json
@@ -57,7 +59,7 @@ def plans_at(
 
 
 def macs_at(
-    reference: nn.Module, plans: dict[float, Plan | InfeasibleRateError], example: Tensor | None
+    reference: nn.Module, plans: dict[float, Plan | InfeasibleRateError], example: Given | None
 ) -> dict[float, float]:
     """The network's multiply-accumulates in eval mode, after ÷ before, at each rate that can be met.
 
@@ -67,7 +69,9 @@ def macs_at(
     names = {row.name for plan in possible.values() for row in plan.budgeted}
     if example is None or not (called := calls(reference, names, example)):
         return {}
-    before = cost(reference, (example,)).macs
+    tried = Example(example if isinstance(example, ModelInputs) else (example,), "an input")
+    networks, tensors = in_order({"dense": reference}, tried)
+    before = cost(networks["dense"], tensors).macs
     return {rate: 1 - macs_saved(reference, plan.tensorized, called) / before for rate, plan in possible.items()}
 
 

@@ -61,7 +61,7 @@ def _needs_classes(config: Config, metric: Metric) -> bool:
 
 def _check_size(images: Tensor, config: Config) -> None:
     """Raises ConfigError if the data's images are not as large as the settings say."""
-    size = config.dataset.image_size
+    size = getattr(config.dataset, "image_size", None)
     if tuple(images.shape[-2:]) != (size, size):
         found = "×".join(map(str, images.shape[-2:]))
         raise ConfigError([f"dataset.image_size={size}, but {config.dataset.name} has images of {found} pixels"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -79,8 +81,9 @@ def _shown(inputs: Given) -> str:
 def _check_tokens(model: nn.Module, data: Data) -> None:
     """Raises ConfigError if the texts hold tokens that the network does not know."""
     largest = getattr(data, "largest_token", None)
-    tables = [module.get_input_embeddings() for module in model.modules() if hasattr(module, "get_input_embeddings")]
-    sizes = [table.num_embeddings for table in tables[:1] if isinstance(table, nn.Embedding)]
+    readers: list[Any] = [module for module in model.modules() if hasattr(module, "get_input_embeddings")]
+    tables = [module.get_input_embeddings() for module in readers[:1]]
+    sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
     if largest is not None and sizes and largest >= sizes[0]:
         raise ConfigError(
             [

@@ -128,7 +128,8 @@ class Task:
 
     def check_answer(self, answer: Tensor, targets: Tensor, num_classes: int, name: str) -> None:
         """Raises ConfigError if the answers of the network of this name have another form than the task says."""
-        found, wanted = tuple(answer.shape), tuple(targets.shape)
+        found: tuple[int, ...] = tuple(answer.shape)
+        wanted = tuple(targets.shape)
         whole = "whole numbers" if not targets.is_floating_point() else "real numbers"
         told = f"{name} answers with shape {found}, and the targets are {whole} of shape {wanted}"
         if self.answers == "classes" and found != (len(targets), num_classes):
@@ -141,8 +142,8 @@ class Task:
             raise ConfigError([f"{told}; task.answers=embeddings needs a vector for each input, (N, D); {REMEDY}"])
         if self.answers == "tokens" and (len(found) != 3 or found[:2] != wanted or targets.is_floating_point()):
             raise ConfigError([f"{told}; task.answers=tokens needs (N, L, C) and whole numbers (N, L); {REMEDY}"])
-        if self.answers == "tokens" and found[2] < num_classes:
-            told = f"{name} gives {found[2]} scores at every position"
+        if self.answers == "tokens" and found[-1] < num_classes:
+            told = f"{name} gives {found[-1]} scores at every position"
             raise ConfigError([f"{told}; task.answers=tokens needs a score for each of {num_classes} tokens"])
         if self.answers == "values" and answer.numel() != targets.numel():
             raise ConfigError([f"{told}; task.answers=values needs as many of both; {REMEDY}"])
