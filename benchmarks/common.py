@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,11 @@ def cifar_reference(options: argparse.Namespace) -> tuple[Config, Data, nn.Modul
     data = load_data(config.dataset, config.data_dir)
     spec = dataclasses.replace(config.network, num_classes=data.num_classes)
     return config, data, untrained_reference(config, spec, data).model
+
+
+def calibration_images(data: Data, count: int, batch_size: int, device: torch.device) -> Tensor:
+    """Unlabelled training images of a data set of images (count, C, H, W)."""
+    return torch.cat([cast(Tensor, batch) for batch in data.calibration_batches(count, batch_size, device)])
 
 
 @contextmanager

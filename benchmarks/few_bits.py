@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from benchmarks.common import cifar_config, cifar_reference, machine, parser, table
+from benchmarks.common import calibration_images, cifar_config, cifar_reference, machine, parser, table
 from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.compress import compress
 from tspc.compression.integers import on_grids, state_bytes
@@ -36,7 +36,7 @@ class Bench:
         _, data, self.reference = cifar_reference(options)
         precision = torch.bfloat16 if options.precision == "bfloat16" else None
         self.context = Context(data, Hardware(torch.device("cpu"), precision), options.seed, Display())
-        self.images = torch.cat(list(data.calibration_batches(512, 512, torch.device("cpu"))))
+        self.images = calibration_images(data, 512, 512, torch.device("cpu"))
         self.context.place(self.reference).eval()
 
     def compressed(self, size: str) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import tspc
-from benchmarks.common import cifar_reference, machine, parser, table
+from benchmarks.common import calibration_images, cifar_reference, machine, parser, table
 from tspc.data import Data
 from tspc.deploy.calls import FLOAT32
 from tspc.deploy.runtimes import Answering, opened, openvino_session, run_openvino
@@ -71,7 +71,7 @@ def main() -> None:
     arguments.add_argument("--rate", type=float, default=0.2)
     options = arguments.parse_args()
     _, data, model = cifar_reference(options)
-    images = torch.cat(list(data.calibration_batches(512, 512, CPU)))
+    images = calibration_images(data, 512, 512, CPU)
     calibration = list(images[:256].split(32))
     rows = [row("dense, float32", model.eval(), data, calibration)]
     for method in options.methods.split(","):

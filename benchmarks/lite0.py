@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.common import machine, table
+from benchmarks.common import calibration_images, machine, table
 from benchmarks.no_training import lite0_network
 from tspc.calibration.samples import Calibration
 from tspc.compression.compress import compress
@@ -75,7 +75,7 @@ def cell(reference: nn.Module, data: Data, rate: float, options: argparse.Namesp
             print(f"{options.method} {rate:g} {phase}: {found[phase]}", flush=True)
             started = time.monotonic()
 
-        images = torch.cat(list(data.calibration_batches(options.calibration, 50, CPU)))
+        images = calibration_images(data, options.calibration, 50, CPU)
         calibration = Calibration(samples=options.calibration, compensate=False)
         model = compress(reference, options.method, rate, calibration=images, settings=calibration)
         place(model, CPU)

@@ -59,25 +59,25 @@ class Bench:
             order = torch.randperm(len(self.images[1]), generator=torch.Generator().manual_seed(number))
             with Samples(self.images[0][order[:CALIBRATION]], Calibration(samples=CALIBRATION)) as samples:
                 asked = PlanSettings.of(self.options.method, max_drop=1.0)
-                sketch, started = outline(self.model, asked), time.monotonic()
+                sketch, started = outline(self.model, asked), time.process_time()
                 curves = error_curves(self.model, sketch.layers, asked.method, samples, widths=asked.widths)
-                curve_seconds = time.monotonic() - started
+                curve_seconds = time.process_time() - started
                 plan_at = lambda share: planned(self.model, at_share(sketch, share), curves, None)  # noqa: E731
-                started = time.monotonic()
+                started = time.process_time()
                 tensorized(self.model, plan_at(0.1), samples)
-                phase_zero = curve_seconds + time.monotonic() - started
+                phase_zero = curve_seconds + time.process_time() - started
                 inputs, labels = self._held_out(order[CALIBRATION:], number)
-                started = time.monotonic()
+                started = time.process_time()
                 judge = HeldOut(self.model, TOP1, lambda a, b: _batches(inputs[a:b], labels[a:b]), len(inputs), CPU)
                 judge.drop(self.model, 0, min(PILOT + MOST, len(inputs)))  # the limits share the reference's scores
-                common, found = curve_seconds + (time.monotonic() - started) / 2, {}
+                common, found = curve_seconds + (time.process_time() - started) / 2, {}
                 for limit in map(float, self.options.limits.split(",")):
                     settings = PlanSettings.of(asked, max_drop=limit, confidence=self.options.confidence)
-                    started = time.monotonic()
+                    started = time.process_time()
                     make = lambda plan: tensorized(self.model, plan, samples)  # noqa: E731
                     search = Search(plan_at, make, judge, limit_of(settings, sketch), sketch.smallest_rate, print)
                     one = search.run()
-                    seconds = common + time.monotonic() - started
+                    seconds = common + time.process_time() - started
                     assert one.drop is not None
                     found[f"{limit:g}"] = {
                         "share": one.plan.network_bytes / one.plan.network_dense_bytes,

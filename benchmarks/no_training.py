@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import cifar_reference, kept, machine, table
+from benchmarks.common import calibration_images, cifar_reference, kept, machine, table
 from tspc import decompositions
 from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.apply import tensorized
@@ -45,7 +45,7 @@ def cifar(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Split]:
     """The reference network, calibration images, test images with labels."""
     _, data, model = cifar_reference(options)
     device = torch.device(options.device)
-    calibration = torch.cat(list(data.calibration_batches(512, 512, device)))
+    calibration = calibration_images(data, 512, 512, device)
     batches = list(data.test_batches(500, device))
     return model, calibration, (torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
 
