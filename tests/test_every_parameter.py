@@ -118,7 +118,7 @@ def test_tables_for_people_group_what_is_alike():
 
 def test_an_error_names_what_holds_the_rate_up():
     model = nn.Sequential(
-        nn.Embedding(1000, 32), nn.Linear(32, 64), OwnLSTM(64, 64), nn.Linear(64, 64), nn.Linear(64, 9)
+        nn.Embedding(1000, 32, max_norm=1.0), nn.Linear(32, 64), OwnLSTM(64, 64), nn.Linear(64, 64), nn.Linear(64, 9)
     )
     with pytest.raises(InfeasibleRateError) as error:
         tspc.plan(model, "svd", 0.3, rate_scope="network")

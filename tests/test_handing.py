@@ -70,7 +70,7 @@ def test_every_layer_sees_what_it_sees_in_the_whole_network(kind, memory):
     model = Encoder(3, kind == "spoils", "constant" if kind == "spoils" else kind).eval()
     x = words()
     names = [f"blocks.{i}.{layer}" for i in range(3) for layer in ("q", "k", "out")]
-    settings = Calibration(batch_size=8, patches=10**9, memory=memory)
+    settings = replace(SETTINGS, memory=memory)  # every row counts 1
     with Samples(x, settings) as samples:
         trace = samples.survey(model, names).trace
         follows = [segment.call is not None for segment in trace.segments]

@@ -44,7 +44,7 @@ def test_the_rate_that_an_error_names_can_be_met(widths, method, scope, multiple
         return  # nothing to tensorize
     with pytest.raises(InfeasibleRateError, match="smallest feasible rate") as caught:
         sketch.budget(1e-9)
-    named = float(re.findall(r"is (\S+)$", str(caught.value))[0])
+    named = float(re.findall(r"network is ([\d.]+)", str(caught.value))[0])
     assert named == caught.value.smallest
     small = allocation if max(widths) < 24 else "uniform"  # curves of large kernels take their time
     made = plan(model, method, named, allocation=small, **options)
@@ -57,6 +57,6 @@ def test_the_commands_message_names_a_rate_that_works(cli, scope):
     options = (*TINY, "phase=plan", "pretrained=random", "method=cp", f"rate_scope={scope}", "allocation=uniform")
     code, _, err = cli(*options, "rate=0.00001")
     assert code == 1
-    named = re.findall(r"the smallest feasible rate for this method and network is\s+(\S+)", err)[0]
+    named = re.findall(r"the smallest feasible rate for this method and network is\s+([\d.]+)", err)[0]
     code, _, err = cli(*options, f"rate={named}")
     assert code == 0, err

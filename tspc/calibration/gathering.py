@@ -66,14 +66,13 @@ def gather(
     """The moments of the layers' inputs in the present segment, without layers that are not called."""
     moments: dict[str, Moments] = {}
     firsts = with_the_same_rows(walker.model, walker.trace, layers)
-    same = {one: [name for name, first in firsts.items() if first == one] for one in firsts.values()}
 
     def see(name: str, batch: int, inputs: Tensor, outputs: Tensor) -> None:
         if firsts[name] == name:
             layer = cast(DenseLayer, walker.model.get_submodule(name))
             positions = positions_of(layer, name, batch, outputs.shape, samples)
             x = input_patches(layer, inputs, positions)
-            weights = samples.weights.at(same[name], batch, positions, x.shape[1])
+            weights = samples.weights.at(walker.trace.sharing(name), batch, positions, x.shape[1])
             moments.setdefault(name, Moments(x.shape[-1], None, x.device, len(x))).add(x, weights=weights)
 
     walker.calls_of(layers, see, for_the_last_time)

@@ -101,7 +101,7 @@ def moments_towards(targets: Mapping[str, Targets], small: Walker, samples: Samp
                 moments[own] = Moments(x.shape[-1], len(kernel_of(layers[own])), x.device, len(x))
                 moments.update({one: moments[own].beside(len(kernel_of(layers[one]))) for one in others})
             beside = [(moments[one], targets[one].rows[number]) for one in others]
-            weights = samples.weights.at([own, *others], batch, positions, x.shape[1])
+            weights = samples.weights.at(small.trace.sharing(own), batch, positions, x.shape[1])
             moments[own].add(x, targets[own].rows[number], beside, weights)
 
     small.inputs_of([head], see)

@@ -51,14 +51,15 @@ class RowWeights:
                 self._known[name] = [(1 - EVEN) * each / mean + EVEN for each in whole]
 
     def at(self, layers: Sequence[str], batch: int, positions: Positions, rows: int) -> Tensor | None:
-        """The weights of the rows at these positions, of layers with the same inputs: the mean of theirs.
+        """The weights of the rows at these positions, of all layers with the same inputs: the mean of theirs.
 
-        None if a layer has none, or if there are not as many `rows`.
+        None if they have none, or if there are not as many `rows`.
         """
         known = [self._known[name] for name in layers if name in self._known]
-        if len(known) < len(layers) or any(batch >= len(each) for each in known):
+        if not known or any(batch >= len(each) for each in known):
             return None
-        mean = torch.stack([each[batch] for each in known]).mean(0)
+        alike = [each[batch] for each in known if len(each[batch]) == len(known[0][batch])]
+        mean = torch.stack(alike).mean(0)
         if positions.rows is not None:
             places = positions.rows.cpu()
             found = mean[places[places < len(mean)]]

@@ -56,6 +56,10 @@ class Trace:
     batch_norms: dict[str, str]
     same_input: dict[str, str]
 
+    def sharing(self, name: str) -> list[str]:
+        """The layers that are called with the same tensor as this one, itself among them."""
+        return [other for other, first in self.same_input.items() if first == self.same_input[name]]
+
 
 class _Consumers(TorchFunctionMode):
     """Counts the operations that take one of the watched tensors and return tensors."""
