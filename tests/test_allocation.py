@@ -66,7 +66,7 @@ def test_a_large_budget_keeps_layers_dense_and_counts_them():
     made = plan(model, "tk", 0.8, curves=curves_of(model, "tk"))
     kept = [layer for layer in made.budgeted if layer.method is None]
     assert kept
-    assert all(layer.form == "dense: kept" and layer.params == layer.dense_params for layer in kept)
+    assert all(layer.form == "dense: the budget allows it" and layer.params == layer.dense_params for layer in kept)
     assert made.params <= 0.8 * made.dense_params
     assert made.dense_params == plan(model, "tk", 0.1, curves=curves_of(model, "tk")).dense_params
 

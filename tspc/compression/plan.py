@@ -113,7 +113,7 @@ class LayerPlan:
     def ranks(self) -> str:
         """Method and ranks, without the width; or why the layer stays dense."""
         if self.method is None or not self.rank:
-            return f"dense: {self.reason or 'kept'}"
+            return f"dense: {self.reason or 'the budget allows it'}"
         return f"{self.method.name} {', '.join(map(str, self.rank))}"
 
     @property
@@ -132,7 +132,7 @@ class LayerPlan:
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))
         note = "" if self.note is None else f" ({self.note})"
-        sizes = f"{self.dense_params:,} → {self.params:,}"
+        sizes = f"{self.dense_params:,} → {self.params:,} parameters"
         if self.bits < FULL:
             sizes = f"{self.dense_bytes:,} → {self.bytes:,} bytes"
         return f"{self.name} {self.kind} {shape}: {self.form}, {sizes}{note}"
@@ -261,7 +261,7 @@ class Plan:
         return error_of(self.budgeted)
 
     def __str__(self) -> str:
-        totals = [f"total: {self.dense_params:,} → {self.params:,} parameters"]
+        totals = [f"layers that share the budget: {self.dense_params:,} → {self.params:,} parameters"]
         if self.counts_bytes:
             totals.append(f"network: {self.network_dense_bytes:,} → {self.network_bytes:,} bytes")
         return "\n".join([*map(str, self.layers), *map(str, lines(self.beside)), *totals])
