@@ -178,7 +178,7 @@ def test_the_table_of_a_plan_tells_bits_and_bytes_where_entries_have_few_bits():
     first, second, total, network = str(plan).splitlines()
     assert first == "a Linear 20×16: svd 4 in 8 bits, chain, 1,360 → 194 bytes"
     assert second == "b Linear 10×20: dense in 4 bits, 800 → 120 bytes"
-    assert (total, network) == ("layers that share the budget: 340 → 164 parameters", "network: 2,500 → 654 bytes")
+    assert (total, network) == ("layers in budget: 340 → 164 parameters", "network: 2,500 → 654 bytes")
 
 
 def test_the_table_of_a_plan_of_float32_factors_counts_parameters():

@@ -261,7 +261,7 @@ class Plan:
         return error_of(self.budgeted)
 
     def __str__(self) -> str:
-        totals = [f"layers that share the budget: {self.dense_params:,} → {self.params:,} parameters"]
+        totals = [f"layers in budget: {self.dense_params:,} → {self.params:,} parameters"]
         if self.counts_bytes:
             totals.append(f"network: {self.network_dense_bytes:,} → {self.network_bytes:,} bytes")
         return "\n".join([*map(str, self.layers), *map(str, lines(self.beside)), *totals])
