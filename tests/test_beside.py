@@ -251,6 +251,7 @@ class Recurrent(nn.Module):
         return self.last(self.middle(self.first(x))[0])[:, -1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_size_between_the_smallest_and_the_whole_can_be_had():
     """Also where the numbers beside the layers are nearly all bytes."""

@@ -50,6 +50,7 @@ def test_a_whole_run_and_what_it_leaves(cli, tmp_path):
     assert before == {name: (run / f"{name}.safetensors").read_bytes() for name in files}
 
 
+@pytest.mark.slow
 def test_phases_one_after_the_other_equal_all_at_once(cli, tmp_path):
     assert cli(*TINY, "method=svd")[0] == 0
     for phase in ("pretrain", "decompose", "distill", "finetune"):
@@ -106,7 +107,7 @@ def test_a_quiet_sweep_says_nothing(cli, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "network"),
-    [("cp", "resnet18"), ("svd", "resnet18"), pytest.param("rcp", "resnet50", marks=pytest.mark.slow)],
+    [("svd", "resnet18"), pytest.param("rcp", "resnet50", marks=pytest.mark.slow)],
 )
 def test_decomposing_from_weights_alone(cli, tmp_path, method, network):
     arguments = ("phase=decompose", "model=torchvision", f"model.name={network}", "pretrained=random", "rate=0.05")

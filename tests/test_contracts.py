@@ -35,6 +35,7 @@ def result_in(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_drop_is_promised_measured_and_kept(cli, tmp_path, monkeypatch):
     code, out, err = cli(*DROP, "phase=decompose")
     assert (code, err) == (0, "")
@@ -230,6 +231,7 @@ def test_in_python_held_out_batches_judge(reference):
         tspc.plan(reference, "svd", max_drop=20)
 
 
+@pytest.mark.slow
 def test_the_frontier_is_a_table_a_file_and_a_picture(cli, tmp_path):
     code, out, err = cli(*TINY, "method=svd", "phase=plan", "report=true", "runtime=onnx", "phase.plan.speedups=[1.01]")
     assert (code, err) == (0, "")

@@ -22,6 +22,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "outputs/synthetic/resnet8/svd-0.3/seed0"
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_and_measured_after_it_was_made(cli, tmp_path):
     assert cli(*RUN, "phase=[pretrain,decompose]")[0] == 0
     run = directory(tmp_path)

@@ -51,7 +51,9 @@ def exported(small: nn.Module, once: Once) -> dict[str, Path]:
     return {format: folder / f"net.{format}" for format in FORMATS}
 
 
-@pytest.mark.parametrize("format", READERS)
+@pytest.mark.parametrize(
+    "format", [pytest.param("pt2", marks=pytest.mark.slow), *(name for name in READERS if name != "pt2")]
+)
 def test_a_file_needs_no_tspc_and_takes_any_batch_size(small, exported, tmp_path, format):
     path = exported[format]
     images = torch.cat([IMAGES, IMAGES])
@@ -219,6 +221,7 @@ def test_both_networks_are_timed_by_turns(small):
     assert found.speedup is not None
 
 
+@pytest.mark.slow
 def test_a_network_is_traced_once_for_all_batch_sizes(monkeypatch):
     real, traces = graphs.traced, []
     monkeypatch.setattr(graphs, "traced", lambda *args: traces.append(args) or real(*args))

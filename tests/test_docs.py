@@ -87,4 +87,4 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for page in ("index", "results", "reference/config", "reference/api", "decomposition", "training", "looking"):
         assert (tmp_path / f"site/{page}.html").is_file()
-    assert "tspc.compression.checkpoint.load" in (tmp_path / "site/reference/api.html").read_text()
+    assert "tspc.compression.folders.load" in (tmp_path / "site/reference/api.html").read_text()

@@ -20,7 +20,7 @@ COMMAND = (
 )
 REFERENCE = Path("outputs/synthetic/resnet8/reference")
 RUN = Path("outputs/synthetic/resnet8/tt-0.2/seed0")
-DIRECTORIES = int(os.environ.get("TSPC_TEST_KILLED", "2"))
+DIRECTORIES = int(os.environ.get("TSPC_TEST_KILLED", "1"))
 
 
 @pytest.mark.slow

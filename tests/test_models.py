@@ -89,7 +89,8 @@ def test_custom_factory(tmp_path, monkeypatch):
     sys.modules.pop("mynet")
 
 
-TORCHVISION = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "swin_v2_t", "googlenet"]
+TORCHVISION = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "googlenet"]
+TORCHVISION.append(pytest.param("swin_v2_t", marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize("name", TORCHVISION)

@@ -123,6 +123,7 @@ def test_a_folder_of_that_name_is_no_wildcard(tmp_path, monkeypatch):
     assert split_pattern("out") == (Path("out"), "")
 
 
+@pytest.mark.slow
 def test_runs_in_a_folder_with_wildcards_in_its_name(cli, tmp_path):
     odd = "a[b]#1%20 {x}"
     quick = [argument for argument in TINY if argument != "report=false"]

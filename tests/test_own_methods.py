@@ -87,6 +87,7 @@ def test_the_method_in_the_guide_is_the_truncated_svd_and_runs_as_a_chain(balanc
     assert (norms[0] == pytest.approx(norms[1])) == balanced
 
 
+@pytest.mark.slow
 def test_the_run_in_the_guide(cli, tmp_path, monkeypatch):
     (command,) = re.findall(r"^    tspc --config-dir DIR (method=.*)$", (DOCS / "methods.md").read_text(), re.MULTILINE)
     monkeypatch.setitem(METHODS._made, "mine", (GUIDE["Mine"], {"balanced": True}))

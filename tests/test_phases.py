@@ -36,7 +36,13 @@ def block_error(model, reference, images):
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_norm": "frozen"}, {"inputs": "parallel"}, {"inputs": "mixed"}, {"memory": 0}, {}]
+    "change",
+    [
+        {"batch_norm": "frozen"},
+        {"inputs": "mixed"},
+        {"memory": 0},
+        pytest.param({"inputs": "parallel"}, marks=pytest.mark.slow),
+    ],
 )
 def test_distillation_brings_the_activations_closer(context, reference, change):
     model = compress(reference, "tk", 0.3, allocation="uniform")

@@ -14,6 +14,7 @@ from tspc.phases.finetune import Finetuning, finetune
 from tspc.training import Progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 4])
 def test_distillation_goes_on_inside_a_block(context, reference, tmp_path, monkeypatch, bits):
     class Killed(Exception): ...

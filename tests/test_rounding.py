@@ -19,7 +19,7 @@ from tspc.training import Progress
 from tspc.traversal.copying import copied
 
 
-@pytest.mark.parametrize("method", ["svd", "rcp"])
+@pytest.mark.parametrize("method", ["svd", pytest.param("rcp", marks=pytest.mark.slow)])
 def test_distillation_of_factors_on_grids_ends_on_grids(context, reference, method):
     images, _ = next(context.data.test_batches(130, CPU))
     model = compress(reference, method, 0.2, allocation="uniform", bits=5)

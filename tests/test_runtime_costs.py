@@ -31,6 +31,7 @@ def test_every_runtime_has_its_costs():
         assert low < high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnx", "onnx-int8"])
 def test_layers_are_timed_in_the_runtime(runtime):
     layer, method = nn.Conv2d(32, 32, 3, padding=1), METHODS["svd"]()

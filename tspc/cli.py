@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ from yaml import YAMLError
 
 from tspc import __version__
 from tspc.compression.goal_names import KINDS
-from tspc.errors import ConfigError, DataError, Interrupted, TrainingError, TspcError
+from tspc.errors import ConfigError, DataError, Interrupted, RunError, TrainingError, TspcError
 from tspc.run.sweep import forget_empty_sweep, sweep_folder, write_record
 from tspc.system.bounds import shown
 from tspc.system.launch import count, is_first
@@ -100,6 +101,7 @@ def _job(failures: list[str]) -> Any:
 
 
 def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
+    _require_temporary_files()  # importing PyTorch may need them already
     from tspc.run.config import read_config
     from tspc.run.pipeline import run
     from tspc.system import interrupts
@@ -112,6 +114,13 @@ def _run(config: DictConfig, heading: str | None) -> dict[str, Any]:
         display.heading(heading)
     with interrupts.handled(), shown_warnings(display):
         return run(settings, display)
+
+
+def _require_temporary_files() -> None:
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise RunError("cannot write temporary files: free some space, or name another folder by TMPDIR") from error
 
 
 def _check_arguments(arguments: list[str]) -> None:
