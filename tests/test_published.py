@@ -1,0 +1,69 @@
+"""Published networks of transformers: what they say of their classes, and weights and tokenizers that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.text_tasks import write
+from tests.tiny_transformers import SMALL
+from tspc.errors import WeightsError
+from tspc.models import NetworkSpec, class_names
+
+transformers = pytest.importorskip("transformers")
+
+
+def saved(folder: Path, kind: str, **fields: object) -> str:
+    """The folder of a tiny network, without a tokenizer."""
+    config = transformers.BertConfig(**SMALL, vocab_size=260, **fields)
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    return str(folder)
+
+
+def named_classifier(folder: Path) -> str:
+    return saved(
+        folder, "BertForSequenceClassification", id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1}
+    )
+
+
+def build(folder: str, task: str, classes: int | None = None) -> object:
+    return NetworkSpec("transformers", folder, classes, task=task).build(pretrained=True)
+
+
+def test_labels_stand_for_the_answers_that_the_network_names(cli, tmp_path):
+    folder = named_classifier(tmp_path / "net")
+    assert class_names(folder, {}) == ("good", "bad")
+    assert class_names(saved(tmp_path / "plain", "BertModel"), {}) is None
+    texts = write(tmp_path / "texts", "text_classification", train=16, test=8)
+    command = ("task=text_classification", "model=transformers", f"model.name={folder}", "pretrained=default")
+    command = (*command, "dataset.tokenizer=bytes", "method=svd", "rate=0.4", "report=false", "calibration.samples=0")
+    code, _, err = cli(*command, "phase=decompose", f"data_dir={texts}")
+    assert code == 0, err
+    (record,) = tmp_path.glob("outputs/*/*/svd-0.4/seed0/run.json")
+    assert '"good"' in record.read_text().partition('"classes"')[2].partition("]")[0].split(",")[0]
+    for path in texts.iterdir():
+        path.write_text(path.read_text().replace("\tgood", "\tfine"))
+    code, _, err = cli(*command, "phase=plan", f"data_dir={texts}", "output_dir=other")
+    assert code == 1
+    assert "the label fine is none of the classes that the network answers with, which are good, bad" in err
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path, capfd):
+    encoder = saved(tmp_path / "encoder", "BertModel")
+    with pytest.raises(WeightsError, match="has no weights for classifier.bias, classifier.weight, so its answers for"):
+        build(encoder, "text_classification", 2)
+    masked = saved(tmp_path / "masked", "BertForMaskedLM")
+    build(masked, "sentence_embeddings")  # the pooler is missing, and does not count
+    build(masked, "custom")
+    classifier = named_classifier(tmp_path / "classifier")
+    with pytest.raises(WeightsError, match="gives 2 values for an input, task=regression needs 1"):
+        build(classifier, "regression")
+    with pytest.raises(WeightsError, match="gives 2 values for an input, task=text_classification needs 3"):
+        build(classifier, "text_classification", 3)
+    with pytest.raises(WeightsError, match="has no weights for cls.predictions"):
+        build(classifier, "language_modelling")
+    spec = NetworkSpec("transformers", classifier, 2, kwargs={"vocab_size": 99}, task="text_classification")
+    with pytest.raises(WeightsError, match=r"word_embeddings.weight has the shape \(260, 32\) in .* and \(99, 32\)"):
+        spec.build(pretrained=True)
+    assert "MISSING" not in capfd.readouterr().err
