@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.text_tasks import write
 from tests.tiny_transformers import SMALL
-from tspc.errors import WeightsError
+from tspc.data.tokenizers import PublishedTokenizer
+from tspc.errors import DataError, WeightsError
 from tspc.models import NetworkSpec, class_names
 
 transformers = pytest.importorskip("transformers")
@@ -41,12 +43,37 @@ def test_labels_stand_for_the_answers_that_the_network_names(cli, tmp_path):
     code, _, err = cli(*command, "phase=decompose", f"data_dir={texts}")
     assert code == 0, err
     (record,) = tmp_path.glob("outputs/*/*/svd-0.4/seed0/run.json")
-    assert '"good"' in record.read_text().partition('"classes"')[2].partition("]")[0].split(",")[0]
-    for path in texts.iterdir():
+    assert json.loads(record.read_text())["dataset"]["classes"] == ["good", "bad"]
+    other = write(tmp_path / "other", "text_classification", train=16, test=8)
+    for path in other.iterdir():
         path.write_text(path.read_text().replace("\tgood", "\tfine"))
-    code, _, err = cli(*command, "phase=plan", f"data_dir={texts}", "output_dir=other")
+    code, _, err = cli(*command, "phase=plan", f"data_dir={other}")
     assert code == 1
     assert "the label fine is none of the classes that the network answers with, which are good, bad" in err
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    bare = saved(tmp_path / "bare", "BertModel")
+    with pytest.raises(DataError, match="bare: there is no tokenizer in it"):
+        PublishedTokenizer(bare)
+    folder = Path(bare)
+    (folder / "config.json").write_text('{"model_type": "t5"}')  # its empty tokenizer has a hundred marks and a space
+    with pytest.raises(DataError, match="bare: there is no tokenizer in it"):
+        PublishedTokenizer(bare)
+    (folder / "config.json").write_text('{"model_type": "nosuch"}')
+    with pytest.raises(DataError, match="bare: there is no tokenizer in it"):
+        PublishedTokenizer(bare)
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DataError, match="knows no words"):
+        PublishedTokenizer(bare)
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nbad\n")
+    assert PublishedTokenizer(bare).encoded(["good bad"], None, 9) == {
+        "input_ids": [[2, 5, 6, 3]],
+        "token_type_ids": [[0] * 4],
+    }
+    with pytest.raises(DataError, match=r"dataset.tokenizer=./nowhere/at/all: there is no such folder"):
+        PublishedTokenizer("./nowhere/at/all")
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path, capfd):
