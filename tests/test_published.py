@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.text_tasks import write
 from tests.tiny_transformers import SMALL
+from tspc.data import TextSpec
 from tspc.data.tokenizers import PublishedTokenizer
 from tspc.errors import DataError, WeightsError
 from tspc.models import NetworkSpec, class_names
+from tspc.run.reference import network_spec
 
 transformers = pytest.importorskip("transformers")
 
@@ -74,6 +78,21 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
     }
     with pytest.raises(DataError, match=r"dataset.tokenizer=./nowhere/at/all: there is no such folder"):
         PublishedTokenizer("./nowhere/at/all")
+
+
+def test_a_new_network_has_the_tokens_of_the_tokenizer():
+    def spec(name: str, **kwargs: object) -> NetworkSpec:
+        network = NetworkSpec("transformers", name, kwargs=kwargs, task="language_modelling")
+        data = TextSpec("text", "t", "language_modelling", tokenizer="bytes")
+        config: Any = SimpleNamespace(dataset=data, network=network, pretrained=None)
+        return network_spec(config, None)
+
+    assert spec("bert").kwargs == {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    assert spec("gpt2", vocab_size=300, bos_token_id=7).kwargs["vocab_size"] == 300
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2}
+    network = spec("gpt2", **sizes).build().network.config
+    assert (network.vocab_size, network.bos_token_id, network.eos_token_id) == (260, 1, 2)
+    assert spec("vit").kwargs == {}, "a type without tokens"
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path, capfd):

@@ -18,11 +18,15 @@ Columns = dict[str, list[list[int]]]
 
 
 class Tokenizer(Protocol):
-    """`size` is the number of tokens. `padding` fills the end of a text. `mask` hides a token, if there is one."""
+    """`size` is the number of tokens. `padding` fills the end of a text. `mask` hides a token, if there is one.
+
+    `marks` has the numbers of the marks `pad`, `bos` and `eos` (padding, begin and end) that there are.
+    """
 
     size: int
     padding: int
     mask: int | None
+    marks: dict[str, int]
 
     def encoded(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int) -> Columns:
         """The texts, or pairs of texts, with the marks of their ends, cut to `length` tokens."""
@@ -39,6 +43,9 @@ class ByteTokenizer:
     size, padding = 260, 0
     mask: int | None = 3
     _begin, _end, _first = 1, 2, 4
+
+    def __init__(self) -> None:
+        self.marks = {"pad": self.padding, "bos": self._begin, "eos": self._end}
 
     def encoded(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int) -> Columns:
         rows, kinds = [], []
@@ -89,6 +96,14 @@ class PublishedTokenizer:
         self.size = len(self._tokenizer)
         known = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
         self.mask: int | None = self._tokenizer.mask_token_id
+        # Those of an encoder have other names: a text begins with [CLS] and ends with [SEP].
+        marks = {"pad": ("pad",), "bos": ("bos", "cls"), "eos": ("eos", "sep")}
+        numbers = {key: [getattr(self._tokenizer, f"{name}_token_id", None) for name in marks[key]] for key in marks}
+        self.marks = {
+            key: next(number for number in found if number is not None)
+            for key, found in numbers.items()
+            if any(number is not None for number in found)
+        }
         self.padding = next(number for number in known if number is not None)
 
     def encoded(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int) -> Columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,13 @@ def class_names(name: str, kwargs: dict[str, Any]) -> tuple[str, ...] | None:
     found = tuple(str(named[number]) for number in sorted(named))
     is_usual = all(label == f"LABEL_{number}" for number, label in enumerate(found))
     return None if is_usual or len(found) < 2 or len(set(found)) < len(found) else found
+
+
+def with_fields(name: str, kwargs: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`kwargs` with those of `more` that a type of network knows; what `kwargs` has already stays."""
+    extras.require("transformers", "model=transformers")
+    config = _configuration(name, False, {}, folders=False)
+    return {key: value for key, value in more.items() if hasattr(config, key)} | kwargs
 
 
 def _published(kind: Any, name: str, config: Any, outputs: int | None, wrapper: type[Wrapped], task: Any) -> nn.Module:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from pathlib import Path
 
-from tspc.data import Data, TextSpec
-from tspc.models import class_names
+from tspc.data import BYTES, Data, TextSpec, tokenizer_of
+from tspc.models import NetworkSpec, class_names, with_fields
 from tspc.run.config import Config
 
 
@@ -28,6 +29,25 @@ def with_own_classes(config: Config) -> Config:
 def _is_published(config: Config) -> bool:
     name = config.network.name
     return "/" in name or Path(name).is_dir()
+
+
+def with_tokens(spec: NetworkSpec, config: Config) -> NetworkSpec:
+    """A new network for texts gets the vocabulary and the marks of the tokenizer, where the user says nothing else.
+
+    A network from a folder or the hub keeps its own. Raises ConfigError or DataError if the type or the tokenizer is
+    not there.
+    """
+    data = config.dataset
+    if spec.family != "transformers" or not isinstance(data, TextSpec) or _is_published(config):
+        return spec
+    kwargs = with_fields(spec.name, spec.kwargs, _tokens(data.tokenizer or BYTES))
+    return dataclasses.replace(spec, kwargs=kwargs)
+
+
+@lru_cache(maxsize=4)
+def _tokens(name: str) -> dict[str, int]:
+    tokenizer = tokenizer_of(name)
+    return {"vocab_size": tokenizer.size} | {f"{mark}_token_id": number for mark, number in tokenizer.marks.items()}
 
 
 def guessed_order(config: Config, data: Data | None) -> str | None:
