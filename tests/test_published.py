@@ -13,7 +13,7 @@ from tests.text_tasks import write
 from tests.tiny_transformers import SMALL
 from tspc.data import TextSpec
 from tspc.data.tokenizers import PublishedTokenizer
-from tspc.errors import DataError, WeightsError
+from tspc.errors import ConfigError, DataError, WeightsError
 from tspc.models import NetworkSpec, class_names
 from tspc.run.reference import network_spec
 
@@ -93,6 +93,16 @@ def test_a_new_network_has_the_tokens_of_the_tokenizer():
     network = spec("gpt2", **sizes).build().network.config
     assert (network.vocab_size, network.bos_token_id, network.eos_token_id) == (260, 1, 2)
     assert spec("vit").kwargs == {}, "a type without tokens"
+
+
+def test_folders_that_hold_no_network(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
+    for name, told in (
+        (str(tmp_path), "its config.json cannot be used .*nosuch"),
+        ("./none", "there is no such folder"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            class_names(name, {})
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path, capfd):

@@ -161,6 +161,15 @@ def test_only_positions_with_a_target_count():
     assert torch.equal(task.stand_ins(batch) != -100, counted)
 
 
+def test_metrics_that_do_not_suit_the_answers():
+    for name, answers, metric in (("language_modelling", "tokens", "top1"), ("regression", "values", "perplexity")):
+        with pytest.raises(
+            ConfigError, match=f"metric={metric} does not suit task={name}, which answers with {answers}"
+        ):
+            Task(name, answers).judged_by(METRICS[metric])
+    assert Task("custom", "values").judged_by(METRICS["top1"]) == METRICS["top1"], "what it answers is the user's"
+
+
 def test_vectors_and_numbers():
     torch.manual_seed(0)
     wanted = torch.randn(64, 3)

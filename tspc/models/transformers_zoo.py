@@ -176,6 +176,8 @@ def _configuration(name: str, pretrained: bool, kwargs: dict[str, Any], folders:
             return AutoConfig.for_model(name, **kwargs)
         if not folders:
             raise ValueError("it is no type")
+        if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+            raise ValueError("there is no such folder")
         if "/" not in name and not Path(name).is_dir():  # before the hub is asked, which takes long where there is none
             raise ValueError("a network of the hub is named OWNER/NAME")
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)

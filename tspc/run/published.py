@@ -18,11 +18,11 @@ def with_own_classes(config: Config) -> Config:
     the network's configuration cannot be read.
     """
     data = config.dataset
-    if not isinstance(data, TextSpec) or data.task != "text_classification" or data.classes is not None:
+    if not isinstance(data, TextSpec) or config.network.family != "transformers" or not _is_published(config):
         return config
-    if config.network.family != "transformers" or config.pretrained == "random" or not _is_published(config):
+    names = class_names(config.network.name, config.network.kwargs)  # also tells what is wrong with the folder
+    if data.task != "text_classification" or data.classes is not None or config.pretrained == "random":
         return config
-    names = class_names(config.network.name, config.network.kwargs)
     return dataclasses.replace(config, dataset=dataclasses.replace(data, classes=names))
 
 
