@@ -27,7 +27,7 @@ from tspc.phases.table import DELIVERY_PHASES, FIRST, PHASES
 from tspc.run.config import Config
 from tspc.run.contract import known_drops
 from tspc.run.fitting import fitted
-from tspc.run.folders import run_folder, shared_folder
+from tspc.run.folders import elsewhere, run_folder, shared_folder
 from tspc.run.job import Job
 from tspc.run.machine import hardware, pick_device
 from tspc.run.networks import Networks
@@ -130,7 +130,8 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         return {"directory": str(shared), "reference": prepared(), "phases": {}}
     identity = _identity(config, spec, pretrained, data)
     folder, defaults = run_folder(config, spec), _identity_by_default(config)
-    directory = RunDirectory(folder, identity, config.overwrite, leaves=LEFT, defaults=defaults)
+    aside = elsewhere(config, "variant=NAME or another output_dir")
+    directory = RunDirectory(folder, identity, config.overwrite, elsewhere=aside, leaves=LEFT, defaults=defaults)
     if FIRST not in config.phases:
         processes.by_first(lambda: _require_first(directory, config))
     with directory:
