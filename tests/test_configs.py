@@ -151,7 +151,15 @@ def test_top_level_keys():
         (["task=speech"], "task=speech has no usual metric: give metric=package.module:function"),
         (["task=speech", "metric=a:b"], "dataset.factory=null: dataset=factory needs package.module:function"),
         (["task=sentence_embeddings"], "has no targets with which a reference could be trained"),
-        (["task=text_classification", "pretrained=default"], "the network brings no tokenizer; name the folder of one"),
+        (["task=text_classification", "pretrained=x.pt"], "the network brings no tokenizer; name the folder of one"),
+        (
+            ["task=text_classification", "pretrained=default", "model.name=nosuch"],
+            "model.name=nosuch: there is no such folder, from which pretrained=default could read weights",
+        ),
+        (
+            ["task=regression", "model=resnet8"],
+            "model.name=resnet8 takes images, and task=regression gives it texts: choose model=transformers",
+        ),
         (["task=text_classification", "+dataset.image_size=3"], "dataset.image_size is not a setting"),
         (["task=text_classification", "dataset.length=1"], "dataset.length=1: expected a whole number of at least 2"),
         (["task=text_classification", "+dataset.path=x"], "dataset.path=x has an effect only with dataset=datasets"),

@@ -161,6 +161,28 @@ def test_only_positions_with_a_target_count():
     assert torch.equal(task.stand_ins(batch) != -100, counted)
 
 
+def test_two_folders_of_texts_take_two_names(cli, tmp_path, module):
+    for place, name in enumerate(("one", "two")):
+        write(tmp_path / name, "text_classification", train=8 + place, test=4)
+    command = ("task=text_classification", "model=custom", f"model.factory={module}:classifier", "batch_size=4")
+    command = (*command, "dataset.pretrain.steps=1", "report=false", "phase=pretrain")
+    assert cli(*command, "data_dir=one")[0] == 0
+    code, _, err = cli(*command, "data_dir=two")
+    assert code == 1
+    assert "classifier/reference holds another run (data: " in err
+    assert "pass dataset.name=NAME if data_dir=two is other data, or another output_dir to keep both" in err
+    assert cli(*command, "data_dir=two", "dataset.name=second")[0] == 0
+
+
+def test_metrics_that_do_not_suit_the_answers():
+    for name, answers, metric in (("language_modelling", "tokens", "top1"), ("regression", "values", "perplexity")):
+        with pytest.raises(
+            ConfigError, match=f"metric={metric} does not suit task={name}, which answers with {answers}"
+        ):
+            Task(name, answers).judged_by(METRICS[metric])
+    assert Task("custom", "values").judged_by(METRICS["top1"]) == METRICS["top1"], "what it answers is the user's"
+
+
 def test_vectors_and_numbers():
     torch.manual_seed(0)
     wanted = torch.randn(64, 3)

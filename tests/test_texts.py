@@ -189,7 +189,7 @@ def test_wrong_folders_labels_and_tokenizers(tmp_path):
     with pytest.raises(DataError, match="dataset.tokenizer=nowhere: expected a folder"):
         load_data(spec(tokenizer="nowhere"), folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="there is no tokenizer that can be read"):
+    with pytest.raises(DataError, match="empty: there is no tokenizer in it"):
         load_data(spec(tokenizer=str(tmp_path / "empty")), folder)
     (tmp_path / "test.tsv").write_text("text\tlabel\na\tugly\n")
     with pytest.raises(DataError, match="test.tsv: the label ugly is in no training text"):

@@ -30,6 +30,7 @@ from tspc.data.spec import KINDS_IN_FOLDERS, LOADED_KINDS, NO_DATA, DataSpec
 from tspc.data.text_files import LABELLED
 from tspc.data.text_spec import BYTES, OWN_KIND, TEXT_KINDS, OwnSpec, TextSpec
 from tspc.data.texts import library_data, text_data
+from tspc.data.tokenizers import tokenizer_of
 from tspc.errors import ConfigError
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "kinds_of",
     "load_data",
     "masks_of",
+    "tokenizer_of",
     "unpadded",
 ]
 

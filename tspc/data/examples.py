@@ -43,15 +43,18 @@ class Examples:
         splits: Mapping[str, Split],
         fills: Mapping[str, int] | None = None,
         at_once: int = AT_ONCE,
+        classes: Sequence[str] = (),
     ) -> None:
         """`splits` are `train`, `test`, and perhaps `held_out`; `at_once` inputs are judged at once.
+
+        `classes` are the names of the classes by their numbers, where they have names.
 
         Raises DataError for a split without inputs.
         """
         empty = [split for split, examples in splits.items() if len(examples) == 0]
         if empty:
             raise DataError(f"{name}: the split {empty[0]} has no inputs")
-        self.name, self.num_classes, self.at_once = name, num_classes, at_once
+        self.name, self.num_classes, self.at_once, self.classes = name, num_classes, at_once, tuple(classes)
         self._splits, self._fills = dict(splits), dict(fills or {})
         self.train_size, self.test_size = len(splits["train"]), len(splits["test"])
         self.fresh_size = len(splits.get("held_out", ()))

@@ -74,6 +74,8 @@ def of_rows(rows: Iterable[Mapping[str, Any]], where: str, spec: TextSpec) -> Te
     for number, row in enumerate(rows, 1):
         if number == 1 and spec.text_pair is None and PAIR in row and spec.task in LABELLED:
             pairs = []
+        if labels is None and isinstance(row.get(spec.text), str) and not row[spec.text].strip():
+            continue  # as an empty line of a text file
         texts.append(_cell(row, "text", spec.text, where, number))
         if pairs is not None:
             pairs.append(_cell(row, "text_pair", spec.text_pair or PAIR, where, number))
@@ -83,14 +85,20 @@ def of_rows(rows: Iterable[Mapping[str, Any]], where: str, spec: TextSpec) -> Te
 
 
 def _cell(row: Mapping[str, Any], key: str, column: str, where: str, number: int) -> str:
-    value = row.get(column)
-    if value is None:
+    if column not in row:
         known = [name for name in row if isinstance(name, str)]
-        if column in known:
-            raise DataError(f"{where}: row {number} has no {column}")
         named = f"its columns are {some(map(shortened, known))}; name one: dataset.{key}=COLUMN"
         raise DataError(f"{where} has no column {column}; {named}")
-    return value.strip() if isinstance(value, str) else str(value)
+    value = row[column]
+    if isinstance(value, list | Mapping):
+        raise DataError(
+            f"{where}: row {number} has {type(value).__name__} as its {column}; expected a text or a number"
+        )
+    is_missing = value is None or value != value  # a table of another library marks a gap by a number that is none
+    text = "" if is_missing else str(value).strip()
+    if is_missing or not (text or key == PAIR):  # the second text of a pair may be empty
+        raise DataError(f"{where}: row {number} has no {column}; fill it in, or remove the row")
+    return text
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -140,6 +148,9 @@ def _of_folder(folder: Path, has_labels: bool) -> Texts:
         inside = "folders of classes with .txt files in them" if has_labels else ".txt files"
         raise DataError(f"{folder}: expected {inside}")
     texts = [_content(path) for path, _ in found]
+    empty = [str(path) for (path, _), text in zip(found, texts, strict=True) if not text.strip()]
+    if empty:
+        raise DataError(f"{some(empty)}: there is no text in it; remove the file")
     return Texts(str(folder), texts, labels=[label for _, label in found] if has_labels else None)
 
 

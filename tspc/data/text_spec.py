@@ -23,7 +23,9 @@ class TextSpec:
     language modelling this is the length of the blocks. There the network predicts the next token or, with `masked`
     above 0, this share of the tokens, which are hidden from it (Devlin et al., BERT, arXiv:1810.04805). `tokenizer` is
     a folder, a name on the hub, or `bytes`.
-    `num_classes` may be None if the labels in the files give it. `task` says what the files hold.
+    `num_classes` may be None if the labels in the files give it. `classes` are the labels in the order of the network's
+    answers; None stands for the names that a published network gives its classes, or else the order of their names.
+    `task` says what the files hold.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class TextSpec:
     subset: str | None = None
     train_split: str = "train"
     test_split: str = "test"
+    classes: tuple[str, ...] | None = None
 
     def problems(self, where: str) -> list[str]:
         """One line for each value out of range."""
@@ -47,6 +50,10 @@ class TextSpec:
         found = out_of_range(self, where, allowed)
         if self.masked and self.task != "language_modelling":
             found.append(f"{where}.masked={shown(self.masked)} has an effect only with task=language_modelling")
+        if self.classes is not None and self.task != "text_classification":
+            found.append(f"{where}.classes={shown(self.classes)} has an effect only with task=text_classification")
+        elif self.classes is not None and not 1 < len(self.classes) == len(set(self.classes)):
+            found.append(f"{where}.classes={shown(self.classes)}: expected two different names at least, or null")
         if self.kind == "text":
             given = [
                 f"{key}={shown(getattr(self, key))}" for key in ("path", "subset") if getattr(self, key) is not None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tspc.data.base import existing
+from tspc.data.classes import classes_of, numbered
 from tspc.data.collating import IGNORED, Example
 from tspc.data.examples import Examples, Split, add_to
 from tspc.data.text_files import Texts, of_rows, read_split
@@ -129,12 +130,12 @@ def encoded(spec: TextSpec, splits: dict[str, Texts]) -> Examples:
     if spec.task == "language_modelling":
         blocks: dict[str, Split] = {split: _blocks(texts, tokenizer, spec) for split, texts in splits.items()}
         return Examples(spec.name, tokenizer.size, blocks, fills, max(1, TOKENS // spec.length))
-    classes = _classes(spec, splits) if spec.task == "text_classification" else []
+    classes = classes_of(spec, splits) if spec.task == "text_classification" else []
     rows = {}
     for split, texts in splits.items():
         columns = tokenizer.encoded(texts.texts, texts.pairs, spec.length)
         rows[split] = _rows(columns, _targets(texts, classes, spec))
-    return Examples(spec.name, max(1, len(classes)), rows, fills)
+    return Examples(spec.name, max(1, len(classes)), rows, fills, classes=classes)
 
 
 def _rows(columns: Columns, targets: Tensor) -> Rows:
@@ -173,11 +174,7 @@ def _targets(texts: Texts, classes: list[str], spec: TextSpec) -> Tensor:
         return torch.zeros(len(texts.texts), dtype=torch.long)
     if spec.task == "regression":
         return torch.tensor([_number(label, texts.where, row) for row, label in enumerate(texts.labels, 1)])
-    numbers = {name: number for number, name in enumerate(classes)}
-    strange = sorted(set(texts.labels) - set(classes))
-    if strange:
-        raise DataError(f"{texts.where}: the label {some(map(shortened, strange))} is in no training text")
-    return torch.tensor([numbers[label] for label in texts.labels])
+    return torch.tensor(numbered(texts.labels, classes, texts.where, spec.classes is not None))
 
 
 def _number(label: str, where: str, row: int) -> float:
@@ -190,18 +187,3 @@ def _number(label: str, where: str, row: int) -> float:
             f"{where}: the label {shortened(label)!r} in row {row} is no number; task=regression needs numbers"
         )
     return value
-
-
-def _classes(spec: TextSpec, splits: dict[str, Texts]) -> list[str]:
-    """The names of the classes in the order of their numbers; labels that are whole numbers from 0 keep theirs."""
-    found = set(splits["train"].labels or [])
-    if all(label.isdecimal() for label in found):
-        largest = max(map(int, found))
-        count = spec.num_classes or largest + 1
-        if largest < count <= max(1000, 10 * len(found)):
-            return [str(number) for number in range(count)]
-    classes = sorted(found)
-    if spec.num_classes not in (None, len(classes)):
-        where = splits["train"].where
-        raise DataError(f"dataset.num_classes={spec.num_classes}, but {where} has {len(classes)} labels")
-    return classes

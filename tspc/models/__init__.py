@@ -15,8 +15,10 @@ from tspc.models.lazy import give_sizes_
 from tspc.models.lenet import LeNet5
 from tspc.models.timm_zoo import timm_network
 from tspc.models.torchvision_zoo import torchvision_network
-from tspc.models.transformers_zoo import OF_CLASSES, transformers_network
+from tspc.models.transformers_zoo import OF_CLASSES, class_names, transformers_network, with_fields
 from tspc.system.imports import named
+
+__all__ = ["BUILTIN", "FAMILIES", "NetworkSpec", "class_names", "with_fields"]
 
 FAMILIES = ("builtin", "torchvision", "timm", "transformers", "custom")
 BUILTIN = (*CIFAR_RESNETS, "lenet5")

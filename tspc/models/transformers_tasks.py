@@ -21,7 +21,10 @@ class Wrapped(nn.Module):
     """A network of transformers in `network`, which is called with the same arguments, by position or by name.
 
     A subclass says which tensor of the answer it returns. `describe` gives what builds it again around a network.
+    `may_lack` has parts of the names of weights on which the answer does not depend.
     """
+
+    may_lack: tuple[str, ...] = ("masked_spec_embed",)  # it hides parts of a sound in training alone
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -76,6 +79,8 @@ class Speech(Wrapped):
 class Features(Wrapped):
     """Returns the last hidden state (N × L × width, or as the network has it) of a network without a head."""
 
+    may_lack = (*Wrapped.may_lack, "pooler.")
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         found = self.answer(*args, **kwargs)
         return found.last_hidden_state if hasattr(found, "last_hidden_state") else found[0]
@@ -88,6 +93,8 @@ class SentenceEmbeddings(Wrapped):
     in sentence-transformers. Positions that `attention_mask` (N, L) leaves out do not count. With `normalise` vectors
     have length 1.
     """
+
+    may_lack = (*Wrapped.may_lack, "pooler.")
 
     def __init__(self, network: nn.Module, pooling: str = "mean", normalise: bool = True) -> None:
         super().__init__(network)

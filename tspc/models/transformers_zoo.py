@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tspc.errors import ConfigError, WeightsError
+from tspc.errors import ConfigError, TspcError, WeightsError, shortened, some
 from tspc.models.transformers_tasks import (
     Classifier,
     Features,
@@ -50,13 +51,14 @@ def transformers_network(
 
     Without `folders` only model types are accepted. `kwargs` are fields of the configuration. `pretrained` reads the
     weights from the folder or the hub; nothing there is executed. Raises ConfigError, also if transformers is missing,
-    or WeightsError.
+    or WeightsError, also if weights are missing there that the answer needs.
     """
     extras.require("transformers", "model=transformers")
     if task not in (None, *TASKS):
         raise ConfigError([f"task={task!r}: choose one of {', '.join(TASKS)}"])
     config = _configuration(name, pretrained, kwargs, folders)
     settings = pooling_of(name) if task == "sentence_embeddings" and folders else {}
+    outputs = getattr(config, "num_labels", None)
     try:
         kind, wrapper = _classes(config, task)
         if task in OF_CLASSES:
@@ -68,9 +70,11 @@ def transformers_network(
             if hasattr(config, field) and field not in kwargs and value is not None:
                 _set_size(config, field, value)
         if pretrained:
-            network = kind.from_pretrained(name, config=config, trust_remote_code=False)
+            network = _published(kind, name, config, outputs, wrapper, task)
         else:
             network = kind.from_config(config, trust_remote_code=False)
+    except TspcError:
+        raise
     except OSError as error:
         raise WeightsError(f"pretrained=default: {_first_line(error)}; pass pretrained=FILE or random") from error
     except Exception as error:  # each network has its own checks, and some need other packages
@@ -103,6 +107,57 @@ def _classes(config: Any, task: str | None) -> tuple[Any, type[Wrapped]]:
     return kinds.get(task, (hf.AutoModelForImageClassification, Classifier))
 
 
+def class_names(name: str, kwargs: dict[str, Any]) -> tuple[str, ...] | None:
+    """The names that a network in a folder, or on the hub, gives its classes, by their numbers; None if it gives none.
+
+    Raises ConfigError if the configuration cannot be read.
+    """
+    extras.require("transformers", "model=transformers")
+    named = getattr(_configuration(name, False, kwargs, folders=True), "id2label", None) or {}
+    found = tuple(str(named[number]) for number in sorted(named))
+    is_usual = all(label == f"LABEL_{number}" for number, label in enumerate(found))
+    return None if is_usual or len(found) < 2 or len(set(found)) < len(found) else found
+
+
+def with_fields(name: str, kwargs: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`kwargs` with those of `more` that a type of network knows; what `kwargs` has already stays."""
+    extras.require("transformers", "model=transformers")
+    config = _configuration(name, False, {}, folders=False)
+    return {key: value for key, value in more.items() if hasattr(config, key)} | kwargs
+
+
+def _published(kind: Any, name: str, config: Any, outputs: int | None, wrapper: type[Wrapped], task: Any) -> nn.Module:
+    """The network with its published weights, `outputs` in the last layer.
+
+    Raises WeightsError for weights that are missing, which transformers would draw at random, or of other shapes.
+    """
+    import transformers as hf
+
+    verbosity = hf.logging.get_verbosity()
+    hf.logging.set_verbosity_error()  # what it reports is told below
+    try:
+        network, told = kind.from_pretrained(
+            name, config=config, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        hf.logging.set_verbosity(verbosity)
+    wanted = f"task={task}" if task else "this data set"
+    if told["mismatched_keys"]:
+        key, there, here = min(told["mismatched_keys"], key=str)
+        if outputs is not None and outputs != config.num_labels:
+            apart = f"{name} gives {outputs} values for an input, {wanted} needs {config.num_labels}"
+            raise WeightsError(f"pretrained=default: {apart}; name a network with as many")
+        shapes = f"{tuple(there)} in {name}, and {tuple(here)} in the network of these settings"
+        raise WeightsError(f"pretrained=default: {key} has the shape {shapes}; leave out model.kwargs that change it")
+    missing = sorted(key for key in told["missing_keys"] if not any(part in key for part in wrapper.may_lack))
+    if missing:
+        raise WeightsError(
+            f"pretrained=default: {name} has no weights for {some(missing, 4)}, so its answers for {wanted} would be "
+            "random; name a network that was trained for this"
+        )
+    return network
+
+
 def _set_size(config: Any, field: str, value: int) -> None:
     """One number, or one for each side where the configuration has a list of them."""
     usual = getattr(config, field)
@@ -121,10 +176,16 @@ def _configuration(name: str, pretrained: bool, kwargs: dict[str, Any], folders:
             return AutoConfig.for_model(name, **kwargs)
         if not folders:
             raise ValueError("it is no type")
+        if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+            raise ValueError("there is no such folder")
         if "/" not in name and not Path(name).is_dir():  # before the hub is asked, which takes long where there is none
             raise ValueError("a network of the hub is named OWNER/NAME")
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, TypeError, KeyError) as error:
+        if folders and Path(name).is_dir():
+            raise ConfigError(
+                [f"model.name={name}: its config.json cannot be used ({shortened(str(error), 200)})"]
+            ) from error
         near = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else _first_line(error)
         raise ConfigError(

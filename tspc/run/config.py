@@ -17,7 +17,7 @@ from tspc.errors import ConfigError
 from tspc.models import NetworkSpec
 from tspc.phases.table import FIRST, PHASES
 from tspc.run.effects import without_effect
-from tspc.run.reader import Reader, tokenizer_for
+from tspc.run.reader import Reader, tokenizer_for, without_tokenizer
 from tspc.run.settings import RunSettings
 from tspc.store.scores import scale_of
 from tspc.system.bounds import COUNT, shown
@@ -105,7 +105,7 @@ def _values(reader: Reader, raw: dict[str, Any]) -> dict[str, Any]:
     phases = reader.phases(reader.mapping(raw, "phase"))
     group = reader.mapping(raw, "dataset")
     task = reader.task(reader.mapping(raw, "task"), raw["metric"], has_data=group.get("kind") != NO_DATA)
-    dataset = reader.dataset(group, task, tokenizer_for(raw))
+    dataset = reader.dataset(group, task, tokenizer_for(raw), without_tokenizer(raw))
     recipe = group.get("pretrain")
     # Distillation and finetuning check their own values. These are checked because a phase may not use them.
     reader.number(raw, "batch_size", int, COUNT)

@@ -25,6 +25,18 @@ def _name_of(spec: NetworkSpec) -> str:
     return path.resolve().name if path.is_absolute() or ".." in path.parts else spec.name
 
 
+def elsewhere(config: Config, usual: str) -> str:
+    """How to keep both of two runs that want one folder; `usual` is how, if both have the same data.
+
+    Two folders of data have one name if they are of one kind, such as texts for a task: the user gives another one.
+    """
+    return (
+        usual
+        if config.data_dir is None
+        else f"dataset.name=NAME if data_dir={config.data_dir} is other data, or {usual}"
+    )
+
+
 LABELS = {
     "allocation": "{}",
     "rank_multiple": "multiple{}",

@@ -27,10 +27,11 @@ from tspc.phases.table import DELIVERY_PHASES, FIRST, PHASES
 from tspc.run.config import Config
 from tspc.run.contract import known_drops
 from tspc.run.fitting import fitted
-from tspc.run.folders import run_folder, shared_folder
+from tspc.run.folders import elsewhere, run_folder, shared_folder
 from tspc.run.job import Job
 from tspc.run.machine import hardware, pick_device
 from tspc.run.networks import Networks
+from tspc.run.published import guessed_order, with_own_classes
 from tspc.run.reference import (
     DATA_BY_DEFAULT,
     TRAINED_BY_DEFAULT,
@@ -85,12 +86,15 @@ def _done(config: Config, display: Display) -> dict[str, Any]:
 
 def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     _check_batches(config)
+    config = with_own_classes(config)
     phases = [PHASES[name] for name in config.phases]
     for phase in phases:
         phase.check(config.phases[phase.name])
     metric, data = config.judge(), _data(config, display)
     spec = network_spec(config, data)
     pretrained = untrained_reference(config, spec, data)
+    if (warning := guessed_order(config, data)) is not None:
+        display.warn(warning)
     trial = fitted(pretrained.model, data, spec, config, metric, display)
     if trial is not None:
         machine = dataclasses.replace(machine, layout=trial.layout)
@@ -126,7 +130,8 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
         return {"directory": str(shared), "reference": prepared(), "phases": {}}
     identity = _identity(config, spec, pretrained, data)
     folder, defaults = run_folder(config, spec), _identity_by_default(config)
-    directory = RunDirectory(folder, identity, config.overwrite, leaves=LEFT, defaults=defaults)
+    aside = elsewhere(config, "variant=NAME or another output_dir")
+    directory = RunDirectory(folder, identity, config.overwrite, elsewhere=aside, leaves=LEFT, defaults=defaults)
     if FIRST not in config.phases:
         processes.by_first(lambda: _require_first(directory, config))
     with directory:

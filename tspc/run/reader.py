@@ -21,6 +21,8 @@ from tspc.run.settings import LONGEST_NAME
 from tspc.system.bounds import Bounds, shown, unknown
 from tspc.training.tasks import KINDS, Task
 
+OF_IMAGES = ("builtin", "torchvision", "timm")
+"""The families whose networks take images alone."""
 DATASET_EXTRAS = ("pretrained", "model", "batch_size", "epochs", "learning_rate", "pretrain")
 
 
@@ -31,6 +33,17 @@ def tokenizer_for(raw: dict[str, Any]) -> str | None:
     if isinstance(model, dict) and model.get("family") == "transformers" and ("/" in name or Path(name).is_dir()):
         return name
     return BYTES if pretrained in (None, "random") else None
+
+
+def without_tokenizer(raw: dict[str, Any]) -> str:
+    """What to tell where no tokenizer is known: there is none, or no folder from which it could come."""
+    model = raw["model"] if isinstance(raw["model"], dict) else {}
+    if model.get("family") == "transformers" and raw["pretrained"] == "default":
+        return (
+            f"model.name={shown(model.get('name'))}: there is no such folder, from which pretrained=default could read "
+            "weights and a tokenizer; name a folder, or a network of the hub (OWNER/NAME)"
+        )
+    return "dataset.tokenizer=null: the network brings no tokenizer; name the folder of one, or bytes"
 
 
 class Section(Protocol):
@@ -147,8 +160,11 @@ class Reader:
             self.problems.append(f"{name} has no usual metric: give metric=package.module:function, or the name of one")
         return task
 
-    def dataset(self, data: dict[str, Any], task: Task | None, tokenizer: str | None) -> AnySpec | None:
-        """The data set; texts without a tokenizer of their own get the `tokenizer` of the network."""
+    def dataset(self, data: dict[str, Any], task: Task | None, tokenizer: str | None, lack: str) -> AnySpec | None:
+        """The data set; texts without a tokenizer of their own get the `tokenizer` of the network.
+
+        If it has none either, the `lack` is a problem.
+        """
         self.mapping(data, "model", "dataset.")  # the network where model=default
         own = {key: value for key, value in data.items() if key not in DATASET_EXTRAS}
         kind, name = own.get("kind"), Task().name if task is None else task.name
@@ -158,9 +174,7 @@ class Reader:
             if own.get("tokenizer") is None:
                 made |= {"tokenizer": tokenizer}
                 if tokenizer is None:
-                    self.problems.append(
-                        "dataset.tokenizer=null: the network brings no tokenizer; name the folder of one, or bytes"
-                    )
+                    self.problems.append(lack)
             spec = self.section(
                 TextSpec, {key: value for key, value in own.items() if key not in made}, "dataset", **made
             )
@@ -195,6 +209,11 @@ class Reader:
         name = name or str(factory).rpartition(":")[2]
         if family != "transformers":  # its networks may be folders
             self.folder_name(name, "model.name")
+        if isinstance(dataset, TextSpec) and family in OF_IMAGES:
+            self.problems.append(
+                f"model.name={shown(name)} takes images, and task={dataset.task} gives it texts: "
+                "choose model=transformers, or model=custom"
+            )
         if dataset is None:
             return None
         sizes = dataset.num_classes, getattr(dataset, "channels", 3), getattr(dataset, "image_size", None)

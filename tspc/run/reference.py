@@ -26,6 +26,8 @@ from tspc.phases.context import Context
 from tspc.phases.finetune import train_classifier
 from tspc.phases.planning import measure_curves
 from tspc.run.config import Config
+from tspc.run.folders import elsewhere
+from tspc.run.published import with_tokens
 from tspc.store.directory import RunDirectory
 from tspc.store.files import intact, make_folder, remove, remove_left_over, write_json
 from tspc.store.records import file_digest, fingerprint, plain, usual
@@ -50,10 +52,11 @@ class Pretrained:
 
 
 def network_spec(config: Config, data: Data | None) -> NetworkSpec:
-    """The network to build. If the configuration gives no number of classes, it comes from the data."""
-    if config.network.num_classes is None and data is not None:
-        return dataclasses.replace(config.network, num_classes=data.num_classes)
-    return config.network
+    """The network to build. If the configuration gives no number of classes or of tokens, it comes from the data."""
+    spec = with_tokens(config.network, config)
+    if spec.num_classes is None and data is not None:
+        return dataclasses.replace(spec, num_classes=data.num_classes)
+    return spec
 
 
 def _digest(model: nn.Module) -> str:
@@ -116,8 +119,8 @@ def train_reference(reference: Pretrained, config: Config, spec: NetworkSpec, co
     identity = reference.identity["trained"]
     display = context.display
     waiting = lambda: display.line(f"waiting for another run to finish the reference network in {folder}")  # noqa: E731
-    elsewhere, defaults = "another output_dir", TRAINED_BY_DEFAULT
-    directory = RunDirectory(folder, identity, config.overwrite, waiting, elsewhere, defaults=defaults)
+    aside, defaults = elsewhere(config, "another output_dir"), TRAINED_BY_DEFAULT
+    directory = RunDirectory(folder, identity, config.overwrite, waiting, aside, defaults=defaults)
     if config.overwrite and directory.held_by_another():
         display.line(f"reference  trained anew in {folder}; runs that used the old one can no longer go on")
     with directory as run:

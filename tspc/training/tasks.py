@@ -32,6 +32,12 @@ KINDS = {
 }
 """For each task the kinds of data that it takes."""
 ANSWERS = ("classes", "tokens", "embeddings", "values")
+UNSUITED = {
+    "tokens": ("top1", "top5"),
+    "embeddings": ("top1", "top5", "perplexity"),
+    "values": ("top1", "top5", "perplexity"),
+}
+"""For each kind of answer the metrics that need another one."""
 REMEDY = "name another kind of answer: task.answers=classes, tokens, embeddings or values"
 
 
@@ -96,7 +102,19 @@ class Task:
         return torch.where(masks[-1], 0, IGNORED)
 
     def judged_by(self, metric: Metric) -> Metric:
-        """The metric for the answers of this task: of tokens, only the positions count that have a target."""
+        """The metric for the answers of this task: of tokens, only the positions count that have a target.
+
+        Raises ConfigError for a metric that says nothing of such answers.
+        """
+        unsuited = () if self.name == "custom" else UNSUITED.get(self.answers, ())
+        if metric.name in unsuited:
+            known = ", ".join(name for name in METRICS if name not in unsuited)
+            raise ConfigError(
+                [
+                    f"metric={metric.name} does not suit task={self.name}, which answers with {self.answers}: "
+                    f"choose one of {known}, or name package.module:function"
+                ]
+            )
         if self.answers != "tokens" or metric.each is None:
             return metric
         return replace(metric, each=_of_tokens(metric.name, metric.each), needs_labels=True)
