@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from tspc.data.model_inputs import MASKS, ModelInputs
+from tspc.data.model_inputs import ModelInputs
+from tspc.data.padding import is_mask
 from tspc.errors import ExportError
 from tspc.models.transformers_folders import is_of_transformers
 
@@ -90,7 +91,7 @@ class Signature:
         names: dict[tuple[bool, int], str] = {}
         for place, (name, x) in enumerate(zip(self.input_names, inputs, strict=True)):
             whole = not x.is_floating_point() and not x.is_complex()
-            is_of_tokens = x.ndim == 2 and (whole or name.removeprefix("decoder_") in MASKS)
+            is_of_tokens = x.ndim == 2 and (whole or is_mask(name))
             if x.ndim < 2 or not (is_of_tokens or name in EMBEDDED):
                 continue
             key = name.startswith("decoder_"), x.shape[1]
