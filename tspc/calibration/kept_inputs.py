@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tspc.calibration.batches import Batches
 from tspc.data.arranging import ITEMS, arranged, labels_of, with_labels
-from tspc.data.model_inputs import KINDS, Given, called, few_of, first_of, masks_of
+from tspc.data.model_inputs import KINDS, Given, called, few_of, first_of, kind_of, masks_of, shapes_of
 from tspc.errors import DataError
 from tspc.system.tally import Tally
 from tspc.traversal.hooks import evaluating
@@ -30,13 +30,13 @@ class KeptInputs:
         self.count = 0
         """The number of inputs."""
         self._raw = Stash(room)
-        self._sizes: list[torch.Size] = []
+        self._shapes: list[tuple[torch.Size, ...]] = []
         self._masks: list[list[Tensor]] = []
         batches = Batches(inputs, samples, batch_size)
         with tally.expecting(-(-samples // batch_size)):
             for batch in batches:
                 self._raw.append(batch)
-                self._sizes.append(first_of(batch).shape)
+                self._shapes.append(shapes_of(first_of(batch)))
                 self.count += len(batch)
                 tally.add(f"{self.count} inputs read")
         if self.count == 0:
@@ -56,9 +56,9 @@ class KeptInputs:
         own = batch if self.device is None else batch.to(self.device)
         return own if self.layout is None else own.contiguous(memory_format=self.layout)
 
-    def size(self, number: int) -> torch.Size:
-        """The shape of the first tensor of a batch."""
-        return self._sizes[number]
+    def shapes(self, number: int) -> tuple[torch.Size, ...]:
+        """The shapes of all tensors of a batch, as the network takes it; before `suit` that of the first one."""
+        return self._shapes[number]
 
     def masks(self, number: int) -> list[Tensor]:
         """Which positions of a batch hold something; see `tspc.data.masks_of`."""
@@ -74,7 +74,10 @@ class KeptInputs:
             self._arrange = lambda batch: with_labels(model, batch, self._form)
             if not self._works(model):
                 self._arrange = lambda batch: arranged(model, batch, self._form)
-        self._masks = [] if isinstance(self._arrange(raw), Tensor) else [masks_of(batch) for batch in self]
+        self._masks = []
+        if not isinstance(self._arrange(raw), Tensor):
+            found = [(shapes_of(batch), masks_of(batch)) for batch in self]
+            self._shapes, self._masks = [shapes for shapes, _ in found], [masks for _, masks in found]
         self._model = model
 
     @torch.no_grad()
@@ -89,7 +92,7 @@ class KeptInputs:
     def kinds(self) -> list[Given]:
         """As `tspc.data.kinds_of`, without reading all batches."""
         wanted: dict[Any, int] = {}
-        for number, size in enumerate(self._sizes):
-            wanted.setdefault((size[1:], bool(self.masks(number))), number)
+        for number, shapes in enumerate(self._shapes):
+            wanted.setdefault(kind_of(shapes, self.masks(number)), number)
         chosen = list(wanted.values())[:KINDS]
         return [few_of(self._placed(self._arrange(self._raw[number])), self.masks(number)) for number in chosen]

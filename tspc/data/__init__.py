@@ -23,6 +23,7 @@ from tspc.data.model_inputs import (
     first_of,
     kinds_of,
     masks_of,
+    shapes_of,
     unpadded,
 )
 from tspc.data.own import own_data
@@ -63,6 +64,7 @@ __all__ = [
     "kinds_of",
     "load_data",
     "masks_of",
+    "shapes_of",
     "unpadded",
 ]
 

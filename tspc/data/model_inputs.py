@@ -146,6 +146,12 @@ def masks_of(batch: Given) -> list[Tensor]:
     return [mask for mask in found.values() if not bool(mask.all())]
 
 
+def shapes_of(batch: Given) -> tuple[torch.Size, ...]:
+    """The shapes of all tensors with axes of a batch: those of a decoder differ where an encoder's are alike."""
+    positional, named = arguments_of(batch)
+    return tuple(value.shape for value in (*positional, *named.values()) if isinstance(value, Tensor) and value.ndim)
+
+
 def sizes_of(batch: Given) -> tuple[Any, ...]:
     """The sizes of a batch's inputs, without their number: those of batches that may be joined are equal."""
     positional, named = arguments_of(batch)
@@ -198,12 +204,17 @@ def few_of(batch: Given, masks: Sequence[Tensor]) -> Given:
     return batch[torch.tensor([int(masks[0].sum(1).argmin()), 0])]
 
 
+def kind_of(shapes: Sequence[torch.Size], masks: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What batches of one kind have in common: the `shapes` of their tensors without the first axis, and padding."""
+    return tuple(shape[1:] for shape in shapes), bool(masks)
+
+
 def kinds_of(batches: Iterable[Given]) -> list[Given]:
     """Two inputs of the first batch, and of the first batches of other sizes, with and without padding."""
     found: dict[Any, Given] = {}
     for batch in batches:
         masks = masks_of(batch)
-        kind = first_of(batch).shape[1:], bool(masks)
+        kind = kind_of(shapes_of(batch), masks)
         if len(found) < KINDS and kind not in found:
             found[kind] = few_of(batch, masks)
     return list(found.values())
