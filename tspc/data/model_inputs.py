@@ -152,6 +152,16 @@ def shapes_of(batch: Given) -> tuple[torch.Size, ...]:
     return tuple(value.shape for value in (*positional, *named.values()) if isinstance(value, Tensor) and value.ndim)
 
 
+def has_lengths(batch: Given) -> bool:
+    """Whether another batch may have inputs of other sizes: texts, sequences of vectors, inputs with masks.
+
+    Images and rows of numbers alone must have one size.
+    """
+    first = first_of(batch)
+    is_named = isinstance(batch, ModelInputs) and (first.ndim == 2 or any("mask" in name for name in batch.named))
+    return not first.is_floating_point() or first.ndim == 3 or is_named
+
+
 def sizes_of(batch: Given) -> tuple[Any, ...]:
     """The sizes of a batch's inputs, without their number: those of batches that may be joined are equal."""
     positional, named = arguments_of(batch)
