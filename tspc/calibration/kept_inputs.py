@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.batches import Batches
+from tspc.calibration.row_order import BY_INPUT, arranged_masks, row_orders
 from tspc.data.arranging import ITEMS, arranged, labels_of, with_labels
-from tspc.data.model_inputs import KINDS, Given, called, few_of, first_of, kind_of, masks_of, shapes_of
+from tspc.data.model_inputs import KINDS, Given, ModelInputs, called, few_of, first_of, kind_of, masks_of, shapes_of
 from tspc.errors import DataError
+from tspc.layers.dense import kind_of as kind_of_layer
 from tspc.system.tally import Tally
 from tspc.traversal.hooks import evaluating
 from tspc.traversal.stash import Room, Stash
@@ -32,6 +34,7 @@ class KeptInputs:
         self._raw = Stash(room)
         self._shapes: list[tuple[torch.Size, ...]] = []
         self._masks: list[list[Tensor]] = []
+        self._orders: dict[str, str] = {}
         batches = Batches(inputs, samples, batch_size)
         with tally.expecting(-(-samples // batch_size)):
             for batch in batches:
@@ -60,9 +63,19 @@ class KeptInputs:
         """The shapes of all tensors of a batch, as the network takes it; before `suit` that of the first one."""
         return self._shapes[number]
 
-    def masks(self, number: int) -> list[Tensor]:
-        """Which positions of a batch hold something; see `tspc.data.masks_of`."""
-        return self._masks[number] if self._masks else []
+    def masks(self, number: int, layer: str = "") -> list[Tensor]:
+        """Which positions of a batch hold something; see `tspc.data.masks_of`. For a layer they have its order."""
+        found = self._masks[number] if self._masks else []
+        return arranged_masks(found, self._orders.get(layer, BY_INPUT))
+
+    def see_orders(self, model: nn.Module) -> None:
+        """Looks in which order the layers of a network have their rows, if it matters: some inputs are padded."""
+        padded = any(self._masks)
+        batch = next((batch for batch in self if len(batch) > 1), None) if padded else None
+        self._orders = {}
+        if isinstance(batch, ModelInputs):
+            names = [name for name, module in model.named_modules() if kind_of_layer(module) is not None]
+            self._orders = row_orders(model, names, batch)
 
     def suit(self, model: nn.Module) -> None:
         """From now on the inputs are the arguments that `model` takes. Raises DataError if it takes nothing of them."""
