@@ -80,6 +80,33 @@ def test_a_length_that_steers_the_network_is_fixed_and_told(tmp_path):
     assert answers(tmp_path / "small.pt2", batch_of("bert", 4, 7))[0].shape == (4, 3)
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_few_tokens_in_the_example_leave_their_number_free(tmp_path, length):
+    small, path = pooled(), tmp_path / "small.pt2"
+    tspc.export(small, path, {name: x[:, :length] for name, x in batch_of("bert", 3, 8).items()})
+    batch = batch_of("bert", 5, 13)
+    with torch.no_grad():
+        torch.testing.assert_close(answers(path, batch)[0], small(**batch), rtol=1e-4, atol=1e-5)
+
+
+class Short(Pooled):
+    """Has places for two tokens."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return super().forward((input_ids + torch.arange(2)) % 50, attention_mask, scale)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_file_that_takes_one_length_refuses_others_in_words(tmp_path, ending):
+    path, batch = tmp_path / f"short.{ending}", batch_of("bert", 3, 8)
+    few = {name: x[:, :2] for name, x in batch.items()}
+    tspc.export(Short().eval(), path, few)
+    answer = opened(path, ending)
+    assert answer(tuple(few.values()))[0].shape == (3, 3)
+    with pytest.raises(ExportError, match=r"the file does not take inputs of shape \(3, 8\) int64, \(3, 8\) int64: "):
+        answer(tuple(batch.values()))
+
+
 @pytest.mark.slow
 def test_inputs_by_position_keep_their_names_and_images_their_axes(tmp_path):
     ids = batch_of("bert", 3, 8)["input_ids"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tspc
+from tspc.calibration.batches import Batches
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Calibration, Samples
 from tspc.calibration.sensitivity import output_sensitivity
@@ -17,6 +18,8 @@ from tspc.calibration.sketches import sketches_of
 from tspc.calibration.tables import tables_of
 from tspc.calibration.targets import moments_in_turn
 from tspc.data import ModelInputs, masks_of
+from tspc.errors import DataError
+from tspc.training.held_out import reader_of
 from tspc.traversal.copying import copied
 
 WIDTH, WORDS = 8, 20
@@ -264,3 +267,33 @@ def test_pytorchs_own_encoder_shows_its_layers():
         found = dict(moments_of(model, names, samples, trace))
     assert [segment.follows for segment in trace.segments] == [False, True, True]
     assert {name: moments.count for name, moments in found.items()} == dict.fromkeys(names, sum(LENGTHS))
+
+
+class Vectors(Encoder):
+    """Takes vectors instead of the numbers of tokens."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        for block in self.blocks:
+            x = block(x, None if mask is None else mask[:, None].bool())
+        return self.head(x)
+
+
+def vectors(length: int, count: int = 4) -> dict[str, Tensor]:
+    mask = (torch.arange(length) < torch.tensor([[length], [2], [length], [1]])[:count]).long()
+    return {"x": torch.randn(count, length, WIDTH, generator=torch.Generator().manual_seed(length)), "mask": mask}
+
+
+@pytest.mark.filterwarnings("error")
+def test_sequences_of_vectors_have_many_lengths():
+    given = [vectors(6), vectors(3), vectors(5)]
+    for form in (lambda batch: batch, lambda batch: ModelInputs((batch["x"], batch["mask"])), lambda batch: batch["x"]):
+        found = statistics([form(batch) for batch in given], model=Vectors())
+        assert list(found) == NAMES
+    read, count = reader_of([(batch["x"], torch.zeros(4)) for batch in given], torch.device("cpu"))
+    assert count == sum(len(inputs) for inputs, _ in read(0, count)) == 12
+    bare = lambda *sizes: [torch.rand(2, *each) for each in sizes]  # noqa: E731
+    for given in (bare((3, 8, 8), (3, 9, 9)), bare((5,), (6,))):
+        with pytest.raises(DataError, match="not all of one size"):
+            list(Batches(given, 8, 4))
+    masked = [{"x": x, "pixel_mask": x > 0} for x in bare((3, 8, 8), (3, 9, 9))]
+    assert len(list(Batches(masked, 8, 4))) == 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tspc.data.arranging import collected, form_of
-from tspc.data.model_inputs import Given, ModelInputs, first_of, joined
+from tspc.data.model_inputs import Given, ModelInputs, first_of, has_lengths, joined
 from tspc.errors import DataError
 
 
@@ -19,7 +19,8 @@ class Batches:
 
     `inputs` is one batch, or an iterable of batches: a tensor (N, …), a tuple that begins with one, a dict of tensors,
     `ModelInputs`. All that a batch holds is kept, also labels, until a network says what it takes. Batches of the same
-    sizes are joined. Texts may have other lengths in another batch; other inputs must have one size.
+    sizes are joined. Texts and sequences of vectors may have other lengths in another batch, and so may what has a
+    mask; images must have one size.
 
     Iteration raises DataError for other values, and for images of different sizes.
     """
@@ -71,7 +72,7 @@ def _joined(one: Given, other: Given) -> Given | None:
     if first.dtype != second.dtype:
         raise DataError(f"the calibration images are {first.dtype} and {second.dtype}; give one type")
     found = joined([one, other])
-    if found is None and first.is_floating_point() and first.shape[1:] != second.shape[1:]:
+    if found is None and first.shape[1:] != second.shape[1:] and not has_lengths(one):
         sizes = f"{tuple(first.shape[1:])} and {tuple(second.shape[1:])}"
         raise DataError(f"the calibration images are not all of one size: {sizes}")
     return found

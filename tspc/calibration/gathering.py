@@ -98,5 +98,5 @@ def with_the_same_rows(model: nn.Module, trace: Trace, layers: Collection[str]) 
 
 def positions_of(layer: DenseLayer, name: str, batch: int, outputs: torch.Size, samples: Samples) -> Positions:
     """Which of a layer's outputs count; the same ones in the reference and in the compressed network."""
-    seed, masks = zlib.crc32(name.encode()) + batch, samples.kept.masks(batch)
+    seed, masks = zlib.crc32(name.encode()) + batch, samples.kept.masks(batch, name)
     return Positions.at_most(samples.patches_of_a_batch, layer, outputs, seed, masks)

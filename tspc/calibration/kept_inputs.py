@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.batches import Batches
+from tspc.calibration.row_order import BY_INPUT, arranged_masks, row_orders
 from tspc.data.arranging import ITEMS, arranged, labels_of, with_labels
-from tspc.data.model_inputs import KINDS, Given, called, few_of, first_of, masks_of
+from tspc.data.model_inputs import KINDS, Given, ModelInputs, called, few_of, first_of, kind_of, masks_of, shapes_of
 from tspc.errors import DataError
+from tspc.layers.dense import kind_of as kind_of_layer
 from tspc.system.tally import Tally
 from tspc.traversal.hooks import evaluating
 from tspc.traversal.stash import Room, Stash
@@ -30,13 +32,14 @@ class KeptInputs:
         self.count = 0
         """The number of inputs."""
         self._raw = Stash(room)
-        self._sizes: list[torch.Size] = []
+        self._shapes: list[tuple[torch.Size, ...]] = []
         self._masks: list[list[Tensor]] = []
+        self._orders: dict[str, str] = {}
         batches = Batches(inputs, samples, batch_size)
         with tally.expecting(-(-samples // batch_size)):
             for batch in batches:
                 self._raw.append(batch)
-                self._sizes.append(first_of(batch).shape)
+                self._shapes.append(shapes_of(first_of(batch)))
                 self.count += len(batch)
                 tally.add(f"{self.count} inputs read")
         if self.count == 0:
@@ -56,13 +59,23 @@ class KeptInputs:
         own = batch if self.device is None else batch.to(self.device)
         return own if self.layout is None else own.contiguous(memory_format=self.layout)
 
-    def size(self, number: int) -> torch.Size:
-        """The shape of the first tensor of a batch."""
-        return self._sizes[number]
+    def shapes(self, number: int) -> tuple[torch.Size, ...]:
+        """The shapes of all tensors of a batch, as the network takes it; before `suit` that of the first one."""
+        return self._shapes[number]
 
-    def masks(self, number: int) -> list[Tensor]:
-        """Which positions of a batch hold something; see `tspc.data.masks_of`."""
-        return self._masks[number] if self._masks else []
+    def masks(self, number: int, layer: str = "") -> list[Tensor]:
+        """Which positions of a batch hold something; see `tspc.data.masks_of`. For a layer they have its order."""
+        found = self._masks[number] if self._masks else []
+        return arranged_masks(found, self._orders.get(layer, BY_INPUT))
+
+    def see_orders(self, model: nn.Module) -> None:
+        """Looks in which order the layers of a network have their rows, if it matters: some inputs are padded."""
+        padded = any(self._masks)
+        batch = next((batch for batch in self if len(batch) > 1), None) if padded else None
+        self._orders = {}
+        if isinstance(batch, ModelInputs):
+            names = [name for name, module in model.named_modules() if kind_of_layer(module) is not None]
+            self._orders = row_orders(model, names, batch)
 
     def suit(self, model: nn.Module) -> None:
         """From now on the inputs are the arguments that `model` takes. Raises DataError if it takes nothing of them."""
@@ -74,7 +87,10 @@ class KeptInputs:
             self._arrange = lambda batch: with_labels(model, batch, self._form)
             if not self._works(model):
                 self._arrange = lambda batch: arranged(model, batch, self._form)
-        self._masks = [] if isinstance(self._arrange(raw), Tensor) else [masks_of(batch) for batch in self]
+        self._masks = []
+        if not isinstance(self._arrange(raw), Tensor):
+            found = [(shapes_of(batch), masks_of(batch)) for batch in self]
+            self._shapes, self._masks = [shapes for shapes, _ in found], [masks for _, masks in found]
         self._model = model
 
     @torch.no_grad()
@@ -89,7 +105,7 @@ class KeptInputs:
     def kinds(self) -> list[Given]:
         """As `tspc.data.kinds_of`, without reading all batches."""
         wanted: dict[Any, int] = {}
-        for number, size in enumerate(self._sizes):
-            wanted.setdefault((size[1:], bool(self.masks(number))), number)
+        for number, shapes in enumerate(self._shapes):
+            wanted.setdefault(kind_of(shapes, self.masks(number)), number)
         chosen = list(wanted.values())[:KINDS]
         return [few_of(self._placed(self._arrange(self._raw[number])), self.masks(number)) for number in chosen]

@@ -234,6 +234,7 @@ class Samples:
             return
         images = next(iter(self))
         self.kept.layout = torch.channels_last if takes_channels_last(model, images[:2]) else None
+        self.kept.see_orders(model)
         names = [name for name, module in model.named_modules() if has_inputs(module)]
         few = next(iter(self))[:FEW]
         wanted = self.settings.precision == "auto"

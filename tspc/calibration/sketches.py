@@ -74,7 +74,7 @@ def _together(
     def hook(name: str, batch: int) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
             layer = cast(DenseLayer, module)
-            seed, masks = zlib.crc32(name.encode()) + batch, samples.kept.masks(batch)
+            seed, masks = zlib.crc32(name.encode()) + batch, samples.kept.masks(batch, name)
             positions = Positions.at_most(most, layer, outputs.shape, seed, masks)
             rows = input_patches(layer, first_argument(args, kwargs), positions).flatten(0, 1)
             found[name].append(rows.clone())  # a later operation may change the input in place

@@ -93,7 +93,7 @@ def _counts(
 
     for number, batch in enumerate(samples if tables else ()):
         calls = 0
-        see = {name: hook(name, samples.kept.masks(number)) for name in tables}
+        see = {name: hook(name, samples.kept.masks(number, name)) for name in tables}
         handles = [model.get_submodule(name).register_forward_hook(see[name], with_kwargs=True) for name in tables]
         handles += [model.get_submodule(n).register_forward_pre_hook(head(n), with_kwargs=True) for n in heads]
         with running(number, samples.short):

@@ -53,7 +53,7 @@ class Targets:
         found: dict[int, list[torch.Size]] = {number: [] for number in range(len(samples.kept))}
         for call in self.calls:
             found[call.batch].append(call.outputs)
-        shapes, sizes = [tuple(each) for each in found.values()], [samples.kept.size(number) for number in found]
+        shapes, sizes = [tuple(each) for each in found.values()], [samples.kept.shapes(number) for number in found]
         return not is_regular(shapes, sizes)
 
 

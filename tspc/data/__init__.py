@@ -21,8 +21,10 @@ from tspc.data.model_inputs import (
     called,
     filled,
     first_of,
+    has_lengths,
     kinds_of,
     masks_of,
+    shapes_of,
     unpadded,
 )
 from tspc.data.own import own_data
@@ -60,10 +62,12 @@ __all__ = [
     "called",
     "filled",
     "first_of",
+    "has_lengths",
     "generator_of",
     "kinds_of",
     "load_data",
     "masks_of",
+    "shapes_of",
     "tokenizer_of",
     "unpadded",
 ]

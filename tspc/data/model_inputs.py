@@ -8,15 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tspc.data.padding import INVERTED, MASKS, filled_positions, is_mask, is_shared
 from tspc.errors import DataError
 
-MASKS = (
-    *("attention_mask", "decoder_attention_mask", "encoder_attention_mask"),
-    *("input_mask", "padding_mask", "mask"),
-)
-"""Names of arguments that say which positions hold something: 1 or true there, 0 or false at padded ones."""
-INVERTED = ("key_padding_mask", "src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
-"""Names of arguments that are true at padded positions, as in PyTorch's own attention."""
 ANSWERS = ("logits", "sentence_embedding", "image_embeds", "text_embeds", "last_hidden_state")
 """Names of an answer's tensors, the first of which that is there counts."""
 
@@ -34,7 +28,7 @@ class ModelInputs:
 
     def __init__(self, positional: Sequence[Any] = (), named: Mapping[str, Any] | None = None) -> None:
         self.positional, self.named = tuple(positional), dict(named or {})
-        inputs = [value for name, value in self.named.items() if name not in (*MASKS, *INVERTED)]
+        inputs = [value for name, value in self.named.items() if not is_mask(name)]
         found = [v for v in (*self.positional, *inputs, *self.named.values()) if isinstance(v, Tensor) and v.ndim]
         if not found:
             raise DataError("a batch of inputs holds no tensor with an axis for its inputs")
@@ -54,10 +48,12 @@ class ModelInputs:
     def masks(self) -> list[Tensor]:
         """All such masks: an encoder and a decoder may have one each. A mask of another shape says nothing here."""
         found = []
-        for name in (*MASKS, *INVERTED):
-            value = self.named.get(name)
-            if isinstance(value, Tensor) and value.ndim == 2 and len(value) == len(self):
-                found.append(_filled(name, value))
+        others = [value for name, value in [*enumerate(self.positional), *self.named.items()] if not is_mask(str(name))]
+        for name in dict.fromkeys([*(name for name in (*MASKS, *INVERTED) if name in self.named), *self.named]):
+            value = self.named[name]
+            is_given = isinstance(value, Tensor) and value.ndim == 2 and len(value) == len(self)
+            if is_mask(name) and is_given and not is_shared(name, value, self.first):
+                found.append(filled_positions(name, value, others))
         return found
 
     def values(self) -> Iterator[Any]:
@@ -114,13 +110,16 @@ class ModelInputs:
     def _each(self, change: Callable[[Tensor], Tensor], all_tensors: bool = False) -> ModelInputs:
         """With `change` applied to the tensors that hold a row for each input."""
 
-        def changed(value: Any) -> Any:
-            has_rows = isinstance(value, Tensor) and (all_tensors or (value.ndim > 0 and len(value) == len(self)))
-            return change(value) if has_rows else value
+        def changed(name: str, value: Any) -> Any:
+            is_tensor = isinstance(value, Tensor)
+            return change(value) if is_tensor and (all_tensors or self._has_rows(name, value)) else value
 
-        return ModelInputs(
-            list(map(changed, self.positional)), {name: changed(value) for name, value in self.named.items()}
-        )
+        positional = [changed("", value) for value in self.positional]
+        return ModelInputs(positional, {name: changed(name, value) for name, value in self.named.items()})
+
+    def _has_rows(self, name: str, value: Tensor) -> bool:
+        """Whether an argument, without a name if it goes by position, has a row for each input."""
+        return value.ndim > 0 and len(value) == len(self) and not is_shared(name, value, self.first)
 
     def __repr__(self) -> str:
         named = [*map(_shown, self.positional), *(f"{name}={_shown(value)}" for name, value in self.named.items())]
@@ -147,6 +146,22 @@ def masks_of(batch: Given) -> list[Tensor]:
     return [mask for mask in found.values() if not bool(mask.all())]
 
 
+def shapes_of(batch: Given) -> tuple[torch.Size, ...]:
+    """The shapes of all tensors with axes of a batch: those of a decoder differ where an encoder's are alike."""
+    positional, named = arguments_of(batch)
+    return tuple(value.shape for value in (*positional, *named.values()) if isinstance(value, Tensor) and value.ndim)
+
+
+def has_lengths(batch: Given) -> bool:
+    """Whether another batch may have inputs of other sizes: texts, sequences of vectors, inputs with masks.
+
+    Images and rows of numbers alone must have one size.
+    """
+    first = first_of(batch)
+    is_named = isinstance(batch, ModelInputs) and (first.ndim == 2 or any("mask" in name for name in batch.named))
+    return not first.is_floating_point() or first.ndim == 3 or is_named
+
+
 def sizes_of(batch: Given) -> tuple[Any, ...]:
     """The sizes of a batch's inputs, without their number: those of batches that may be joined are equal."""
     positional, named = arguments_of(batch)
@@ -166,9 +181,12 @@ def joined(batches: Sequence[Given]) -> Given | None:
     given = [arguments_of(batch) for batch in batches]
     if any(len(places) != len(given[0][0]) or named.keys() != given[0][1].keys() for places, named in given):
         return None
-    sizes = [len(first_of(batch)) for batch in batches]
+    firsts = [first_of(batch) for batch in batches]
+    names = ["" for _ in given[0][0]] + list(given[0][1])
     rows = [[*places, *named.values()] for places, named in given]
-    columns = [_joined_column(list(column), sizes) for column in zip(*rows, strict=True)]
+    columns = [
+        _joined_column(name, list(column), firsts) for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    ]
     if any(not fits for _, fits in columns):
         return None
     values = [value for value, _ in columns]
@@ -176,12 +194,14 @@ def joined(batches: Sequence[Given]) -> Given | None:
     return ModelInputs(values[:count], dict(zip(given[0][1], values[count:], strict=True)))
 
 
-def _joined_column(values: list[Any], sizes: list[int]) -> tuple[Any, bool]:
-    """The same argument of several batches of these sizes, and whether its values fit together."""
+def _joined_column(name: str, values: list[Any], firsts: list[Tensor]) -> tuple[Any, bool]:
+    """The same argument of several batches with these first tensors, and whether its values fit together."""
     if all(isinstance(value, Tensor) for value in values):
         first: Tensor = values[0]
+        if all(is_shared(name, value, inputs) for value, inputs in zip(values, firsts, strict=True)):
+            return first, all(torch.equal(value, first) for value in values)
         alike = all(value.shape[1:] == first.shape[1:] and value.dtype == first.dtype for value in values)
-        rows = all(value.ndim and len(value) == size for value, size in zip(values, sizes, strict=True))
+        rows = all(value.ndim and len(value) == len(inputs) for value, inputs in zip(values, firsts, strict=True))
         return (torch.cat(values), True) if alike and rows else (None, False)
     is_constant = all(value is None or isinstance(value, bool | int | float | str) for value in values)
     return values[0], is_constant and all(value == values[0] for value in values)
@@ -194,12 +214,17 @@ def few_of(batch: Given, masks: Sequence[Tensor]) -> Given:
     return batch[torch.tensor([int(masks[0].sum(1).argmin()), 0])]
 
 
+def kind_of(shapes: Sequence[torch.Size], masks: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What batches of one kind have in common: the `shapes` of their tensors without the first axis, and padding."""
+    return tuple(shape[1:] for shape in shapes), bool(masks)
+
+
 def kinds_of(batches: Iterable[Given]) -> list[Given]:
     """Two inputs of the first batch, and of the first batches of other sizes, with and without padding."""
     found: dict[Any, Given] = {}
     for batch in batches:
         masks = masks_of(batch)
-        kind = first_of(batch).shape[1:], bool(masks)
+        kind = kind_of(shapes_of(batch), masks)
         if len(found) < KINDS and kind not in found:
             found[kind] = few_of(batch, masks)
     return list(found.values())
@@ -217,14 +242,6 @@ def unpadded(answer: Tensor, masks: Sequence[Tensor]) -> Tensor:
     if mask is None:
         return answer
     return answer.masked_fill(~mask.to(answer.device).reshape(*mask.shape, *[1] * (answer.ndim - 2)), 0)
-
-
-def _filled(name: str, mask: Tensor) -> Tensor:
-    """Where the argument of this name says that a position holds something."""
-    # Masks of floating-point numbers may be added to the scores of an attention: 0, and -inf at padded positions.
-    if mask.is_floating_point() and (name in INVERTED or bool((mask < 0).any())):
-        return mask >= 0
-    return mask == 0 if name in INVERTED else mask != 0
 
 
 def _shown(value: Any) -> str:

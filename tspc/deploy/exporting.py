@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tspc.deploy.int8 import Int8, write_int8
-from tspc.deploy.programs import first_line, flat, has_free_lengths, on_cpu, onnx_program, take, traced
+from tspc.deploy.programs import first_line, flat, has_free_lengths, long_enough, on_cpu, onnx_program, take, traced
 from tspc.deploy.runtimes import Answer, opened
 from tspc.deploy.signature import Call, Inputs, Signature
 from tspc.errors import ExportError, TspcWarning
@@ -120,7 +120,8 @@ class Exporter:
         calibration: Sequence[Call] | None = None,
     ) -> None:
         self.model, self.tolerance, self.signature = on_cpu(model), tolerance, Signature.of(model, inputs)
-        self.inputs = tuple(x.cpu() for x in self.signature.tensors(inputs))
+        given = tuple(x.cpu() for x in self.signature.tensors(inputs))
+        self.inputs = long_enough(self.model, given, self.signature)
         self.calibration = [self.inputs] if calibration is None else list(map(self.signature.tensors, calibration))
         self._int8: Int8 | None = None
         self._expected = [(tried, self._own_answer(tried)) for tried in (self.inputs, take(self.inputs, 1))]

@@ -56,14 +56,15 @@ def traced(model: nn.Module, inputs: Inputs, signature: Signature | None = None)
     """The graph of `model`, whose batch size (the first axis of every input) is free, and the number of tokens.
 
     That number stays fixed, with a warning, if the control flow depends on it; and without one if the network cannot
-    take fewer tokens itself. `signature` says how the inputs are given; by default all by position.
+    take another number itself. It is traced with at least five tokens, if it takes so many. `signature` says how the
+    inputs are given; by default all by position.
 
     Raises ExportError if the network's control flow depends on values or on the batch size.
     """
     signature = signature or Signature(len(inputs))
-    # The file will hold the example, so it is not the user's images. A batch of one would be taken for a constant.
-    example = signature.example(take(inputs, 2))
     model = copied(model)
+    # The file will hold the example, so it is not the user's images. A batch of one would be taken for a constant.
+    example = long_enough(model, signature.example(take(inputs, 2)), signature)
     for layer in tensorized_layers(model).values():
         layer.take_off_grids_()  # a file holds numbers, without the steps that round them
         layer.forget()  # and factors, not the larger kernels that eval mode contracts from them
@@ -114,6 +115,19 @@ def has_free_lengths(program: ExportedProgram, signature: Signature, inputs: Inp
 
 def _told(signature: Signature, inputs: Inputs) -> str:
     return ", ".join(str(size) for size in dict.fromkeys(inputs[place].shape[1] for place in signature.lengths(inputs)))
+
+
+@torch.no_grad()
+def long_enough(model: nn.Module, inputs: Inputs, signature: Signature) -> Inputs:
+    """The inputs, with more tokens if they have too few for a tracer and the network takes any number of them."""
+    if not signature.is_short(inputs):
+        return inputs
+    longer = signature.longer(inputs)
+    try:
+        signature.call(model, longer)
+    except Exception:  # the network may be the user's own
+        return inputs
+    return longer if _takes_fewer(model, longer, signature) else inputs
 
 
 @torch.no_grad()
@@ -194,9 +208,19 @@ def onnx_session(
 
 
 def run_session(session: Any, inputs: Inputs) -> list[Tensor]:
+    """What a session answers. Raises ExportError if it does not take the inputs."""
     names = [entry.name for entry in session.get_inputs()]
     feed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
-    return [torch.from_numpy(value) for value in session.run(None, feed)]
+    try:
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+    except Exception as error:  # ONNX Runtime's own family
+        raise not_taken(inputs, error) from error
+
+
+def not_taken(inputs: Inputs, error: Exception) -> ExportError:
+    """The error of a file that does not take some inputs."""
+    given = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)
+    return ExportError(f"the file does not take inputs of shape {given}: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:

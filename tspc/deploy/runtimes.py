@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tspc.deploy.programs import first_line, flat, onnx_session, run_session
+from tspc.deploy.programs import first_line, flat, not_taken, onnx_session, run_session
 from tspc.deploy.signature import Inputs
 from tspc.errors import ExportError
 
@@ -36,7 +36,7 @@ class Answering(nn.Module):
 def opened(path: Path, format: str, threads: int | None = None) -> Answer:
     """What an exported file answers to inputs on the CPU, in ONNX Runtime (`onnx`, `int8`) or torch.export (`pt2`).
 
-    Raises ExportError if ONNX Runtime does not take the file.
+    Raises ExportError if ONNX Runtime does not take the file, or the file does not take the inputs.
     """
     if format == "pt2":
         with path.open("rb") as file:  # with a path, torch requires its own ending
@@ -46,7 +46,10 @@ def opened(path: Path, format: str, threads: int | None = None) -> Answer:
 
         def answer(inputs: Inputs) -> list[Tensor]:
             args, kwargs = pytree.tree_unflatten(list(inputs), form)
-            return flat(network(*args, **kwargs))
+            try:
+                return flat(network(*args, **kwargs))
+            except Exception as error:  # the graph has assertions of its own
+                raise not_taken(inputs, error) from error
 
         return answer
     session = onnx_session(path, threads)

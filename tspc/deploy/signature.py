@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from tspc.data.model_inputs import MASKS, ModelInputs
+from tspc.data.model_inputs import ModelInputs
+from tspc.data.padding import is_mask
 from tspc.errors import ExportError
 from tspc.models.transformers_folders import is_of_transformers
 
@@ -22,6 +23,8 @@ Call = Tensor | Sequence[Tensor] | Mapping[str, Any] | ModelInputs
 
 EMBEDDED = ("inputs_embeds", "decoder_inputs_embeds")
 """Arguments with a vector in the place of each token."""
+FEWEST = 4
+"""So many tokens show a tracer that their number is free. One or two of them would be taken for constants."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Signature:
         names: dict[tuple[bool, int], str] = {}
         for place, (name, x) in enumerate(zip(self.input_names, inputs, strict=True)):
             whole = not x.is_floating_point() and not x.is_complex()
-            is_of_tokens = x.ndim == 2 and (whole or name.removeprefix("decoder_") in MASKS)
+            is_of_tokens = x.ndim == 2 and (whole or is_mask(name))
             if x.ndim < 2 or not (is_of_tokens or name in EMBEDDED):
                 continue
             key = name.startswith("decoder_"), x.shape[1]
@@ -109,10 +112,20 @@ class Signature:
         dims = {name: Dim(name, min=2) for name in names.values()}
         return [{0: batch} | ({1: dims[names[i]]} if i in names else {}) for i in range(len(inputs))]
 
+    def is_short(self, inputs: Inputs) -> bool:
+        """Whether an axis counts tokens, and they are too few to leave some out."""
+        return any(inputs[place].shape[1] < FEWEST for place in self.lengths(inputs))
+
+    def longer(self, inputs: Inputs) -> Inputs:
+        """The same with some more tokens, each the last one again, so that masks stay those of one end."""
+        places = self.lengths(inputs)
+        more = lambda x: torch.cat([x, *[x[:, -1:]] * FEWEST], dim=1)  # noqa: E731
+        return tuple(more(x) if place in places else x for place, x in enumerate(inputs))
+
     def shorter(self, inputs: Inputs) -> Inputs | None:
         """The same with about half of the tokens; None if no axis counts them, or they are too few."""
         places = self.lengths(inputs)
-        if not places or any(inputs[place].shape[1] < 4 for place in places):
+        if not places or self.is_short(inputs):
             return None
         return tuple(x[:, : x.shape[1] // 2 + 1] if place in places else x for place, x in enumerate(inputs))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.data import Given, first_of, generator_of, masks_of
+from tspc.data import Given, first_of, generator_of, masks_of, shapes_of
 from tspc.errors import ConfigError
 from tspc.layers.unpacking import sequence_of
 from tspc.phases.context import Context
@@ -67,7 +67,7 @@ class Kept:
         self._walkers = [walker for walker in (self._reference, self._small) if walker is not None]
         self._inputs, self._seed, self._images = inputs, seed, images
         self._masks = [masks_of(batch) for batch in images]
-        self._sizes = [first_of(batch).shape for batch in images]
+        self._sizes = [shapes_of(batch) for batch in images]
         self._device = first_of(images[0]).device
         self.is_paired = True
         """Whether the inputs that one network gives the block belong to the outputs of the other's block."""

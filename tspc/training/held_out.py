@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.data.arranging import collected, inputs_of, labels_of
-from tspc.data.model_inputs import Given, first_of, joined, sizes_of
+from tspc.data.model_inputs import Given, first_of, has_lengths, joined, sizes_of
 from tspc.errors import ConfigError, DataError
 from tspc.training.confidence import Drop
 from tspc.training.evaluation import measure
@@ -102,8 +102,8 @@ def reader_of(
 
     Inputs are a tensor, or what else `model` takes by `tspc.data.arranging`; a batch may also be a dict with labels, or
     without them if these are not needed. Batches are read once and kept in memory, in a random order that is always the
-    same: data is often sorted by class, and a loader may shuffle. Texts of one length are read together. Raises
-    DataError for batches of another form.
+    same: data is often sorted by class, and a loader may shuffle. Texts, and other sequences, of one length are read
+    together. Raises DataError for batches of another form.
     """
     if isinstance(batches, Tensor | str) or not isinstance(batches, Iterable):
         raise _unfit(batches)
@@ -134,7 +134,7 @@ def _groups(pairs: Sequence[tuple[Given, Tensor]]) -> list[tuple[Given, Tensor]]
     for inputs, targets in pairs:
         by_size.setdefault((sizes_of(inputs), targets.shape[1:]), []).append((inputs, targets))
     first, second = (next(iter(by_size), None), list(by_size)[-1])
-    if first != second and first_of(pairs[0][0]).is_floating_point():
+    if first != second and not has_lengths(pairs[0][0]):
         raise DataError(f"held_out: the batches do not fit together ({first} and {second})")
     found: list[tuple[Given, Tensor]] = []
     for group in by_size.values():
