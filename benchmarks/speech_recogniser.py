@@ -6,7 +6,7 @@
 
 The first package holds the weights (MIT) in a file of CTranslate2, which `benchmarks.whisper_tiny` reads; the others
 hold recorded prompts of telephones and their text (CC BY-SA 3.0). The decoder (29.6 of 37.8 million parameters) is
-compressed; the encoder stays. 96 prompts calibrate, and 40 others judge: the word error rate of greedy decoding, the
+compressed; the encoder stays. 200 prompts calibrate, and 40 others judge: the word error rate of greedy decoding, the
 perplexity of the text given the sound, and how often the likeliest token is the original's. Rates are those of the
 decoder's dense layers, the same for all methods; bytes are those of the whole network. Every row is kept in --out, and
 not made again; --report prints the table of the rows that are there.
@@ -37,9 +37,9 @@ from benchmarks.whisper_tiny import (
     START,
     TEXT_ONLY,
     Decoder,
+    batch_of,
     edits,
     folder,
-    heard_and_tokens,
     prompts,
     whisper,
     words,
@@ -48,9 +48,10 @@ from tspc.calibration import Calibration
 from tspc.compression.integers import state_bytes
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
+from tspc.data.model_inputs import ModelInputs, called
 from tspc.store.files import read_json
 
-TEST, FIRST = 40, 100
+TEST, FIRST = 40, 40
 """Prompts that judge, and the first one that calibrates."""
 KEPT = ("network.model.encoder.*",)
 """Layers that no method changes."""
@@ -59,9 +60,9 @@ KEPT = ("network.model.encoder.*",)
 class Judge:
     """What is measured on prompts that calibration has not seen."""
 
-    def __init__(self, model: Decoder, tokenizer: Any, texts: list[str], rows: Tensor) -> None:
+    def __init__(self, model: Decoder, tokenizer: Any, texts: list[str], rows: ModelInputs) -> None:
         self.tokenizer, self.texts, self.rows = tokenizer, texts, rows
-        _, tokens = heard_and_tokens(rows)
+        tokens = rows.first
         self.targets = F.pad(tokens[:, 1:], (0, 1), value=END)
         ends = torch.cumsum((self.targets == END).long(), 1)
         self.counted = (ends <= 1) & (torch.arange(LENGTH) > 0)
@@ -76,7 +77,7 @@ class Judge:
 
     @torch.no_grad()
     def _logits(self, network: nn.Module) -> Tensor:
-        return torch.cat([network(part) for part in self.rows.split(10)])
+        return torch.cat([called(network, part) for part in self.rows.split(10)])
 
     def _wer(self, network: Any) -> float:
         """Wrong words in percent of all words."""
@@ -84,7 +85,7 @@ class Judge:
 
         found: list[list[int]] = []
         for part in self.rows.split(10):
-            heard = BaseModelOutput(last_hidden_state=heard_and_tokens(part)[0])  # pyright: ignore[reportArgumentType]
+            heard = BaseModelOutput(last_hidden_state=part.named["heard"])  # pyright: ignore[reportArgumentType]
             start = torch.tensor([[START, TEXT_ONLY]] * len(part))
             greedy = {"num_beams": 1, "do_sample": False, "use_cache": True, "max_new_tokens": LENGTH}
             found += network.network.generate(
@@ -113,26 +114,25 @@ class Bench:
         self._inputs: Inputs | None = None
 
     @torch.no_grad()
-    def _rows(self, tokenizer: Any, pairs: list[tuple[str, Tensor]]) -> Tensor:
-        """What the decoder takes: what the encoder hears, then the tokens of the text."""
+    def _rows(self, tokenizer: Any, pairs: list[tuple[str, Tensor]]) -> ModelInputs:
+        """What the decoder takes: the tokens of the text, and what the encoder hears."""
         from transformers import WhisperFeatureExtractor
 
-        extract, rows = WhisperFeatureExtractor(), []
+        extract, heard, tokens = WhisperFeatureExtractor(), [], []
         for text, wave in pairs:
             sound = extract(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features
-            heard = self.model.network.model.encoder(sound).last_hidden_state.flatten()
-            tokens = [START, TEXT_ONLY, *tokenizer.encode(f" {text}", add_special_tokens=False).ids][:LENGTH]
-            rows.append(torch.cat([heard, torch.tensor(tokens + [END] * (LENGTH - len(tokens))).float()]))
-        return torch.stack(rows)
+            heard.append(self.model.network.model.encoder(sound).last_hidden_state)
+            found = [START, TEXT_ONLY, *tokenizer.encode(f" {text}", add_special_tokens=False).ids][:LENGTH]
+            tokens.append(torch.tensor(found + [END] * (LENGTH - len(found))))
+        return batch_of(torch.stack(tokens), torch.cat(heard))
 
     @property
     def inputs(self) -> Inputs:
         """What the baselines need to know of the layers' inputs; padding does not count."""
 
-        def call(rows: Tensor) -> Tensor:
-            self.model(rows)
-            tokens = heard_and_tokens(rows)[1]
-            return torch.cumsum((tokens == END).long(), 1) <= 1
+        def call(batch: ModelInputs) -> Tensor | None:
+            called(self.model, batch)
+            return batch.mask
 
         if self._inputs is None:
             self._inputs = Inputs(self.model, self.layers, self.calibration.split(8), call)
@@ -182,7 +182,7 @@ def main() -> None:
     arguments.add_argument("--sounds", default="sounds", help="the folder into which the recordings were unpacked")
     arguments.add_argument("--rates", default="0.8,0.5,0.3")
     arguments.add_argument("--sizes", default="0.25,0.15")
-    arguments.add_argument("--samples", type=int, default=96, help="prompts that calibrate")
+    arguments.add_argument("--samples", type=int, default=200, help="prompts that calibrate")
     arguments.add_argument("--report", action="store_true", help="only print the table of the rows that are there")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--out", default="outputs/speech_recogniser")

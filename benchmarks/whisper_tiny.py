@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tspc.data.model_inputs import ModelInputs
+
 START, TEXT_ONLY, END = 50257, 50362, 50256
 """Tokens: a text begins; without times; it ends, and padding."""
 LENGTH = 48
@@ -123,7 +125,7 @@ _SIZES = {"layers": DEPTH, "attention_heads": 6, "ffn_dim": 1536}
 
 
 class Decoder(nn.Module):
-    """The language model. An input is one row: what the encoder heard (1500 · 384 numbers), then the tokens.
+    """The language model. It takes tokens, which of them count, and what the encoder heard, as `batch_of` has them.
 
     Logits behind the end of a text are zero, so that they count nowhere.
     """
@@ -133,15 +135,15 @@ class Decoder(nn.Module):
         self.network = network
         network.config.use_cache = False  # blocks would exchange a cache
 
-    def forward(self, rows: Tensor) -> Tensor:
-        heard, tokens = heard_and_tokens(rows)
+    def forward(self, tokens: Tensor, decoder_attention_mask: Tensor, heard: Tensor) -> Tensor:
         logits = self.network(encoder_outputs=(heard,), decoder_input_ids=tokens).logits
-        return logits * (torch.cumsum((tokens == END).long(), 1) == 0)[..., None]
+        return logits * decoder_attention_mask[..., None]
 
 
-def heard_and_tokens(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """N × 1500 × 384, and the numbers of the tokens (N × LENGTH)."""
-    return rows[:, : HEARD * WIDTH].reshape(-1, HEARD, WIDTH), rows[:, HEARD * WIDTH :].long()
+def batch_of(tokens: Tensor, heard: Tensor) -> ModelInputs:
+    """Tokens (N × LENGTH) and what the encoder heard (N × 1500 × 384). The mask is 0 from the end of a text on."""
+    goes_on = (torch.cumsum((tokens == END).long(), 1) == 0).long()
+    return ModelInputs([], {"tokens": tokens, "decoder_attention_mask": goes_on, "heard": heard})
 
 
 def prompts(root: Path, shortest: float = 1.5, longest: float = 12.0) -> list[tuple[str, Tensor]]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions
-from tspc.calibration.samples import Samples
-from tspc.calibration.sensitivity import VOCABULARY, _direction
-from tspc.calibration.weights import EVEN
+from tspc.calibration.samples import Samples, is_encoder
+from tspc.calibration.sensitivity import _direction
+from tspc.calibration.weights import EVEN, VOCABULARY
 from tspc.compression.curves import error_curves
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
@@ -88,10 +88,23 @@ def test_a_layer_of_a_text_network_weighs_its_share_in_the_answer(inputs: Tensor
     assert curve.weight == pytest.approx(share if not inputs.is_floating_point() else share**0.5, rel=1e-3)
 
 
+def test_a_language_model_is_no_encoder() -> None:
+    speaker = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, VOCABULARY))
+    with Samples(texts()) as samples:
+        assert is_encoder(Reader(), samples)
+        assert is_encoder(speaker[0], samples)
+        assert not is_encoder(speaker, samples)
+
+
 def test_the_weights_of_tokens_that_may_come_next() -> None:
-    """The directions for the logits of a language model have the covariance diag(p) − ppᵀ."""
-    logits, generator = torch.zeros(1, 1, VOCABULARY), torch.Generator().manual_seed(0)
-    logits[..., :3] = torch.tensor([20.0, 21.0, 19.0])
-    p = logits[0, 0].softmax(0)[:3]
-    found = torch.cat([_direction(logits, generator, [])[0, :, :3] for _ in range(2000)])
-    torch.testing.assert_close(found.T @ found / len(found), p.diag() - p[:, None] * p, rtol=0.15, atol=0.01)
+    """The directions for the logits of a language model lie among likely tokens, and are as long where it is sure."""
+    logits, generator = torch.zeros(1, 2, VOCABULARY), torch.Generator().manual_seed(0)
+    logits[0, 0, :3] = torch.tensor([20.0, 21.0, 19.0])
+    logits[0, 1, :3] = torch.tensor([30.0, 21.0, 19.0])
+    found = torch.stack([_direction(logits, generator, [])[0] for _ in range(500)])
+    torch.testing.assert_close(found.norm(dim=2), torch.ones(500, 2), rtol=0.1, atol=0)
+    assert float(found.sum(2).abs().max()) < 0.02  # a constant added to all logits changes nothing
+    assert float(found[..., 3:].abs().max()) < 0.05
+    unsure, sure = found[..., :3].square().mean(0)
+    assert float(sure[0]) > float(sure[1]) > float(sure[2])  # the likeliest token against the next ones
+    assert float(unsure.min()) > 0.1  # all three may come next

@@ -19,8 +19,8 @@ from tspc.calibration.kept_inputs import KeptInputs
 from tspc.calibration.moments import Moments
 from tspc.calibration.sensitivity import FEWEST, enough, output_sensitivity
 from tspc.calibration.statistics import Statistics
-from tspc.calibration.weights import RowWeights
-from tspc.data.model_inputs import Given, first_of
+from tspc.calibration.weights import RowWeights, has_tokens
+from tspc.data.model_inputs import Given, answer_of, called, first_of
 from tspc.decompositions import Metric
 from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, has_inputs, kernel_of
@@ -147,6 +147,12 @@ class Part:
 def is_text(samples: Samples | Part) -> bool:
     """Whether the inputs are token numbers."""
     return not first_of(next(iter(samples))).is_floating_point()
+
+
+@torch.no_grad()
+def is_encoder(model: nn.Module, samples: Samples | Part) -> bool:
+    """Whether the inputs are token numbers, and the answer is not that of a language model."""
+    return is_text(samples) and not has_tokens(answer_of(called(model, next(iter(samples))[:1])))
 
 
 class Samples:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tspc.calibration.patches import Positions, filled_rows, rows_of
 from tspc.calibration.products import Products, Squares, is_diagonal, products_of_outputs
-from tspc.calibration.weights import RowWeights
+from tspc.calibration.weights import RowWeights, has_tokens
 from tspc.data.model_inputs import Given, answer_of, called, first_of, masks_of
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, output_count
@@ -38,8 +38,6 @@ PROBES, LARGE = 2, 2**16
 """Projections of an answer; one for an image with so many numbers, whose layers have many positions."""
 ROWS = 16384
 """About so many positions of a layer's gradients are enough."""
-VOCABULARY = 8192
-"""An answer with so many numbers at each position holds the logits of a language model's tokens."""
 SHRINKAGE = 1e-2
 """Least share of the mean added to all outputs alike."""
 
@@ -246,12 +244,14 @@ def _direction(answer: Tensor, generator: torch.Generator, masks: Sequence[Tenso
     if answer.ndim == 2 and answer.shape[1] > 1:
         # A constant added to all logits changes no probability.
         direction -= direction.mean(1, keepdim=True)
-    elif answer.ndim == 3 and answer.shape[2] >= VOCABULARY:
+    elif has_tokens(answer):
         # Nearly all tokens are out of the question. The covariance of this direction is the Fisher information of the
-        # logits, diag(p) − ppᵀ.
+        # logits, diag(p) − ppᵀ. Scaled to length 1 at each position: else those where the network is sure of a token
+        # hardly count, but the errors of small ranks change these tokens, too.
         p = answer.detach().float().softmax(2)
         direction = p.sqrt() * direction
         direction -= p * direction.sum(2, keepdim=True)
+        direction /= direction.norm(dim=2, keepdim=True) + 1e-6
     mask = next((mask for mask in masks if mask.shape == answer.shape[:2]), None)
     return direction if mask is None else direction * mask.reshape(*mask.shape, *[1] * (answer.ndim - 2)).to(answer)
 

@@ -11,6 +11,13 @@ from tspc.calibration.patches import Positions
 
 EVEN = 0.1
 """The share of all weights that every position has alike: a layer needs inputs of more than a few positions."""
+VOCABULARY = 8192
+"""An answer with so many numbers at each position holds the logits of a language model's tokens."""
+
+
+def has_tokens(answer: Tensor | None) -> bool:
+    """Whether a network's answer has the logits of tokens (N × L × vocabulary)."""
+    return answer is not None and answer.ndim == 3 and answer.shape[2] >= VOCABULARY
 
 
 class RowWeights:

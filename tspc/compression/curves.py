@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.gathering import moments_of
-from tspc.calibration.samples import Part, Samples, Survey, is_text
+from tspc.calibration.samples import Part, Samples, Survey, is_encoder
 from tspc.calibration.sketches import sketches_of
 from tspc.calibration.tables import tables_of
 from tspc.compression.error_curve import LEAST, ErrorCurve
@@ -112,8 +112,9 @@ def _measured(
             return [replace(curve, weight=weighed(curve.weight)) for curve in found]
 
     # A layer's share in the squared change of the answer comes from a linear model, which is wrong where errors are
-    # large. As measured, the geometric mean of 1 and the share is the better weight for images, the share for texts.
-    weighed = (lambda share: share) if samples is not None and is_text(samples) else math.sqrt
+    # large. As measured, the share is the better weight for encoders of texts; its root for images and language models.
+    with evaluating(model):
+        weighed = (lambda share: share) if samples is not None and is_encoder(model, samples) else math.sqrt
     rest = dict.fromkeys(rows)
     if samples is not None and survey is not None:
         part = Part(samples)

@@ -24,8 +24,8 @@ class ErrorCurve:
 
     The samples are `params` (entries of the factors, ascending) and `squared_errors`. `dense` is the number of entries
     of the kernel; there the error is zero. `weight` says how much the layer's error matters: the layer's part in the
-    squared change of the network's answer (for images the root of it), or 1 if that is unknown. `rounding` has, for
-    widths in bits, the share of the squared output that rounding the factors adds to the squared error.
+    squared change of the network's answer (for images and language models its root), or 1 if that is unknown.
+    `rounding` has, for widths in bits, the share of the squared output that rounding the factors adds to the error.
     """
 
     method: Decomposition
