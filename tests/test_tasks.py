@@ -47,6 +47,8 @@ def test_a_task_goes_through_all_phases(cli, tmp_path, module, task):
     code, out, err = cli(*command)
     assert (code, err) == (0, "")
     assert out.count(f"{label} ") >= 3
+    assert "inputs ┃" in out
+    assert "images" not in out, "there are none"
     found = result(tmp_path, task)
     values = {"top1": 0.6, "squared error": 2.0, "perplexity": 100.0}
     for phase in ("decompose", "distill", "finetune"):

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tspc.data import TextSpec, load_data
+from tspc.data.text_files import Texts
+from tspc.data.texts import encoded
 from tspc.errors import DataError
 from tspc.run.published import guessed_order
 
@@ -71,6 +73,11 @@ def test_empty_texts_are_refused_where_they_have_labels(tmp_path):
         (tmp_path / f"{split}.tsv").unlink()
         (tmp_path / f"{split}.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
     assert load_data(spec(task="sentence_embeddings"), tmp_path).test_size == 2
+    (tmp_path / "train.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(DataError, match="train.jsonl: there is no text in it"):
+        load_data(spec(task="sentence_embeddings", name="blank"), tmp_path)
+    with pytest.raises(DataError, match="hub train: there is no text in it"):
+        encoded(spec(), {"train": Texts("hub train", [], labels=[]), "test": Texts("hub test", [], labels=[])})
     (tmp_path / "train.jsonl").write_text('{"text": ["one"]}\n')
     with pytest.raises(DataError, match="row 1 has list as its text"):
         load_data(spec(task="sentence_embeddings", name="again"), tmp_path)

@@ -29,7 +29,9 @@ def classes_of(spec: TextSpec, splits: Mapping[str, Texts]) -> list[str]:
         if 1 < count <= max(1000, 10 * len(found)) and largest < count and (spec.num_classes or len(found) > 1):
             return [str(number) for number in range(count)]
     if len(found) < 2:
-        raise DataError(f"{train.where}: every text has the label {shortened(*found)}; two classes are needed at least")
+        raise DataError(
+            f"{train.where}: every text has the label {shortened(min(found))}; two classes are needed at least"
+        )
     if spec.num_classes not in (None, len(found)):
         raise DataError(f"dataset.num_classes={spec.num_classes}, but {train.where} has {len(found)} labels")
     return sorted(found)

@@ -124,7 +124,10 @@ def library_data(spec: TextSpec, data_dir: Path | None, download: bool) -> Examp
 
 
 def encoded(spec: TextSpec, splits: dict[str, Texts]) -> Examples:
-    """The data set of the texts. Raises DataError for labels that do not suit the task."""
+    """The data set of the texts. Raises DataError for labels that do not suit the task, and for an empty split."""
+    for texts in splits.values():
+        if not texts.texts:
+            raise DataError(f"{texts.where}: there is no text in it")
     tokenizer = tokenizer_of(spec.tokenizer or BYTES)
     fills = {"input_ids": tokenizer.padding}
     if spec.task == "language_modelling":

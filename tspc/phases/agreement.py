@@ -51,7 +51,7 @@ def keep_better_(
         return
     model.load_state_dict(start)
     context.note({"phase": "distill", "event": "undone", "before": before, "after": after, "images": count})
-    text = f"before it the network gave the reference's class on {before:,} of {count:,} training images"
+    text = f"before it the network gave the reference's class on {before:,} of {count:,} training {context.task.inputs}"
     context.display.line(f"distill    undone: {text}, after it on {after:,}")
 
 
@@ -71,7 +71,9 @@ def _keep_better_by_(
     note = {"before": before.value, "after": after.value, "images": after.count}
     context.note({"phase": "distill", "event": "undone"} | note)
     texts = f"{metric.text(before.value)}, after it {metric.text(after.value)}"
-    context.display.line(f"distill    undone: {metric.label} on {after.count:,} training images was {texts}")
+    context.display.line(
+        f"distill    undone: {metric.label} on {after.count:,} training {context.task.inputs} was {texts}"
+    )
 
 
 @torch.no_grad()

@@ -84,7 +84,9 @@ class Watch:
     def _on_step(self, step: Step) -> None:
         speed = self._images_per_second(step.number)
         self._bar.advance(
-            step.number + 1, f"loss {step.loss:.4g}" + (f"  {speed:,.0f} images/s" if speed else ""), step.loss
+            step.number + 1,
+            f"loss {step.loss:.4g}" + (f"  {speed:,.0f} {self._context.task.inputs}/s" if speed else ""),
+            step.loss,
         )
         if step.number % self._every == 0 or step.number + 1 == step.total:
             record = {"phase": self._phase, "step": step.number + 1, "loss": step.loss}

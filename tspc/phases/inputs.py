@@ -75,7 +75,7 @@ def example(model: nn.Module, spec: NetworkSpec, count: int, context: Context) -
     device = context.device
     if context.data is not None:
         inputs, _ = next(iter(context.data.test_batches(count, device, limit=count)))
-        source = "test images" if context.task.is_of_images else "test inputs"
+        source = f"test {context.task.inputs}"
         return Example(inputs if isinstance(inputs, ModelInputs) else (inputs,), source)
     own = getattr(model, "dummy_inputs", None)
     if spec.family == "transformers" and own and "input_ids" in own:

@@ -112,7 +112,7 @@ def _run(config: Config, machine: Hardware, display: Display) -> dict[str, Any]:
     if "plan" in config.phases or FIRST in config.phases:
         _announce(planning, config, display)
         if data is None and config.calibration.samples > 0:
-            display.line("plan       no images for the calibration: only the weights are used")
+            display.line(f"plan       no {config.task.inputs} for the calibration: only the weights are used")
 
     def prepared() -> dict[str, Any]:
         """Prepares the reference and runs the showing phases; returns the result's part on the reference."""

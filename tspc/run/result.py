@@ -96,7 +96,7 @@ def finish(job: Job, networks: Networks, reference: dict[str, Any]) -> dict[str,
     write_json(path, result | deliveries.found())  # first of all: what follows may fail
     result["contract"] = known or contract_of(job, model, result, plan, networks.fingerprint)
     write_json(path, result | deliveries.found())
-    display.show(result_table(result))
+    display.show(result_table(result, job.config.task.inputs))
     for line in result_lines(result, target):
         display.line(line)
     tell(result["contract"], display)

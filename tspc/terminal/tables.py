@@ -164,15 +164,15 @@ def _kinds(plan: Plan) -> str:
     return ", ".join(f"{count} {name}" for name, count in names.most_common())
 
 
-def result_table(result: dict[str, Any]) -> Table:
-    """Accuracy and seconds after each phase."""
+def result_table(result: dict[str, Any], counted: str = "images") -> Table:
+    """Accuracy and seconds after each phase. `counted` are the inputs that were judged."""
     table = Table(title="Result", title_justify="left")
     top5 = any(top5_in(p["accuracy"]) is not None for p in result["phases"].values())
     table.add_column("phase")
     table.add_column(Text(scale_in(result["accuracy"] or result["reference"]["accuracy"]).label), justify="right")
     if top5:
         table.add_column("top-5", justify="right")
-    table.add_column("images", justify="right")
+    table.add_column(counted, justify="right")
     table.add_column("seconds", justify="right")
     entries = {"reference": result["reference"]} | result["phases"]
     for name, entry in entries.items():

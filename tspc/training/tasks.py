@@ -82,6 +82,11 @@ class Task:
         return self.name == IMAGE_CLASSIFICATION
 
     @property
+    def inputs(self) -> str:
+        """What a network takes, in the words of a message."""
+        return "images" if self.is_of_images else "inputs"
+
+    @property
     def usual_metric(self) -> Metric:
         """What judges a network in training if nothing else does."""
         names = {"classes": "top1", "tokens": "perplexity", "embeddings": "cosine", "values": "mse"}
