@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -105,6 +106,33 @@ def test_a_file_that_takes_one_length_refuses_others_in_words(tmp_path, ending):
     assert answer(tuple(few.values()))[0].shape == (3, 3)
     with pytest.raises(ExportError, match=r"the file does not take inputs of shape \(3, 8\) int64, \(3, 8\) int64: "):
         answer(tuple(batch.values()))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, packs: bool, **options: Any) -> None:
+        super().__init__()
+        self.words, self.rnn = nn.Embedding(50, 8), nn.LSTM(8, 12, batch_first=True, **options)
+        self.packs = packs
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        x: Any = self.words(ids)
+        if self.packs:
+            x = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return self.rnn(x)[1][0].sum(0)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Recurrent(packs=True), "Recurrent cannot be traced by torch.export: a layer gets a PackedSequence"),
+        (Recurrent(packs=False, proj_size=4), r"ONNX has no LSTM with projections \(proj_size\); export to pt2"),
+    ],
+)
+def test_recurrent_layers_that_a_file_cannot_hold(tmp_path, model, message):
+    batch = {"ids": batch_of("bert", 3, 8)["input_ids"], "lengths": torch.tensor([8, 3, 5])}
+    with pytest.raises(ExportError, match=message):
+        tspc.export(model.eval(), tmp_path / "small.onnx", batch)
 
 
 @pytest.mark.slow
