@@ -121,7 +121,7 @@ class Recurrent(nn.Module):
         return self.rnn(x)[1][0].sum(0)
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:the file takes inputs of 8 tokens")
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -133,6 +133,27 @@ def test_recurrent_layers_that_a_file_cannot_hold(tmp_path, model, message):
     batch = {"ids": batch_of("bert", 3, 8)["input_ids"], "lengths": torch.tensor([8, 3, 5])}
     with pytest.raises(ExportError, match=message):
         tspc.export(model.eval(), tmp_path / "small.onnx", batch)
+
+
+class Named(Pooled):
+    """Answers with a dict; one key is that of a value inside the graph, another holds several tensors."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, scale: float = 1.0) -> Any:  # type: ignore[override]
+        x = super().forward(input_ids, attention_mask)
+        return {"logits": x, "hidden_states": (x + 1, x * 2), "loss": None, "embedding": x.tanh()}
+
+
+def test_a_graph_has_the_names_of_the_network(tmp_path):
+    batch, path = batch_of("bert", 3, 8), tmp_path / "named.onnx"
+    model = Named().eval()
+    tspc.export(model, path, tuple(batch.values()))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in session.get_inputs()] == ["input_ids", "attention_mask"]
+    names = [entry.name for entry in session.get_outputs()]
+    assert names[:3] == ["logits", "hidden_states_0", "hidden_states_1"]
+    (doubled,) = session.run(["hidden_states_1"], {name: x.numpy() for name, x in batch.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(doubled), 2 * model(**batch)["logits"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

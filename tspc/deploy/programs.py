@@ -6,7 +6,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,8 @@ def _as_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def onnx_program(program: ExportedProgram, inputs: Inputs, signature: Signature | None = None) -> Any:
     """`program` as ONNX operators. Its inputs have the names of the network's arguments, or `input`, `input1`, ….
 
+    Where the network answers with a dict, the outputs have its keys.
+
     Raises ExportError if it has an operator that ONNX lacks, or too many weights.
     """
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
@@ -200,7 +202,33 @@ def onnx_program(program: ExportedProgram, inputs: Inputs, signature: Signature 
         raise ExportError(f"the network cannot be written as ONNX: {first_line(error)}") from error
     for node in made.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of this machine
+    _name_outputs_(made.model.graph, output_names(program))
     return made
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """For each tensor in a network's answer its key in a dict, with numbers if there are several; "" without keys."""
+    nodes = program.graph_signature.user_outputs
+    form = program.call_spec.out_spec
+    assert form is not None
+    given = [torch.tensor(place) if isinstance(node, str) else None for place, node in enumerate(nodes)]
+    answer = pytree.tree_unflatten(given, form)
+    if not isinstance(answer, Mapping):
+        return ["" for _ in flat(answer)]
+    found = {str(name): len(flat(value)) for name, value in answer.items()}
+    return [name if count == 1 else f"{name}_{i}" for name, count in found.items() for i in range(count)]
+
+
+def _name_outputs_(graph: Any, names: list[str]) -> None:
+    """Gives the outputs of an ONNX graph these names, unless something else in it has one of them."""
+    nodes = list(graph.all_nodes())
+    taken = {value.name for value in (*graph.inputs, *(value for node in nodes for value in node.outputs))}
+    taken |= set(graph.initializers)
+    outputs = list(graph.outputs)
+    is_own = len(set(map(id, outputs))) == len(names) and not set(map(id, outputs)) & set(map(id, graph.inputs))
+    for output, name in zip(outputs, names, strict=True) if is_own else ():
+        if name and name not in taken:
+            output.name = name
 
 
 def onnx_session(
