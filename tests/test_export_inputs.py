@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -105,6 +106,54 @@ def test_a_file_that_takes_one_length_refuses_others_in_words(tmp_path, ending):
     assert answer(tuple(few.values()))[0].shape == (3, 3)
     with pytest.raises(ExportError, match=r"the file does not take inputs of shape \(3, 8\) int64, \(3, 8\) int64: "):
         answer(tuple(batch.values()))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, packs: bool, **options: Any) -> None:
+        super().__init__()
+        self.words, self.rnn = nn.Embedding(50, 8), nn.LSTM(8, 12, batch_first=True, **options)
+        self.packs = packs
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        x: Any = self.words(ids)
+        if self.packs:
+            x = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return self.rnn(x)[1][0].sum(0)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:the file takes inputs of 8 tokens")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Recurrent(packs=True), "Recurrent cannot be traced by torch.export: a layer gets a PackedSequence"),
+        (Recurrent(packs=False, proj_size=4), r"ONNX has no LSTM with projections \(proj_size\); export to pt2"),
+    ],
+)
+def test_recurrent_layers_that_a_file_cannot_hold(tmp_path, model, message):
+    batch = {"ids": batch_of("bert", 3, 8)["input_ids"], "lengths": torch.tensor([8, 3, 5])}
+    with pytest.raises(ExportError, match=message):
+        tspc.export(model.eval(), tmp_path / "small.onnx", batch)
+
+
+class Named(Pooled):
+    """Answers with a dict; one key is that of a value inside the graph, another holds several tensors."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, scale: float = 1.0) -> Any:  # type: ignore[override]
+        x = super().forward(input_ids, attention_mask)
+        return {"logits": x, "hidden_states": (x + 1, x * 2), "loss": None, "embedding": x.tanh()}
+
+
+def test_a_graph_has_the_names_of_the_network(tmp_path):
+    batch, path = batch_of("bert", 3, 8), tmp_path / "named.onnx"
+    model = Named().eval()
+    tspc.export(model, path, tuple(batch.values()))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in session.get_inputs()] == ["input_ids", "attention_mask"]
+    names = [entry.name for entry in session.get_outputs()]
+    assert names[:3] == ["logits", "hidden_states_0", "hidden_states_1"]
+    (doubled,) = session.run(["hidden_states_1"], {name: x.numpy() for name, x in batch.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(doubled), 2 * model(**batch)["logits"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,24 @@ from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from tspc.deploy.signature import Inputs, Signature
 from tspc.errors import ExportError, TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.traversal.copying import copied
+from tspc.traversal.hooks import hooked
 
 PROTOBUF_LIMIT = 2**31 - 2**24
 """The largest number of bytes of weights in an ONNX file, with some room for the graph."""
+
+PACKED = (
+    "a layer gets a PackedSequence, whose sizes are values of the inputs and unknown in a graph; "
+    "give the layer padded tensors, and leave padded positions out of its outputs by a mask"
+)
+PROJECTION = "weight_hr_l"
+"""How the names of an LSTM's projections begin."""
 
 EXPORTERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 """The loggers of the libraries that write files."""
@@ -71,7 +80,8 @@ def traced(model: nn.Module, inputs: Inputs, signature: Signature | None = None)
     try:
         program = _program(model, example, signature, _takes_fewer(model, example, signature))
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
-        raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
+        reason = PACKED if _packs(model, inputs, signature) else first_line(error)
+        raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {reason}") from error
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.nodes):
         node.meta.pop("stack_trace", None)  # paths of this machine
@@ -118,6 +128,16 @@ def _told(signature: Signature, inputs: Inputs) -> str:
 
 
 @torch.no_grad()
+def _packs(model: nn.Module, inputs: Inputs, signature: Signature) -> bool:
+    """Whether the network gives a packed sequence to one of its modules."""
+    seen: list[bool] = []
+    look = lambda module, args: seen.append(any(isinstance(x, PackedSequence) for x in args))  # noqa: E731
+    with hooked([module.register_forward_pre_hook(look) for module in model.modules()]), suppress(Exception):
+        signature.call(model, inputs)
+    return any(seen)
+
+
+@torch.no_grad()
 def long_enough(model: nn.Module, inputs: Inputs, signature: Signature) -> Inputs:
     """The inputs, with more tokens if they have too few for a tracer and the network takes any number of them."""
     if not signature.is_short(inputs):
@@ -151,11 +171,15 @@ def _as_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def onnx_program(program: ExportedProgram, inputs: Inputs, signature: Signature | None = None) -> Any:
     """`program` as ONNX operators. Its inputs have the names of the network's arguments, or `input`, `input1`, ….
 
+    Where the network answers with a dict, the outputs have its keys.
+
     Raises ExportError if it has an operator that ONNX lacks, or too many weights.
     """
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     if size > PROTOBUF_LIMIT:
         raise ExportError(f"{size:,} bytes of weights are more than one ONNX file can hold; export to pt2 instead")
+    if any(name.rpartition(".")[2].startswith(PROJECTION) for name in program.state_dict):
+        raise ExportError("ONNX has no LSTM with projections (proj_size); export to pt2 instead")
     from onnxscript import optimizer
 
     signature = signature or Signature(len(inputs))
@@ -178,7 +202,33 @@ def onnx_program(program: ExportedProgram, inputs: Inputs, signature: Signature 
         raise ExportError(f"the network cannot be written as ONNX: {first_line(error)}") from error
     for node in made.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of this machine
+    _name_outputs_(made.model.graph, output_names(program))
     return made
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """For each tensor in a network's answer its key in a dict, with numbers if there are several; "" without keys."""
+    nodes = program.graph_signature.user_outputs
+    form = program.call_spec.out_spec
+    assert form is not None
+    given = [torch.tensor(place) if isinstance(node, str) else None for place, node in enumerate(nodes)]
+    answer = pytree.tree_unflatten(given, form)
+    if not isinstance(answer, Mapping):
+        return ["" for _ in flat(answer)]
+    found = {str(name): len(flat(value)) for name, value in answer.items()}
+    return [name if count == 1 else f"{name}_{i}" for name, count in found.items() for i in range(count)]
+
+
+def _name_outputs_(graph: Any, names: list[str]) -> None:
+    """Gives the outputs of an ONNX graph these names, unless something else in it has one of them."""
+    nodes = list(graph.all_nodes())
+    taken = {value.name for value in (*graph.inputs, *(value for node in nodes for value in node.outputs))}
+    taken |= set(graph.initializers)
+    outputs = list(graph.outputs)
+    is_own = len(set(map(id, outputs))) == len(names) and not set(map(id, outputs)) & set(map(id, graph.inputs))
+    for output, name in zip(outputs, names, strict=True) if is_own else ():
+        if name and name not in taken:
+            output.name = name
 
 
 def onnx_session(

@@ -31,12 +31,14 @@ FEWEST = 4
 class Signature:
     """The tensors of a call in order: `positional` many by position, the others by `names`.
 
-    `constants` are arguments that are no tensors; they are the same in every call.
+    `constants` are arguments that are no tensors; they are the same in every call. `places` are the names of those by
+    position, where there are several and `forward` has names for all.
     """
 
     positional: int = 1
     names: tuple[str, ...] = ()
     constants: dict[str, Any] = field(default_factory=dict)
+    places: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, example: Call) -> Signature:
@@ -51,7 +53,7 @@ class Signature:
         constants = {name: value for name, value in batch.named.items() if name not in tensors and value is not None}
         if is_of_transformers(model) and "use_cache" in inspect.signature(model.forward).parameters:
             constants.setdefault("use_cache", False)
-        return cls(len(batch.positional), tensors, constants)
+        return cls(len(batch.positional), tensors, constants, _places(model, len(batch.positional)))
 
     def tensors(self, call: Call) -> Inputs:
         """The tensors of another call like this one, or of a tuple of all of them. Raises ExportError for others."""
@@ -80,8 +82,9 @@ class Signature:
 
     @property
     def input_names(self) -> list[str]:
-        """A name for each tensor in a graph; those by position have none of their own."""
-        return [f"input{i}" if i else "input" for i in range(self.positional)] + list(self.names)
+        """A name for each tensor in a graph; one alone by position is the `input`."""
+        places = self.places or tuple(f"input{i}" if i else "input" for i in range(self.positional))
+        return [*places, *self.names]
 
     def lengths(self, inputs: Inputs) -> dict[int, str]:
         """For each tensor whose axis 1 counts tokens the name of that axis, by the tensor's place.
@@ -148,6 +151,13 @@ class _Bound(nn.Module):
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # pyright: ignore
         self.forward = forward
+
+
+def _places(model: nn.Module, count: int) -> tuple[str, ...]:
+    """The names that `forward` has for so many arguments by position; none for one alone, or if it lacks a name."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = [name for name, one in inspect.signature(model.forward).parameters.items() if one.kind in kinds]
+    return tuple(own[:count]) if 1 < count <= len(own) else ()
 
 
 def _as_batch(call: Call) -> ModelInputs:
