@@ -33,7 +33,7 @@ def built(spec: NetworkSpec) -> nn.Module:
     return spec.build().eval()
 
 
-@pytest.mark.parametrize("method", ["svd", pytest.param("rtk", marks=pytest.mark.slow), "rtt"])
+@pytest.mark.parametrize("method", ["svd", "rtt"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_is_its_rebuilt_kernels_and_survives_its_files(name, method, tmp_path):
     spec, inputs = ENCODERS[name]

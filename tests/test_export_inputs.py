@@ -17,7 +17,6 @@ from tspc.deploy.graphs import Graphs
 from tspc.deploy.runtimes import opened
 from tspc.deploy.timing import Comparison
 from tspc.errors import ExportError, TspcWarning
-from tspc.models.transformers_tasks import SentenceEmbeddings
 
 
 class Pooled(nn.Module):
@@ -185,16 +184,12 @@ def test_files_and_timings_share_the_arguments(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "llama", "whisper", "embeddings"])
+@pytest.mark.parametrize("name", ["bert", "llama", "whisper"])
 def test_networks_of_transformers(tmp_path, name):
-    kind = "bert" if name == "embeddings" else name
-    model = tiny(kind)
-    if name == "embeddings":
-        model = SentenceEmbeddings(model.bert).eval()  # type: ignore[arg-type]
-    small, path = tspc.compress(model, "svd", 0.5, allocation="uniform").eval(), tmp_path / "small.onnx"
-    tspc.export(small, path, batch_of(kind, 3, 8))
+    small, path = tspc.compress(tiny(name), "svd", 0.5, allocation="uniform").eval(), tmp_path / "small.onnx"
+    tspc.export(small, path, batch_of(name, 3, 8))
     for count, length in ((5, 13), (1, 3)):
-        batch = batch_of(kind, count, length)
+        batch = batch_of(name, count, length)
         held = batch.get("attention_mask", torch.ones(count, length)).bool()
         with torch.no_grad():
             wanted = answer_of(small(**batch))

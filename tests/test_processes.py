@@ -138,8 +138,6 @@ def test_a_run_in_two_processes(tmp_path):
     assert_equal(*(path.with_name("model.safetensors") for path in runs))
     left = [path.name for path in tmp_path.rglob("*") if "progress" in path.name or "partial" in path.name]
     assert left == []
-    # The same command again, in two processes: everything is done before.
-    launch(2, "-m", "tspc", *options, f"output_dir={both}", folder=tmp_path)
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 COMMAND = (
-    "method=cp method.tolerance=0 method.max_iterations=500 rate=0.2 dataset.pretrain.epochs=4 epochs=4 "
+    "method=cp method.tolerance=0 method.max_iterations=300 rate=0.2 dataset.pretrain.epochs=4 epochs=4 "
     "checkpoint_seconds=0 phase.distill.least_gain=0 phase.distill.images=1024 calibration.samples=128 report=false"
 ).split()
-RUN = "digits/resnet8/cp-0.2-max_iterations500-tolerance0/seed0"
+RUN = "digits/resnet8/cp-0.2-max_iterations300-tolerance0/seed0"
 
 
 SHORT = (
@@ -89,7 +89,7 @@ def test_killed_at_random_moments(tmp_path):
     finish(whole, SHORT)
     seconds = time.monotonic() - started
     moments = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         process = start(killed, SHORT)
         try:
             process.wait(timeout=moments.uniform(0.4, 0.7) * seconds)
