@@ -124,13 +124,11 @@ def test_a_run_in_two_processes(tmp_path):
         "phase.distill.steps=2",
         "batch_size=50",
     ]
-    alone, reference, both = (tmp_path / name for name in ("alone", "reference", "both"))
+    alone, both = (tmp_path / name for name in ("alone", "both"))
     launch(1, "-m", "tspc", *options, f"output_dir={alone}", folder=tmp_path)
-    launch(2, "-m", "tspc", *TINY, "phase=pretrain", "batch_size=50", f"output_dir={reference}", folder=tmp_path)
-    trained = [next(folder.rglob("reference/model.safetensors")) for folder in (alone, reference)]
-    assert_equal(*trained)
     # The phases from the same reference: they amplify the rounding of what came before.
-    shutil.copytree(trained[0].parent, both / trained[0].parent.relative_to(alone))
+    trained = next(alone.rglob("reference/model.safetensors")).parent
+    shutil.copytree(trained, both / trained.relative_to(alone))
     launch(2, "-m", "tspc", *options, f"output_dir={both}", folder=tmp_path)
     runs = [next(folder.rglob("result.json")) for folder in (alone, both)]
     one, two = (json.loads(path.read_text()) for path in runs)
