@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,9 @@ from tspc.traversal.hooks import outputs_of
 CONF = Path(__file__).parent.parent / "conf"
 
 
+Row = tuple[str, str, str, Callable[[Any], dict[str, Any]]]
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--data", required=True, help="folder with train/ and test/ of class folders, 32×32 images")
@@ -46,6 +49,22 @@ def kept(folder: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[st
         write_json(path, make())
         print(f"{name}: {json.loads(path.read_text())}", flush=True)
     return json.loads(path.read_text())
+
+
+def kept_rows(
+    options: argparse.Namespace, rows: Iterable[Row], bench_of: Callable[[argparse.Namespace], Any]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The name, the goal and the figures of each row, from --out or made now; with --report only those of --out.
+
+    A row is the name of its file, its name, its goal, and what makes it from a bench, which is built when it is needed.
+    """
+    out, bench = Path(options.out), None
+    for file, name, goal, make in rows:
+        if not (out / f"{file}.json").exists():
+            if options.report:
+                continue
+            bench = bench or bench_of(options)
+        yield name, goal, kept(out, file, lambda make=make, bench=bench: make(bench))
 
 
 def cifar_config(options: argparse.Namespace, *overrides: str) -> Config:

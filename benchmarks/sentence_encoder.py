@@ -26,14 +26,13 @@ from torch import Tensor, nn
 
 import tspc
 from benchmarks.baselines import METHODS, Inputs, decomposed
-from benchmarks.common import kept, machine, table
+from benchmarks.common import kept_rows, machine, table
 from benchmarks.phase_zero import Sentences
 from benchmarks.sentences import Judge, opponents, sentences
 from tspc.calibration import Calibration
 from tspc.compression.integers import state_bytes
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
-from tspc.store.files import read_json
 from tspc.training import Hardware, Recipe, Watchers, fit
 from tspc.traversal.copying import copied
 
@@ -208,14 +207,8 @@ def main() -> None:
     arguments.add_argument("--out", default="outputs/sentence_encoder")
     options = arguments.parse_args()
     torch.manual_seed(options.seed)
-    out, bench, rows = Path(options.out), None, []
-    for file, name, goal, make in rows_of(options):
-        if options.report and not (out / f"{file}.json").exists():
-            continue
-        if not (out / f"{file}.json").exists():
-            bench = bench or Bench(options)
-            kept(out, file, lambda make=make, bench=bench: make(bench))
-        found = read_json(out / f"{file}.json")
+    rows = []
+    for name, goal, found in kept_rows(options, rows_of(options), Bench):
         seconds = "" if found.get("seconds") is None else f"{found['seconds']:.0f}"
         share = f"{found['share']:.3f}" if "rate" not in goal or name.startswith("tspc") else ""
         figures = [f"{found['titles']:.4f}", f"{found['cosine']:.4f}", f"{found['recall']:.1f}"]

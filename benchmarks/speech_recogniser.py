@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import tspc
 from benchmarks.baselines import METHODS, Inputs, decomposed
-from benchmarks.common import kept, machine, table
+from benchmarks.common import kept_rows, machine, table
 from benchmarks.sentence_encoder import NAMES
 from benchmarks.whisper_tiny import (
     END,
@@ -49,7 +49,6 @@ from tspc.compression.integers import state_bytes
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
 from tspc.data.model_inputs import ModelInputs, called
-from tspc.store.files import read_json
 
 TEST, FIRST = 40, 40
 """Prompts that judge, and the first one that calibrates."""
@@ -188,14 +187,8 @@ def main() -> None:
     arguments.add_argument("--out", default="outputs/speech_recogniser")
     options = arguments.parse_args()
     torch.manual_seed(options.seed)
-    out, bench, rows = Path(options.out), None, []
-    for file, name, goal, make in rows_of(options):
-        if not (out / f"{file}.json").exists():
-            if options.report:
-                continue
-            bench = bench or Bench(options)
-            kept(out, file, lambda make=make, bench=bench: make(bench))
-        found = read_json(out / f"{file}.json")
+    rows = []
+    for name, goal, found in kept_rows(options, rows_of(options), Bench):
         share = f"{found['share']:.3f}" if name not in [NAMES[method] for method in METHODS] else ""
         figures = [f"{found['wer']:.1f}", f"{found['perplexity']:.2f}", f"{found['same']:.1f}"]
         rows.append([goal, name, share, *figures, "" if found["seconds"] is None else f"{found['seconds']:.0f}"])
