@@ -48,9 +48,11 @@ class Bench:
         place(self.model, CPU).eval()
         self.images = _split(self.data.held_out_batches(self.data.train_size, BATCH, CPU))
         self.test = _split(self.data.test_batches(BATCH, CPU))
+        if options.held_out == "fresh":
+            order = torch.randperm(len(self.test[1]), generator=torch.Generator().manual_seed(options.seed))
+            fresh, judges = order.chunk(2)
+            self.fresh, self.test = _picked(self.test, fresh), _picked(self.test, judges)
         self.right = _right(self.model, self.test).int()
-        half = torch.randperm(len(self.right), generator=torch.Generator().manual_seed(options.seed))
-        self.fresh, self.judges = half[: len(half) // 2], half[len(half) // 2 :]
 
     def repetition(self, number: int) -> dict[str, Any]:
         """All limits, with the calibration and held-out images of one repetition."""
@@ -96,15 +98,12 @@ class Bench:
 
     def _held_out(self, order: Tensor, number: int) -> tuple[Tensor, Tensor]:
         if self.options.held_out == "training":
-            return self.images[0][order], self.images[1][order]
-        mixed = self.fresh[torch.randperm(len(self.fresh), generator=torch.Generator().manual_seed(number))]
-        return self.test[0][mixed], self.test[1][mixed]
+            return _picked(self.images, order)
+        return _picked(self.fresh, torch.randperm(len(self.fresh[1]), generator=torch.Generator().manual_seed(number)))
 
     def _drop(self, network: nn.Module) -> float:
         """Points that the network loses on the test images."""
-        lost = self.right - _right(network, self.test).int()
-        lost = lost[self.judges] if self.options.held_out == "fresh" else lost
-        return 100 * float(lost.double().mean())
+        return 100 * float((self.right - _right(network, self.test).int()).double().mean())
 
     def hindsight(self) -> dict[str, float]:
         """Share of the bytes → drop on the test images."""
@@ -144,6 +143,10 @@ def _right(network: nn.Module, split: tuple[Tensor, Tensor]) -> Tensor:
 def _batches(images: Tensor, labels: Tensor) -> Any:
     for part, wanted in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         yield part.contiguous(memory_format=torch.channels_last), wanted
+
+
+def _picked(split: tuple[Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
+    return split[0][places], split[1][places]
 
 
 def _split(batches: Any) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions
-from tspc.calibration.samples import Samples, is_encoder
+from tspc.calibration.samples import Samples
 from tspc.calibration.sensitivity import _direction
+from tspc.calibration.texts import is_encoder, is_text
 from tspc.calibration.weights import EVEN, VOCABULARY
 from tspc.compression.curves import error_curves
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
+from tspc.data.model_inputs import ModelInputs
 
 
 class Reader(nn.Module):
@@ -94,6 +96,16 @@ def test_a_language_model_is_no_encoder() -> None:
         assert is_encoder(Reader(), samples)
         assert is_encoder(speaker[0], samples)
         assert not is_encoder(speaker, samples)
+
+
+def test_texts_are_known_wherever_they_stand_among_the_arguments() -> None:
+    sound, tokens, mask = torch.randn(3, 4, 9), torch.ones(3, 5, dtype=torch.long), torch.ones(3, 5, dtype=torch.long)
+    heard = {"input_features": sound, "decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    assert is_text([ModelInputs(named=heard)])
+    assert is_text([ModelInputs([tokens])])
+    assert not is_text([ModelInputs(named={"input_values": sound[:, 0], "attention_mask": mask})])
+    assert not is_text([ModelInputs([sound, torch.tensor([9, 8, 4])])])  # the lengths of the sounds
+    assert not is_text([sound])
 
 
 def test_the_weights_of_tokens_that_may_come_next() -> None:

@@ -19,8 +19,9 @@ from tspc.calibration.kept_inputs import KeptInputs
 from tspc.calibration.moments import Moments
 from tspc.calibration.sensitivity import FEWEST, enough, output_sensitivity
 from tspc.calibration.statistics import Statistics
-from tspc.calibration.weights import RowWeights, has_tokens
-from tspc.data.model_inputs import Given, answer_of, called, first_of
+from tspc.calibration.texts import is_text, tokens_of
+from tspc.calibration.weights import RowWeights
+from tspc.data.model_inputs import Given, first_of
 from tspc.decompositions import Metric
 from tspc.errors import ConfigError, DataError
 from tspc.layers.dense import DenseLayer, has_inputs, kernel_of
@@ -139,20 +140,10 @@ class Part:
 
     def __iter__(self) -> Iterator[Given]:
         fewest = DIVERSE
-        if is_text(self.samples):  # few have many positions, but too few words make wide layers seem simple
-            fewest = max(FEWEST, TOKENS // max(1, first_of(next(iter(self.samples)))[0].numel()))
+        tokens = tokens_of(next(iter(self.samples)))
+        if tokens is not None:  # few have many positions, but too few words make wide layers seem simple
+            fewest = max(FEWEST, TOKENS // max(1, tokens[0].numel()))
         yield from enough(self.samples, most=None, fewest=fewest)
-
-
-def is_text(samples: Samples | Part) -> bool:
-    """Whether the inputs are token numbers."""
-    return not first_of(next(iter(samples))).is_floating_point()
-
-
-@torch.no_grad()
-def is_encoder(model: nn.Module, samples: Samples | Part) -> bool:
-    """Whether the inputs are token numbers, and the answer is not that of a language model."""
-    return is_text(samples) and not has_tokens(answer_of(called(model, next(iter(samples))[:1])))
 
 
 class Samples:
@@ -263,7 +254,8 @@ class Samples:
 
     def _gradients(self, model: nn.Module, layers: list[str]) -> Iterator[tuple[str, Tensor]]:
         if self.settings.sensitivity:
-            is_weighted = is_text(self) and sum(first_of(batch).numel() for batch in self) <= TOKENS
+            firsts = [first_of(batch) for batch in self]  # with sounds or images first, gradients of all are slow
+            is_weighted = not firsts[0].is_floating_point() and sum(first.numel() for first in firsts) <= TOKENS
             weights = self.weights if is_weighted else None
             yield from output_sensitivity(model, layers, self, self.tally, self.short, weights)
 

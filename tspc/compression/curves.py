@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tspc.calibration.gathering import moments_of
-from tspc.calibration.samples import Part, Samples, Survey, is_encoder
+from tspc.calibration.samples import Part, Samples, Survey
 from tspc.calibration.sketches import sketches_of
 from tspc.calibration.tables import tables_of
+from tspc.calibration.texts import is_encoder
 from tspc.compression.error_curve import LEAST, ErrorCurve
 from tspc.compression.form import DENSE, PLAIN, Widths, rank_for, rounding
 from tspc.compression.plan import LayerPlan
@@ -108,13 +109,12 @@ def _measured(
     def measured(name: str, metric: Metric | None = None) -> list[ErrorCurve]:
         weight = kernel_of(model.get_submodule(name)).detach()
         with naming(name):
-            found = _curves(widths.methods(method, rows[name]), weight, metric, widths.bits, rows[name].is_table)
-            return [replace(curve, weight=weighed(curve.weight)) for curve in found]
+            curves = _curves(widths.methods(method, rows[name]), weight, metric, widths.bits, rows[name].is_table)
+            return [replace(curve, weight=weighed(curve.weight)) for curve in curves]
 
-    # A layer's share in the squared change of the answer comes from a linear model, which is wrong where errors are
-    # large. As measured, the share is the better weight for encoders of texts; its root for images and language models.
-    with evaluating(model):
-        weighed = (lambda share: share) if samples is not None and is_encoder(model, samples) else math.sqrt
+    # A layer's share in the squared change of the answer comes from a linear model, wrong where errors are large. As
+    # measured, the share is the better weight for encoders of texts; its root for images and language models.
+    weighed = float if samples is not None and is_encoder(model, samples) else math.sqrt
     rest = dict.fromkeys(rows)
     if samples is not None and survey is not None:
         part = Part(samples)
@@ -122,9 +122,9 @@ def _measured(
             tables = [layer.name for layer in layers if layer.is_table]
             for name, sketch in tables_of(model, tables, samples, survey):
                 found = measured(name, sketch.metric.sketch())
-                # Without the sensitivity all layers weigh the same.
-                known = survey.weights(name) is not None
-                yield name, found if known else [replace(curve, weight=1.0) for curve in found]
+                if survey.weights(name) is None:  # without the sensitivity all layers weigh the same
+                    found = [replace(curve, weight=1.0) for curve in found]
+                yield name, found
                 del rest[name]
             names = [name for name in rows if name not in tables]
             narrow = [name for name in names if kernel_of(model.get_submodule(name))[0].numel() <= WIDEST]
