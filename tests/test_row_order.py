@@ -47,3 +47,24 @@ def test_only_the_rows_of_texts_count(way, in_front):
     assert found.count == len(rows) == (sum(LENGTHS[:count]) if WAYS[way][1] != MIXED else held.numel())
     mean = found.statistics(model.mix.weight, True, 1e-3).mean_x
     torch.testing.assert_close(mean[0].float(), rows.mean(0))
+
+
+class Answering(Arranged):
+    """Answers for each position of each text, whatever the order of the rows inside."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.head(self.mix(self.way(self.words(input_ids))).relu())
+        count, length = input_ids.shape
+        is_by_position = self.way in [way for way, order in WAYS.values() if order == BY_POSITION]
+        return x.reshape(length, count, 3).transpose(0, 1) if is_by_position else x.reshape(count, length, 3)
+
+
+@pytest.mark.parametrize("way", [way for way, (_, order) in WAYS.items() if order != MIXED])
+def test_gradients_are_those_of_the_texts_in_any_order(way):
+    batch = padded(texts()[:7])
+    with Samples(batch) as samples, Samples(batch) as others:
+        found = samples.survey(Answering(way).eval(), ["mix", "head"])
+        wanted = others.survey(Answering("input by input").eval(), ["mix", "head"])
+        for name in ("mix", "head"):
+            assert wanted.weights(name) is not None
+            torch.testing.assert_close(found.weights(name), wanted.weights(name))

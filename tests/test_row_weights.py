@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions
+from tspc.calibration.projections import direction_of
+from tspc.calibration.row_order import BY_INPUT, BY_POSITION
 from tspc.calibration.samples import Samples
-from tspc.calibration.sensitivity import _direction
 from tspc.calibration.texts import is_encoder, is_text
-from tspc.calibration.weights import EVEN, VOCABULARY
+from tspc.calibration.weights import EVEN, VOCABULARY, RowWeights
 from tspc.compression.curves import error_curves
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
@@ -113,10 +114,44 @@ def test_the_weights_of_tokens_that_may_come_next() -> None:
     logits, generator = torch.zeros(1, 2, VOCABULARY), torch.Generator().manual_seed(0)
     logits[0, 0, :3] = torch.tensor([20.0, 21.0, 19.0])
     logits[0, 1, :3] = torch.tensor([30.0, 21.0, 19.0])
-    found = torch.stack([_direction(logits, generator, [])[0] for _ in range(500)])
+    found = torch.stack([direction_of(logits, generator, [])[0] for _ in range(500)])
     torch.testing.assert_close(found.norm(dim=2), torch.ones(500, 2), rtol=0.1, atol=0)
     assert float(found.sum(2).abs().max()) < 0.02  # a constant added to all logits changes nothing
     assert float(found[..., 3:].abs().max()) < 0.05
     unsure, sure = found[..., :3].square().mean(0)
     assert float(sure[0]) > float(sure[1]) > float(sure[2])  # the likeliest token against the next ones
     assert float(unsure.min()) > 0.1  # all three may come next
+
+
+@pytest.mark.parametrize(
+    ("positions", "wanted"),
+    [
+        (Positions(), list(range(48))),
+        (Positions(2, (1, 0)), list(range(2, 48, 4))),  # a dense layer: every fourth row
+        (Positions(2, (1, 0), (4, 6)), [6, 8, 10, 18, 20, 22, 30, 32, 34, 42, 44, 46]),  # two maps of 4 × 6
+        (Positions(3, (0, 2), (24,)), [*range(2, 24, 3), *range(26, 48, 3)]),  # two signals
+        (Positions(2, (0, 1, 1), (2, 3, 4)), [5, 7, 29, 31]),  # two volumes
+        (Positions(2, (1, 0), (5, 6)), None),  # 48 rows are no maps of 5 × 6
+    ],
+)
+def test_weights_are_those_of_the_rows_that_are_used(positions: Positions, wanted: list[int] | None) -> None:
+    weights = RowWeights()
+    weights.add("layer", 0, 0, torch.arange(48.0)[:, None])
+    weights.finish(["layer"], 1, {})
+    found = weights.at(["layer"], 0, positions, 48 if wanted is None else len(wanted))
+    every = weights.at(["layer"], 0, Positions(), 48)
+    assert every is not None
+    if wanted is None:
+        assert found is None
+    else:
+        assert found is not None
+        torch.testing.assert_close(found, every[wanted])
+
+
+@pytest.mark.parametrize("order", [BY_INPUT, BY_POSITION])
+def test_rows_of_a_divided_batch_are_known_only_input_by_input(order: str) -> None:
+    weights = RowWeights()
+    for part in range(2):
+        weights.add("layer", 0, part, torch.ones(6, 2))
+    weights.finish(["layer"], 1, {"layer": order})
+    assert (weights.at(["layer"], 0, Positions(), 12) is None) == (order == BY_POSITION)

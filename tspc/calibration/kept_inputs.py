@@ -34,7 +34,8 @@ class KeptInputs:
         self._raw = Stash(room)
         self._shapes: list[tuple[torch.Size, ...]] = []
         self._masks: list[list[Tensor]] = []
-        self._orders: dict[str, str] = {}
+        self.orders: dict[str, str] = {}
+        """How the layers arrange their rows, where it matters; see `row_order`."""
         batches = Batches(inputs, samples, batch_size)
         with tally.expecting(-(-samples // batch_size)):
             for batch in batches:
@@ -66,16 +67,16 @@ class KeptInputs:
     def masks(self, number: int, layer: str = "") -> list[Tensor]:
         """Which positions of a batch hold something; see `tspc.data.masks_of`. For a layer they have its order."""
         found = self._masks[number] if self._masks else []
-        return arranged_masks(found, self._orders.get(layer, BY_INPUT))
+        return arranged_masks(found, self.orders.get(layer, BY_INPUT))
 
     def see_orders(self, model: nn.Module) -> None:
         """Looks in which order the layers of a network have their rows, if it matters: some inputs are padded."""
         padded = any(self._masks)
         batch = next((batch for batch in self if len(batch) > 1), None) if padded else None
-        self._orders = {}
+        self.orders = {}
         if isinstance(batch, ModelInputs):
             names = [name for name, module in model.named_modules() if kind_of_layer(module) is not None]
-            self._orders = row_orders(model, names, batch)
+            self.orders = row_orders(model, names, batch)
 
     def suit(self, model: nn.Module) -> None:
         """From now on the inputs are the arguments that `model` takes. Raises DataError if it takes nothing of them."""

@@ -257,7 +257,7 @@ class Samples:
             firsts = [first_of(batch) for batch in self]  # with sounds or images first, gradients of all are slow
             is_weighted = not firsts[0].is_floating_point() and sum(first.numel() for first in firsts) <= TOKENS
             weights = self.weights if is_weighted else None
-            yield from output_sensitivity(model, layers, self, self.tally, self.short, weights)
+            yield from output_sensitivity(model, layers, self, self.tally, self.short, weights, self.kept.orders)
 
     @property
     def patches_of_a_batch(self) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 
 from tspc.calibration.patches import Positions, filled_rows, rows_of
 from tspc.calibration.products import Products, Squares, is_diagonal, products_of_outputs
-from tspc.calibration.weights import RowWeights, has_tokens
-from tspc.data.model_inputs import Given, answer_of, called, first_of, masks_of
+from tspc.calibration.projections import direction_of, with_gradient
+from tspc.calibration.row_order import BY_INPUT, arranged_masks
+from tspc.calibration.weights import RowWeights
+from tspc.data.model_inputs import Given, called, first_of, masks_of
 from tspc.errors import TspcWarning, some
 from tspc.layers.dense import DenseLayer, output_count
 from tspc.system.modes import is_of_inference, own_modes
@@ -24,7 +25,6 @@ from tspc.system.parallel import in_parts
 from tspc.system.tally import Tally
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import Reached, hooked, run_on
-from tspc.traversal.nested import tensors_in
 
 IMAGES, FEWEST, NUMBERS = 128, 32, 2**21
 """The most images whose gradients are taken; the fewest that stand for all, and how many numbers in them are enough."""
@@ -49,6 +49,7 @@ def output_sensitivity(
     tally: Tally | None = None,
     short: bool = False,
     weights: RowWeights | None = None,
+    orders: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """For each layer G = Σ E[ggᵀ] (T × T), summed over its output positions.
 
@@ -61,13 +62,14 @@ def output_sensitivity(
     Inputs without a gradient, such as token numbers, are skipped: gradients stop at the first floating-point
     activations. Layers that do not affect the answer, or cannot be measured, are left out; for the latter a TspcWarning
     says so. The `tally` counts how often gradients are taken. With `short` the network runs in bfloat16. With `weights`
-    all batches are used, and what matters of each position is added to them.
+    all batches are used, and what matters of each position is added to them. `orders` tell how the layers arrange their
+    rows, see `row_order`; by default input by input.
     """
     model = copied(model) if is_of_inference(model) else model
     lost: list[str] = []
     for part in in_parts(layers, lambda name: _numbers(model.get_submodule(name)), TOGETHER):
         try:
-            sums, projections = _measured(model, part, batches, tally or Tally(), short, weights)
+            sums, projections = _measured(model, part, batches, tally or Tally(), short, weights, orders or {})
         except Exception as error:  # the network may be the user's own
             why = next(iter(str(error).splitlines()), type(error).__name__)
             _warn(f"{type(model).__name__} gives no gradients ({why}): the outputs of all layers have equal weights")
@@ -85,11 +87,12 @@ def _measured(
     tally: Tally,
     short: bool,
     weights: RowWeights | None,
+    orders: Mapping[str, str],
 ) -> tuple[_Sums, int]:
     """The sums over the gradients of some layers, and the number of projections."""
     # The network may have an operation whose gradient does not know bfloat16.
     for is_short in (True, False) if short else (False,):
-        sums = _Sums(model, layers, weights)
+        sums = _Sums(model, layers, weights, orders)
         try:
             with _without_parameters(model), hooked(sums.handles()):
                 return sums, _backward(model, batches, sums, is_short, tally)
@@ -106,8 +109,10 @@ def _warn(reason: str) -> None:
 class _Sums:
     """Sums over the gradients of the layers' outputs."""
 
-    def __init__(self, model: nn.Module, layers: Collection[str], weights: RowWeights | None) -> None:
-        self._model, self.layers, self.weights = model, layers, weights
+    def __init__(
+        self, model: nn.Module, layers: Collection[str], weights: RowWeights | None, orders: Mapping[str, str]
+    ) -> None:
+        self._model, self.layers, self.weights, self.orders = model, layers, weights, orders
         self.place: tuple[int, int] = (0, 0)
         """The numbers of the batch, and of the part of it, whose gradients come next."""
         if weights is not None:
@@ -148,7 +153,8 @@ class _Sums:
         with own_modes(), torch.no_grad():
             if self.weights is not None:
                 self.weights.add(name, *self.place, rows_of(layer, gradient))
-            g = rows_of(layer, gradient, Positions(rows=filled_rows(layer, gradient.shape, self.masks)))
+            masks = arranged_masks(self.masks, self.orders.get(name, BY_INPUT))
+            g = rows_of(layer, gradient, Positions(rows=filled_rows(layer, gradient.shape, masks)))
             if len(g) > self.rows:
                 # Neighbouring positions tell the same; a fixed step could always meet the same column.
                 chosen = torch.randint(len(g), (self.rows,), generator=self._generator, device="cpu").to(g.device)
@@ -209,17 +215,17 @@ def _backward(model: nn.Module, batches: Iterable[Given], sums: _Sums, short: bo
                 first_of(inputs).requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=short):
                 answer = called(model, inputs)
-            answers = _with_gradient(answer)
+            answers = with_gradient(answer)
             for probe in range(probes):
                 projected = sum(
-                    (answer.float() * _direction(answer, generator, sums.masks)).sum() for answer in answers
+                    (answer.float() * direction_of(answer, generator, sums.masks)).sum() for answer in answers
                 )
                 # Not by `grad`, which reentrant checkpoints refuse.
                 torch.autograd.backward(cast(Tensor, projected), retain_graph=probe + 1 < probes)
             projections += probes * len(part)
             tally.add("how much each layer matters")
     if sums.weights is not None:
-        sums.weights.finish(sums.layers, PROBES)
+        sums.weights.finish(sums.layers, PROBES, sums.orders)
     return projections
 
 
@@ -236,38 +242,6 @@ def enough(batches: Iterable[Given], most: int | None = IMAGES, fewest: int = FE
         needed = max(fewest, NUMBERS // max(1, numbers))
         if count >= (needed if most is None else min(most, needed)):
             return
-
-
-def _direction(answer: Tensor, generator: torch.Generator, masks: Sequence[Tensor]) -> Tensor:
-    """A random direction in the space of an answer; padded positions have no part in it."""
-    direction = torch.randn(answer.shape, generator=generator, dtype=torch.float32, device="cpu").to(answer)
-    if answer.ndim == 2 and answer.shape[1] > 1:
-        # A constant added to all logits changes no probability.
-        direction -= direction.mean(1, keepdim=True)
-    elif has_tokens(answer):
-        # Nearly all tokens are out of the question. The covariance of this direction is the Fisher information of the
-        # logits, diag(p) − ppᵀ. Scaled to length 1 at each position: else those where the network is sure of a token
-        # hardly count, but the errors of small ranks change these tokens, too.
-        p = answer.detach().float().softmax(2)
-        direction = p.sqrt() * direction
-        direction -= p * direction.sum(2, keepdim=True)
-        direction /= direction.norm(dim=2, keepdim=True) + 1e-6
-    mask = next((mask for mask in masks if mask.shape == answer.shape[:2]), None)
-    return direction if mask is None else direction * mask.reshape(*mask.shape, *[1] * (answer.ndim - 2)).to(answer)
-
-
-def _with_gradient(answer: Any) -> list[Tensor]:
-    """All tensors of a plain list, tuple or dict, such as the maps of a backbone; else the one that counts inside."""
-    items = list(answer.values()) if type(answer) in (dict, OrderedDict) else answer
-    direct = items if type(items) in (list, tuple) else ()
-    found = [item for item in direct if isinstance(item, Tensor) and item.grad_fn is not None]
-    counting = answer_of(answer)
-    if not found and counting is not None and counting.grad_fn is not None:
-        return [counting]
-    found = found or [tensor for tensor in tensors_in(answer) if tensor.requires_grad][:1]
-    if not found:
-        raise ValueError("its answer has no tensor with a gradient")
-    return found
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tspc.calibration.patches import Positions
+from tspc.calibration.row_order import BY_INPUT
 
 EVEN = 0.1
 """The share of all weights that every position has alike: a layer needs inputs of more than a few positions."""
@@ -42,11 +44,16 @@ class RowWeights:
         squares = rows.float().square().sum(1).cpu()
         self._squares.setdefault(name, {}).setdefault((batch, part), []).append(squares)
 
-    def finish(self, layers: Collection[str], probes: int) -> None:
-        """Makes the weights. A layer that is called several times in a pass has none: its rows cannot be told apart."""
+    def finish(self, layers: Collection[str], probes: int, orders: Mapping[str, str]) -> None:
+        """Makes the weights. A layer that is called several times in a pass has none: its rows cannot be told apart.
+
+        Neither has one that does not go input by input (see `row_order`), if a batch was divided.
+        """
         for name in layers:
             found = self._squares.pop(name, {})
-            if not found or any(len(each) != probes for each in found.values()):
+            is_divided = len({batch for batch, _ in found}) < len(found)
+            is_mixed = is_divided and orders.get(name, BY_INPUT) != BY_INPUT
+            if not found or is_mixed or any(len(each) != probes for each in found.values()):
                 continue
             batches: dict[int, list[Tensor]] = {}
             for (batch, _), each in sorted(found.items()):
@@ -70,6 +77,11 @@ class RowWeights:
         if positions.rows is not None:
             places = positions.rows.cpu()
             found = mean[places[places < len(mean)]]
+        elif positions.size is not None:  # a convolution
+            maps, rest = divmod(len(mean), math.prod(positions.size))
+            if rest:
+                return None
+            found = mean.reshape(maps, *positions.size)[:, *positions.along(len(positions.size))].flatten()
         else:
             step, (top, left) = positions.step, positions.offset
             found = mean[top * step + left :: step * step]
