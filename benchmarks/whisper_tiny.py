@@ -168,6 +168,13 @@ def prompts(root: Path, shortest: float = 1.5, longest: float = 12.0) -> list[tu
     return [found[i] for i in order]
 
 
+def in_pairs(found: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Each prompt and then the next one, with half a second of silence between them."""
+    silence, following = torch.zeros(8000), found[1:] + found[:1]
+    pairs = zip(found, following, strict=True)
+    return [(f"{text} {other}", torch.cat([wave, silence, next_wave])) for (text, wave), (other, next_wave) in pairs]
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9']+", text.lower())
 
