@@ -109,6 +109,34 @@ def test_the_phases_take_texts_and_padding_teaches_nothing():
             torch.testing.assert_close(value, again, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+class Keyed(Block):
+    """A block that gives more than a tensor."""
+
+    def forward(self, *args: Any) -> Any:
+        return {"attention": None, "hidden": super().forward(*args)}
+
+
+class KeyedClassifier(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Keyed() for _ in range(2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        x, mask = self.words(input_ids), attention_mask.bool()
+        for block in self.blocks:
+            x = block(x, mask[:, None])["hidden"]
+        return self.head(x.mean(1))
+
+
+def test_blocks_are_learnt_by_the_tensor_that_counts_in_what_they_give():
+    reference = KeyedClassifier().eval()
+    small = tspc.compress(reference, "svd", 0.6)
+    before = {name: value.clone() for name, value in small.blocks.state_dict().items()}  # type: ignore[union-attr]
+    distill(small, reference, Distillation(images=COUNT, **SHORT), context(), Progress())
+    changed = [name for name, value in small.blocks.state_dict().items() if not torch.equal(value, before[name])]  # type: ignore[union-attr]
+    assert {name.split(".")[0] for name in changed} == {"0", "1"}
+
+
 def test_networks_are_judged_on_texts():
     model, data = Classifier().eval(), context().required_data
     score = evaluate(model, data, CPU)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.data import Given, first_of, generator_of, masks_of, shapes_of
+from tspc.data import Given, answer_of, first_of, generator_of, masks_of, shapes_of
 from tspc.errors import ConfigError
-from tspc.layers.unpacking import sequence_of
 from tspc.phases.context import Context
 from tspc.system import processes
 from tspc.training import Recipe
@@ -77,22 +76,21 @@ class Kept:
     def advance(self) -> None:
         """Goes to the next block after the training of the present one.
 
-        Raises ConfigError for a block that does not return one tensor.
+        Raises ConfigError for a block whose output holds no tensor that could be learnt from.
         """
         for walker in self._walkers:
             walker.advance()
         self.is_paired = self._looks_paired()
         try:
             self._reference.answer()
-            output = self._output(0) if self.is_paired else torch.empty(0)
-            kind = "" if isinstance(output, Tensor) else type(output).__name__
+            output = self._reference.output(0) if self.is_paired else torch.empty(0)
+            kind = "" if answer_of(output) is not None else type(output).__name__
         except UnknownValueError as error:
             kind = error.kind
         if kind:
             name = self._reference.segment.module or "(the whole network)"
-            raise ConfigError(
-                [f"block {name} gives {kind}, not one tensor; name others by phase.distill.blocks='PATTERN'"]
-            )
+            told = f"block {name} gives {kind}, which holds no tensor of real numbers"
+            raise ConfigError([f"{told}; name others by phase.distill.blocks='PATTERN'"])
 
     def _looks_paired(self) -> bool:
         """Whether both networks, in all processes, give the block inputs of one shape for every batch."""
@@ -128,8 +126,6 @@ class Kept:
 
     def _pair(self, number: int, from_reference: bool = False) -> tuple[Masked, Tensor]:
         walker = self._reference if from_reference else self._small or self._reference
-        return Masked(walker.arguments(number), self._masks[number]), self._output(number)
-
-    def _output(self, number: int) -> Any:
-        block = self._reference.model.get_submodule(self._reference.segment.module)
-        return sequence_of(block, self._reference.output(number))
+        target = answer_of(self._reference.output(number))
+        assert target is not None
+        return Masked(walker.arguments(number), self._masks[number]), target

@@ -21,10 +21,10 @@ from tspc.compression.fits import OnLayer
 from tspc.compression.integers import on_grids
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.rounding import put_on_grids_, take_off_grids_
-from tspc.data import Given, at_once, filled, kinds_of
+from tspc.data import Given, answer_of, at_once, filled, kinds_of
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
-from tspc.layers.unpacking import sequence_of, with_like_parts
+from tspc.layers.unpacking import with_like_parts
 from tspc.phases.activations import Kept, Masked, augmented_images
 from tspc.phases.agreement import keep_better_, keep_closer_
 from tspc.phases.batch_norm import SHOWN, count_norms, rebase_, refit_norms_
@@ -247,7 +247,8 @@ def _start_norms_(block: nn.Module, original: nn.Module, kept: Kept, settings: D
 
 def _loss(block: nn.Module, given: Masked, target: Tensor) -> Tensor:
     args, named = given.call
-    answer = sequence_of(block, block(*args, **named))
+    answer = answer_of(block(*args, **named))
+    assert answer is not None
     return relative_error(filled(answer, given.masks), filled(target, given.masks))
 
 
