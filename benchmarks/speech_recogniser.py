@@ -6,11 +6,11 @@
 
 The first package holds the weights (MIT) in a file of CTranslate2, which `benchmarks.whisper_tiny` reads; the others
 hold recorded prompts of telephones and their text (CC BY-SA 3.0). The decoder (29.6 of 37.8 million parameters) is
-compressed; the encoder stays. 200 prompts calibrate, and so do as many pairs of them, one after the other, because a
-prompt has few words. 40 others judge: the word error rate of greedy decoding, the perplexity of the text given the
-sound, and how often the likeliest token is the original's. Rates are those of the
-decoder's dense layers, the same for all methods; bytes are those of the whole network. Every row is kept in --out, and
-not made again; --report prints the table of the rows that are there.
+compressed; the encoder stays. 200 prompts calibrate, and as many pairs of them, one after the other, because a prompt
+has few words. Their texts are those that the network itself writes. 40 others judge: the word error rate of greedy
+decoding, the perplexity of the text given the sound, and how often the likeliest token is the original's. Rates are
+those of the decoder's dense layers, the same for all methods; bytes are those of the whole network. Every row is kept
+in --out, and not made again; --report prints the table of the rows that are there.
 """
 
 from __future__ import annotations
@@ -82,24 +82,28 @@ class Judge:
     def _logits(self, network: nn.Module) -> Tensor:
         return torch.cat([called(network, part) for part in self.rows.split(10)])
 
-    def _wer(self, network: Any) -> float:
+    def _wer(self, network: Decoder) -> float:
         """Wrong words in percent of all words."""
-        from transformers.modeling_outputs import BaseModelOutput
-
-        found: list[list[int]] = []
-        for part in self.rows.split(10):
-            heard = BaseModelOutput(last_hidden_state=part.named["heard"])  # pyright: ignore[reportArgumentType]
-            start = torch.tensor([[START, TEXT_ONLY]] * len(part))
-            greedy = {"num_beams": 1, "do_sample": False, "use_cache": True, "max_new_tokens": LENGTH}
-            found += network.network.generate(
-                encoder_outputs=heard, decoder_input_ids=start, max_length=None, **greedy
-            ).tolist()
         wrong = total = 0
-        for text, tokens in zip(self.texts, found, strict=True):
+        for text, tokens in zip(self.texts, written(network, self.rows.named["heard"]), strict=True):
             wanted = words(text)
-            wrong += edits(wanted, words(self.tokenizer.decode([token for token in tokens if token < END])))
+            wrong += edits(wanted, words(self.tokenizer.decode(tokens)))
             total += len(wanted)
         return 100 * wrong / total
+
+
+@torch.no_grad()
+def written(network: Decoder, heard: Tensor) -> list[list[int]]:
+    """The tokens of the texts that a network writes for what the encoder heard (N × 1500 × 384)."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    greedy = {"num_beams": 1, "do_sample": False, "use_cache": True, "max_length": None, "max_new_tokens": LENGTH}
+    found: list[list[int]] = []
+    for part in heard.split(10):
+        output = BaseModelOutput(last_hidden_state=part)  # pyright: ignore[reportArgumentType]
+        start = torch.tensor([[START, TEXT_ONLY]] * len(part))
+        found += network.network.generate(encoder_outputs=output, decoder_input_ids=start, **greedy).tolist()
+    return [[token for token in tokens if token < END] for tokens in found]
 
 
 class Bench:
@@ -110,24 +114,25 @@ class Bench:
         tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
         found = prompts(Path(options.sounds))
         test, shown = found[:TEST], found[FIRST : FIRST + options.samples]
-        self.calibration = self._rows(tokenizer, [*shown, *in_pairs(shown)])
-        self.judge = Judge(self.model, tokenizer, [text for text, _ in test], self._rows(tokenizer, test))
+        heard = self._heard([*shown, *in_pairs(shown)])
+        self.calibration = batch_of(_padded(written(self.model, heard)), heard)
+        texts = [text for text, _ in test]
+        known = [tokenizer.encode(f" {text}", add_special_tokens=False).ids for text in texts]
+        self.judge = Judge(self.model, tokenizer, texts, batch_of(_padded(known), self._heard(test)))
         asked = PlanSettings.of("svd", 0.5, bits=32, exclude=list(KEPT))
         self.layers = [layer.name for layer in outline(self.model, asked).chosen]
         self._inputs: Inputs | None = None
 
     @torch.no_grad()
-    def _rows(self, tokenizer: Any, pairs: list[tuple[str, Tensor]]) -> ModelInputs:
-        """What the decoder takes: the tokens of the text, and what the encoder hears."""
+    def _heard(self, pairs: list[tuple[str, Tensor]]) -> Tensor:
+        """What the encoder gives for the sounds."""
         from transformers import WhisperFeatureExtractor
 
-        extract, heard, tokens = WhisperFeatureExtractor(), [], []
-        for text, wave in pairs:
+        extract, found = WhisperFeatureExtractor(), []
+        for _, wave in pairs:
             sound = extract(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features
-            heard.append(self.model.network.model.encoder(sound).last_hidden_state)
-            found = [START, TEXT_ONLY, *tokenizer.encode(f" {text}", add_special_tokens=False).ids][:LENGTH]
-            tokens.append(torch.tensor(found + [END] * (LENGTH - len(found))))
-        return batch_of(torch.stack(tokens), torch.cat(heard))
+            found.append(self.model.network.model.encoder(sound).last_hidden_state)
+        return torch.cat(found)
 
     @property
     def inputs(self) -> Inputs:
@@ -166,6 +171,12 @@ class Bench:
 
     def _figures(self, network: nn.Module, seconds: float | None) -> dict[str, Any]:
         return self.judge(network) | {"share": state_bytes(network) / state_bytes(self.model), "seconds": seconds}
+
+
+def _padded(texts: list[list[int]]) -> Tensor:
+    """The tokens that start a text and its own (N × LENGTH)."""
+    rows = [[START, TEXT_ONLY, *text][:LENGTH] for text in texts]
+    return torch.tensor([row + [END] * (LENGTH - len(row)) for row in rows])
 
 
 def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Callable[[Bench], dict[str, Any]]]]:
