@@ -33,13 +33,14 @@ def test_they_are_short(page):
 
 
 def tokenizer_in(folder: Path, texts: list[str]) -> int:
-    """Writes a tokenizer of whole words; returns how many it knows."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Writes a tokenizer of whole words, with a token before each text; returns how many it knows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = ["[PAD]", "[UNK]", *sorted({word for text in texts for word in text.split()})]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain.post_processor = processors.TemplateProcessing(single="[UNK] $A", special_tokens=[("[UNK]", 1)])
     PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     return len(words)
 
