@@ -247,8 +247,7 @@ def _start_norms_(block: nn.Module, original: nn.Module, kept: Kept, settings: D
 
 def _loss(block: nn.Module, given: Masked, target: Tensor) -> Tensor:
     args, named = given.call
-    answer = answer_of(block(*args, **named))
-    assert answer is not None
+    answer = cast(Tensor, answer_of(block(*args, **named)))
     return relative_error(filled(answer, given.masks), filled(target, given.masks))
 
 
