@@ -82,7 +82,7 @@ class Judge:
     def _logits(self, network: nn.Module) -> Tensor:
         return torch.cat([called(network, part) for part in self.rows.split(10)])
 
-    def _wer(self, network: Decoder) -> float:
+    def _wer(self, network: nn.Module) -> float:
         """Wrong words in percent of all words."""
         wrong = total = 0
         for text, tokens in zip(self.texts, written(network, self.rows.named["heard"]), strict=True):
@@ -93,8 +93,8 @@ class Judge:
 
 
 @torch.no_grad()
-def written(network: Decoder, heard: Tensor) -> list[list[int]]:
-    """The tokens of the texts that a network writes for what the encoder heard (N × 1500 × 384)."""
+def written(network: Any, heard: Tensor) -> list[list[int]]:
+    """The tokens of the texts that a network (a `Decoder`) writes for what the encoder heard (N × 1500 × 384)."""
     from transformers.modeling_outputs import BaseModelOutput
 
     greedy = {"num_beams": 1, "do_sample": False, "use_cache": True, "max_length": None, "max_new_tokens": LENGTH}

@@ -41,6 +41,13 @@ class Masked:
         args, named = self.call
         return next(iter((*args, *named.values())))
 
+    def answer(self, block: nn.Module) -> Tensor:
+        """The tensor that counts in what a block gives for them."""
+        args, named = self.call
+        found = answer_of(block(*args, **named))
+        assert found is not None
+        return found
+
 
 def augmented_images(recipe: Recipe, wanted: int, context: Context, room: Room) -> Stash:
     """Batches with about as many training images as wanted, each augmented once: one pass over the split or more."""

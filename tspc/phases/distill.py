@@ -21,7 +21,7 @@ from tspc.compression.fits import OnLayer
 from tspc.compression.integers import on_grids
 from tspc.compression.progress import FIT, work_on
 from tspc.compression.rounding import put_on_grids_, take_off_grids_
-from tspc.data import Given, answer_of, at_once, filled, kinds_of
+from tspc.data import Given, at_once, filled, kinds_of
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.unpacking import with_like_parts
@@ -246,9 +246,7 @@ def _start_norms_(block: nn.Module, original: nn.Module, kept: Kept, settings: D
 
 
 def _loss(block: nn.Module, given: Masked, target: Tensor) -> Tensor:
-    args, named = given.call
-    answer = cast(Tensor, answer_of(block(*args, **named)))
-    return relative_error(filled(answer, given.masks), filled(target, given.masks))
+    return relative_error(filled(given.answer(block), given.masks), filled(target, given.masks))
 
 
 @torch.no_grad()
