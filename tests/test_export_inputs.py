@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import tspc
 from tests.tiny_transformers import batch_of, tiny
-from tspc.data.model_inputs import ModelInputs, answer_of
+from tspc.data.answers import answer_of
+from tspc.data.model_inputs import ModelInputs
 from tspc.deploy.graphs import Graphs
 from tspc.deploy.runtimes import opened
 from tspc.deploy.timing import Comparison

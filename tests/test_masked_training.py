@@ -14,6 +14,7 @@ from tests.small import CPU
 from tests.test_inputs import WIDTH, WORDS, Block, padded
 from tspc.calibration.samples import Calibration
 from tspc.data import Feed, ModelInputs
+from tspc.errors import ConfigError
 from tspc.phases.activations import Masked
 from tspc.phases.agreement import keep_closer_
 from tspc.phases.context import Context
@@ -116,25 +117,45 @@ class Keyed(Block):
         return {"attention": None, "hidden": super().forward(*args)}
 
 
+class Paired(Block):
+    def forward(self, *args: Any) -> Any:
+        x = super().forward(*args)
+        return {"attention": x.softmax(2), "hidden": x}
+
+
+class Named(Block):
+    def forward(self, *args: Any) -> Any:
+        x = super().forward(*args)
+        return {"attention": x.softmax(2), "last_hidden_state": x}
+
+
 class KeyedClassifier(Classifier):
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Block]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Keyed() for _ in range(2))
+        self.blocks = nn.ModuleList(kind() for _ in range(2))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         x, mask = self.words(input_ids), attention_mask.bool()
         for block in self.blocks:
-            x = block(x, mask[:, None])["hidden"]
+            x = list(block(x, mask[:, None]).values())[1]
         return self.head(x.mean(1))
 
 
-def test_blocks_are_learnt_by_the_tensor_that_counts_in_what_they_give():
-    reference = KeyedClassifier().eval()
+@pytest.mark.parametrize("kind", [Keyed, Named])
+def test_blocks_are_learnt_by_the_tensor_that_they_pass_on(kind: type[Block]):
+    reference = KeyedClassifier(kind).eval()
     small = tspc.compress(reference, "svd", 0.6)
-    before = {name: value.clone() for name, value in small.blocks.state_dict().items()}  # type: ignore[union-attr]
+    before = {name: value.clone() for name, value in small.state_dict().items()}
     distill(small, reference, Distillation(images=COUNT, **SHORT), context(), Progress())
-    changed = [name for name, value in small.blocks.state_dict().items() if not torch.equal(value, before[name])]  # type: ignore[union-attr]
-    assert {name.split(".")[0] for name in changed} == {"0", "1"}
+    changed = [name for name, value in small.state_dict().items() if not torch.equal(value, before[name])]
+    assert {name[:8] for name in changed} >= {"blocks.0", "blocks.1"}
+
+
+def test_a_block_whose_answer_is_not_clear_is_refused():
+    reference = KeyedClassifier(Paired).eval()
+    small = tspc.compress(reference, "svd", 0.6)
+    with pytest.raises(ConfigError, match=r"block blocks.0 gives dict, which is not one tensor, nor has a known name"):
+        distill(small, reference, Distillation(images=COUNT, **SHORT), context(), Progress())
 
 
 def test_networks_are_judged_on_texts():

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from tests.test_inputs import EXACT, LENGTHS, padded, texts
 from tspc.calibration.gathering import moments_of
-from tspc.calibration.row_order import BY_INPUT, BY_POSITION, MIXED
+from tspc.calibration.row_order import BY_INPUT, BY_POSITION, MIXED, row_orders
 from tspc.calibration.samples import Samples
+from tspc.data.model_inputs import ModelInputs
 
 WAYS = {
     "input by input": (lambda x: x, BY_INPUT),
@@ -68,3 +69,12 @@ def test_gradients_are_those_of_the_texts_in_any_order(way):
         for name in ("mix", "head"):
             assert wanted.weights(name) is not None
             torch.testing.assert_close(found.weights(name), wanted.weights(name))
+
+
+def test_the_order_is_known_where_the_first_inputs_are_alike():
+    (_, order), batch = WAYS["rows of positions"], padded([*texts()[:1], *texts()[:3]])
+    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+    names = ["mix", "head"]
+    assert row_orders(Arranged("rows of positions"), names, ModelInputs(named=batch)) == dict.fromkeys(names, order)
+    alike = ModelInputs(named={name: x[:2] for name, x in batch.items()})
+    assert row_orders(Arranged("rows of positions"), names, alike) == dict.fromkeys(names, MIXED)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tspc
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.moments import Moments
 from tspc.calibration.patches import Positions
@@ -20,6 +21,7 @@ from tspc.compression.curves import error_curves
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
 from tspc.data.model_inputs import ModelInputs
+from tspc.errors import DataError
 
 
 class Reader(nn.Module):
@@ -107,6 +109,17 @@ def test_texts_are_known_wherever_they_stand_among_the_arguments() -> None:
     assert not is_text([ModelInputs(named={"input_values": sound[:, 0], "attention_mask": mask})])
     assert not is_text([ModelInputs([sound, torch.tensor([9, 8, 4])])])  # the lengths of the sounds
     assert not is_text([sound])
+    pixels, ones = torch.randn(3, 3, 8, 8), torch.ones(3, 8, 8, dtype=torch.long)
+    assert not is_text([ModelInputs(named={"pixel_values": pixels, "pixel_mask": ones})])
+    assert not is_text([ModelInputs(named={"pixel_values": pixels, "image_sizes": ones[:, 0, :2]})])
+
+
+@pytest.mark.parametrize("number", [20, -21])
+def test_tokens_that_the_network_does_not_know(number: int) -> None:
+    wrong = texts()
+    wrong[-1, -1] = number
+    with pytest.raises(DataError, match=f"does not know the token {number} of the calibration inputs .* tokenizer"):
+        tspc.compress(Reader(), "svd", 0.5, calibration=wrong)
 
 
 def test_the_weights_of_tokens_that_may_come_next() -> None:

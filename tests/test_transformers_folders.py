@@ -13,7 +13,7 @@ from torch import nn
 import tspc
 from tests.nets import Net
 from tests.tiny_transformers import KINDS, batch_of, tiny
-from tspc.data.model_inputs import answer_of
+from tspc.data.answers import answer_of
 from tspc.errors import ConfigError, RunError, TspcError, TspcWarning, WeightsError
 from tspc.layers.forms import tensorized_layers
 from tspc.models import NetworkSpec

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tspc.calibration.weights import has_tokens
-from tspc.data.model_inputs import answer_of
+from tspc.data.answers import answer_of
 from tspc.traversal.nested import tensors_in
 
 
@@ -34,7 +34,8 @@ def direction_of(answer: Tensor, generator: torch.Generator, masks: Sequence[Ten
 
 def with_gradient(answer: Any) -> list[Tensor]:
     """All tensors of a plain list, tuple or dict, such as the maps of a backbone; else the one that counts inside."""
-    items = list(answer.values()) if type(answer) in (dict, OrderedDict) else answer
+    is_dict = type(answer) in (dict, OrderedDict)
+    items = [value for name, value in answer.items() if name != "loss"] if is_dict else answer
     direct = items if type(items) in (list, tuple) else ()
     found = [item for item in direct if isinstance(item, Tensor) and item.grad_fn is not None]
     counting = answer_of(answer)

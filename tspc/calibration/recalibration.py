@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tspc.calibration.samples import Samples
 from tspc.calibration.sensitivity import enough
-from tspc.data.model_inputs import Given, answer_of, called, filled
+from tspc.data.answers import answer_of
+from tspc.data.model_inputs import Given, called, filled
 from tspc.decompositions import double
 from tspc.system.modes import own_modes
 from tspc.traversal.hooks import running

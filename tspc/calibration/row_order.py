@@ -23,11 +23,21 @@ def row_orders(model: nn.Module, names: Collection[str], batch: ModelInputs) -> 
 
     Networks work on (N, L, C), on (L, N, C), or on N·L rows in one of both orders, which the shapes do not tell. Two
     inputs a, b of the batch show it: if b is replaced by a, the rows of b alone change. A layer whose rows do not
-    change is taken for one that goes input by input. The batch has at least two inputs.
+    change is taken for one that goes input by input. The batch has at least two inputs; if all are the same, nothing
+    is known, and all orders are taken for mixed.
     """
+    differing = (place for place in range(1, len(batch)) if _differ(batch, place))
+    if (place := next(differing, None)) is None:
+        return dict.fromkeys(names, MIXED)
     with whole_operations(), evaluating(model), torch.random.fork_rng(devices=[]):
-        one, other = (_outputs(model, names, batch[torch.tensor(rows)]) for rows in ([0, 1], [0, 0]))
+        one, other = (_outputs(model, names, batch[torch.tensor(rows)]) for rows in ([0, place], [0, 0]))
     return {name: _order(rows, other[name]) for name, rows in one.items() if name in other}
+
+
+def _differ(batch: ModelInputs, place: int) -> bool:
+    """Whether an input of the batch differs from the first one."""
+    pairs = zip(batch[:1].values(), batch[place : place + 1].values(), strict=True)
+    return any(isinstance(one, Tensor) and not torch.equal(one, other) for one, other in pairs)
 
 
 def _outputs(model: nn.Module, names: Collection[str], batch: ModelInputs) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from tspc.calibration.kept_inputs import KeptInputs
 from tspc.calibration.moments import Moments
 from tspc.calibration.sensitivity import FEWEST, enough, output_sensitivity
 from tspc.calibration.statistics import Statistics
-from tspc.calibration.texts import is_text, tokens_of
+from tspc.calibration.texts import check_tokens, is_text, tokens_of
 from tspc.calibration.weights import RowWeights
 from tspc.data.model_inputs import Given, first_of
 from tspc.decompositions import Metric
@@ -229,6 +229,7 @@ class Samples:
         """Chooses the layout of the images and the number format in which `model` runs; once for a network."""
         if self._surveyed is model:
             return
+        check_tokens(model, self)
         images = next(iter(self))
         self.kept.layout = torch.channels_last if takes_channels_last(model, images[:2]) else None
         self.kept.see_orders(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tspc.data import small
+from tspc.data.answers import answer_of, answered
 from tspc.data.base import Batch, Data, Feed, at_once, generator_of
 from tspc.data.collating import IGNORED
 from tspc.data.folder import image_folder
@@ -15,8 +16,6 @@ from tspc.data.layout import Contiguous
 from tspc.data.model_inputs import (
     Given,
     ModelInputs,
-    answer_of,
-    answered,
     arguments_of,
     called,
     filled,

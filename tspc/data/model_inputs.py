@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tspc.data.padding import INVERTED, MASKS, filled_positions, is_mask, is_shared
 from tspc.errors import DataError
-
-ANSWERS = ("logits", "sentence_embedding", "image_embeds", "text_embeds", "last_hidden_state")
-"""Names of an answer's tensors, the first of which that is there counts."""
 
 KINDS = 4
 """So many kinds of batches show how a network's blocks call each other: other lengths, with and without padding."""
@@ -257,37 +254,3 @@ def called(model: Callable[..., Any], batch: Given) -> Any:
     """What a network answers to a batch."""
     positional, named = arguments_of(batch)
     return model(*positional, **named)
-
-
-def answer_of(output: Any) -> Tensor | None:
-    """The tensor of a network's answer that counts: the answer itself, its logits, its embeddings, its hidden states.
-
-    Else it is the first floating-point tensor in a tuple or dict, but never a loss. None if there is none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        named = next((output[name] for name in ANSWERS if isinstance(output.get(name), Tensor)), None)
-        return named if named is not None else _first_of(value for name, value in output.items() if name != "loss")
-    named = next((getattr(output, name) for name in ANSWERS if isinstance(getattr(output, name, None), Tensor)), None)
-    if named is not None or not isinstance(output, list | tuple):
-        return named
-    return _first_of(output)
-
-
-def answered(model: Callable[..., Any], batch: Given) -> Tensor:
-    """The tensor that counts in what a network answers to a batch. Raises DataError if there is none."""
-    output = called(model, batch)
-    found = answer_of(output)
-    if found is None:
-        raise DataError(
-            f"{type(model).__name__} answers with {type(output).__name__}, which holds no tensor of real numbers; "
-            "wrap the network in a module that returns the tensor to learn from"
-        )
-    return found
-
-
-def _first_of(values: Any) -> Tensor | None:
-    return next(
-        (cast(Tensor, value) for value in values if isinstance(value, Tensor) and value.is_floating_point()), None
-    )

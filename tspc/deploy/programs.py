@@ -229,6 +229,7 @@ def _name_outputs_(graph: Any, names: list[str]) -> None:
     for output, name in zip(outputs, names, strict=True) if is_own else ():
         if name and name not in taken:
             output.name = name
+            taken.add(name)
 
 
 def onnx_session(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ class Wrapped(nn.Module):
     def describe(self) -> dict[str, Any]:
         """The class and its settings, as plain data."""
         return {"kind": type(self).__name__}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The texts that the network writes, by its own `generate`; AttributeError if it has none."""
+        return cast(Any, self.network).generate(*args, **kwargs)
 
     def answer(self, *args: Any, **kwargs: Any) -> Any:
         """What the network itself answers, without the caches of a decoder, which only `generate` uses."""

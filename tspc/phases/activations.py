@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tspc.data import Given, answer_of, first_of, generator_of, masks_of, shapes_of
+from tspc.data import Given, first_of, generator_of, masks_of, shapes_of
+from tspc.data.answers import named_answer
 from tspc.errors import ConfigError
+from tspc.layers.unpacking import sequence_of
 from tspc.phases.context import Context
 from tspc.system import processes
 from tspc.training import Recipe
 from tspc.traversal.handing import Call
-from tspc.traversal.nested import UnknownValueError
+from tspc.traversal.nested import UnknownValueError, tensors_in
 from tspc.traversal.regular import is_regular
 from tspc.traversal.stash import Room, Stash
 from tspc.traversal.tracing import Trace
@@ -42,11 +44,19 @@ class Masked:
         return next(iter((*args, *named.values())))
 
     def answer(self, block: nn.Module) -> Tensor:
-        """The tensor that counts in what a block gives for them."""
+        """What a block passes on for them."""
         args, named = self.call
-        found = answer_of(block(*args, **named))
+        found = passed_on(block, block(*args, **named))
         assert found is not None
         return found
+
+
+def passed_on(block: nn.Module, output: Any) -> Tensor | None:
+    """The tensor in a block's output that the network goes on with; None if several may be it, or none."""
+    output = sequence_of(block, output)
+    named = output if isinstance(output, Tensor) else named_answer(output)
+    tensors = list(tensors_in(output)) if named is None else [named]
+    return tensors[0] if len(tensors) == 1 else None
 
 
 def augmented_images(recipe: Recipe, wanted: int, context: Context, room: Room) -> Stash:
@@ -83,7 +93,7 @@ class Kept:
     def advance(self) -> None:
         """Goes to the next block after the training of the present one.
 
-        Raises ConfigError for a block whose output holds no tensor that could be learnt from.
+        Raises ConfigError for a block whose output has no tensor, or several, any of which may be passed on.
         """
         for walker in self._walkers:
             walker.advance()
@@ -91,12 +101,12 @@ class Kept:
         try:
             self._reference.answer()
             output = self._reference.output(0) if self.is_paired else torch.empty(0)
-            kind = "" if answer_of(output) is not None else type(output).__name__
+            kind = "" if passed_on(self._block, output) is not None else type(output).__name__
         except UnknownValueError as error:
             kind = error.kind
         if kind:
             name = self._reference.segment.module or "(the whole network)"
-            told = f"block {name} gives {kind}, which holds no tensor of real numbers"
+            told = f"block {name} gives {kind}, which is not one tensor, nor has a known name for its answer"
             raise ConfigError([f"{told}; name others by phase.distill.blocks='PATTERN'"])
 
     def _looks_paired(self) -> bool:
@@ -131,8 +141,12 @@ class Kept:
         """All batches that judge; they are not trained on."""
         return (self._pair(self.per_epoch + number) for number in range(self._judging))
 
+    @property
+    def _block(self) -> nn.Module:
+        return self._reference.model.get_submodule(self._reference.segment.module)
+
     def _pair(self, number: int, from_reference: bool = False) -> tuple[Masked, Tensor]:
         walker = self._reference if from_reference else self._small or self._reference
-        target = answer_of(self._reference.output(number))
+        target = passed_on(self._block, self._reference.output(number))
         assert target is not None
         return Masked(walker.arguments(number), self._masks[number]), target

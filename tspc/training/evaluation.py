@@ -200,7 +200,8 @@ def _by_user(
         raise ConfigError([f"metric={metric.name} returned {counts}; {REMEDY}"])
     value = _number(metric, found) if each is None else _mean(each)
     if not abs(value) <= LARGEST:  # also if it is not a number
-        raise ConfigError([f"metric={metric.name} returned {value} for {counted.count} inputs; {REMEDY}"])
+        seen = f" for {counted.count} inputs" if counted.count else ""
+        raise ConfigError([f"metric={metric.name} returned {value}{seen}; {REMEDY}"])
     if processes.count() > 1:  # all must choose by the same number, and the last digits may differ
         value = float(processes.summed(torch.tensor(value, dtype=torch.float64, device=device))) / processes.count()
     return Score(metric=metric, value=value, count=counted.count if each is None else len(each), each=each)
