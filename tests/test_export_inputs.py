@@ -156,6 +156,25 @@ def test_a_graph_has_the_names_of_the_network(tmp_path):
         torch.testing.assert_close(torch.from_numpy(doubled), 2 * model(**batch)["logits"], rtol=1e-4, atol=1e-5)
 
 
+class Colliding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.layer(x)
+        return {"a": [y, y + 1], "a_0": y * 2}
+
+
+def test_two_answers_of_one_name_in_a_file(tmp_path):
+    model, x = Colliding().eval(), torch.randn(2, 8)
+    tspc.export(model, tmp_path / "a.onnx", x)
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for one, wanted in zip(found, (model.layer(x), model.layer(x) + 1, model.layer(x) * 2), strict=True):
+        torch.testing.assert_close(torch.from_numpy(one), wanted.detach())
+
+
 @pytest.mark.slow
 def test_inputs_by_position_keep_their_names_and_images_their_axes(tmp_path):
     ids = batch_of("bert", 3, 8)["input_ids"]

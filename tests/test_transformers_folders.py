@@ -195,6 +195,13 @@ def test_a_network_for_each_task(task, name, fields, shape):
     assert type(wrapped(model.network, model.describe())) is type(model)  # type: ignore[operator, arg-type]
 
 
+def test_a_network_of_a_task_writes_texts():
+    model = NetworkSpec("transformers", "gpt2", 5, kwargs=GPT2, task="language_modelling").build().eval()
+    batch = torch.ones(2, 3, dtype=torch.long)
+    found = model.generate(batch, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+    assert torch.equal(found, model.network.generate(batch, max_new_tokens=2, do_sample=False))  # type: ignore[union-attr, operator]
+
+
 def test_a_task_that_is_none():
     with pytest.raises(ConfigError, match="task='poetry': choose one of image_classification, "):
         NetworkSpec("transformers", "bert", 5, task="poetry").build()
