@@ -30,7 +30,8 @@ from benchmarks.common import kept_rows, machine, table
 from benchmarks.phase_zero import Sentences
 from benchmarks.sentences import Judge, opponents, sentences
 from tspc.calibration import Calibration
-from tspc.compression.integers import state_bytes
+from tspc.compression.beside import narrow_beside_, wide_parameters
+from tspc.compression.integers import on_grids, state_bytes
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
 from tspc.training import Hardware, Recipe, Watchers, fit
@@ -42,8 +43,8 @@ NAMES = {
     "whitening": "truncation-aware whitening",
     "tspc": "tspc `svd`",
 }
-BATCH, RATE = 32, 4e-4
-"""Sentences in a training step, and its largest learning rate (Adam)."""
+BATCH, RATE, FINE = 32, 4e-4, 1e-4
+"""Sentences in a training step, and its largest learning rate (Adam); that of factors in few bits."""
 
 
 class Encoder(Sentences):
@@ -112,10 +113,11 @@ def trained(network: Encoder, teacher: Encoder, ids: Tensor, minutes: float, see
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-    lessons, hardware = Lessons(teacher, ids, seed), Hardware(torch.device("cpu"))
+    lessons, hardware, wide = Lessons(teacher, ids, seed), Hardware(torch.device("cpu")), wide_parameters(network)
+    rate = FINE if on_grids(network) else RATE
 
     def recipe(steps: int) -> Recipe:
-        return Recipe(1, BATCH, RATE, steps=steps, optimizer="adam", schedule="cosine", warmup=0.05, clip=1.0)
+        return Recipe(1, BATCH, rate, steps=steps, optimizer="adam", schedule="cosine", warmup=0.05, clip=1.0)
 
     tried = 8
     started = time.process_time()
@@ -124,6 +126,8 @@ def trained(network: Encoder, teacher: Encoder, ids: Tensor, minutes: float, see
     steps = max(1, int(60 * minutes / a_step))
     enough = Watchers(enough=lambda losses: time.process_time() - started > 60 * minutes)
     fit(network, lessons, lesson, recipe(steps), hardware, seed, watchers=enough)
+    if on_grids(network):
+        narrow_beside_(network, wide)
     network.eval()
     return steps
 
