@@ -34,6 +34,11 @@ class Stubborn(nn.BatchNorm2d):
         return super().train(True)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def known(model: nn.Module) -> nn.Module:
     """With statistics that are not those of a new batch norm."""
     for module in model.modules():

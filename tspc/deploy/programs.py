@@ -247,6 +247,8 @@ def onnx_session(
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Without VNNI a CPU adds products of 8-bit numbers in 16 bits, which overflow; this takes the exact operations.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     if profile is not None:
