@@ -255,8 +255,8 @@ class Samples:
 
     def _gradients(self, model: nn.Module, layers: list[str]) -> Iterator[tuple[str, Tensor]]:
         if self.settings.sensitivity:
-            firsts = [first_of(batch) for batch in self]  # with sounds or images first, gradients of all are slow
-            is_weighted = not firsts[0].is_floating_point() and sum(first.numel() for first in firsts) <= TOKENS
+            has_tokens_first = not next(iter(self)).is_floating_point()  # else the gradients of all inputs are slow
+            is_weighted = has_tokens_first and sum(first_of(batch).numel() for batch in self) <= TOKENS
             weights = self.weights if is_weighted else None
             yield from output_sensitivity(model, layers, self, self.tally, self.short, weights, self.kept.orders)
 

@@ -45,7 +45,7 @@ def is_encoder(model: nn.Module, samples: Iterable[Given]) -> bool:
 def check_tokens(model: nn.Module, samples: Iterable[Given]) -> None:
     """Raises DataError if the network has no token of the largest or the smallest number in the inputs."""
     found: dict[int, Given] = {}
-    for batch in samples:
+    for batch in samples if is_text(samples) else ():
         tokens = tokens_of(batch)
         if tokens is not None and tokens.ndim > 1:
             rows = tokens.flatten(1)
