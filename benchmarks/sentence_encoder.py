@@ -42,6 +42,7 @@ NAMES = {
     "asvd": "activation-scaled SVD",
     "whitening": "truncation-aware whitening",
     "tspc": "tspc `svd`",
+    "id": "tspc `id`",
 }
 BATCH, RATE, FINE = 32, 4e-4, 1e-4
 """Sentences in a training step, and its largest learning rate (Adam); that of factors in few bits."""
@@ -158,12 +159,12 @@ class Bench:
     def baseline(self, method: str, rate: float) -> dict[str, Any]:
         return self._figures(decomposed(self.model, self.layers, rate, method, self.inputs), None)
 
-    def ours(self, path: Path, **goal: Any) -> dict[str, Any]:
+    def ours(self, path: Path, method: str, **goal: Any) -> dict[str, Any]:
         """Compressed by `tspc`; the network is kept for training."""
         started = time.process_time()
         ids = self.texts.calibration
         given = {"ids": ids, "attention_mask": (ids > 0).long()}
-        small = tspc.compress(self.model, "svd", calibration=given, settings=Calibration(samples=len(ids)), **goal)
+        small = tspc.compress(self.model, method, calibration=given, settings=Calibration(samples=len(ids)), **goal)
         small.eval()
         seconds = time.process_time() - started
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,18 +194,22 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Callab
         shown, rate = f"{kind} {value}", float(value)
         for method in METHODS if kind == "rate" else ():
             yield f"{method}-{value}", NAMES[method], shown, lambda b, m=method, r=rate: b.baseline(m, r)
-        path = Path(options.out) / f"{kind}-{value}.safetensors"
         goal = {"rate": rate, "bits": 32} if kind == "rate" else {"size": value}
-        yield f"tspc-{kind}-{value}", NAMES["tspc"], shown, lambda b, p=path, g=goal: b.ours(p, **g)
-        if options.minutes:
-            name = f"{NAMES['tspc']}, {options.minutes:g} minutes of training"
-            yield f"trained-{kind}-{value}-{options.minutes:g}", name, shown, lambda b, p=path: b.trained(p)
+        for method in options.methods.split(","):
+            key = "tspc" if method == "svd" else method
+            path = Path(options.out) / f"{kind}-{value}-{method}.safetensors"
+            yield f"{key}-{kind}-{value}", NAMES[key], shown, lambda b, p=path, m=method, g=goal: b.ours(p, m, **g)
+            if options.minutes:
+                name = f"{NAMES[key]}, {options.minutes:g} minutes of training"
+                kept = f"trained-{key}-{kind}-{value}-{options.minutes:g}"
+                yield kept, name, shown, lambda b, p=path: b.trained(p)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rates", default="0.8,0.5,0.3")
     arguments.add_argument("--sizes", default="0.25,0.15,0.1")
+    arguments.add_argument("--methods", default="svd,id", help="of tspc")
     arguments.add_argument("--minutes", type=float, default=5, help="of training; 0: none")
     arguments.add_argument("--report", action="store_true", help="only print the table of the rows that are there")
     arguments.add_argument("--seed", type=int, default=0)

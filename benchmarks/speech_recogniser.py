@@ -152,11 +152,11 @@ class Bench:
     def baseline(self, method: str, rate: float) -> dict[str, Any]:
         return self._figures(decomposed(self.model, self.layers, rate, method, self.inputs), None)
 
-    def ours(self, **goal: Any) -> dict[str, Any]:
+    def ours(self, method: str, **goal: Any) -> dict[str, Any]:
         started = time.process_time()
         settings = Calibration(samples=len(self.calibration), batch_size=8, memory=MEMORY)
         goal |= {"calibration": self.calibration, "settings": settings, "exclude": list(KEPT)}
-        small = tspc.compress(self.model, "svd", **goal).eval()
+        small = tspc.compress(self.model, method, **goal).eval()
         return self._figures(small, time.process_time() - started)
 
     def int8(self) -> dict[str, Any]:
@@ -181,14 +181,22 @@ def _padded(texts: list[list[int]]) -> Tensor:
 
 def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Callable[[Bench], dict[str, Any]]]]:
     """For each row the name of its file, what it is, its goal, and what makes it."""
+    ours = [("tspc" if method == "svd" else method, method) for method in options.methods.split(",")]
     yield "dense", "the original", "", Bench.dense
     yield "int8", "PyTorch, dynamic int8", "", Bench.int8
     for rate in filter(None, options.rates.split(",")):
         for method in METHODS:
             yield f"{method}-{rate}", NAMES[method], f"rate {rate}", lambda b, m=method, r=rate: b.baseline(m, float(r))
-        yield f"tspc-{rate}", NAMES["tspc"], f"rate {rate}", lambda b, r=rate: b.ours(rate=float(r), bits=32)
+        for key, own in ours:
+            yield (
+                f"{key}-{rate}",
+                NAMES[key],
+                f"rate {rate}",
+                lambda b, m=own, r=rate: b.ours(m, rate=float(r), bits=32),
+            )
     for size in filter(None, options.sizes.split(",")):
-        yield f"tspc-size-{size}", NAMES["tspc"], f"size {size}", lambda b, s=size: b.ours(size=s)
+        for key, own in ours:
+            yield f"{key}-size-{size}", NAMES[key], f"size {size}", lambda b, m=own, s=size: b.ours(m, size=s)
 
 
 def main() -> None:
@@ -196,6 +204,7 @@ def main() -> None:
     arguments.add_argument("--sounds", default="sounds", help="the folder into which the recordings were unpacked")
     arguments.add_argument("--rates", default="0.8,0.5,0.3")
     arguments.add_argument("--sizes", default="0.25,0.15")
+    arguments.add_argument("--methods", default="svd,id", help="of tspc")
     arguments.add_argument("--samples", type=int, default=200, help="prompts that calibrate")
     arguments.add_argument("--report", action="store_true", help="only print the table of the rows that are there")
     arguments.add_argument("--seed", type=int, default=0)

@@ -27,6 +27,7 @@ method's arithmetic is tested with these; the laws, with all methods."""
 
 TABLE = {
     "svd": Row(lambda r: r * (16 * 3 + 5 * 8), (2, 2)),
+    "id": Row(lambda r: r * (16 * 3 + 5 * 8 - r) + 2, (2, 2)),
     "cp": Row(lambda r: r * (16 + 15 + 8), (2, 4), slack=1.02),
     "tk": Row(lambda a, b: 16 * a + a * b * 15 + b * 8, (2, 4)),
     "tt": Row(lambda a, b, c: 16 * a + a * 3 * b + b * 5 * c + c * 8, (2, 8)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tspc.compression import curves as module
+from tspc.compression import curve_sizes as module
 from tspc.compression.curves import error_curves
 from tspc.compression.error_curve import ErrorCurve
 from tspc.compression.outline import outline

@@ -115,7 +115,10 @@ def test_factors_are_never_worse_than_rounded_to_nearest(name, shape):
             torch.testing.assert_close(grid.rounded(tensor), tensor, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("name", "share"), [("svd", 0.8), ("cp", 0.8), ("tk", 0.8), ("tt", 0.8), ("dense", 0.4)])
+CHAINS = [(name, 0.8) for name in ("svd", "cp", "tk", "tt", "id")]
+
+
+@pytest.mark.parametrize(("name", "share"), [*CHAINS, ("dense", 0.4)])
 def test_links_of_a_chain_make_up_for_each_other(name, share):
     shape = (16, 16, 3, 3)
     kernel, method, metric = kernel_of(*shape), resolve(name), metric_of(144)

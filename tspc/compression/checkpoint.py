@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tspc.compression.beside import with_narrow, without_narrow
 from tspc.compression.form import DENSE, OF_TABLES
-from tspc.compression.header import FORMAT, FORMAT_OF_INTEGERS, FORMAT_OF_NUMBERS, checked_header, method_of
+from tspc.compression.header import (
+    FORMAT,
+    FORMAT_OF_INTEGERS,
+    FORMAT_OF_NUMBERS,
+    FORMAT_OF_PARTS,
+    checked_header,
+    method_of,
+)
 from tspc.compression.integers import on_grids, with_integers, without_integers
 from tspc.compression.pretrained import mend_save_pretrained_
+from tspc.decompositions import Factors
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.layers.convolutions import Form
 from tspc.layers.dense import DenseLayer, is_table, kernel_shape, kind_of
 from tspc.layers.forms import tensorized_layers, untrained
 from tspc.layers.replacing import replace_layers, set_modules, warn_of_state_hooks
-from tspc.layers.tensorized import TensorizedLayer
+from tspc.layers.tensorized import BASIS, TensorizedLayer
 from tspc.layers.ties import tie_loaded_
 from tspc.layers.unpacking import parts_of, unpacked
 from tspc.models import NetworkSpec
@@ -73,10 +83,12 @@ def save(
 
 def _format(model: nn.Module, beside: dict[str, Any]) -> int:
     """The oldest format whose readers understand the file."""
+    if any(layer.decomposition.basis_bytes(layer.shape) for layer in tensorized_layers(model).values()):
+        return FORMAT
     parts, tables = parts_of(model), tensorized_layers(model).keys() - tensorized_layers(model, tables=False).keys()
     has_low_rank = any(model.get_submodule(name).rank for name in tables)
     if "tied" in beside or has_low_rank or parts & tensorized_layers(model).keys():
-        return FORMAT
+        return FORMAT_OF_PARTS
     return FORMAT_OF_INTEGERS if on_grids(model) else FORMAT_OF_NUMBERS
 
 
@@ -141,6 +153,7 @@ def _load_(model: nn.Module, header: dict[str, Any], file: TensorFile, path: str
 def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: str | Path) -> None:
     """Loads the state of the file into the network, which has the compressed layers already; all or nothing."""
     try:
+        _check_bases(header["layers"], model, state)
         state = without_narrow(state, model, header)
         extra = unpacked_extra(header, state)
         check_state(model, state | extra, str(path))
@@ -151,6 +164,21 @@ def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], p
         load_state(model, state | extra, str(path))
     except RuntimeError as error:  # from the network's own set_extra_state, or its hooks
         raise WeightsError(f"{path}: the network does not take its state: {error}") from error
+
+
+def _check_bases(layers: Iterable[str], model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises WeightsError for a layer whose basis has another number of rows than its rank."""
+    for name in layers:
+        layer = cast(TensorizedLayer, model.get_submodule(name))
+        basis, size = state.get(f"{name}.{BASIS}"), layer.decomposition.basis_bytes(layer.shape)
+        if basis is None or not size:
+            continue  # `check_state` tells what is missing, or too much
+        fits = basis.dtype == torch.uint8 and tuple(basis.shape) == (size,)
+        free = layer.decomposition.free_columns(Factors((), layer.shape, layer.rank, basis)) if fits else None
+        if free is None or int(free.sum()) != layer.factor_tensors()[0].shape[1]:
+            raise WeightsError(
+                f"the basis of layer {shortened(name)} is damaged; fetch the file again, or make it again"
+            )
 
 
 def _form(path: str | Path, dense: nn.Module | None, name: str, layer: dict[str, Any]) -> TensorizedLayer:

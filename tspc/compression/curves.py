@@ -18,6 +18,7 @@ from tspc.calibration.samples import Part, Samples, Survey
 from tspc.calibration.sketches import sketches_of
 from tspc.calibration.tables import tables_of
 from tspc.calibration.texts import is_encoder
+from tspc.compression.curve_sizes import estimated_ranks, fitted_ranks, is_estimated, is_wide, middle_rank
 from tspc.compression.error_curve import LEAST, ErrorCurve
 from tspc.compression.form import DENSE, PLAIN, Widths, rank_for, rounding
 from tspc.compression.plan import LayerPlan
@@ -32,20 +33,8 @@ from tspc.system.modes import own_modes
 from tspc.system.parallel import side_by_side
 from tspc.traversal.hooks import evaluating
 
-FITTED = (0.03, 0.08, 0.2, 0.5)
-"""In function space quick fits give the points of a curve: at these sizes, relative to the dense kernel, and at the
-smallest rank. For a matrix the spectrum gives the whole curve."""
-COARSE, COARSEST = (0.05, 0.25), (0.08,)
-"""The same for kernels with more than WIDE inputs, and without function space; the second, where spectra show more."""
-SMALL = 40_000
-"""Without function space, kernels with at most so many entries have fits at all sizes in FITTED. These are quick."""
-ESTIMATED = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.5)
-"""The sizes of a curve that follows from spectra; where there are fits, they correct it. All their sizes are here."""
 FEW, NEAR = 2, 1.25
 """Of several methods, one whose squared error at the size COARSEST is more than NEAR times the least has FEW fits."""
-WIDE = 1024
-"""With more inputs than this, the points of a curve are few, and measured one after the other. Each takes the memory of
-several second moments, and its products are large enough for all threads."""
 WIDEST = 4096
 """With more inputs than this, a few rows are enough to show the curve."""
 MOST = 1 - 1e-9
@@ -173,23 +162,23 @@ def _curves(
 
     shape, known = tuple(weight.shape), Spectra()
     estimates = {
-        method: _estimate(method, kernel, metric, known) for method in methods if _is_estimated(method, shape, metric)
+        method: _estimate(method, kernel, metric, known) for method in methods if is_estimated(method, shape, metric)
     }
-    points = {method: _fitted_ranks(method, shape, metric) for method in methods}
+    points = {method: fitted_ranks(method, shape, metric) for method in methods}
     found: dict[tuple[Decomposition, Rank], float] = {}
 
     def measure() -> None:
         missing = [
             point for point in ((m, rank) for m, ranks in points.items() for rank in ranks) if point not in found
         ]
-        if metric is not None and _is_wide(metric):
+        if metric is not None and is_wide(metric):
             found.update({point: fitted(point) for point in missing})
         else:
             found.update(side_by_side(fitted, missing, size=lambda point: point[0].num_params(shape, point[1])))
 
     if len(methods) > 1 and max(map(len, points.values())) > FEW:
         # Several methods: first one fit for each, and more for those that come near to the best.
-        wanted, middle = points, {method: _ranks(method, shape, COARSEST)[-1] for method in methods}
+        wanted, middle = points, {method: middle_rank(method, shape) for method in methods}
         points = {m: list(dict.fromkeys((ranks[0], middle[m]))) if ranks else [] for m, ranks in wanted.items()}
         measure()
         at = {m: found[m, middle[m]] if ranks else estimates[m](middle[m]) for m, ranks in points.items()}
@@ -209,37 +198,6 @@ def _curves(
         added = rounding(DENSE, kernel, metric, widths, squared, is_table)
         curves.append(ErrorCurve(DENSE, (weight.numel(),), (0.0,), weight.numel(), importance, added))
     return curves
-
-
-def _fitted_ranks(method: Decomposition, shape: Shape, metric: Metric | None) -> list[Rank]:
-    """The ranks at which the error is that of a fit."""
-    if _is_exact(method, shape, metric):
-        return []
-    if metric is not None and not _is_wide(metric):
-        return _ranks(method, shape, FITTED)
-    if method.course() is None:
-        return _ranks(method, shape, COARSE)
-    ranks = _ranks(method, shape, FITTED if metric is None and math.prod(shape) <= SMALL else COARSEST)
-    return ranks[1:] or ranks  # the estimate at the smallest rank is close
-
-
-def _is_exact(method: Decomposition, shape: Shape, metric: Metric | None) -> bool:
-    """Whether spectra alone give the curve."""
-    if metric is not None:
-        return method.is_spectral and method.is_matrix_factorisation(shape)
-    is_product = len(method.factor_shapes(shape, tuple(1 for _ in method.max_rank(shape)))) == 2
-    return method.is_spectral or (is_product and method.course() == method)  # a product is a truncated SVD
-
-
-def _is_estimated(method: Decomposition, shape: Shape, metric: Metric | None) -> bool:
-    """Whether spectra show the course of the curve between the fits."""
-    if metric is None or _is_wide(metric):
-        return method.course() is not None
-    return _is_exact(method, shape, metric)
-
-
-def _is_wide(metric: Metric) -> bool:
-    return len(metric.inputs) > WIDE
 
 
 def _estimate(method: Decomposition, kernel: Tensor, metric: Metric | None, known: Spectra) -> Callable[[Rank], float]:
@@ -274,7 +232,7 @@ def _corrected(
     The estimate at the smallest size is close, as hardly anything is kept there. What sweeps gain over a method's own
     start grows with the size, so there the correction is a power.
     """
-    estimates = {method.num_params(shape, rank): estimate(rank) for rank in _ranks(method, shape, ESTIMATED)}
+    estimates = {method.num_params(shape, rank): estimate(rank) for rank in estimated_ranks(method, shape)}
     if not measured:
         return estimates
     if method.course() == method and not method.is_spectral and len(measured) == 1:
@@ -290,11 +248,3 @@ def _corrected(
         size: min(1.0, error * float(factor))
         for (size, error), factor in zip(estimates.items(), corrections, strict=True)
     }
-
-
-def _ranks(method: Decomposition, shape: Shape, shares: Sequence[float]) -> list[Rank]:
-    """The smallest rank, and the largest rank within each of the shares, without duplicates of a size."""
-    smallest, size = method.min_params(shape), math.prod(shape)
-    ranks = [tuple(1 for _ in method.max_rank(shape))]
-    ranks += [rank_for(method, shape, int(size * share)) for share in shares if size * share > smallest]
-    return list({method.num_params(shape, rank): rank for rank in ranks}.values())

@@ -49,7 +49,8 @@ class Form:
         if self.unit == PARAMETERS:
             return self.method.num_params(layer.shape, rank)
         shapes = self.method.factor_shapes(layer.shape, rank)
-        return sum(factor_bytes(shape, self.bits, layer.entry_bytes) for shape in shapes)
+        factors = sum(factor_bytes(shape, self.bits, layer.entry_bytes) for shape in shapes)
+        return factors + self.method.basis_bytes(layer.shape)
 
     def smallest(self, layer: LayerPlan, multiple: int) -> int:
         """The size at the smallest rank."""

@@ -18,11 +18,12 @@ from tspc.store.files import parsed_json
 from tspc.store.schemas import COUNT, SIZE, problem
 from tspc.system.bounds import shown
 
-FORMAT, FORMAT_OF_INTEGERS, FORMAT_OF_NUMBERS = 5, 4, 1
+FORMAT, FORMAT_OF_PARTS, FORMAT_OF_INTEGERS, FORMAT_OF_NUMBERS = 6, 5, 4, 1
 """Versions of the header's layout; raised when a reader of the old one would fail.
 
-Files without integers have the first one, which earlier versions read, too. The second one had integers, but no float16
-numbers beside them; in the third one these were vectors only."""
+The last one has layers with a basis (`id`), the one before it parts of layers and tied tables. Files without integers
+have the first one, which earlier versions read, too. The second one had integers, but no float16 numbers beside them;
+in the third one these were vectors only."""
 
 _METHOD = {"name": str}
 _LAYER = {

@@ -88,7 +88,7 @@ class LayerPlan:
             return (self.entry_bytes if self.bits == FULL else VECTOR_BYTES) * self.dense_params
         shapes = self.method.factor_shapes(self.shape, self.rank)
         factors = sum(factor_bytes(shape, self.bits, self.entry_bytes) for shape in shapes)
-        return factors + self.bias_size(BYTES)
+        return factors + self.method.basis_bytes(self.shape) + self.bias_size(BYTES)
 
     def size(self, unit: str) -> int:
         """The parameters or the bytes after, with the bias."""

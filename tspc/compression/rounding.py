@@ -92,9 +92,8 @@ def _values(layer: TensorizedLayer) -> Factors:
 
 def _row(name: str, layer: TensorizedLayer, dense: nn.Module, bits: int) -> LayerPlan:
     params, bias = math.prod(layer.shape), 0 if layer.bias is None else layer.shape[0]
-    factors = sum(tensor.numel() for tensor in layer.factor_tensors())
     method, rank = layer.decomposition, layer.rank
-    sizes = params + bias, factors + bias
+    sizes = params + bias, method.num_params(layer.shape, rank) + bias
     form = {"path": layer.path, "bits": bits, "entry_bytes": layer.factor_tensors()[0].element_size()}
     kind = TABLE if is_table(dense) else type(dense).__name__
     return LayerPlan(name, kind, layer.shape, *sizes, method, rank, **form)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,8 @@ class Decomposition(ABC):
     - `num_params(K.shape, rank_for(K.shape, budget)) <= budget`, and a higher value of any single entry of that rank
       exceeds the budget, or is useless (`is_useful`);
     - the same arguments give the same factors, bit for bit, on the same machine;
-    - `contract` is linear in each factor; the terms of a sum are stacked in one factor.
+    - `contract` is linear in each tensor that it takes; the terms of a sum are stacked in one tensor. These tensors are
+      the factors, or for `id` they follow from the factors (`tensors_of`).
 
     A float32 kernel is decomposed in float32, and the laws hold to that precision. Badly conditioned parts are
     computed in float64: small normal equations, and spectra that reach below the noise of float32.
@@ -62,7 +63,7 @@ class Decomposition(ABC):
 
     @abstractmethod
     def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
-        """Factors of a kernel, in its dtype. The kernel is float32 or float64 and finite; the rank is valid."""
+        """What `contract` takes, in the kernel's dtype. It is float32 or float64 and finite; the rank is valid."""
 
     @abstractmethod
     def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
@@ -70,7 +71,27 @@ class Decomposition(ABC):
 
     @abstractmethod
     def axes(self, shape: Shape) -> Axes:
-        """The position of the kernel's modes in the factors."""
+        """The position of the kernel's modes in the tensors that `contract` takes."""
+
+    def as_factors(self, tensors: Sequence[Tensor], shape: Shape, rank: Rank) -> Factors:
+        """The factors that stand for what `fit` found. By default these are the tensors, with entries of one size."""
+        level = zip(tensors, levels(tensors), strict=True)
+        return Factors(tuple(t * scale for t, scale in level), shape, rank)
+
+    def tensors_of(self, factors: Factors) -> Sequence[Tensor]:
+        """What `contract` takes, from the factors; differentiable in them. By default the factors themselves."""
+        return factors.tensors
+
+    def free_columns(self, factors: Factors) -> Tensor | None:
+        """Of the first of `tensors_of` as a matrix the columns (truth values) that are entries of a factor; None: all.
+
+        The other columns are constants.
+        """
+        return None
+
+    def basis_bytes(self, shape: Shape) -> int:
+        """The size of `Factors.basis`; 0 if the method has none."""
+        return 0
 
     def is_matrix_factorisation(self, shape: Shape) -> bool:
         """Whether the factors are an n × R and an R × T matrix. The truncated SVD is then the optimum."""
@@ -83,17 +104,17 @@ class Decomposition(ABC):
         return self.fit((outputs @ inputs).reshape(shape), (len(inputs),))
 
     def chain_axes(self, shape: Shape) -> tuple[str, ...] | None:
-        """For each factor the spatial axes over which it convolves: "", "h", "w" or "hw".
+        """For each tensor that `contract` takes the spatial axes over which it convolves: "", "h", "w" or "hw".
 
-        The factors are then the weights of a chain of ordinary convolutions, in this order, and the chain equals the
-        layer. None if the factors are not such weights.
+        The tensors are then the weights of a chain of ordinary convolutions, in this order, and the chain equals the
+        layer. None if the tensors are not such weights.
         """
         return None
 
     def links(self, shape: Shape, rank: Rank) -> tuple[tuple[Shape, str], ...] | None:
         """The chain that equals the layer. Each link is a shape (out, in of one group, H, W) and its spatial axes.
 
-        By default the links are the factors. None if no chain could cost less than the dense kernel.
+        By default they are what `contract` takes. None if no chain could cost less than the dense kernel.
         """
         axes = self.chain_axes(shape)
         if axes is None:
@@ -103,15 +124,15 @@ class Decomposition(ABC):
 
     def link_kernels(self, factors: Factors) -> list[Tensor]:
         """The kernels of `links`; differentiable in the factors."""
-        return list(factors.tensors)
+        return list(self.tensors_of(factors))
 
     def is_useful(self, shape: Shape, rank: Rank) -> bool:
         """Whether every entry of the rank can be filled, given the other entries; a surplus would only hold zeros."""
         return True
 
     def num_params(self, shape: Shape, rank: Rank) -> int:
-        """Number of entries in all factors."""
-        return sum(math.prod(s) for s in self.factor_shapes(shape, rank))
+        """Number of entries in all factors. Of a basis 32 bits count as an entry."""
+        return sum(math.prod(s) for s in self.factor_shapes(shape, rank)) + -(-self.basis_bytes(shape) // 4)
 
     def min_params(self, shape: Shape, multiple: int = 1) -> int:
         """Number of entries in all factors at the smallest rank, which is 1 or `multiple`."""
@@ -172,8 +193,8 @@ class Decomposition(ABC):
             tensors = self.fit(kernel if kernel.dtype == torch.float64 else kernel.float(), rank)
         else:
             tensors = function_space.fit(self, kernel, rank, metric)
-        level = zip(tensors, levels(tensors), strict=True)
-        return Factors(tuple((t * scale).to(weight).contiguous() for t, scale in level), shape, rank)
+        found = self.as_factors(tensors, shape, rank)
+        return replace(found, tensors=tuple(t.to(weight).contiguous() for t in found.tensors))
 
     @property
     def is_spectral(self) -> bool:
@@ -209,7 +230,7 @@ class Decomposition(ABC):
 
     def reconstruct(self, factors: Factors) -> Tensor:
         """The dense kernel that the factors represent; differentiable in them."""
-        return self.contract(factors.tensors, factors.shape)
+        return self.contract(self.tensors_of(factors), factors.shape)
 
     def _check(self, weight: Tensor, shape: Shape, rank: Rank) -> None:
         top = self.max_rank(shape)

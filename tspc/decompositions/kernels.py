@@ -21,12 +21,14 @@ class Factors:
     """The tensors that replace one kernel.
 
     `shape` is the shape of the kernel: (T, S, H, W) for a convolution, (T, S) for a dense layer. T is the number of
-    output channels, S of input channels. `rank` has one entry for each bond of the method.
+    output channels, S of input channels. `rank` has one entry for each bond of the method. `basis` is what `id` keeps
+    beside its factors: one bit for each row of a matrix, in bytes (uint8).
     """
 
     tensors: tuple[Tensor, ...]
     shape: Shape
     rank: Rank
+    basis: Tensor | None = None
 
 
 @dataclass(frozen=True)

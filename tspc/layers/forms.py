@@ -28,6 +28,7 @@ from tspc.decompositions import Decomposition, Dense, Factors, Metric, Rank, Sha
 from tspc.layers.chains import CHAIN, REBUILT, stages_of
 from tspc.layers.convolutions import Form
 from tspc.layers.dense import TRANSPOSED, DenseLayer, is_table, kernel_of, kernel_shape
+from tspc.layers.tensorized import BASIS
 from tspc.layers.tensorized import TensorizedLayer as TensorizedLayer
 from tspc.quantization.factors import quantized
 from tspc.quantization.grids import FULL, Grid
@@ -98,6 +99,8 @@ class Contracted(TensorizedLayer):
         # Stored as matrices: `model.to(memory_format=torch.channels_last)` treats any 4-d or 5-d parameter as images.
         matrices = [(math.prod(s[:-1]), s[-1]) for s in self._factor_shapes]
         self.factor_list = nn.ParameterList(torch.empty(m, **_like(layer)) for m in matrices)
+        if basis := decomposition.basis_bytes(shape):
+            self.register_buffer(BASIS, torch.zeros(basis, dtype=torch.uint8, device=layer.weight.device))
         bias = _bias_of(layer) is not None
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **_like(layer))) if bias else None)
         self._prepare(layer, decomposition, rank, path or default_path(layer, decomposition))
@@ -175,7 +178,7 @@ def _like(layer: DenseLayer) -> dict[str, Any]:
 def is_chain(layer: nn.Module, decomposition: Decomposition) -> bool:
     """Whether the factors themselves are the kernels of a chain of several links."""
     form, shape = Form.of(layer), kernel_shape(layer)
-    if form.groups != 1 or len(decomposition.chain_axes(shape) or ()) < 2:
+    if form.groups != 1 or len(decomposition.chain_axes(shape) or ()) < 2 or decomposition.basis_bytes(shape):
         return False
     return form.kind not in TRANSPOSED or _are_views(decomposition, shape)
 
@@ -189,7 +192,8 @@ def _are_views(decomposition: Decomposition, shape: Shape) -> bool:
 
 def default_path(layer: nn.Module, decomposition: Decomposition) -> str:
     """The path if the costs are unknown."""
-    return CHAIN if is_chain(layer, decomposition) else REBUILT
+    has_links = Form.of(layer).groups == 1 and decomposition.basis_bytes(kernel_shape(layer))
+    return CHAIN if has_links or is_chain(layer, decomposition) else REBUILT
 
 
 def untrained(
@@ -246,6 +250,8 @@ def tensorize(
     with torch.no_grad():
         for own, value in zip(result.factor_tensors(), factors.tensors, strict=True):
             own.copy_(value)
+        if factors.basis is not None:
+            result.get_buffer(BASIS).copy_(factors.basis)
         bias = _bias_of(layer)
         if bias is not None:
             cast(nn.Parameter, result.bias).copy_(bias)

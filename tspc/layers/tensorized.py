@@ -15,6 +15,9 @@ from tspc.layers.convolutions import Form
 from tspc.layers.dense import TRANSPOSED, DenseLayer, as_weight, kernel_shape, shown_by
 from tspc.quantization.grids import FULL, Grid, row_count
 
+BASIS = "basis"
+"""The name of the buffer with the basis of `id`."""
+
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
 _TracerWarning: type[Warning] = torch.jit.TracerWarning  # pyright: ignore[reportPrivateImportUsage]
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -95,7 +98,7 @@ class TensorizedLayer(nn.Module):
         tensors = self.factor_tensors()
         if self.bits != FULL:
             tensors = [grid.straight_through(f) for grid, f in zip(self.grids, tensors, strict=True)]
-        return Factors(tuple(tensors), self.shape, self.rank)
+        return Factors(tuple(tensors), self.shape, self.rank, self._buffers.get(BASIS))
 
     @property
     def grids(self) -> list[Grid]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,10 +80,13 @@ def measured_share(method: Decomposition, kernel: Tensor, bits: int, metric: Met
 def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, metric: Metric) -> Quantized | None:
     """The links of a chain, rounded one after the other; None if the factors are not the links of one."""
     axes = method.chain_axes(factors.shape)
-    links = [_four(tensor) for tensor in factors.tensors]
+    links = [_four(tensor) for tensor in method.tensors_of(factors)]
     if axes is None or not all(_is_link(link, links[i - 1] if i else None, kernel) for i, link in enumerate(links)):
         return None
-    links = _balanced([link.to(torch.float32) for link in links])
+    links = [link.to(torch.float32) for link in links]
+    free = method.free_columns(factors)
+    if free is None:  # else the first link holds ones and zeros, which stay
+        links = _balanced(links)
     inputs = Inputs.of_layer(metric, factors.shape)
     targets = inputs.rows.flatten(1) @ kernel.flatten(1).to(inputs.rows).mT
     grids, found = [], []
@@ -92,19 +95,24 @@ def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, m
         if 0 < i == len(links) - 1 and not is_depthwise:
             fitted = inputs.fitted(targets, tuple(link.shape))
             link = fitted if bool(fitted.isfinite().all()) else link
-        moments = inputs.moments(covered, is_depthwise)
-        matrix = link.flatten(1)
-        grids.append(grid_for(link, bits, moments.diagonal(dim1=-2, dim2=-1)))
-        found.append(with_feedback(matrix, grids[-1], moments).reshape(link.shape))
-        inputs = inputs.after(found[-1], covered, is_depthwise)
+        moments, matrix = inputs.moments(covered, is_depthwise), link.flatten(1)
+        if i == 0 and free is not None:
+            matrix, moments = matrix[:, free], moments[free][:, free]
+        grids.append(grid_for(matrix, bits, moments.diagonal(dim1=-2, dim2=-1)))
+        found.append(with_feedback(matrix, grids[-1], moments))
+        if i == 0 and free is not None:
+            link = link.flatten(1).masked_scatter(free, found[0]).reshape(link.shape)
+        else:
+            link = found[-1].reshape(link.shape)
+        inputs = inputs.after(link, covered, is_depthwise)
     return _on(factors, grids, found)
 
 
 def _on(factors: Factors, grids: Sequence[Grid], tensors: Sequence[Tensor]) -> Quantized:
-    like, level = factors.tensors, levels(tensors)
+    like, level = factors.tensors, levels(tensors) if factors.basis is None else [1.0] * len(tensors)
     own = tuple((new * by).reshape(old.shape).to(old) for new, old, by in zip(tensors, like, level, strict=True))
     scales = tuple(Grid(g.bits, g.scales * by).to(old.device) for g, old, by in zip(grids, like, level, strict=True))
-    return Quantized(Factors(own, factors.shape, factors.rank), scales)
+    return Quantized(replace(factors, tensors=own), scales)
 
 
 def _four(link: Tensor) -> Tensor:

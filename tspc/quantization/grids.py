@@ -85,6 +85,8 @@ def grid_for(factor: Tensor, bits: int, importance: Tensor | None = None) -> Gri
 
     `importance` weights the entries of a row; it is of a row's size, or of the factor's.
     """
+    if not factor.numel():
+        return Grid(bits, factor.new_ones(row_count(tuple(factor.shape)), dtype=torch.float32))
     rows = factor.reshape(row_count(tuple(factor.shape)), -1)
     weights = torch.ones_like(rows[:1]) if importance is None else importance.to(rows).expand(factor.shape[0], -1)
     weights = weights if len(weights) in (1, len(rows)) else weights.reshape(1, -1)

@@ -1,0 +1,143 @@
+"""`id`: the matrix of `svd`, with R² numbers less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tspc.decompositions.base import Decomposition
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, double, kernel_dims
+from tspc.decompositions.linalg import squared_singular_values
+from tspc.decompositions.registry import register
+from tspc.decompositions.svd import SVD
+
+LARGEST, SWAPS = 1.5, 2
+"""Rows are swapped into the basis until no coefficient is larger than this, but at most so many times the rank."""
+CHAIN = SVD()
+
+
+@register()
+@dataclass(frozen=True)
+class Interpolative(Decomposition):
+    """K(s, h, w, t) = Σ_r A(s, h, r) B(r, w, t), R of A's SH rows being an identity; R(SH + WT − R) parameters.
+
+    The kernels are those of `svd` at the same rank. A and B of `svd` are not unique: A·M and M⁻¹·B give the same kernel
+    for every M (R × R). Here M makes R rows of A, its basis, an identity, and only the other rows are kept: this is the
+    interpolative decomposition of the best matrix of rank R (Cheng, Gimbutas, Martinsson & Rokhlin, SIAM J. Sci.
+    Comput. 2005). For language models Zhao et al. use it as PIFA (ICML 2025, arXiv:2501.19090). SH more bits say which
+    rows the basis has.
+
+    Chain: as that of `svd`.
+    """
+
+    name: ClassVar[str] = "id"
+
+    @property
+    def is_spectral(self) -> bool:
+        return True
+
+    def max_rank(self, shape: Shape) -> Rank:
+        return CHAIN.max_rank(shape)
+
+    def factor_shapes(self, shape: Shape, rank: Rank) -> tuple[Shape, ...]:
+        t, s, h, w = kernel_dims(shape)
+        (r,) = rank
+        return (r, s * h - r), ((t, r) if len(shape) == 2 else (t, r, 1, w))
+
+    def basis_bytes(self, shape: Shape) -> int:
+        _, s, h, _ = kernel_dims(shape)
+        return -(-s * h // 8)
+
+    def as_factors(self, tensors: Sequence[Tensor], shape: Shape, rank: Rank) -> Factors:
+        first, second = tensors
+        rows, last = double(first.flatten(1)).T, double(second)
+        chosen, coefficients = basis_of(rows)
+        is_free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        is_free[chosen] = False
+        kept = torch.einsum("jr,tr...->tj...", rows[chosen], last)
+        return Factors((coefficients[is_free].T.to(first), kept.to(second)), shape, rank, _as_bytes(~is_free))
+
+    def tensors_of(self, factors: Factors) -> Sequence[Tensor]:
+        others, last = factors.tensors
+        (r,) = factors.rank
+        is_free = self.free_columns(factors)
+        place = torch.where(is_free, r - 1 + is_free.cumsum(0), (~is_free).cumsum(0) - 1)
+        unit = torch.eye(r, dtype=others.dtype, device=others.device)
+        first = torch.cat([unit, others], 1).index_select(1, place)
+        return [first.reshape(CHAIN.factor_shapes(factors.shape, factors.rank)[0]), last]
+
+    def free_columns(self, factors: Factors) -> Tensor:
+        assert factors.basis is not None
+        _, s, h, _ = kernel_dims(factors.shape)
+        # Not by shifts, which ONNX does not have.
+        places = 2 ** torch.arange(8, device=factors.basis.device)
+        return (factors.basis[:, None].long() % (2 * places) < places).flatten()[: s * h]
+
+    def links(self, shape: Shape, rank: Rank) -> tuple[tuple[Shape, str], ...] | None:
+        return CHAIN.links(shape, rank)
+
+    def axes(self, shape: Shape) -> Axes:
+        return CHAIN.axes(shape)
+
+    def chain_axes(self, shape: Shape) -> tuple[str, ...]:
+        return CHAIN.chain_axes(shape)
+
+    def is_matrix_factorisation(self, shape: Shape) -> bool:
+        return CHAIN.is_matrix_factorisation(shape)
+
+    def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
+        return CHAIN.fit(weight, rank)
+
+    def of_product(self, outputs: Tensor, inputs: Tensor, shape: Shape) -> Sequence[Tensor]:
+        return CHAIN.of_product(outputs, inputs, shape)
+
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return CHAIN.unfoldings(weight)
+
+    def spectra(self, weight: Tensor, squares: Callable[[Tensor], Tensor] = squared_singular_values) -> list[Tensor]:
+        return CHAIN.spectra(weight, squares)
+
+    def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+        return CHAIN.contract(tensors, shape)
+
+
+def basis_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """R of the rows of a matrix (n × R) in ascending order, and C (n × R): the matrix is C times these rows.
+
+    C holds an identity in these rows, and its other entries are small. The first choice is that of Gaussian elimination
+    with row pivoting; then rows are swapped while an entry is large (Goreinov et al., "How to find a good submatrix",
+    2010). Rows of zeros, or dependent ones, do no harm.
+    """
+    n, r = rows.shape
+    factored, pivots, _ = torch.linalg.lu_factor_ex(rows)
+    order = torch.arange(n)
+    for i, j in enumerate((pivots.cpu() - 1).tolist()):
+        order[[i, j]] = order[[j, i]]
+    order = order.to(rows.device)
+    lower = factored.tril(-1)
+    lower.diagonal().fill_(1)
+    found = torch.empty_like(rows)
+    found[order] = torch.linalg.solve_triangular(lower[:r], lower, upper=False, left=False, unitriangular=True)
+    chosen = order[:r].clone()
+    for _ in range(SWAPS * r):
+        largest = int(found.abs().argmax())
+        row, column = divmod(largest, r)
+        pivot = found[row, column]
+        if not abs(float(pivot)) > LARGEST:
+            break
+        change = found[row].clone()
+        change[column] -= 1
+        found -= torch.outer(found[:, column] / pivot, change)
+        chosen[column] = row
+    chosen, places = chosen.sort()
+    return chosen, found[:, places]
+
+
+def _as_bytes(bits: Tensor) -> Tensor:
+    """Truth values as bytes (uint8); the first one is the lowest bit."""
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).reshape(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1).to(torch.uint8)
