@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tspc.data.model_inputs import ModelInputs as ModelInputs
     from tspc.decompositions import CP as CP
     from tspc.decompositions import SVD as SVD
+    from tspc.decompositions import Interpolative as Interpolative
     from tspc.decompositions import Reshaped as Reshaped
     from tspc.decompositions import TensorRing as TensorRing
     from tspc.decompositions import TensorTrain as TensorTrain
@@ -49,6 +50,7 @@ _HOMES = {
     "ModelInputs": "data.model_inputs",
     "CP": "decompositions",
     "SVD": "decompositions",
+    "Interpolative": "decompositions",
     "Reshaped": "decompositions",
     "TensorRing": "decompositions",
     "TensorTrain": "decompositions",
@@ -66,6 +68,7 @@ __all__ = [
     "CP",
     "SVD",
     "Calibration",
+    "Interpolative",
     "ModelInputs",
     "Plan",
     "PlanSettings",

@@ -12,6 +12,7 @@ from tspc.decompositions.auto import CANDIDATES, Auto
 from tspc.decompositions.base import Decomposition
 from tspc.decompositions.cp import CP
 from tspc.decompositions.dense import Dense
+from tspc.decompositions.interpolative import Interpolative
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, check_finite, double, is_matrix, kernel_dims
 from tspc.decompositions.metric import Metric
 from tspc.decompositions.registry import ENTRY_POINTS, KINDS, METHODS, register
@@ -35,6 +36,7 @@ __all__ = [
     "Decomposition",
     "Dense",
     "Factors",
+    "Interpolative",
     "Method",
     "Metric",
     "Rank",
