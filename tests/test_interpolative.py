@@ -16,7 +16,7 @@ from tspc.compression.integers import state_bytes
 from tspc.decompositions.interpolative import LARGEST, Interpolative, basis_of
 from tspc.decompositions.laws import kernel, relative
 from tspc.errors import WeightsError
-from tspc.layers.forms import tensorize, tensorized_layers
+from tspc.layers.forms import tensorize, tensorized_layers, untrained
 from tspc.models.safe_files import read_tensors, write_tensors
 
 METHOD = Interpolative()
@@ -135,6 +135,13 @@ def test_training_and_other_precisions_leave_the_basis():
     assert float(model(IMAGES).square().mean().detach()) < float(loss.detach())
     model.half()
     assert all(torch.equal(layer.basis, bases[name]) for name, layer in tensorized_layers(model).items())
+
+
+def test_a_layer_without_factors_yet_has_a_valid_basis():
+    layer = untrained(nn.Linear(20, 12), METHOD, (5,))
+    for factor in layer.factor_parameters():
+        nn.init.ones_(factor)
+    assert torch.equal(layer.weight, torch.tensor([1.0] * 5 + [5.0] * 15).expand(12, 20))
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])

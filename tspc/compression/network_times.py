@@ -92,7 +92,7 @@ def with_random_factors(model: nn.Module, rows: Iterable[LayerPlan]) -> nn.Modul
         for factor in layer.factor_tensors():
             factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float32, device="cpu"))
         kernel, own = kernel_of(layer).float(), kernel_of(dense).float()
-        layer.factor_tensors()[0].mul_(own.square().mean().sqrt().clamp_min(1e-6) / kernel.square().mean().sqrt())
+        layer.factor_tensors()[-1].mul_(own.square().mean().sqrt().clamp_min(1e-6) / kernel.square().mean().sqrt())
         if layer.bias is not None:
             layer.bias.copy_(dense.bias)
         set_module(small, row.name, layer)

@@ -93,6 +93,10 @@ class Decomposition(ABC):
         """The size of `Factors.basis`; 0 if the method has none."""
         return 0
 
+    def some_basis(self, shape: Shape, rank: Rank) -> Tensor | None:
+        """A valid `Factors.basis`, for layers that get their factors later."""
+        return None
+
     def is_matrix_factorisation(self, shape: Shape) -> bool:
         """Whether the factors are an n × R and an R × T matrix. The truncated SVD is then the optimum."""
         rank = tuple(1 for _ in self.max_rank(shape))

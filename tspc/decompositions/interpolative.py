@@ -52,6 +52,10 @@ class Interpolative(Decomposition):
         _, s, h, _ = kernel_dims(shape)
         return -(-s * h // 8)
 
+    def some_basis(self, shape: Shape, rank: Rank) -> Tensor:
+        _, s, h, _ = kernel_dims(shape)
+        return _as_bytes(torch.arange(s * h) < rank[0])
+
     def as_factors(self, tensors: Sequence[Tensor], shape: Shape, rank: Rank) -> Factors:
         first, second = tensors
         rows, last = double(first.flatten(1)).T, double(second)

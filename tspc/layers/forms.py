@@ -99,8 +99,8 @@ class Contracted(TensorizedLayer):
         # Stored as matrices: `model.to(memory_format=torch.channels_last)` treats any 4-d or 5-d parameter as images.
         matrices = [(math.prod(s[:-1]), s[-1]) for s in self._factor_shapes]
         self.factor_list = nn.ParameterList(torch.empty(m, **_like(layer)) for m in matrices)
-        if basis := decomposition.basis_bytes(shape):
-            self.register_buffer(BASIS, torch.zeros(basis, dtype=torch.uint8, device=layer.weight.device))
+        if (basis := decomposition.some_basis(shape, rank)) is not None:
+            self.register_buffer(BASIS, basis.to(layer.weight.device))
         bias = _bias_of(layer) is not None
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **_like(layer))) if bias else None)
         self._prepare(layer, decomposition, rank, path or default_path(layer, decomposition))
