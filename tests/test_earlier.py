@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import tspc
 
@@ -80,6 +81,24 @@ def test_factors_in_few_bits_of_an_earlier_version_answer_as_they_did(file, answ
     x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(model(x), torch.tensor(answers), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "answers"),
+    [
+        ("basis/id-32.safetensors", (0.153429, 0.011023, -0.143389, -0.124272, 0.205872)),
+        ("basis/id-5.safetensors", (0.153087, 0.012498, -0.14411, -0.123767, 0.207034)),
+    ],
+)
+def test_layers_with_a_basis_of_an_earlier_version_answer_as_they_did(file, answers):
+    dense = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 5),
+    )  # fmt: skip
+    model = tspc.load(EARLIER / file, dense).eval()
+    with torch.no_grad():
+        found = model(torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8))
+    assert torch.allclose(found, torch.tensor([answers]), atol=1e-5)
 
 
 def test_a_run_of_an_earlier_version_is_not_done_again(cli, outputs):
