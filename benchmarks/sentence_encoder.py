@@ -44,8 +44,12 @@ NAMES = {
     "tspc": "tspc `svd`",
     "id": "tspc `id`",
 }
-BATCH, RATE, FINE = 32, 4e-4, 1e-4
-"""Sentences in a training step, and its largest learning rate (Adam); that of factors in few bits."""
+BATCH, RATE, FINE, NEAR = 32, 4e-4, 1e-4, 0.95
+"""Sentences in a training step, and its largest learning rate (Adam). A network in few bits, or one whose cosine to the
+original is NEAR already, has the second rate: large steps would undo what decomposition has kept."""
+HELD_OUT, LOOKS = 128, 5
+"""So many training sentences choose the best of so many states, the untrained one included, as finetuning of tspc does.
+"""
 
 
 class Encoder(Sentences):
@@ -107,6 +111,11 @@ def lesson(network: nn.Module, ids: Tensor, wanted: Tensor) -> Tensor:
     return error + 1 - (network.pooled(states, ids) * network.pooled(wanted, ids)).sum(1).mean()
 
 
+@torch.no_grad()
+def vectors(network: nn.Module, batches: list[Tensor]) -> Tensor:
+    return torch.cat([network(ids) for ids in batches])
+
+
 def trained(network: Encoder, teacher: Encoder, ids: Tensor, minutes: float, seed: int) -> int:
     """Trains all but the embeddings in place; returns the number of steps."""
     network.requires_grad_(True).encoder.embeddings.requires_grad_(False)
@@ -114,19 +123,24 @@ def trained(network: Encoder, teacher: Encoder, ids: Tensor, minutes: float, see
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
+    judging, ids = by_length(ids[:HELD_OUT], BATCH), ids[HELD_OUT:]
     lessons, hardware, wide = Lessons(teacher, ids, seed), Hardware(torch.device("cpu")), wide_parameters(network)
-    rate = FINE if on_grids(network) else RATE
+    wanted, started = vectors(teacher, judging), time.process_time()
+    judge = lambda judged: float((vectors(judged, judging) * wanted).sum(1).mean())  # noqa: E731
+    rate = FINE if on_grids(network) or judge(network) > NEAR else RATE
+    a_look = time.process_time() - started
 
     def recipe(steps: int) -> Recipe:
-        return Recipe(1, BATCH, rate, steps=steps, optimizer="adam", schedule="cosine", warmup=0.05, clip=1.0)
+        return Recipe(
+            *(1, BATCH, rate, steps), optimizer="adam", schedule="cosine", warmup=0.05, clip=1.0, evaluations=LOOKS
+        )
 
-    tried = 8
-    started = time.process_time()
+    tried, started = 8, time.process_time()
     fit(copied(network), lessons, lesson, recipe(tried), hardware, seed)
     started, a_step = time.process_time(), (time.process_time() - started) / tried
-    steps = max(1, int(60 * minutes / a_step))
-    enough = Watchers(enough=lambda losses: time.process_time() - started > 60 * minutes)
-    fit(network, lessons, lesson, recipe(steps), hardware, seed, watchers=enough)
+    steps = max(1, int((60 * minutes - (LOOKS + 1) * a_look) / a_step))
+    watchers = Watchers(judge=judge, enough=lambda losses: time.process_time() - started > 60 * minutes)
+    fit(network, lessons, lesson, recipe(steps), hardware, seed, watchers=watchers)
     if on_grids(network):
         narrow_beside_(network, wide)
     network.eval()

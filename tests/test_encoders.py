@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 import tspc
+from tspc.calibration.samples import Calibration, Samples
 from tspc.compression.compress import compress
+from tspc.data.answers import answered
+from tspc.data.arranging import inputs_of
 from tspc.deploy import export
 from tspc.errors import ConfigError, TspcError, WeightsError
 from tspc.layers.forms import tensorized_layers
@@ -100,3 +103,28 @@ def test_the_preactivation_resnet_of_timm():
     assert len(tensorized_layers(small)) > 10
     with torch.no_grad():
         assert small(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_images_beside_texts_are_judged_by_their_match():
+    """The layers of both encoders of CLIP count, for the answer of both tells how well images and texts match."""
+    import transformers
+
+    from tests.tiny_transformers import PICTURES, TOKENS
+
+    torch.manual_seed(0)
+    parts = {"vision_config": PICTURES, "text_config": SMALL | TOKENS | {"max_position_embeddings": 16}}
+    model = transformers.CLIPModel(transformers.CLIPConfig(**parts, projection_dim=16)).eval()
+    ids = torch.randint(3, 50, (24, 7))
+    ids[:, -1] = TOKENS["eos_token_id"]
+    batch = {"input_ids": ids, "pixel_values": torch.randn(24, 3, 32, 32), "attention_mask": torch.ones_like(ids)}
+    given = inputs_of(model, batch)
+    with torch.no_grad():
+        assert torch.equal(answered(model, given), model(**batch).logits_per_image)
+    names = [name for name, _ in model.named_modules() if name.endswith("mlp.fc1")]
+    with Samples(given, Calibration(samples=24, batch_size=8)) as samples:
+        survey = samples.survey(model, names, names)
+        weights = [survey.weights(name) for name in names]
+    assert len(weights) == 4
+    assert all(found is not None and float(found.abs().sum()) > 0 for found in weights)
+    small = compress(model, "svd", 0.5, calibration=batch)
+    assert {name.partition(".")[0] for name in tensorized_layers(small)} == {"text_model", "vision_model"}

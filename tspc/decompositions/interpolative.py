@@ -63,7 +63,8 @@ class Interpolative(Decomposition):
         is_free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         is_free[chosen] = False
         kept = torch.einsum("jr,tr...->tj...", rows[chosen], last)
-        return Factors((coefficients[is_free].T.to(first), kept.to(second)), shape, rank, _as_bytes(~is_free))
+        basis = _as_bytes(~is_free).to(first.device)
+        return Factors((coefficients[is_free].T.to(first), kept.to(second)), shape, rank, basis)
 
     def tensors_of(self, factors: Factors) -> Sequence[Tensor]:
         others, last = factors.tensors
