@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tspc.decompositions.base import Decomposition
-from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, double, kernel_dims
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, double, kernel_dims, levels
 from tspc.decompositions.linalg import squared_singular_values
 from tspc.decompositions.registry import register
 from tspc.decompositions.svd import SVD
 
 LARGEST, SWAPS = 1.5, 2
 """Rows are swapped into the basis until no coefficient is larger than this, but at most so many times the rank."""
+ZERO = 128
+"""What is added to the exponent of the identity, so that a byte holds it."""
 CHAIN = SVD()
 
 
@@ -29,7 +33,8 @@ class Interpolative(Decomposition):
     for every M (R × R). Here M makes R rows of A, its basis, an identity, and only the other rows are kept: this is the
     interpolative decomposition of the best matrix of rank R (Cheng, Gimbutas, Martinsson & Rokhlin, SIAM J. Sci.
     Comput. 2005). For language models Zhao et al. use it as PIFA (ICML 2025, arXiv:2501.19090). SH more bits say which
-    rows the basis has.
+    rows the basis has. The identity is times a power of two, which is in one more byte: so both factors have entries of
+    about one size, as optimizers want it (`levels`).
 
     Chain: as that of `svd`.
     """
@@ -50,11 +55,11 @@ class Interpolative(Decomposition):
 
     def basis_bytes(self, shape: Shape) -> int:
         _, s, h, _ = kernel_dims(shape)
-        return -(-s * h // 8)
+        return -(-s * h // 8) + 1
 
     def some_basis(self, shape: Shape, rank: Rank) -> Tensor:
         _, s, h, _ = kernel_dims(shape)
-        return _as_bytes(torch.arange(s * h) < rank[0])
+        return _as_bytes(torch.arange(s * h) < rank[0], 0)
 
     def as_factors(self, tensors: Sequence[Tensor], shape: Shape, rank: Rank) -> Factors:
         first, second = tensors
@@ -62,17 +67,19 @@ class Interpolative(Decomposition):
         chosen, coefficients = basis_of(rows)
         is_free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         is_free[chosen] = False
-        kept = torch.einsum("jr,tr...->tj...", rows[chosen], last)
-        basis = _as_bytes(~is_free).to(first.device)
-        return Factors((coefficients[is_free].T.to(first), kept.to(second)), shape, rank, basis)
+        found = coefficients[is_free].T, torch.einsum("jr,tr...->tj...", rows[chosen], last)
+        size, inverse = levels(found)
+        basis = _as_bytes(~is_free, round(math.log2(size))).to(first.device)
+        return Factors(((found[0] * size).to(first), (found[1] * inverse).to(second)), shape, rank, basis)
 
     def tensors_of(self, factors: Factors) -> Sequence[Tensor]:
         others, last = factors.tensors
         (r,) = factors.rank
-        is_free = self.free_columns(factors)
+        assert factors.basis is not None
+        is_free, size = self.free_columns(factors), 2.0 ** (factors.basis[-1].to(others.dtype) - ZERO)
         place = torch.where(is_free, r - 1 + is_free.cumsum(0), (~is_free).cumsum(0) - 1)
         unit = torch.eye(r, dtype=others.dtype, device=others.device)
-        first = torch.cat([unit, others], 1).index_select(1, place)
+        first = torch.cat([unit * size, others], 1).index_select(1, place)
         return [first.reshape(CHAIN.factor_shapes(factors.shape, factors.rank)[0]), last]
 
     def free_columns(self, factors: Factors) -> Tensor:
@@ -80,7 +87,7 @@ class Interpolative(Decomposition):
         _, s, h, _ = kernel_dims(factors.shape)
         # Not by shifts, which ONNX does not have.
         places = 2 ** torch.arange(8, device=factors.basis.device)
-        return (factors.basis[:, None].long() % (2 * places) < places).flatten()[: s * h]
+        return (factors.basis[:-1, None].long() % (2 * places) < places).flatten()[: s * h]
 
     def links(self, shape: Shape, rank: Rank) -> tuple[tuple[Shape, str], ...] | None:
         return CHAIN.links(shape, rank)
@@ -142,7 +149,8 @@ def basis_of(rows: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, found[:, places]
 
 
-def _as_bytes(bits: Tensor) -> Tensor:
-    """Truth values as bytes (uint8); the first one is the lowest bit."""
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).reshape(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1).to(torch.uint8)
+def _as_bytes(in_basis: Tensor, exponent: int) -> Tensor:
+    """The truth values as bytes (uint8), of which the first one is the lowest bit, and the exponent behind them."""
+    padded = F.pad(in_basis.to(torch.uint8), (0, -len(in_basis) % 8)).reshape(-1, 8)
+    found = (padded << torch.arange(8, dtype=torch.uint8, device=padded.device)).sum(1).to(torch.uint8)
+    return torch.cat([found, found.new_tensor([min(max(exponent + ZERO, 0), 255)])])

@@ -22,7 +22,7 @@ class Factors:
 
     `shape` is the shape of the kernel: (T, S, H, W) for a convolution, (T, S) for a dense layer. T is the number of
     output channels, S of input channels. `rank` has one entry for each bond of the method. `basis` is what `id` keeps
-    beside its factors: one bit for each row of a matrix, in bytes (uint8).
+    beside its factors, in bytes (uint8).
     """
 
     tensors: tuple[Tensor, ...]
@@ -57,7 +57,7 @@ def levels(tensors: Sequence[Tensor]) -> list[float]:
     would change too fast, or the other one too slowly. Powers of two round nothing.
     """
     wide = [t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    sizes = [float(torch.linalg.vector_norm(t)) / math.sqrt(t.numel()) for t in wide]
+    sizes = [float(torch.linalg.vector_norm(t)) / math.sqrt(max(t.numel(), 1)) for t in wide]
     if not all(0 < size < math.inf for size in sizes):
         return [1.0] * len(sizes)
     mean = math.fsum(map(math.log2, sizes)) / len(sizes)
