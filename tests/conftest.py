@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.forking import Forks
+
 SHARED = os.environ.get("TSPC_TEST_DATA")
 """A folder with data/ and weights/ for the tests on real weights; `.ci/run` sets it where there is one."""
 
@@ -82,6 +84,14 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return folder
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts processes that need not import tspc."""
+    made = Forks(tmp_path_factory.mktemp("forks"))
+    yield made
+    made.close()
 
 
 @pytest.fixture
