@@ -20,7 +20,7 @@ SHARED = os.environ.get("TSPC_TEST_DATA")
 
 
 OWN_PROCESS = "TSPC_TEST_OWN_PROCESS"
-"""Set in the new process of a test that is marked so."""
+"""In the new process of the tests that are marked so: the folder that it shares with the others."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,19 +34,19 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Runs a test that is marked `own_process` in a new pytest, together with all others of its file: once.
+    """Runs a test that is marked `own_process` in a new pytest, together with all others of this session: once.
 
     Once OpenVINO has run in a process of pytest, the next signal to this process may be a segmentation fault.
     """
     if pyfuncitem.get_closest_marker("own_process") is None or OWN_PROCESS in os.environ:
         return None
-    folder = pyfuncitem._request.getfixturevalue("tmp_path_factory").getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    found = folder / f"own-{pyfuncitem.path.stem}.txt"
+    folder = shared_folder(pyfuncitem._request.getfixturevalue("tmp_path_factory"))
+    found = folder / "own-process.txt"
     with FileLock(f"{found}.lock"):
         if not found.exists():
-            command = [sys.executable, "-m", "pytest", "-q", "-n0", "--slow", "-m", "own_process", str(pyfuncitem.path)]
-            environment = os.environ | {OWN_PROCESS: "1"}
+            files = {str(item.path) for item in pyfuncitem.session.items if item.get_closest_marker("own_process")}
+            command = [sys.executable, "-m", "pytest", "-q", "-n0", "--slow", "-m", "own_process", *sorted(files)]
+            environment = os.environ | {OWN_PROCESS: str(folder)}
             done = subprocess.run(
                 command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True
             )
@@ -54,6 +54,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     code, _, text = found.read_text().partition("\n")
     assert code == "0", text
     return True
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder of all workers."""
+    if OWN_PROCESS in os.environ:
+        return Path(os.environ[OWN_PROCESS])
+    folder = factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,8 +78,7 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """`once(name, make)`: the folder that `make(folder)` has filled, once for all workers. It is only read."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    base = shared_folder(tmp_path_factory)
 
     def folder_of(name: str, make: Callable[[Path], object]) -> Path:
         folder, done = base / name, base / f"{name}.done"

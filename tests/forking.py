@@ -125,7 +125,7 @@ def become(request: dict[str, Any]) -> None:
 def main() -> None:
     import torch
 
-    for module in ("sklearn.datasets", "tests.small", "tspc.cli", "tspc.run.pipeline"):
+    for module in ("matplotlib.figure", "sklearn.datasets", "tests.small", "tspc.cli", "tspc.run.pipeline"):
         importlib.import_module(module)
     torch.set_num_threads(1)
     request, code = serve(), 0
