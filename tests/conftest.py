@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.forking import Forks
+
 SHARED = os.environ.get("TSPC_TEST_DATA")
 """A folder with data/ and weights/ for the tests on real weights; `.ci/run` sets it where there is one."""
 
 
 OWN_PROCESS = "TSPC_TEST_OWN_PROCESS"
-"""Set in the new process of a test that is marked so."""
+"""In the new process of the tests that are marked so: the folder that it shares with the others."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,23 +31,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     # Before PyTorch is imported, here or in a command that a test starts: the workers share the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
+    gc.disable()  # the imports make a million objects, and no garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Runs a test that is marked `own_process` in a new pytest, together with all others of its file: once.
+    """Runs a test that is marked `own_process` in a new pytest, together with all others of this session: once.
 
     Once OpenVINO has run in a process of pytest, the next signal to this process may be a segmentation fault.
     """
     if pyfuncitem.get_closest_marker("own_process") is None or OWN_PROCESS in os.environ:
         return None
-    folder = pyfuncitem._request.getfixturevalue("tmp_path_factory").getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    found = folder / f"own-{pyfuncitem.path.stem}.txt"
+    folder = shared_folder(pyfuncitem._request.getfixturevalue("tmp_path_factory"))
+    found = folder / "own-process.txt"
     with FileLock(f"{found}.lock"):
         if not found.exists():
-            command = [sys.executable, "-m", "pytest", "-q", "-n0", "--slow", "-m", "own_process", str(pyfuncitem.path)]
-            environment = os.environ | {OWN_PROCESS: "1"}
+            files = {str(item.path) for item in pyfuncitem.session.items if item.get_closest_marker("own_process")}
+            command = [sys.executable, "-m", "pytest", "-q", "-n0", "--slow", "-m", "own_process", *sorted(files)]
+            environment = os.environ | {OWN_PROCESS: str(folder)}
             done = subprocess.run(
                 command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True
             )
@@ -52,6 +60,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     code, _, text = found.read_text().partition("\n")
     assert code == "0", text
     return True
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder of all workers."""
+    if OWN_PROCESS in os.environ:
+        return Path(os.environ[OWN_PROCESS])
+    folder = factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -68,8 +84,7 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """`once(name, make)`: the folder that `make(folder)` has filled, once for all workers. It is only read."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    base = shared_folder(tmp_path_factory)
 
     def folder_of(name: str, make: Callable[[Path], object]) -> Path:
         folder, done = base / name, base / f"{name}.done"
@@ -82,6 +97,14 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return folder
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts processes that need not import tspc."""
+    made = Forks(tmp_path_factory.mktemp("forks"))
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -24,20 +24,20 @@ PARTS = ["k_proj", "out_proj", "q_proj", "v_proj"]
 
 
 class Encoder(nn.Module):
-    def __init__(self, batch_first: bool = True) -> None:
+    def __init__(self, batch_first: bool = True, layers: int = 2) -> None:
         super().__init__()
         self.inputs = nn.Linear(12, 32)
         layer = nn.TransformerEncoderLayer(32, 4, 40, batch_first=batch_first, dropout=0.0)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=batch_first)
         self.head = nn.Linear(32, 5)
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         return self.head(self.encoder(self.inputs(x), src_key_padding_mask=padding))
 
 
-def encoder(batch_first: bool = True) -> Encoder:
+def encoder(**options: Any) -> Encoder:
     torch.manual_seed(0)
-    return Encoder(batch_first).eval()
+    return Encoder(**options).eval()
 
 
 def small(**options: Any) -> nn.Module:
@@ -221,6 +221,7 @@ def test_sequences_first_and_training():
 
 @pytest.mark.slow
 def test_export(tmp_path):
-    made = small()
+    made = tspc.compress(encoder(layers=1), "svd", 0.5, calibration=X, settings=SETTINGS).eval()
+    assert isinstance(made.encoder.layers[0].self_attn, Attention)
     for name in ("a.onnx", "a.pt2"):
         assert tspc.export(made, tmp_path / name, X[:3]).relative < 1e-5

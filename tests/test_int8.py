@@ -41,13 +41,19 @@ def integers(path: Path) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module", params=[8, 4])
-def made(request, once: Once, tmp_path_factory) -> tuple[nn.Module, Path, exporting.Exported]:
+def made(request, once: Once) -> tuple[nn.Module, Path, exporting.Exported]:
     """A trained network in few bits, and its file."""
-    model = network()
-    model.load_state_dict(load_file(once("reference", save_trained) / "model.safetensors"))
-    small = tspc.compress(model, "svd", 0.6, bits=request.param, calibration=images()).eval()
-    path = tmp_path_factory.mktemp("int8") / "net.int8.onnx"
-    return small, path, export(small, path, images(4), calibration=images(64).split(32))
+
+    def make(folder: Path) -> None:
+        model = network()
+        model.load_state_dict(load_file(once("reference", save_trained) / "model.safetensors"))
+        small = tspc.compress(model, "svd", 0.6, bits=request.param, calibration=images()).eval()
+        done = export(small, folder / "net.int8.onnx", images(4), calibration=images(64).split(32))
+        torch.save((small, done), folder / "made.pt")
+
+    folder = once(f"int8-{request.param}", make)
+    small, done = torch.load(folder / "made.pt", weights_only=False)
+    return small, folder / "net.int8.onnx", done
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ DIRECTORIES = int(os.environ.get("TSPC_TEST_KILLED", "1"))
 
 
 @pytest.mark.slow
-def test_killed_at_any_change_of_the_disk(tmp_path):
-    survives(tmp_path, COMMAND, RUN, DIRECTORIES)
+def test_killed_at_any_change_of_the_disk(tmp_path, forks):
+    survives(tmp_path, COMMAND, RUN, DIRECTORIES, forks)
 
 
 def dead() -> int:

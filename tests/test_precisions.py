@@ -23,9 +23,14 @@ RUN = (*TINY, "method=svd", "rate=0.3")
 PRECISIONS = ("openvino", "openvino-bfloat16", "openvino-int8")
 
 
-def comparison(*runtimes: str) -> Comparison:
-    networks = {"dense": Net().eval(), "compressed": small_net("svd")}
-    return Comparison(Graphs(networks, (images(16),)), (images(16),), runtimes, 0.0)
+@pytest.fixture(scope="module")
+def graphs() -> Graphs:
+    """Each graph is made when a test first needs it."""
+    return Graphs({"dense": Net().eval(), "compressed": small_net("svd")}, (images(16),))
+
+
+def comparison(graphs: Graphs, *runtimes: str) -> Comparison:
+    return Comparison(graphs, (images(16),), runtimes, 0.0)
 
 
 def test_families_keep_their_precisions_together():
@@ -38,12 +43,12 @@ def test_families_keep_their_precisions_together():
 
 @pytest.mark.slow
 @pytest.mark.own_process
-def test_precisions_are_timed_in_the_same_turns(monkeypatch):
+def test_precisions_are_timed_in_the_same_turns(graphs, monkeypatch):
     pytest.importorskip("openvino")
     # A clock that moves by one second a call: every time is the same, and so is the number of turns.
     now = iter(range(10**6))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
-    compared = comparison(*PRECISIONS)
+    compared = comparison(graphs, *PRECISIONS)
     for size in (1, 3):
         found = compared.at(size)
         assert [entry.runtime for entry in found] == list(PRECISIONS)
@@ -55,33 +60,32 @@ def test_precisions_are_timed_in_the_same_turns(monkeypatch):
 
 
 @pytest.mark.slow
-def test_int8_alone_is_compared_with_float32_too():
-    (found,) = comparison("onnx-int8").at(2)
+def test_int8_alone_is_compared_with_float32_too(graphs):
+    (found,) = comparison(graphs, "onnx-int8").at(2)
     assert found.against is not None
     assert found.speedup == found.against["compressed"]["int8"]
     assert found.against["compressed"]["float32"] > 0
     assert found.against["dense"]["int8"] == 1.0
-    (plain,) = comparison("onnx").at(2)
+    (plain,) = comparison(graphs, "onnx").at(2)
     assert plain.against is None
 
 
 @pytest.mark.slow
 @pytest.mark.own_process
-def test_openvino_answers_as_the_network_in_every_precision(monkeypatch):
+def test_openvino_answers_as_the_network_in_every_precision(graphs, monkeypatch):
     openvino = pytest.importorskip("openvino")
-    small, batch = small_net("svd"), images(16)
-    graphs = Graphs({"small": small}, (batch,))
+    small, batch = graphs.networks["compressed"], images(16)
     with torch.no_grad():
         wanted = small(batch)
     is_short = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     bounds = {"float32": 1e-5, "int8": 0.1} | ({"bfloat16": 0.05} if is_short else {})
     for precision, bound in bounds.items():
-        request = openvino_session(graphs.graph("small", precision), (batch,), precision, 1)
+        request = openvino_session(graphs.graph("compressed", precision), (batch,), precision, 1)
         (given,) = run_openvino(request, (batch,))
         assert (given - wanted).norm() <= bound * wanted.norm(), precision
     monkeypatch.setattr(openvino.Core, "get_property", lambda *args: ["FP32"])
     with pytest.raises(ExportError, match="^this processor has no bfloat16, so OpenVINO would compute in float32$"):
-        openvino_session(graphs.graph("small", "float32"), (batch,), "bfloat16", 1)
+        openvino_session(graphs.graph("compressed", "float32"), (batch,), "bfloat16", 1)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import TINY
+from tests.forking import Forks
 
 WORKER = """
 import sys
@@ -61,8 +62,8 @@ processes.wait()
 """
 
 
-def launch(count: int, *arguments: str, folder: Path) -> None:
-    """The command in `count` processes, as torchrun would start them."""
+def launch(count: int, *arguments: str, folder: Path, forks: Forks | None = None) -> None:
+    """The command in `count` processes, as torchrun would start them; with `forks` they begin as forks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -70,27 +71,22 @@ def launch(count: int, *arguments: str, folder: Path) -> None:
     for rank in range(count):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        if forks is not None:
+            running.append(forks.start(*arguments, folder=folder, **place, **there))
+            continue
         environment = os.environ | place | there | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=folder,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen([sys.executable, *arguments], cwd=folder, env=environment, text=True, **pipes))
     ended = [(process.communicate(timeout=300), process.returncode) for process in running]
     for (_, err), code in ended:
-        assert code == 0, err.decode()[-2000:]
+        assert code == 0, err[-2000:]
     assert all(not out for (out, _), _ in ended[1:]), "only the first process speaks"
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, forks):
     for count in (1, 2):
-        launch(count, "-c", WORKER, str(tmp_path / f"{count}.pt"), folder=tmp_path)
+        launch(count, "-c", WORKER, str(tmp_path / f"{count}.pt"), folder=tmp_path, forks=forks)
     one, two = (torch.load(tmp_path / f"{count}.pt", weights_only=True) for count in (1, 2))
     for name, value in one["state"].items():
         torch.testing.assert_close(two["state"][name], value, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -108,7 +104,7 @@ def assert_equal(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_run_in_two_processes(tmp_path):
+def test_a_run_in_two_processes(tmp_path, forks):
     # Not Adam: its steps are as long for a gradient that is but rounding.
     sgd = [
         f"phase.{phase}.{change}"
@@ -125,7 +121,7 @@ def test_a_run_in_two_processes(tmp_path):
         "batch_size=50",
     ]
     alone, both = (tmp_path / name for name in ("alone", "both"))
-    launch(1, "-m", "tspc", *options, f"output_dir={alone}", folder=tmp_path)
+    launch(1, "-m", "tspc", *options, f"output_dir={alone}", folder=tmp_path, forks=forks)
     # The phases from the same reference: they amplify the rounding of what came before.
     trained = next(alone.rglob("reference/model.safetensors")).parent
     shutil.copytree(trained, both / trained.relative_to(alone))
@@ -139,13 +135,12 @@ def test_a_run_in_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_sweep_in_two_processes_and_a_batch_that_they_cannot_share(tmp_path):
+def test_a_sweep_in_two_processes_and_a_batch_that_they_cannot_share(tmp_path, forks):
     options = [*TINY, "phase=pretrain", "batch_size=50", f"output_dir={tmp_path / 'o'}"]
-    launch(2, "-m", "tspc", "-m", *options, "model=resnet8,resnet8_v2", folder=tmp_path)
+    launch(2, "-m", "tspc", "-m", *options, "model=resnet8,resnet8_v2", folder=tmp_path, forks=forks)
     assert len(list(tmp_path.rglob("model.safetensors"))) == 2
     with pytest.raises(
         AssertionError, match=r"tspc: phase\.distill\.batch_size=100: 3 processes share a batch; give a multiple of 3"
     ):
-        launch(3, "-m", "tspc", *TINY, f"output_dir={tmp_path / 'p'}", folder=tmp_path)
+        launch(3, "-m", "tspc", *TINY, f"output_dir={tmp_path / 'p'}", folder=tmp_path, forks=forks)
     assert not (tmp_path / "p").exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,17 +129,30 @@ def test_a_sweep_that_cannot_start_leaves_nothing(cli, tmp_path):
     assert "choose another output_dir" in err
 
 
+LIMITED = """
+import os, resource, signal, sys
+limit = int(sys.argv.pop(1))
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from tspc.cli import main
+main()
+"""
+
+
 @pytest.mark.parametrize("limit", [pytest.param(limit, marks=pytest.mark.slow) for limit in (3000, 30000)] + [0])
-def test_a_file_size_limit_is_one_line(tmp_path, limit):
+def test_a_file_size_limit_is_one_line(tmp_path, forks, limit):
     """Writes fail as on a full disk, in the lock, the log, the metrics or the weights."""
-
-    def restrict():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    command = [sys.executable, "-m", "tspc", *TINY]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=restrict)
-    assert done.returncode == 1
-    assert done.stderr.startswith("tspc: cannot write")
-    assert done.stderr.count("\n") == 1
+    (tmp_path / "run").mkdir()
+    if limit:
+        process = forks.start("-c", LIMITED, str(limit), *TINY, folder=tmp_path / "run")
+        _, err = process.communicate()
+        code = process.wait()
+    else:  # not even its message could be written to a file
+        command = [sys.executable, "-c", LIMITED, "0", *TINY]
+        done = subprocess.run(command, cwd=tmp_path / "run", stderr=subprocess.PIPE, text=True)
+        code, err = done.returncode, done.stderr
+    assert code == 1
+    assert err.startswith("tspc: cannot write")
+    assert err.count("\n") == 1
     assert not list(tmp_path.rglob("*.partial"))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.slow
 def test_fashion_mnist_resnet8_rcp(cli, tmp_path, fashion_mnist):
     steps = ("dataset.pretrain.steps=100", "phase.distill.steps=10", "phase.finetune.steps=30", "eval_samples=1000")
+    steps += ("batch_size=64",)
     code, _, err = cli(
         "dataset=fashion_mnist", "model=resnet8", f"data_dir={fashion_mnist}", "method=rcp", "rate=0.2", *steps
     )

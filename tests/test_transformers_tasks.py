@@ -104,11 +104,12 @@ def test_an_encoder_predicts_hidden_tokens_alone(cli, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", NETWORKS)
-def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, task):
+def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, task, forks):
     texts = write(tmp_path / "texts", task)
     quick = [option for option in QUICK if "export" not in option]
     quick += ["phase=[pretrain,decompose,distill,finetune]", "checkpoint_seconds=0", "device=cpu"]
     command = (f"task={task}", *NETWORKS[task], f"data_dir={texts}", *quick)
     network = NETWORKS[task][1].partition("=")[2]
     run = Path("outputs") / task / network / "svd-0.4/seed0"
-    survives(tmp_path, command, run, directories=int(os.environ.get("TSPC_TEST_KILLED", "1")))
+    forks.load(f"transformers.models.{network}.modeling_{network}")
+    survives(tmp_path, command, run, int(os.environ.get("TSPC_TEST_KILLED", "1")), forks)

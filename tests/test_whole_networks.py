@@ -106,10 +106,9 @@ processes.wait()
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_two_processes_of_ddp_have_the_gradients_of_one(tmp_path):
+def test_two_processes_of_ddp_have_the_gradients_of_one(tmp_path, forks):
     for count in (1, 2):
-        launch(count, "-c", WORKER, str(tmp_path / f"{count}.pt"), folder=tmp_path)
+        launch(count, "-c", WORKER, str(tmp_path / f"{count}.pt"), folder=tmp_path, forks=forks)
     one, two = (torch.load(tmp_path / f"{count}.pt", weights_only=True) for count in (1, 2))
     assert one.keys() == two.keys()
     for name, value in one.items():

@@ -27,13 +27,13 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
 """For each network its class, the type of its configuration, and fields of that."""
 
 
-def tiny(name: str) -> nn.Module:
-    """A random network in eval mode."""
+def tiny(name: str, **changes: Any) -> nn.Module:
+    """A random network in eval mode, with other fields of its configuration where there are `changes`."""
     import transformers
 
     kind, type_name, fields = KINDS[name]
     torch.manual_seed(0)
-    return getattr(transformers, kind)(transformers.AutoConfig.for_model(type_name, **fields)).eval()
+    return getattr(transformers, kind)(transformers.AutoConfig.for_model(type_name, **fields | changes)).eval()
 
 
 def batch_of(name: str, count: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
