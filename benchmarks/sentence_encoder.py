@@ -46,8 +46,8 @@ NAMES = {
     "id": "tspc `id`",
 }
 BATCH, RATE, FINE, NEAR = 32, 4e-4, 1e-4, 0.95
-"""Sentences in a training step, and its largest learning rate (Adam). A network in few bits, one with layers by `id`, or one
-whose cosine to the original is NEAR already, has the second rate: large steps would undo what decomposition has kept."""
+"""Sentences in a training step, and its largest learning rate (Adam). Networks in few bits, by `id`, or whose cosine to
+the original is NEAR already, have the second rate: large steps would undo what decomposition has kept."""
 HELD_OUT, LOOKS = 128, 5
 """So many training sentences choose the best of so many states, the untrained one included, as finetuning of tspc does.
 """
