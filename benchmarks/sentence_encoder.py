@@ -34,7 +34,7 @@ from tspc.compression.beside import narrow_beside_, wide_parameters
 from tspc.compression.integers import on_grids, state_bytes
 from tspc.compression.outline import outline
 from tspc.compression.settings import PlanSettings
-from tspc.layers.forms import tensorized_layers
+from tspc.layers.learning import with_learning_factors
 from tspc.training import Hardware, Recipe, Watchers, fit
 from tspc.traversal.copying import copied
 
@@ -46,8 +46,8 @@ NAMES = {
     "id": "tspc `id`",
 }
 BATCH, RATE, FINE, NEAR = 32, 4e-4, 1e-4, 0.95
-"""Sentences in a training step, and its largest learning rate (Adam). Networks in few bits, by `id`, or whose cosine to
-the original is NEAR already, have the second rate: large steps would undo what decomposition has kept."""
+"""Sentences in a training step, and its largest learning rate (Adam). A network in few bits, or one whose cosine to the
+original is NEAR already, has the second rate: large steps would undo what decomposition has kept."""
 HELD_OUT, LOOKS = 128, 5
 """So many training sentences choose the best of so many states, the untrained one included, as finetuning of tspc does.
 """
@@ -117,6 +117,7 @@ def vectors(network: nn.Module, batches: list[Tensor]) -> Tensor:
     return torch.cat([network(ids) for ids in batches])
 
 
+@with_learning_factors
 def trained(network: Encoder, teacher: Encoder, ids: Tensor, minutes: float, seed: int) -> int:
     """Trains all but the embeddings in place; returns the number of steps."""
     network.requires_grad_(True).encoder.embeddings.requires_grad_(False)
@@ -128,8 +129,7 @@ def trained(network: Encoder, teacher: Encoder, ids: Tensor, minutes: float, see
     lessons, hardware, wide = Lessons(teacher, ids, seed), Hardware(torch.device("cpu")), wide_parameters(network)
     wanted, started = vectors(teacher, judging), time.process_time()
     judge = lambda judged: float((vectors(judged, judging) * wanted).sum(1).mean())  # noqa: E731
-    has_basis = any(layer.decomposition.name == "id" for layer in tensorized_layers(network).values())
-    rate = FINE if on_grids(network) or has_basis or judge(network) > NEAR else RATE
+    rate = FINE if on_grids(network) or judge(network) > NEAR else RATE
     a_look = time.process_time() - started
 
     def recipe(steps: int) -> Recipe:

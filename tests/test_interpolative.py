@@ -17,6 +17,7 @@ from tspc.decompositions.interpolative import LARGEST, Interpolative, basis_of
 from tspc.decompositions.laws import kernel, relative
 from tspc.errors import WeightsError
 from tspc.layers.forms import tensorize, tensorized_layers, untrained
+from tspc.layers.learning import after_training_, for_training_
 from tspc.models.safe_files import read_tensors, write_tensors
 
 METHOD = Interpolative()
@@ -140,6 +141,30 @@ def test_training_and_other_precisions_leave_the_basis():
     assert float(model(IMAGES).square().mean().detach()) < float(loss.detach())
     model.half()
     assert all(torch.equal(layer.basis, bases[name]) for name, layer in tensorized_layers(model).items())
+
+
+def test_a_network_learns_in_the_factors_of_svd():
+    """They have as many numbers as `svd`, orthogonal rows, and the network computes the same before and after."""
+    model = small()
+    with torch.no_grad():
+        wanted, names = model(IMAGES), list(model.state_dict())
+        methods = for_training_(model)
+        torch.testing.assert_close(model(IMAGES), wanted, rtol=1e-5, atol=1e-6)
+        for name, layer in tensorized_layers(model).items():
+            assert (methods[name], layer.decomposition, layer.factors().basis) == (METHOD, tspc.SVD(), None)
+            first, last = (factor.double() for factor in layer.factor_tensors())
+            for gram in (first.flatten(1) @ first.flatten(1).T, torch.einsum("trhw,tqhw->rq", *[_four(last)] * 2)):
+                assert relative(torch.diag(gram.diagonal()), gram) < 1e-5
+            assert all(factor.requires_grad for factor in layer.factor_parameters())
+        after_training_(model, methods)
+        torch.testing.assert_close(model(IMAGES), wanted, rtol=1e-5, atol=1e-6)
+    assert list(model.state_dict()) == names
+    assert not for_training_(small("svd"))
+    assert not for_training_(small(bits="4")), "factors on grids stay there"
+
+
+def _four(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(*tensor.shape, *(1,) * (4 - tensor.ndim))
 
 
 def test_a_layer_without_factors_yet_has_a_valid_basis():

@@ -15,8 +15,8 @@ from tspc.training import Progress
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [32, 4])
-def test_distillation_goes_on_inside_a_block(context, reference, tmp_path, monkeypatch, bits):
+@pytest.mark.parametrize(("method", "bits"), [("tk", 32), ("tk", 4), ("id", 32)])
+def test_distillation_goes_on_inside_a_block(context, reference, tmp_path, monkeypatch, method, bits):
     class Killed(Exception): ...
 
     def kill(watch, step):
@@ -24,7 +24,7 @@ def test_distillation_goes_on_inside_a_block(context, reference, tmp_path, monke
             raise Killed
 
     settings = replace(DISTILLATION, steps=60, least_gain=0.3)
-    whole, killed, resumed = (compress(reference, "tk", 0.3, allocation="uniform", bits=bits) for _ in range(3))
+    whole, killed, resumed = (compress(reference, method, 0.3, allocation="uniform", bits=bits) for _ in range(3))
     distill(whole, reference, settings, context, Progress())
     path = tmp_path / "p.progress.pt"
     with monkeypatch.context() as patched:
@@ -34,6 +34,27 @@ def test_distillation_goes_on_inside_a_block(context, reference, tmp_path, monke
     progress = Progress(path, "s")  # with few bits the first layer is a block, too
     assert progress.state_of(progress.part)["step"] == 13
     distill(resumed, reference, settings, context, Progress(path, "s"))
+    assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_finetuning_of_factors_that_learn_in_another_form_goes_on(context, reference, tmp_path, monkeypatch):
+    class Killed(Exception): ...
+
+    def kill(watch, step):
+        if step.number == 3:
+            raise Killed
+
+    settings = Finetuning(1, 50, 1e-3, steps=6, held_out=0)
+    whole, killed, resumed = (compress(reference, "id", 0.3, allocation="uniform") for _ in range(3))
+    names, path = list(whole.state_dict()), tmp_path / "p.progress.pt"
+    finetune(whole, reference, settings, context, Progress(), "finetune")
+    with monkeypatch.context() as patched:
+        patched.setattr("tspc.phases.context.Watch._on_step", kill)
+        with pytest.raises(Killed):
+            finetune(killed, reference, settings, context, Progress(path, "s", interval=0), "finetune")
+    finetune(resumed, reference, settings, context, Progress(path, "s"), "finetune")
+    assert list(whole.state_dict()) == names
+    assert list(killed.state_dict()) == names, "also after an error"
     assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in whole.state_dict().items())
 
 

@@ -82,6 +82,10 @@ class Decomposition(ABC):
         """What `contract` takes, from the factors; differentiable in them. By default the factors themselves."""
         return factors.tensors
 
+    def for_training(self, factors: Factors) -> tuple[Decomposition, Factors]:
+        """Method and factors of the same kernel and rank, in which a training goes best; by default its own."""
+        return self, factors
+
     def free_columns(self, factors: Factors) -> Tensor | None:
         """Of the first of `tensors_of` as a matrix the columns (truth values) that are entries of a factor; None: all.
 

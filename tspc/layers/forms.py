@@ -111,6 +111,19 @@ class Contracted(TensorizedLayer):
     def factor_tensors(self) -> list[Tensor]:
         return [matrix.view(s) for matrix, s in zip(self.factor_list, self._factor_shapes, strict=True)]
 
+    @torch.no_grad()
+    def take_(self, decomposition: Decomposition, factors: Factors) -> None:
+        """From now on the layer has these factors, of a method with the same ranks and paths, as new parameters."""
+        own = self.factor_list[0]
+        self.decomposition = decomposition
+        self._factor_shapes = decomposition.factor_shapes(self.shape, self.rank)
+        matrices = (factor.detach().to(own).flatten(0, -2).contiguous() for factor in factors.tensors)
+        self.factor_list = nn.ParameterList(nn.Parameter(matrix, own.requires_grad) for matrix in matrices)
+        self._buffers.pop(BASIS, None)
+        if factors.basis is not None:
+            self.register_buffer(BASIS, factors.basis.to(own.device))
+        self.path = self.path
+
 
 class Table(Contracted):
     """A table of embeddings in few bits. A call rounds the rows that it looks up, never the whole table."""

@@ -24,6 +24,7 @@ from tspc.compression.rounding import put_on_grids_, take_off_grids_
 from tspc.data import Given, at_once, filled, kinds_of
 from tspc.errors import TspcWarning
 from tspc.layers.forms import tensorized_layers
+from tspc.layers.learning import with_learning_factors
 from tspc.layers.unpacking import with_like_parts
 from tspc.phases.activations import Kept, Masked, augmented_images
 from tspc.phases.agreement import keep_better_, keep_closer_
@@ -85,6 +86,7 @@ class Distillation(Recipe):
 
 @own_modes(exact=False)
 @with_like_parts
+@with_learning_factors
 def distill(
     model: nn.Module,
     reference: nn.Module,

@@ -14,6 +14,7 @@ from tspc.compression.beside import narrow_beside_, wide_parameters
 from tspc.compression.integers import on_grids
 from tspc.data import Given, answer_of, answered, at_once, filled, masks_of
 from tspc.layers.forms import tensorized_layers
+from tspc.layers.learning import with_learning_factors
 from tspc.phases.agreement import Apart
 from tspc.phases.batch_norm import SHOWN, rebase_
 from tspc.phases.context import Context
@@ -83,6 +84,7 @@ def train_classifier(model: nn.Module, recipe: Recipe, context: Context, progres
 
 
 @own_modes(exact=False)
+@with_learning_factors
 def finetune(
     model: nn.Module, reference: nn.Module, settings: Finetuning, context: Context, progress: Progress, phase: str
 ) -> None:
