@@ -13,7 +13,7 @@ from torch import nn
 import tspc
 from tspc.compression.header import FORMAT
 from tspc.compression.integers import state_bytes
-from tspc.decompositions.interpolative import LARGEST, Interpolative, basis_of
+from tspc.decompositions.interpolative import LARGEST, ZERO, Interpolative, basis_of
 from tspc.decompositions.laws import kernel, relative
 from tspc.errors import WeightsError
 from tspc.layers.forms import tensorize, tensorized_layers, untrained
@@ -50,8 +50,32 @@ def test_rows_of_the_basis_are_an_identity_and_the_others_small(shape, size):
     assert math.log2(scale).is_integer()
     assert torch.equal(first[:, free], factors.tensors[0])
     assert float(factors.tensors[0].abs().max()) <= LARGEST * scale
-    ratio = factors.tensors[0].square().mean() / factors.tensors[1].square().mean()
-    assert 0.25 <= float(ratio) <= 4, "factors have entries of about one size"
+    ratio = first.square().mean() / factors.tensors[1].square().mean()
+    assert 0.25 <= float(ratio) <= 4, "both links have entries of about one size"
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-5])
+def test_dead_inputs_leave_factors_of_usual_size(size):
+    """The rank leaves out as many inputs as are dead: beside the identity is noise, which has no say in its size."""
+    dense = nn.Linear(16, 32)
+    with torch.no_grad():
+        dense.weight[:, [1, 4, 7, 10]] *= size
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    layer = tensorize(dense, METHOD, (12,)).eval()
+    assert abs(int(layer.basis[-1]) - ZERO) <= 4
+    wanted = dense(x).detach()
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(copy.deepcopy(layer).half()(x.half()).float(), wanted, rtol=2e-2, atol=2e-2)
+    optimizer = torch.optim.Adam(layer.train().parameters(), 1e-4)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-90, 1e90])
+def test_a_kernel_of_extreme_size(size):
+    k = size * kernel((12, 20))
+    assert relative(METHOD.reconstruct(METHOD.decompose(k, (12,))) / size, k / size) < 1e-9
 
 
 def test_a_basis_among_rows_of_zeros_and_of_multiples():
@@ -111,7 +135,7 @@ def test_files(bits, tmp_path):
     assert saved == tspc.plan(network(), "id", 0.5, calibration=IMAGES, bits=bits).network_bytes
 
 
-@pytest.mark.parametrize("damage", ["count", "missing", "size", "kind"])
+@pytest.mark.parametrize("damage", ["count", "missing", "size", "kind", "exponent"])
 def test_a_damaged_basis_is_refused(damage, tmp_path):
     path, name = tmp_path / "a.safetensors", "2.basis"
     tspc.save(small(), path)
@@ -119,6 +143,8 @@ def test_a_damaged_basis_is_refused(damage, tmp_path):
     basis = file.tensors.pop(name)
     if damage == "count":
         file.tensors[name] = basis | 3 if int(basis[0]) & 3 != 3 else basis & 252
+    elif damage == "exponent":
+        file.tensors[name] = torch.cat([basis[:-1], basis.new_tensor([255])])
     elif damage == "size":
         file.tensors[name] = basis[:-1].clone()
     elif damage == "kind":
@@ -129,6 +155,14 @@ def test_a_damaged_basis_is_refused(damage, tmp_path):
     with pytest.raises(WeightsError, match=r"2\.basis|the basis of layer 2 is damaged"):
         tspc.load(path, before)
     assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
+
+
+def test_a_state_with_another_number_of_rows_is_refused():
+    model = small()
+    state = copy.deepcopy(model.state_dict())
+    state["2.basis"][0] ^= 1
+    with pytest.raises(WeightsError, match="the basis of a layer"):
+        model.load_state_dict(state)
 
 
 def test_training_and_other_precisions_leave_the_basis():

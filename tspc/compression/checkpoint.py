@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from tspc.compression.beside import with_narrow, without_narrow
@@ -22,7 +21,6 @@ from tspc.compression.header import (
 )
 from tspc.compression.integers import on_grids, with_integers, without_integers
 from tspc.compression.pretrained import mend_save_pretrained_
-from tspc.decompositions import Factors
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
 from tspc.layers.convolutions import Form
@@ -83,7 +81,7 @@ def save(
 
 def _format(model: nn.Module, beside: dict[str, Any]) -> int:
     """The oldest format whose readers understand the file."""
-    if any(layer.decomposition.basis_bytes(layer.shape) for layer in tensorized_layers(model).values()):
+    if any(layer.decomposition.has_basis for layer in tensorized_layers(model).values()):
         return FORMAT
     parts, tables = parts_of(model), tensorized_layers(model).keys() - tensorized_layers(model, tables=False).keys()
     has_low_rank = any(model.get_submodule(name).rank for name in tables)
@@ -167,15 +165,13 @@ def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], p
 
 
 def _check_bases(layers: Iterable[str], model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises WeightsError for a layer whose basis has another number of rows than its rank."""
+    """Raises WeightsError for a layer whose basis has another number of rows than its rank, or is no basis at all."""
     for name in layers:
         layer = cast(TensorizedLayer, model.get_submodule(name))
-        basis, size = state.get(f"{name}.{BASIS}"), layer.decomposition.basis_bytes(layer.shape)
-        if basis is None or not size:
+        basis, method = state.get(f"{name}.{BASIS}"), layer.decomposition
+        if basis is None or not method.has_basis:
             continue  # `check_state` tells what is missing, or too much
-        fits = basis.dtype == torch.uint8 and tuple(basis.shape) == (size,)
-        free = layer.decomposition.free_columns(Factors((), layer.shape, layer.rank, basis)) if fits else None
-        if free is None or int(free.sum()) != layer.factor_tensors()[0].shape[1]:
+        if not method.is_basis(basis, layer.shape, layer.rank):
             raise WeightsError(
                 f"the basis of layer {shortened(name)} is damaged; fetch the file again, or make it again"
             )

@@ -93,9 +93,18 @@ class Decomposition(ABC):
         """
         return None
 
+    @property
+    def has_basis(self) -> bool:
+        """Whether the factors are not all: there is a `Factors.basis`, and `tensors_of` needs it."""
+        return False
+
     def basis_bytes(self, shape: Shape) -> int:
         """The size of `Factors.basis`; 0 if the method has none."""
         return 0
+
+    def is_basis(self, basis: Tensor, shape: Shape, rank: Rank) -> bool:
+        """Whether these bytes can be the `Factors.basis` of a kernel; for a method that has one."""
+        return False
 
     def some_basis(self, shape: Shape, rank: Rank) -> Tensor | None:
         """A valid `Factors.basis`, for layers that get their factors later."""

@@ -1,4 +1,4 @@
-"""`id`: the matrix of `svd`, with R² numbers less."""
+"""`id`: the matrix of `svd`, with R² numbers fewer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tspc.decompositions.svd import SVD
 
 LARGEST, SWAPS = 1.5, 2
 """Rows are swapped into the basis until no coefficient is larger than this, but at most so many times the rank."""
-ZERO = 128
-"""What is added to the exponent of the identity, so that a byte holds it."""
+ZERO, MOST = 128, 60
+"""What is added to the exponent of the identity, so that a byte holds it, and how far it may be from 0."""
 CHAIN = SVD()
 
 
@@ -53,9 +53,20 @@ class Interpolative(Decomposition):
         (r,) = rank
         return (r, s * h - r), ((t, r) if len(shape) == 2 else (t, r, 1, w))
 
+    @property
+    def has_basis(self) -> bool:
+        return True
+
     def basis_bytes(self, shape: Shape) -> int:
         _, s, h, _ = kernel_dims(shape)
         return -(-s * h // 8) + 1
+
+    def is_basis(self, basis: Tensor, shape: Shape, rank: Rank) -> bool:
+        _, s, h, _ = kernel_dims(shape)
+        if basis.dtype != torch.uint8 or tuple(basis.shape) != (self.basis_bytes(shape),):
+            return False
+        free = int(self.free_columns(Factors((), shape, rank, basis)).sum())
+        return free == s * h - rank[0] and abs(int(basis[-1]) - ZERO) <= MOST
 
     def some_basis(self, shape: Shape, rank: Rank) -> Tensor:
         _, s, h, _ = kernel_dims(shape)
@@ -67,10 +78,11 @@ class Interpolative(Decomposition):
         chosen, coefficients = basis_of(rows)
         is_free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         is_free[chosen] = False
-        found = coefficients[is_free].T, torch.einsum("jr,tr...->tj...", rows[chosen], last)
-        size, inverse = levels(found)
-        basis = _as_bytes(~is_free, round(math.log2(size))).to(first.device)
-        return Factors(((found[0] * size).to(first), (found[1] * inverse).to(second)), shape, rank, basis)
+        kept = torch.einsum("jr,tr...->tj...", rows[chosen], last)
+        # With the identity: the other rows may be noise, where as many inputs are dead as the rank leaves out.
+        exponent = min(max(round(math.log2(levels([coefficients, kept])[0])), -MOST), MOST)
+        size, basis = 2.0**exponent, _as_bytes(~is_free, exponent).to(first.device)
+        return Factors(((coefficients[is_free].T * size).to(first), (kept / size).to(second)), shape, rank, basis)
 
     def tensors_of(self, factors: Factors) -> Sequence[Tensor]:
         others, last = factors.tensors
@@ -79,7 +91,8 @@ class Interpolative(Decomposition):
         is_free, size = self.free_columns(factors), 2.0 ** (factors.basis[-1].to(others.dtype) - ZERO)
         place = torch.where(is_free, r - 1 + is_free.cumsum(0), (~is_free).cumsum(0) - 1)
         unit = torch.eye(r, dtype=others.dtype, device=others.device)
-        first = torch.cat([unit * size, others], 1).index_select(1, place)
+        # Much faster than an index in files of torch.export, which do this at each call.
+        first = torch.cat([unit * size, others], 1).gather(1, place.expand(r, -1))
         return [first.reshape(CHAIN.factor_shapes(factors.shape, factors.rank)[0]), last]
 
     def for_training(self, factors: Factors) -> tuple[Decomposition, Factors]:
@@ -163,4 +176,4 @@ def _as_bytes(in_basis: Tensor, exponent: int) -> Tensor:
     """The truth values as bytes (uint8), of which the first one is the lowest bit, and the exponent behind them."""
     padded = F.pad(in_basis.to(torch.uint8), (0, -len(in_basis) % 8)).reshape(-1, 8)
     found = (padded << torch.arange(8, dtype=torch.uint8, device=padded.device)).sum(1).to(torch.uint8)
-    return torch.cat([found, found.new_tensor([min(max(exponent + ZERO, 0), 255)])])
+    return torch.cat([found, found.new_tensor([exponent + ZERO])])

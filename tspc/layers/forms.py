@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tspc.decompositions import Decomposition, Dense, Factors, Metric, Rank, Shape
-from tspc.layers.chains import CHAIN, REBUILT, stages_of
+from tspc.layers.chains import CHAIN, REBUILT, paths_of, stages_of
 from tspc.layers.convolutions import Form
 from tspc.layers.dense import TRANSPOSED, DenseLayer, is_table, kernel_of, kernel_shape
 from tspc.layers.tensorized import BASIS
@@ -191,7 +191,7 @@ def _like(layer: DenseLayer) -> dict[str, Any]:
 def is_chain(layer: nn.Module, decomposition: Decomposition) -> bool:
     """Whether the factors themselves are the kernels of a chain of several links."""
     form, shape = Form.of(layer), kernel_shape(layer)
-    if form.groups != 1 or len(decomposition.chain_axes(shape) or ()) < 2 or decomposition.basis_bytes(shape):
+    if form.groups != 1 or len(decomposition.chain_axes(shape) or ()) < 2 or decomposition.has_basis:
         return False
     return form.kind not in TRANSPOSED or _are_views(decomposition, shape)
 
@@ -205,8 +205,10 @@ def _are_views(decomposition: Decomposition, shape: Shape) -> bool:
 
 def default_path(layer: nn.Module, decomposition: Decomposition) -> str:
     """The path if the costs are unknown."""
-    has_links = Form.of(layer).groups == 1 and decomposition.basis_bytes(kernel_shape(layer))
-    return CHAIN if has_links or is_chain(layer, decomposition) else REBUILT
+    shape = kernel_shape(layer)
+    if decomposition.has_basis:
+        return paths_of(decomposition, shape, decomposition.max_rank(shape), Form.of(layer).groups)[0]
+    return CHAIN if is_chain(layer, decomposition) else REBUILT
 
 
 def untrained(

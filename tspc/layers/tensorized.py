@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tspc.decompositions import Decomposition, Factors, Rank, Shape
+from tspc.errors import WeightsError
 from tspc.layers.chains import Stage, contracted, paths_of, stages_of
 from tspc.layers.convolutions import Form
 from tspc.layers.dense import TRANSPOSED, DenseLayer, as_weight, kernel_shape, shown_by
@@ -258,4 +259,9 @@ def _forward(layer: nn.Module, *given: Any, **named: Any) -> Any:
 
 
 def _after_loading(layer: TensorizedLayer, *_: Any) -> None:
+    basis, method = layer._buffers.get(BASIS), layer.decomposition
+    if basis is not None and not basis.is_meta and not method.is_basis(basis, layer.shape, layer.rank):
+        raise WeightsError(
+            f"the basis of a layer by {method.name} of shape {layer.shape} is damaged; load another state"
+        )
     layer._keep()

@@ -84,8 +84,7 @@ def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, m
     if axes is None or not all(_is_link(link, links[i - 1] if i else None, kernel) for i, link in enumerate(links)):
         return None
     links = [link.to(torch.float32) for link in links]
-    free = method.free_columns(factors)
-    if free is None:  # else the first link holds ones and zeros, which stay
+    if not method.has_basis:  # else the first link has constants
         links = _balanced(links)
     inputs = Inputs.of_layer(metric, factors.shape)
     targets = inputs.rows.flatten(1) @ kernel.flatten(1).to(inputs.rows).mT
@@ -95,15 +94,16 @@ def _chain(method: Decomposition, factors: Factors, kernel: Tensor, bits: int, m
         if 0 < i == len(links) - 1 and not is_depthwise:
             fitted = inputs.fitted(targets, tuple(link.shape))
             link = fitted if bool(fitted.isfinite().all()) else link
-        moments, matrix = inputs.moments(covered, is_depthwise), link.flatten(1)
-        if i == 0 and free is not None:
-            matrix, moments = matrix[:, free], moments[free][:, free]
-        grids.append(grid_for(matrix, bits, moments.diagonal(dim1=-2, dim2=-1)))
-        found.append(with_feedback(matrix, grids[-1], moments))
-        if i == 0 and free is not None:
-            link = link.flatten(1).masked_scatter(free, found[0]).reshape(link.shape)
-        else:
+        moments, free = inputs.moments(covered, is_depthwise), method.free_columns(factors) if i == 0 else None
+        if free is None:
+            grids.append(grid_for(link, bits, moments.diagonal(dim1=-2, dim2=-1)))
+            found.append(with_feedback(link.flatten(1), grids[-1], moments))
             link = found[-1].reshape(link.shape)
+        else:
+            part, moments = link.flatten(1)[:, free], moments[free][:, free]
+            grids.append(grid_for(part, bits, moments.diagonal()))
+            found.append(with_feedback(part, grids[-1], moments))
+            link = link.flatten(1).masked_scatter(free, found[-1]).reshape(link.shape)
         inputs = inputs.after(link, covered, is_depthwise)
     return _on(factors, grids, found)
 
