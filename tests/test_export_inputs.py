@@ -15,9 +15,11 @@ from tests.tiny_transformers import batch_of, tiny
 from tspc.data.answers import answer_of
 from tspc.data.model_inputs import ModelInputs
 from tspc.deploy.graphs import Graphs
+from tspc.deploy.programs import onnx_session
 from tspc.deploy.runtimes import opened
 from tspc.deploy.timing import Comparison
 from tspc.errors import ExportError, TspcWarning
+from tspc.layers.forms import tensorized_layers
 
 
 class Pooled(nn.Module):
@@ -218,3 +220,19 @@ def test_networks_of_transformers(tmp_path, name):
         assert wanted is not None
         ours, theirs = (x[held] if x.ndim == 3 else x for x in (answers(path, batch)[0], wanted))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_takes_any_length_holds_factors_and_not_kernels(tmp_path):
+    """Whether the network takes fewer tokens is tried before it is traced; kernels of that call are not written."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(
+        nn.Embedding(50, 64), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64), nn.Linear(64, 3)
+    ).eval()
+    small = tspc.compress(wide, "rtt", 0.1, allocation="uniform").eval()
+    assert [layer.path for layer in tensorized_layers(small).values()] == ["rebuilt"] * 2
+    path = tmp_path / "small.onnx"
+    tspc.export(small, path, torch.randint(3, 50, (3, 8)))
+    assert path.stat().st_size < 4 * sum(p.numel() for p in small.parameters()) + 20_000
+    ids = torch.randint(3, 50, (2, 5))
+    found = onnx_session(path).run(None, {"input": ids.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), small(ids).detach(), rtol=1e-4, atol=1e-5)

@@ -76,9 +76,11 @@ def traced(model: nn.Module, inputs: Inputs, signature: Signature | None = None)
     example = long_enough(model, signature.example(take(inputs, 2)), signature)
     for layer in tensorized_layers(model).values():
         layer.take_off_grids_()  # a file holds numbers, without the steps that round them
-        layer.forget()  # and factors, not the larger kernels that eval mode contracts from them
     try:
-        program = _program(model, example, signature, _takes_fewer(model, example, signature))
+        is_free = _takes_fewer(model, example, signature)
+        for layer in tensorized_layers(model).values():
+            layer.forget()  # a file holds factors, not the larger kernels that the calls before have contracted
+        program = _program(model, example, signature, is_free)
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
         reason = PACKED if _packs(model, inputs, signature) else first_line(error)
         raise ExportError(f"{type(model).__name__} cannot be traced by torch.export: {reason}") from error
