@@ -66,20 +66,18 @@ def traced(model: nn.Module, inputs: Inputs, signature: Signature | None = None)
 
     That number stays fixed, with a warning, if the control flow depends on it; and without one if the network cannot
     take another number itself. It is traced with at least five tokens, if it takes so many. `signature` says how the
-    inputs are given; by default all by position.
-
-    Raises ExportError if the network's control flow depends on values or on the batch size.
+    inputs are given; by default all by position. Raises ExportError if the network's control flow depends on values or
+    on the batch size.
     """
     signature = signature or Signature(len(inputs))
     model = copied(model)
     # The file will hold the example, so it is not the user's images. A batch of one would be taken for a constant.
     example = long_enough(model, signature.example(take(inputs, 2)), signature)
-    for layer in tensorized_layers(model).values():
-        layer.take_off_grids_()  # a file holds numbers, without the steps that round them
     try:
         is_free = _takes_fewer(model, example, signature)
         for layer in tensorized_layers(model).values():
-            layer.forget()  # a file holds factors, not the larger kernels that the calls before have contracted
+            layer.take_off_grids_()  # a file holds numbers, without the steps that round them
+            layer.forget()  # and factors, not the larger kernels that the calls before have contracted
         program = _program(model, example, signature, is_free)
     except Exception as error:  # the network may be the user's own, and the tracer raises nearly anything
         reason = PACKED if _packs(model, inputs, signature) else first_line(error)
