@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tspc.decompositions.base import Decomposition
 from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, double, kernel_dims, levels
-from tspc.decompositions.linalg import squared_singular_values
 from tspc.decompositions.registry import register
 from tspc.decompositions.svd import SVD
 
@@ -132,9 +131,6 @@ class Interpolative(Decomposition):
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return CHAIN.unfoldings(weight)
-
-    def spectra(self, weight: Tensor, squares: Callable[[Tensor], Tensor] = squared_singular_values) -> list[Tensor]:
-        return CHAIN.spectra(weight, squares)
 
     def contract(self, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         return CHAIN.contract(tensors, shape)
