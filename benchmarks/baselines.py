@@ -7,12 +7,16 @@
 
 These are the decompositions of the papers, with the rank that the rate gives each layer. ASVD's search for the layers'
 ranks and SVD-LLM's training afterwards are left out. Positions that hold no token do not count.
+
+`of_bytes` gives the same decompositions in few bits, at a share of the network's bytes: factors and tables of
+embeddings are rounded to the nearest of equal steps, and what lies beside them is in half precision.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -24,6 +28,13 @@ FLOOR = 1e-6
 """Added to the second moments, as a share of their mean, until a Cholesky factor exists; then ten times as much."""
 
 METHODS = ("svd", "asvd", "whitening")
+
+ROUNDING_BITS, BITS = (8, 6, 5, 4, 3), (8, 6, 4)
+"""Bits that are tried: of layers and tables that are only rounded; of factors and the tables beside them."""
+LEAST_RATE = 0.1
+"""With less left for the layers, no network is made."""
+SCALE = 16
+"""Bits of the size of a row's or column's steps, and of each number beside layers and tables."""
 
 
 class Inputs:
@@ -67,10 +78,13 @@ def rank_of(weight: Tensor, rate: float) -> int:
 
 
 @torch.no_grad()
-def decomposed(model: nn.Module, layers: Collection[str], rate: float, method: str, inputs: Inputs) -> nn.Module:
+def decomposed(
+    model: nn.Module, layers: Collection[str], rate: float, method: str, inputs: Inputs, bits: int | None = None
+) -> nn.Module:
     """A copy of the network with the product of two factors as the kernel of each layer.
 
-    A layer with rank R for T × n entries counts R(T + n) parameters. Products make the same answer as two layers.
+    A layer with rank R for T × n entries counts R(T + n) parameters. Products make the same answer as two layers. With
+    `bits` the factors are rounded; each column of the first and each row of the second has a scale of its own.
     """
     small = copy.deepcopy(model)
     for name in layers:
@@ -78,8 +92,56 @@ def decomposed(model: nn.Module, layers: Collection[str], rate: float, method: s
         root, inverse = _roots(weight, method, name, inputs)
         u, s, v = torch.linalg.svd(weight.double() @ root, full_matrices=False)
         rank = rank_of(weight, rate)
-        weight.copy_(((u[:, :rank] * s[:rank]) @ v[:rank]) @ inverse)
+        first, second = u[:, :rank] * s[:rank], v[:rank] @ inverse
+        if bits is not None:
+            first, second = _nearest(first.T, bits).T, _nearest(second, bits)
+        weight.copy_(first @ second)
     return small
+
+
+def of_bytes(
+    model: nn.Module, layers: Collection[str], share: float, method: str, inputs: Inputs
+) -> Iterator[tuple[str, nn.Module]]:
+    """Networks of at most `share` of the float32 bytes, each with what it is: its bits, and the rate of its layers.
+
+    For `method` "rounding" the layers are not decomposed, and each row has a scale. Otherwise they get the rate that
+    the bits leave; there is no network where that is 1 or more.
+    """
+    weights = [cast(Tensor, model.get_submodule(name).weight) for name in layers]
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    inside, looked_up = (sum(x.numel() for x in some) for some in (weights, [x.weight for x in tables.values()]))
+    whole = sum(value.numel() for value in model.parameters())
+    fixed = SCALE * (whole - inside - looked_up + sum(len(table.weight) for table in tables.values()))
+    choices = ROUNDING_BITS if method == "rounding" else BITS
+    for bits, table_bits in itertools.product(choices, choices):
+        left = 32 * share * whole - fixed - table_bits * looked_up
+        if method == "rounding":
+            if bits * inside + SCALE * sum(map(len, weights)) > left:
+                continue
+            small, told = copy.deepcopy(model), f"{bits} bits, tables {table_bits}"
+            _round_(small, layers, bits)
+        else:
+            rate = left / inside / (bits + 2 * SCALE / min(sum(weight.shape) for weight in weights))
+            if not LEAST_RATE <= rate < 1:
+                continue
+            small = decomposed(model, layers, rate, method, inputs, bits)
+            told = f"rate {rate:.2f} in {bits} bits, tables {table_bits}"
+        _round_(small, tables, table_bits)
+        yield told, small
+
+
+@torch.no_grad()
+def _round_(model: nn.Module, names: Collection[str], bits: int) -> None:
+    for name in names:
+        weight = cast(Tensor, model.get_submodule(name).weight)
+        weight.copy_(_nearest(weight, bits))
+
+
+def _nearest(matrix: Tensor, bits: int) -> Tensor:
+    """Each row on equal steps around 0, whose size is a number in half precision."""
+    most = 2 ** (bits - 1) - 1
+    step = (matrix.abs().amax(1, keepdim=True) / most).half().clamp_min(1e-7).to(matrix)
+    return (matrix / step).round().clamp(-most, most) * step
 
 
 def _roots(weight: Tensor, method: str, name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:

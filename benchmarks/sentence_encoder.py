@@ -5,7 +5,8 @@
 
 The first package holds the weights (Apache 2.0). Sentences are docstrings; `benchmarks.sentences` explains them, the
 figures and the int8 networks. 512 sentences calibrate, 400 pairs of others judge. Cosines are to the original's
-vectors. A rate is that of the 36 dense layers, the same for all methods; `benchmarks.baselines` has the others.
+vectors. A rate is that of the 36 dense layers, the same for all methods; `benchmarks.baselines` has the others. A size
+is the share of the bytes; of the bits that `benchmarks.baselines` tries, the others have those with the best cosine.
 
 With --minutes each network then learns the original's token states and vectors, of sentences that calibration and test
 do not have, for so many minutes of this process's CPU time. Every row is kept in --out, and not made again; --report
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tspc
-from benchmarks.baselines import METHODS, Inputs, decomposed
+from benchmarks.baselines import METHODS, Inputs, decomposed, of_bytes
 from benchmarks.common import kept_rows, machine, table
 from benchmarks.phase_zero import Sentences
 from benchmarks.sentences import Judge, opponents, sentences
@@ -39,6 +40,7 @@ from tspc.training import Hardware, Recipe, Watchers, fit
 from tspc.traversal.copying import copied
 
 NAMES = {
+    "rounding": "to the nearest",
     "svd": "SVD of each layer",
     "asvd": "activation-scaled SVD",
     "whitening": "truncation-aware whitening",
@@ -175,6 +177,14 @@ class Bench:
     def baseline(self, method: str, rate: float) -> dict[str, Any]:
         return self._figures(decomposed(self.model, self.layers, rate, method, self.inputs), None)
 
+    def baseline_of_bytes(self, method: str, share: float) -> dict[str, Any]:
+        """The best network of a baseline at this size, by its cosine."""
+        found: list[dict[str, Any]] = []
+        for told, small in of_bytes(self.model, self.layers, share, method, self.inputs):
+            found.append(self._figures(small, None) | {"share": share, "form": told})
+            print(method, share, told, found[-1]["cosine"], flush=True)
+        return max(found, key=lambda each: each["cosine"], default={})
+
     def ours(self, path: Path, method: str, **goal: Any) -> dict[str, Any]:
         """Compressed by `tspc`; the network is kept for training."""
         started = time.process_time()
@@ -208,8 +218,12 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Callab
     goals = [("rate", rate) for rate in options.rates.split(",")] + [("size", s) for s in options.sizes.split(",")]
     for kind, value in filter(lambda goal: goal[1], goals):
         shown, rate = f"{kind} {value}", float(value)
-        for method in METHODS if kind == "rate" else ():
-            yield f"{method}-{value}", NAMES[method], shown, lambda b, m=method, r=rate: b.baseline(m, r)
+        for method in METHODS if kind == "rate" else ("rounding", *METHODS):
+            if kind == "rate":
+                yield f"{method}-{value}", NAMES[method], shown, lambda b, m=method, r=rate: b.baseline(m, r)
+            else:
+                key = f"{method}-size-{value}"
+                yield key, NAMES[method], shown, lambda b, m=method, r=rate: b.baseline_of_bytes(m, r)
         goal = {"rate": rate, "bits": 32} if kind == "rate" else {"size": value}
         for method in options.methods.split(","):
             key = "tspc" if method == "svd" else method
@@ -234,8 +248,11 @@ def main() -> None:
     torch.manual_seed(options.seed)
     rows = []
     for name, goal, found in kept_rows(options, rows_of(options), Bench):
+        if not found:  # no rate below 1 has this size
+            continue
         seconds = "" if found.get("seconds") is None else f"{found['seconds']:.0f}"
-        share = f"{found['share']:.3f}" if "rate" not in goal or name.startswith("tspc") else ""
+        name = f"{name} ({found['form']})" if "form" in found else name
+        share = f"{found['share']:.3f}" if not goal.startswith("rate") or name.startswith("tspc") else ""
         figures = [f"{found['titles']:.4f}", f"{found['cosine']:.4f}", f"{found['recall']:.1f}"]
         rows.append([goal, name, share, *figures, f"{found['spearman']:.4f}", seconds])
     print(f"\n{machine(options.seed)} PyTorch uses {torch.get_num_threads()} threads.\n")
