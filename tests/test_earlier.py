@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tspc
+from tests.test_tied_tables import Mostly
 
 EARLIER = Path(__file__).parent / "earlier"
 RUN = "synthetic/resnet8/rtk-0.05/seed0"
@@ -99,6 +100,20 @@ def test_layers_with_a_basis_of_an_earlier_version_answer_as_they_did(file, answ
     with torch.no_grad():
         found = model(torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8))
     assert torch.allclose(found, torch.tensor([answers]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "answers"),
+    [
+        ("tied/whole-3.safetensors", (0.633428, 2.190027, 3.550969, -0.0852, 0.871081)),
+        ("tied/svd-4.safetensors", (0.561557, 2.698262, 2.664561, -0.093098, -0.492031)),
+    ],
+)
+def test_shared_tables_in_few_bits_of_an_earlier_version_answer_as_they_did(file, answers):
+    model = tspc.load(EARLIER / file, Mostly()).eval()
+    with torch.no_grad():
+        found = model(torch.arange(24).reshape(2, 12) * 7 % 400)
+    assert torch.allclose(found[1, 3, :5], torch.tensor(answers), atol=1e-5)
 
 
 def test_a_run_of_an_earlier_version_is_not_done_again(cli, outputs):

@@ -150,7 +150,7 @@ def test_frequent_tokens_count_more_and_none_is_without_weight():
 
 def test_what_is_no_plain_table_stays_as_it_is():
     model = encoder()
-    model.tied = nn.Linear(WIDTH, TOKENS, bias=False)
+    model.tied = nn.Module()
     model.tied.weight = model.words.weight
     model.tight, model.thin = nn.Embedding(9, 16, max_norm=1.0), nn.Embedding(500, 4)
     model.sparse = nn.Embedding(9, 16, sparse=True)

@@ -49,15 +49,15 @@ def apply_(
     # Fits to the kernels alone change no parameter of the copy, so it needs none of its own.
     small, done = tensorized(model, plan, samples, on_layer, shares_tensors=samples is None)
     ties, names = partners_of(model), [layer.name for layer in done.tensorized]
-    names += [partner for layer in done.tensorized if layer.rank for partner in ties.get(layer.name, ())]
+    names += [partner for layer in done.tensorized for partner in ties.get(layer.name, ())]
     dense = {name: model.get_submodule(name) for name in names}
-    modes = {name: module.training for name, module in dense.items()}
+    modes, state = {name: module.training for name, module in dense.items()}, small.state_dict()
     replace_layers(model, {name: small.get_submodule(name).train(mode) for name, mode in modes.items()})
     for name in names[len(done.tensorized) :]:
         share_bias_(cast(TensorizedLayer, model.get_submodule(name)), dense[name])
     if samples is not None:
         with torch.inference_mode(is_of_inference(model)):
-            model.load_state_dict(small.state_dict())
+            model.load_state_dict(state)
     mend_save_pretrained_(model)
     return done
 
@@ -97,6 +97,8 @@ def _tensorized(
     warn_of_state_hooks(dense)
     warn_of_parameter_hooks(dense)
     check_values(model)
+    named = fits.work.named_parameters(remove_duplicate=False)
+    wide = {id(x) for name, x in named if name in plan.kept}  # by identity, as layers may get other names for them
     if samples is not None:
         samples.tally.total += passes(model, samples)
         tables = [layer for layer in plan.tensorized if layer.is_table]
@@ -104,14 +106,15 @@ def _tensorized(
         survey = samples.survey(model, [layer.name for layer in layers], [layer.name for layer in tables])
         fits.to_counts(tables, samples, survey)
         fits.to_moments(layers, samples, survey)
-        wide = [layer for layer in plan.tensorized if layer.name not in fits.done and not layer.is_table]
-        fits.to_sketches(wide, samples, survey)
+        left = [layer for layer in plan.tensorized if layer.name not in fits.done and not layer.is_table]
+        fits.to_sketches(left, samples, survey)
     # Without samples, or never called: the kernel alone is used.
     fits.to_kernels([layer for layer in plan.tensorized if layer.name not in fits.done])
     if samples is not None:
         recalibrate_(fits.work, model, samples)
     if any(layer.is_on_grids for layer in plan.layers):
-        narrow_beside_(fits.work, {*plan.kept, *kept})
+        named = fits.work.named_parameters(remove_duplicate=False)
+        narrow_beside_(fits.work, {*kept, *(name for name, x in named if id(x) in wide)})
     mend_save_pretrained_(fits.work)
     return fits.work, replace(plan, layers=tuple(fits.done.get(layer.name, layer) for layer in plan.layers))
 

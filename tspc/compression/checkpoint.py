@@ -13,13 +13,14 @@ from tspc.compression.beside import with_narrow, without_narrow
 from tspc.compression.form import DENSE, OF_TABLES
 from tspc.compression.header import (
     FORMAT,
+    FORMAT_OF_BASES,
     FORMAT_OF_INTEGERS,
     FORMAT_OF_NUMBERS,
     FORMAT_OF_PARTS,
     checked_header,
     method_of,
 )
-from tspc.compression.integers import on_grids, with_integers, without_integers
+from tspc.compression.integers import factor_names, on_grids, with_integers, without_integers
 from tspc.compression.pretrained import mend_save_pretrained_
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
@@ -81,8 +82,11 @@ def save(
 
 def _format(model: nn.Module, beside: dict[str, Any]) -> int:
     """The oldest format whose readers understand the file."""
-    if any(layer.decomposition.has_basis for layer in tensorized_layers(model).values()):
+    shared = beside.get("tied", {}).keys()
+    if any(shared & set(factor_names(name, layer)) for name, layer in on_grids(model).items()):
         return FORMAT
+    if any(layer.decomposition.has_basis for layer in tensorized_layers(model).values()):
+        return FORMAT_OF_BASES
     parts, tables = parts_of(model), tensorized_layers(model).keys() - tensorized_layers(model, tables=False).keys()
     has_low_rank = any(model.get_submodule(name).rank for name in tables)
     if "tied" in beside or has_low_rank or parts & tensorized_layers(model).keys():
@@ -133,7 +137,7 @@ def _load_(model: nn.Module, header: dict[str, Any], file: TensorFile, path: str
     modules = dict(model.named_modules())
     small = {name: _form(path, modules.get(name), name, layer) for name, layer in header["layers"].items()}
     try:
-        state = without_integers(file.tensors, small, header["layers"])
+        state = without_integers(file.tensors, small, header["layers"], header.get("tied"))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     tie_loaded_(model, small)

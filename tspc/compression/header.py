@@ -18,12 +18,12 @@ from tspc.store.files import parsed_json
 from tspc.store.schemas import COUNT, SIZE, problem
 from tspc.system.bounds import shown
 
-FORMAT, FORMAT_OF_PARTS, FORMAT_OF_INTEGERS, FORMAT_OF_NUMBERS = 6, 5, 4, 1
+FORMAT, FORMAT_OF_BASES, FORMAT_OF_PARTS, FORMAT_OF_INTEGERS, FORMAT_OF_NUMBERS = 7, 6, 5, 4, 1
 """Versions of the header's layout; raised when a reader of the old one would fail.
 
-The last one has layers with a basis (`id`), the one before it parts of layers and tied tables. Files without integers
-have the first one, which earlier versions read, too. The second one had integers, but no float16 numbers beside them;
-in the third one these were vectors only."""
+The last one has tied tables in integers, the one before it layers with a basis (`id`), and the one before that parts of
+layers and tied tables in floating-point numbers. Files without integers have the first one, which earlier versions
+read, too. The second one had integers, but no float16 numbers beside them; in the third one these were vectors only."""
 
 _METHOD = {"name": str}
 _LAYER = {
@@ -90,9 +90,12 @@ def _checked(text: str, elements: int) -> dict[str, Any]:
                 place < len(methods), f"layers.{name}.method", place, f"a place in the list of {len(methods)} methods"
             )
             layer["method"] = methods[place]
-    left = elements
+    left, tied = elements, {factor.rpartition(".")[::2] for factor in header.get("tied", {})}
+    sharing = {place for place, kind in tied if kind != "bias"}
     for name, layer in header["layers"].items():
-        left -= _layer_size(f"layers.{name}", layer, elements)
+        size = _layer_size(f"layers.{name}", layer, elements)
+        # The factors of a layer, or of its links, may be those of another one.
+        left -= 0 if any(f"{place}.".startswith(f"{name}.") for place in sharing) and size <= elements else size
     if left < 0:
         raise _DamageError("the ranks stand for more numbers than the file holds")
     if header.get("network") is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,25 +31,27 @@ def on_grids(model: nn.Module) -> dict[str, TensorizedLayer]:
 
 def state_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, as a file holds them."""
-    total, apart = 0, set[str]()
+    total, apart, tied = 0, set[str](), tied_names(model).keys()
     for layer_name, layer in on_grids(model).items():
-        apart |= {*_scales(layer_name, layer), *(name for name, _, _ in _factors(layer_name, layer))}
-        total += _layer_bytes(layer)
+        names = factor_names(layer_name, layer)
+        apart |= {*_scales(layer_name, layer), *names}
+        total += 0 if tied & set(names) else _layer_bytes(layer)
     if apart:
         total -= state_saved(model)
-    apart |= tied_names(model).keys()  # a shared parameter counts once
+    apart |= tied  # a shared parameter counts once
     return total + sum(t.numel() * t.element_size() for name, t in tensor_state(model).items() if name not in apart)
 
 
 def with_integers(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a file; factors on grids are replaced by one vector of bytes for each layer.
 
-    Raises WeightsError for factors with NaN or infinite entries, which no integer can be.
+    Layers that share their factors have one vector together, under the name of the first of them. Raises WeightsError
+    for factors with NaN or infinite entries, which no integer can be.
     """
-    found = dict(tensors)
+    found, tied = dict(tensors), tied_names(model).keys()
     for layer_name, layer in on_grids(model).items():
-        parts = []
-        for name, factor, grid in _factors(layer_name, layer):
+        parts, names = [], factor_names(layer_name, layer)
+        for name, factor, grid in zip(names, layer.factor_tensors(), layer.grids, strict=True):
             found.pop(name, None)
             if not bool(factor.isfinite().all()):
                 raise WeightsError(f"{name} holds NaN or infinite values, which {layer.bits} bits cannot be")
@@ -57,37 +59,52 @@ def with_integers(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
             parts.append(packed(grid.integers(factor.detach()), layer.bits))
         for name in _scales(layer_name, layer):
             found.pop(name, None)
-        found[f"{layer_name}.{ENTRY}"] = torch.cat(parts)
+        if not tied & set(names):
+            found[f"{layer_name}.{ENTRY}"] = torch.cat(parts)
     return found
 
 
 def without_integers(
-    tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module], header: Mapping[str, Any]
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, nn.Module],
+    header: Mapping[str, Any],
+    tied: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """The inverse of `with_integers`: factors with values on the grids, and their scales, as in the `layers`' state.
 
-    `header` has the number format of each layer's factors. Raises WeightsError for an entry that is missing or damaged.
+    `header` has the number format of each layer's factors, and `tied` the first name of each factor that several layers
+    share. Raises WeightsError for an entry that is missing or damaged.
     """
-    found = dict(tensors)
-    for layer_name, layer in layers.items():
-        if not isinstance(layer, TensorizedLayer) or layer.bits == FULL:
+    found, tied = dict(tensors), tied or {}
+    scales_by_factor: dict[str, Tensor] = {}
+    """By the name of the factor's parameter."""
+    narrow = [(x, layer) for x, layer in layers.items() if isinstance(layer, TensorizedLayer) and layer.bits != FULL]
+    for layer_name, layer in narrow:
+        names = factor_names(layer_name, layer)
+        if tied.keys() & set(names):
             continue
         dtype = FORMATS.get(str(header[layer_name].get("dtype", "float32")))
         data = found.pop(f"{layer_name}.{ENTRY}", None)
-        factors = list(_factors(layer_name, layer))
         expected = _layer_bytes(layer)
         if dtype is None or data is None or data.dtype != torch.uint8 or tuple(data.shape) != (expected,):
             raise WeightsError(_damaged(layer_name))
         values: list[Tensor] = []
-        for (_, factor, _), scales_name in zip(factors, _scales(layer_name, layer), strict=True):
+        own = zip(names, layer.factor_tensors(), _scales(layer_name, layer), strict=True)
+        for name, factor, scales_name in own:
             scales, integers, data = _split(data, tuple(factor.shape), layer.bits)
             if not bool((scales.isfinite() & (scales > 0)).all()):
                 raise WeightsError(_damaged(layer_name))
             wide = integers.to(torch.promote_types(dtype, torch.float32)).reshape(factor.shape)
             values.append(Grid(layer.bits, scales).values(wide, dtype))
-            found[scales_name] = scales.view(torch.int32)
-        names = (name for name, _, _ in factors)
+            found[scales_name] = scales_by_factor[name] = scales.view(torch.int32)
         found |= {name: x.contiguous() for name, x in zip(names, layer.as_parameters(values), strict=True)}
+    for layer_name, layer in narrow:
+        names = factor_names(layer_name, layer)
+        for name, scales_name in zip(names, _scales(layer_name, layer), strict=True):
+            if name in tied:
+                if tied[name] not in scales_by_factor:
+                    raise WeightsError(_damaged(layer_name))
+                found |= {name: found[tied[name]], scales_name: scales_by_factor[tied[name]]}
     return found
 
 
@@ -111,12 +128,10 @@ def _split(data: Tensor, shape: tuple[int, ...], bits: int) -> tuple[Tensor, Ten
     return scales, unpacked(data[start:end], bits, entries), data[end:]
 
 
-def _factors(layer_name: str, layer: TensorizedLayer) -> Iterator[tuple[str, Tensor, Grid]]:
-    """For each factor the name of its parameter in the network's state, its values, and its grid."""
+def factor_names(layer_name: str, layer: TensorizedLayer) -> list[str]:
+    """The names of the factors' parameters in the network's state."""
     names = {id(parameter): name for name, parameter in layer.named_parameters()}
-    of_layer = zip(layer.factor_parameters(), layer.factor_tensors(), layer.grids, strict=True)
-    for parameter, factor, grid in of_layer:
-        yield f"{layer_name}.{names[id(parameter)]}", factor, grid
+    return [f"{layer_name}.{names[id(parameter)]}" for parameter in layer.factor_parameters()]
 
 
 def _scales(layer_name: str, layer: TensorizedLayer) -> list[str]:

@@ -28,6 +28,7 @@ from tspc.compression.selection import (
 from tspc.compression.settings import PlanSettings
 from tspc.errors import ConfigError, InfeasibleRateError
 from tspc.layers.dense import kind_of
+from tspc.layers.ties import partners_of
 from tspc.layers.unpacking import of_parts
 from tspc.quantization.grids import FULL, LONG_ROW
 
@@ -169,11 +170,16 @@ def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None
 
 
 def _kept(model: nn.Module, layers: Sequence[LayerPlan], settings: PlanSettings) -> set[str]:
-    """The names of parameters that keep their numbers: those of shared layers, and those that the user left out."""
+    """The names of parameters that keep their numbers: those of shared layers, and those that the user left out.
+
+    A layer that shares the weight of a table changes with it, but for its bias.
+    """
     if not settings.widths.offers_dense:
         return set()
-    alone = [layer.name for layer in layers if is_untouched(layer.reason)]
+    alone = {layer.name for layer in layers if is_untouched(layer.reason)}
     found = {f"{name}.{own}" for name in alone for own, _ in model.get_submodule(name).named_parameters()}
+    ties = partners_of(model)
+    found -= {f"{x}.weight" for layer in layers if layer.name not in alone for x in ties.get(layer.name, ())}
     beside = parameters_beside(model).items()
     return found | {name for name, names in beside if matches(names, settings.selection.exclude)}
 

@@ -19,6 +19,7 @@ from tspc.decompositions import Factors
 from tspc.layers.dense import is_table, kernel_of, set_kernel_
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.tensorized import TensorizedLayer
+from tspc.layers.ties import partners_of
 from tspc.layers.unpacking import unpack_like_
 from tspc.store.state import tensor_state
 from tspc.system import processes
@@ -55,10 +56,13 @@ def put_on_grids_(
     """
     layers = {name: layer for name, layer in tensorized_layers(model).items() if name in widths}
     trained = _dense(model, reference)
-    rows = tuple(_row(name, layer, trained.get_submodule(name), widths[name]) for name, layer in layers.items())
+    ties = partners_of(trained)
+    tied = {partner for name in layers for partner in ties.get(name, ())}  # they are rounded with their table
+    own = [(name, layer) for name, layer in layers.items() if name not in tied]
+    rows = tuple(_row(name, layer, trained.get_submodule(name), widths[name]) for name, layer in own)
     plan = Plan(DENSE, 1.0, "flat", "layers", "uniform", rows, sum(p.numel() for p in trained.parameters()))
     # Whole kernels have no factors to keep: the kernel that makes up for earlier errors is rounded itself.
-    known = {name: _values(layer) for name, layer in layers.items() if layer.decomposition != DENSE}
+    known = {name: _values(layer) for name, layer in own if layer.decomposition != DENSE}
 
     def rounded() -> dict[str, Tensor]:
         found, _ = tensorized(trained, plan, samples, on_layer, known=known, kept=kept)
@@ -67,8 +71,8 @@ def put_on_grids_(
     state = processes.by_first(rounded)
     for name, layer in layers.items():
         layer.make_room_for_grids_(widths[name])
-    own = tensor_state(model)
-    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    names = tensor_state(model).keys()
+    model.load_state_dict({name: value for name, value in state.items() if name in names}, strict=False)
 
 
 def _dense(model: nn.Module, reference: nn.Module) -> nn.Module:

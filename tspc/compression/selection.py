@@ -65,7 +65,7 @@ def select(
         modules = {n: m for n, m in everything.items() if widths.offers_dense or n not in tables - ranked}
         shapes = {name: kernel_shape(module) for name, module in modules.items()}
     shared = _shared_weights(model)
-    ties = _ties(model, ranked, selection) if not widths.offers_dense else set()
+    ties = _ties(model, tables if widths.offers_dense else ranked, selection)
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
     parts = parts_of(model)  # the final classifier is none of them
     last = next((name for name in reversed(modules) if name not in tables and name not in parts), None)
@@ -119,12 +119,12 @@ def _ranked(tables: set[str], selection: Selection, ranks_tables: bool | None) -
     return tables if ranks_tables else set()
 
 
-def _ties(model: nn.Module, ranked: set[str], selection: Selection) -> set[str]:
-    """The tables that get a low rank together with the layers that share their weight."""
+def _ties(model: nn.Module, tables: set[str], selection: Selection) -> set[str]:
+    """Those of the tables that change together with the layers that share their weight."""
     return {
         name
         for name, partners in partners_of(model).items()
-        if name in ranked and not any(why_dense(model.get_submodule(partner)) for partner in partners)
+        if name in tables and not any(why_dense(model.get_submodule(partner)) for partner in partners)
         if not any(matches([partner], selection.exclude) for partner in partners)
     }
 

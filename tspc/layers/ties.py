@@ -9,7 +9,7 @@ from torch import nn
 
 from tspc.layers.dense import DenseLayer, is_table, kind_of
 from tspc.layers.forms import untrained
-from tspc.layers.tensorized import TensorizedLayer
+from tspc.layers.tensorized import TensorizedLayer, scales_of
 
 
 def partners_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -46,7 +46,7 @@ def with_partners(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str
     for name, table in layers.items():
         for partner in partners.get(name, ()) if isinstance(table, TensorizedLayer) else ():
             table, dense = cast(TensorizedLayer, table), cast(DenseLayer, model.get_submodule(partner))
-            made = untrained(dense, table.decomposition, table.rank)
+            made = untrained(dense, table.decomposition, table.rank, bits=table.bits)
             tie_(made, dense, table)
             found[partner] = made.train(dense.training)
     return found
@@ -61,9 +61,11 @@ def tie_loaded_(model: nn.Module, layers: dict[str, TensorizedLayer]) -> None:
 
 
 def tie_(layer: TensorizedLayer, dense: nn.Module, table: TensorizedLayer) -> None:
-    """Gives a layer the factors of a table, and the bias of the dense layer, which may itself be shared."""
+    """Gives a layer the factors of a table, on the same grids, and the bias of the dense layer, which may be shared."""
     for own, shared in zip(layer.factor_parameters(), table.factor_parameters(), strict=True):
         _replace_(layer, own, shared)
+    for i in range(len(table.grids)):
+        layer.register_buffer(scales_of(i), table.get_buffer(scales_of(i)))
     share_bias_(layer, dense)
     layer.forget()
 
