@@ -117,6 +117,10 @@ def test_training_and_rounding_again_keep_the_tie():
 
 
 def test_a_layer_that_the_user_leaves_out_keeps_the_weight_that_it_shares():
+    made = tspc.plan(speaker(True), "svd", size=0.8)
+    assert made.layers[-1].reason == "its weight is shared with words, and changes with it"
+    made = tspc.plan(speaker(True), "svd", size=0.8, exclude=["head"])
+    assert made.layers[-1].reason == "its weight is shared with words"
     result = small(size=0.8, exclude=["head"])
     assert not {"words", "head"} & tensorized_layers(result).keys()
     assert result.head.weight is result.words.weight

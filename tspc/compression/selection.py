@@ -28,7 +28,7 @@ FilterFn = Callable[[str, nn.Module], bool]
 
 
 FIRST = "first convolution"
-DEPTHWISE, SHARED = "depthwise convolution", "its weight is shared with "
+DEPTHWISE, SHARED, FOLLOWS = "depthwise convolution", "its weight is shared with ", ", and changes with it"
 EXCLUDED, NOT_INCLUDED, FILTERED = "excluded", "not included", "left out by filter_fn"
 SHORT_ROWS = f"rows of fewer than {LONG_ROW} numbers"
 """Why a table of embeddings takes no part in any budget."""
@@ -64,7 +64,7 @@ def select(
         ranked = _ranked(tables, selection, ranks_tables)
         modules = {n: m for n, m in everything.items() if widths.offers_dense or n not in tables - ranked}
         shapes = {name: kernel_shape(module) for name, module in modules.items()}
-    shared = _shared_weights(model)
+    shared, followers = _shared_weights(model), set[str]()
     ties = _ties(model, tables if widths.offers_dense else ranked, selection)
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
     parts = parts_of(model)  # the final classifier is none of them
@@ -89,7 +89,7 @@ def select(
         is_whole, is_small = name in tables - ranked, params < selection.min_params
         is_end = (selection.keep_first and name == first) or (selection.keep_last and name == last and reason is None)
         if name in shared and name not in ties:
-            reason = f"{SHARED}{shared[name]}"
+            reason = f"{SHARED}{shared[name]}{FOLLOWS if name in followers else ''}"
             params = sum(p.numel() for p in own[name].values())
         elif matches([name], selection.exclude):
             reason = EXCLUDED
@@ -105,6 +105,8 @@ def select(
             reason = f"fewer than {selection.min_params:,} parameters"
         elif reason is None and filter_fn is not None and not filter_fn(name, module):
             reason = FILTERED
+        if name in ties and not is_untouched(reason):
+            followers |= set(ties[name])
         entry = next((p.element_size() for p in module.parameters(recurse=False)), 4)
         kind = TABLE if name in tables else type(module).__name__
         numbers = {"entry_bytes": entry, "has_narrow_bias": has_narrow_bias(module), "is_whole": is_whole}
@@ -119,10 +121,10 @@ def _ranked(tables: set[str], selection: Selection, ranks_tables: bool | None) -
     return tables if ranks_tables else set()
 
 
-def _ties(model: nn.Module, tables: set[str], selection: Selection) -> set[str]:
-    """Those of the tables that change together with the layers that share their weight."""
+def _ties(model: nn.Module, tables: set[str], selection: Selection) -> dict[str, tuple[str, ...]]:
+    """Those of the tables that change together with the layers that share their weight, and these layers."""
     return {
-        name
+        name: partners
         for name, partners in partners_of(model).items()
         if name in tables and not any(why_dense(model.get_submodule(partner)) for partner in partners)
         if not any(matches([partner], selection.exclude) for partner in partners)
