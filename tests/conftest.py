@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 from tests.forking import Forks
+from tests.quick_hydra import make_quick
 
 SHARED = os.environ.get("TSPC_TEST_DATA")
 """A folder with data/ and weights/ for the tests on real weights; `.ci/run` sets it where there is one."""
@@ -188,4 +189,11 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(layer_times, "REPEATS", 3)
         for module in (network_times, time_plans):
             patch.setattr(module, "SECONDS", 0.05)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_hydra() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
         yield
