@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_fashion_mnist_resnet8_rcp(cli, tmp_path, fashion_mnist):
-    steps = ("dataset.pretrain.steps=100", "phase.distill.steps=10", "phase.finetune.steps=30", "eval_samples=1000")
-    steps += ("batch_size=64",)
+    steps = ("dataset.pretrain.steps=60", "phase.distill.steps=10", "phase.finetune.steps=10", "eval_samples=500")
+    steps += ("batch_size=64", "calibration.samples=128", "phase.distill.images=320", "phase.finetune.held_out=200")
     code, _, err = cli(
         "dataset=fashion_mnist", "model=resnet8", f"data_dir={fashion_mnist}", "method=rcp", "rate=0.2", *steps
     )
@@ -53,7 +53,8 @@ def test_the_wheel_runs_outside_the_checkout(tmp_path):
     where = "import tspc; print(tspc.__file__)"
     found = subprocess.run([sys.executable, "-c", where], cwd=work, env=environment, capture_output=True, text=True)
     assert found.stdout.startswith(str(site))
-    arguments = ["dataset=synthetic", "dataset.options.train=200", "dataset.pretrain.steps=2", "epochs=1"]
+    arguments = ["dataset=synthetic", "dataset.options.train=200", "dataset.options.test=100", "epochs=1"]
+    arguments += ["dataset.pretrain.steps=2", "calibration.samples=32", "phase.distill.images=64"]
     command = [sys.executable, "-m", "tspc", *arguments]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
