@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from tests.forking import Forks
-from tests.quick_hydra import make_quick
+from tests.quick import make_hydra_quick, make_onnx_quick
 
 SHARED = os.environ.get("TSPC_TEST_DATA")
 """A folder with data/ and weights/ for the tests on real weights; `.ci/run` sets it where there is one."""
@@ -193,7 +193,8 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_hydra() -> Iterator[None]:
+def quick_packages() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch)
+        make_hydra_quick(patch)
+        make_onnx_quick(patch)
         yield

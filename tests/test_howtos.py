@@ -55,7 +55,7 @@ def test_a_sentence_encoder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts = [" ".join(f"w{(3 * i + j) % 40}" for j in range(2 + i % 9)) for i in range(160)]
     Path("texts.txt").write_text("\n".join(texts))
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=tokenizer_in(tmp_path / "bert", texts), **sizes)).save_pretrained("bert")
     found = run("sentence_encoder.md", {"given": ("bert", "texts.txt", 0.5)})

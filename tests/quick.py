@@ -1,10 +1,12 @@
-"""What Hydra does anew for each command, and the tests in one process need only once.
+"""What other packages do anew for each command and each file, and the tests in one process need only once.
 
-The settings of every command are still composed as Hydra composes them. A process of its own has none of this.
+The settings of every command are still composed as Hydra composes them, and every file is written as PyTorch writes
+it. A process of its own has none of this.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import sys
@@ -26,7 +28,7 @@ def remembering(make: Callable[[str], Any]) -> Callable[[str], Any]:
     return made
 
 
-def make_quick(patch: pytest.MonkeyPatch) -> None:
+def make_hydra_quick(patch: pytest.MonkeyPatch) -> None:
     """Files of the same text are read once, an argument is parsed once, and no sweep is looked for in vain."""
     from hydra._internal.hydra import Hydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -50,3 +52,29 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OmegaConf, "load", staticmethod(load))
     patch.setattr(OverridesParser, "parse_rule", parsed)
     patch.setattr(Hydra, "get_mode", get_mode)
+
+
+def make_onnx_quick(patch: pytest.MonkeyPatch) -> None:
+    """The sources of the operators are parsed once, not for each file, which takes a second."""
+    import torch
+
+    write = torch.onnx.export
+    known: dict[Any, Any] = {}
+
+    def export(*given: Any, **named: Any) -> Any:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        if not known:
+            read = ONNXRegistry.from_torchlib
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(lambda **asked: registry(read, asked)))
+        return write(*given, **named)
+
+    def registry(read: Callable[..., Any], asked: dict[str, Any]) -> Any:
+        key = tuple(sorted(asked.items()))
+        if key not in known:
+            known[key] = read(**asked)
+        found = copy.copy(known[key])
+        found.functions = {name: list(functions) for name, functions in found.functions.items()}
+        return found
+
+    patch.setattr(torch.onnx, "export", export)
