@@ -257,7 +257,7 @@ def test_every_size_between_the_smallest_and_the_whole_can_be_had():
     """Also where the numbers beside the layers are nearly all bytes."""
     model, x = Recurrent().eval(), ROWS.reshape(8, 8, 24)
     wanted, errors = model(x), []
-    for size in (0.5, 0.52, 0.55, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0):
+    for size in (0.5, 0.52, 0.55, 0.7, 0.99, 1.0):
         made = tspc.compress(model, "svd", size=size, calibration=x)
         assert tspc.plan(model, "svd", size=size, calibration=x).network_bytes == state_bytes(made)
         assert state_bytes(made) <= size * state_bytes(model)

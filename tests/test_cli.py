@@ -88,7 +88,8 @@ def test_other_settings_are_refused_with_the_difference_and_redone_on_request(cl
 
 @pytest.mark.slow
 def test_sweep_shares_the_reference_and_survives_a_failing_job(cli, tmp_path):
-    code, out, err = cli("-m", *TINY, "method=svd,rtt", "rate=0.4,0.001", "eval_samples=20")
+    phases = "phase=[pretrain,decompose,finetune]"
+    code, out, err = cli("-m", *TINY, phases, "method=svd,rtt", "rate=0.4,0.001", "eval_samples=20")
     assert code == 1
     assert out.count("pretrain  4 steps") == 1, "one reference for all jobs"
     assert err.count("cannot be met") == 2

@@ -22,7 +22,8 @@ def test_the_sweep_has_thirty_networks_of_torchvision():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "method"), [("mnasnet0_5", "svd"), ("resnet18", "tt")])
+# The one has batch norms, sums and depthwise convolutions, the other biases and concatenations.
+@pytest.mark.parametrize(("name", "method"), [("mnasnet0_5", "svd"), ("squeezenet1_1", "tt")])
 def test_a_network_passes_every_check(name, method, tmp_path):
     result = examine(BY_NAME[name], method, tmp_path)
     assert result["failures"] == []

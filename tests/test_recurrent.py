@@ -157,8 +157,8 @@ def test_what_is_left_out_stays_pytorchs_own_with_its_parameters():
 @pytest.mark.slow
 def test_export(tmp_path):
     made = small()
-    for name in ("a.onnx", "a.pt2"):
-        assert tspc.export(made, tmp_path / name, X[:3]).relative < 1e-5
+    for name in ("a.onnx", "a.pt2"):  # every step of a sequence is in the graph, so that few are enough
+        assert tspc.export(made, tmp_path / name, X[:3, :3]).relative < 1e-5
 
 
 def test_folding_gives_plain_modules():
