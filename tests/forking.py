@@ -125,7 +125,8 @@ def become(request: dict[str, Any]) -> None:
 def main() -> None:
     import torch
 
-    for module in ("matplotlib.figure", "sklearn.datasets", "tests.small", "tspc.cli", "tspc.run.pipeline"):
+    used_later = ("matplotlib.figure", "scipy.stats", "sklearn.datasets", "torch._dynamo", "torchvision.transforms.v2")
+    for module in (*used_later, "tests.small", "tspc.cli", "tspc.run.pipeline"):
         importlib.import_module(module)
     torch.set_num_threads(1)
     request, code = serve(), 0

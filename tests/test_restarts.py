@@ -23,7 +23,7 @@ def test_distillation_goes_on_inside_a_block(context, reference, tmp_path, monke
         if watch._where["block"] == "layer2.0" and step.number == 13:
             raise Killed
 
-    settings = replace(DISTILLATION, steps=60, least_gain=0.3)
+    settings = replace(DISTILLATION, steps=24, least_gain=0.3)
     whole, killed, resumed = (compress(reference, method, 0.3, allocation="uniform", bits=bits) for _ in range(3))
     distill(whole, reference, settings, context, Progress())
     path = tmp_path / "p.progress.pt"

@@ -16,9 +16,10 @@ from tests.forking import Fork, Forks
 
 COMMAND = (
     "method=cp method.tolerance=0 method.max_iterations=60 rate=0.2 dataset.pretrain.epochs=2 epochs=2 "
-    "checkpoint_seconds=0 phase.distill.least_gain=0 phase.distill.images=512 calibration.samples=128 report=false"
+    "checkpoint_seconds=0 phase.distill.least_gain=0 phase.distill.images=512 calibration.samples=128 report=false "
+    "allocation=uniform"
 ).split()
-RUN = "digits/resnet8/cp-0.2-max_iterations60-tolerance0/seed0"
+RUN = "digits/resnet8/cp-0.2-max_iterations60-tolerance0-uniform/seed0"
 
 
 def start(folder: Path, forks: Forks) -> Fork:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from tspc.data.base import (
     Batch,
@@ -93,7 +93,9 @@ def _decode(spec: DataSpec, samples: Samples) -> Batch:
 class _Files(Dataset):
     """Decoded images, H×W×C uint8. With a seed, the augmentation depends only on the seed and the image's index."""
 
-    def __init__(self, samples: Samples, channels: int, transform: v2.Transform, seed: int | None = None) -> None:
+    def __init__(
+        self, samples: Samples, channels: int, transform: Callable[[Image.Image], Any], seed: int | None = None
+    ) -> None:
         self.samples, self.channels, self.transform, self.seed = samples, channels, transform, seed
 
     def __len__(self) -> int:
@@ -133,6 +135,8 @@ class Streaming:
         # From the names only: the sizes of a million files take minutes on a network drive.
         digests = [hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in (listing[:2], listing[2:])]
         self.fingerprint, self.fresh_fingerprint = digests[0], digests[1] if fresh else ""
+        from torchvision.transforms import v2  # takes a second
+
         resize = spec.resize or spec.image_size
         flip = [v2.RandomHorizontalFlip()] if spec.flip else []
         augment = v2.Compose([v2.RandomResizedCrop(spec.image_size), *flip])

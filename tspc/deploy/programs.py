@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.nn.utils.rnn import PackedSequence
@@ -89,6 +88,8 @@ def traced(model: nn.Module, inputs: Inputs, signature: Signature | None = None)
 
 
 def _program(model: nn.Module, example: Inputs, signature: Signature, free: bool) -> ExportedProgram:
+    from torch._dynamo.exc import UserError  # takes seconds
+
     network = signature.bound(model)
     args, kwargs = signature.arguments(example)
 
@@ -262,8 +263,7 @@ def onnx_session(
 
 def run_session(session: Any, inputs: Inputs) -> list[Tensor]:
     """What a session answers. Raises ExportError if it does not take the inputs."""
-    names = [entry.name for entry in session.get_inputs()]
-    feed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+    feed = {entry.name: x.detach().cpu().numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
     try:
         return [torch.from_numpy(value) for value in session.run(None, feed)]
     except Exception as error:  # ONNX Runtime's own family

@@ -9,7 +9,6 @@ from urllib.error import URLError
 
 import torch
 from torch import nn
-from torchvision import models
 
 from tspc.errors import ConfigError, WeightsError
 
@@ -21,6 +20,8 @@ def torchvision_network(
     name: str, num_classes: int, in_channels: int, pretrained: bool, kwargs: dict[str, Any]
 ) -> nn.Module:
     """`torchvision.models.<name>`. Raises ConfigError or WeightsError with the likely remedy."""
+    from torchvision import models  # takes a second
+
     names = models.list_models(module=models)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=3)
@@ -41,6 +42,8 @@ def torchvision_network(
 
 
 def _published(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
+    from torchvision import models
+
     weights = models.get_model_weights(name)["DEFAULT"]
     classes = len(weights.meta["categories"])
     if num_classes != classes:

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 from scipy.special import gammaln, xlogy
 from torch import Tensor
 
@@ -69,6 +68,8 @@ class Drop:
         if self.lost is None or self.gained is None:
             # Few losses may be equal by chance: their deviation is not believed to be below a quarter of the limit.
             error = max(self.deviation, abs(asked) / 4, 1e-300) / math.sqrt(self.count)
+            from scipy import stats  # takes a second
+
             return float(stats.t.cdf((self.mean - asked) / error, max(self.count - 1, 1)))
         return _exact(self.lost, self.gained, self.count, asked)
 
@@ -94,6 +95,8 @@ def _exact(lost: int, gained: int, count: int, limit: float) -> float:
     if not -1 < limit < 1:
         return 1.0 if limit <= -1 else 0.0
     top = (1 - limit) / 2  # both frequencies together are at most 1
+    from scipy import stats  # takes a second
+
     ends = stats.beta.ppf((NUISANCE / 2, 1 - NUISANCE / 2), (gained, gained + 1), (count - gained + 1, count - gained))
     low, high = (min(max(float(end), 0.0, -limit), top) for end in np.nan_to_num(ends))
     lows, highs = (low, low + limit), (high, high + limit)
