@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -41,9 +42,16 @@ def error(method: Decomposition, kernel: torch.Tensor, rank: tuple[int, ...], me
     return math.sqrt(metric.squared(difference) / metric.squared(kernel.flatten(1)))
 
 
-@each_method
-@each_shape
-@pytest.mark.parametrize("kind", ["full", "singular", "dead", "one"])
+OTHERS = ("singular", "dead", "one")
+KINDS = [
+    (name, shape, kind)
+    for (i, name), (j, shape) in product(enumerate(METHODS), enumerate(SHAPES))
+    for kind in ("full", OTHERS[(i + j) % 3])
+]
+"""Every method and shape with a full Σ, and with one of the other kinds, which meet all methods and all shapes."""
+
+
+@pytest.mark.parametrize(("name", "shape", "kind"), KINDS, ids=str)
 def test_never_worse_than_the_plain_solution(name, shape, kind):
     method, k, n = kernel_and_size(name, shape)
     metric = Metric(covariance(n, kind) + 1e-9 * torch.eye(n, dtype=k.dtype))
