@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from scipy.special import ndtri
+
 from tspc.errors import ConfigError, DataError
 from tspc.training.confidence import Drop
 
@@ -40,9 +42,7 @@ class Limit:
         if self.images is not None:
             return pilot, min(self.images, available - pilot)
         share = self.drop / 100
-        from scipy import stats  # takes a second
-
-        wanted = float(stats.norm.isf(self.level)) ** 2 * changed(share) / (MARGIN * share) ** 2
+        wanted = float(ndtri(self.level)) ** 2 * changed(share) / (MARGIN * share) ** 2
         return pilot, min(max(FEWEST, math.ceil(wanted)), MOST, available - pilot)
 
     def least_p(self, inputs: int) -> float:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+from scipy.special import ndtri
 from torch import nn
 
 from tspc.compression.limits import LEAST, Limit, changed
@@ -159,9 +160,7 @@ class Search:
             if self.limit.is_trained:
                 drop = self.limit.given_back(drop)
             deviation = 100 * math.sqrt(changed(drop / 100)) if self.judge.has_counts else 0.0
-            from scipy import stats  # takes a second
-
-            room = float(stats.norm.isf(self.limit.level)) * deviation / math.sqrt(self.inputs)
+            room = -float(ndtri(self.limit.level)) * deviation / math.sqrt(self.inputs)
             low, high = (error, high) if drop + room < max(points, 1.2 * room) else (low, error)
         return self._share_for(low)
 

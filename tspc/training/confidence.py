@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import gammaln, xlogy
+from scipy.special import betaincinv, gammaln, stdtr, xlogy
 from torch import Tensor
 
 NUISANCE = 1e-4
@@ -68,9 +68,7 @@ class Drop:
         if self.lost is None or self.gained is None:
             # Few losses may be equal by chance: their deviation is not believed to be below a quarter of the limit.
             error = max(self.deviation, abs(asked) / 4, 1e-300) / math.sqrt(self.count)
-            from scipy import stats  # takes a second
-
-            return float(stats.t.cdf((self.mean - asked) / error, max(self.count - 1, 1)))
+            return float(stdtr(max(self.count - 1, 1), (self.mean - asked) / error))
         return _exact(self.lost, self.gained, self.count, asked)
 
     def bound(self, level: float) -> float:
@@ -95,9 +93,7 @@ def _exact(lost: int, gained: int, count: int, limit: float) -> float:
     if not -1 < limit < 1:
         return 1.0 if limit <= -1 else 0.0
     top = (1 - limit) / 2  # both frequencies together are at most 1
-    from scipy import stats  # takes a second
-
-    ends = stats.beta.ppf((NUISANCE / 2, 1 - NUISANCE / 2), (gained, gained + 1), (count - gained + 1, count - gained))
+    ends = betaincinv((gained, gained + 1), (count - gained + 1, count - gained), (NUISANCE / 2, 1 - NUISANCE / 2))
     low, high = (min(max(float(end), 0.0, -limit), top) for end in np.nan_to_num(ends))
     lows, highs = (low, low + limit), (high, high + limit)
     gains, losses = (_window(a, b, count) for a, b in zip(lows, highs, strict=True))
