@@ -9,7 +9,8 @@ These are the decompositions of the papers, with the rank that the rate gives ea
 ranks and SVD-LLM's training afterwards are left out. Positions that hold no token do not count.
 
 `of_bytes` gives the same decompositions in few bits, at a share of the network's bytes: factors and tables of
-embeddings are rounded to the nearest of equal steps, and what lies beside them is in half precision.
+embeddings are rounded to the nearest of equal steps, and what lies beside them is in half precision. The first factor
+has a scale for each column, the second one for each row. There is no error feedback, as in GPTQ (arXiv:2210.17323).
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ FLOOR = 1e-6
 
 METHODS = ("svd", "asvd", "whitening")
 
-ROUNDING_BITS, BITS = (8, 6, 5, 4, 3), (8, 6, 4)
-"""Bits that are tried: of layers and tables that are only rounded; of factors and the tables beside them."""
+BITS = (8, 6, 5, 4, 3)
+"""Bits of layers or factors, and of tables, that are tried."""
+CLIPS = torch.linspace(0.5, 1.0, 16).tolist()
+"""Shares of a row's largest entry that are tried as the largest value; the least squared error decides."""
 LEAST_RATE = 0.1
 """With less left for the layers, no network is made."""
 SCALE = 16
@@ -112,8 +115,8 @@ def of_bytes(
     inside, looked_up = (sum(x.numel() for x in some) for some in (weights, [x.weight for x in tables.values()]))
     whole = sum(value.numel() for value in model.parameters())
     fixed = SCALE * (whole - inside - looked_up + sum(len(table.weight) for table in tables.values()))
-    choices, widest = ROUNDING_BITS if method == "rounding" else BITS, 0
-    for bits, table_bits in itertools.product(choices, choices):  # from many to few
+    widest = 0
+    for bits, table_bits in itertools.product(BITS, BITS):  # from many to few
         left = 32 * share * whole - fixed - table_bits * looked_up
         if method == "rounding":
             if bits * inside + SCALE * sum(map(len, weights)) > left or table_bits <= widest:
@@ -140,9 +143,13 @@ def _round_(model: nn.Module, names: Collection[str], bits: int) -> None:
 
 def _nearest(matrix: Tensor, bits: int) -> Tensor:
     """Each row on equal steps around 0, whose size is a number in half precision."""
-    most = 2 ** (bits - 1) - 1
-    step = (matrix.abs().amax(1, keepdim=True) / most).half().clamp_min(1e-7).to(matrix)
-    return (matrix / step).round().clamp(-most, most) * step
+    most, best, least = 2 ** (bits - 1) - 1, matrix, torch.full((len(matrix), 1), torch.inf, dtype=matrix.dtype)
+    for clip in CLIPS:
+        step = (clip * matrix.abs().amax(1, keepdim=True) / most).half().clamp_min(1e-7).to(matrix)
+        rounded = (matrix / step).round().clamp(-most, most) * step
+        error = (rounded - matrix).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, rounded, best), torch.minimum(error, least)
+    return best
 
 
 def _roots(weight: Tensor, method: str, name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:

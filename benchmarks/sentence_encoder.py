@@ -6,7 +6,8 @@
 The first package holds the weights (Apache 2.0). Sentences are docstrings; `benchmarks.sentences` explains them, the
 figures and the int8 networks. 512 sentences calibrate, 400 pairs of others judge. Cosines are to the original's
 vectors. A rate is that of the 36 dense layers, the same for all methods; `benchmarks.baselines` has the others. A size
-is the share of the bytes; of the bits that `benchmarks.baselines` tries, the others have those with the best cosine.
+is a limit of the share of the bytes; of the bits that `benchmarks.baselines` tries, the others have those with the
+best cosine of the judging pairs.
 
 With --minutes each network then learns the original's token states and vectors, of sentences that calibration and test
 do not have, for so many minutes of this process's CPU time. Every row is kept in --out, and not made again; --report

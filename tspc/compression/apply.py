@@ -17,6 +17,7 @@ from tspc.compression.plan import LayerPlan, Plan
 from tspc.compression.pretrained import mend_save_pretrained_
 from tspc.compression.selection import why_dense
 from tspc.decompositions import Factors
+from tspc.errors import ConfigError
 from tspc.layers.dense import check_values
 from tspc.layers.replacing import replace_layers, warn_of_parameter_hooks, warn_of_state_hooks
 from tspc.layers.tensorized import TensorizedLayer
@@ -44,8 +45,12 @@ def apply_(
     If factors lie on grids, what the network holds beside them is rounded, too (`narrow_beside_`).
 
     Raises DecompositionError if a kernel cannot be decomposed, or a parameter holds NaN or infinite values. The message
-    names the layer, and the network is unchanged.
+    names the layer, and the network is unchanged. Raises ConfigError for inputs that are no `Samples`.
     """
+    if samples is not None and not isinstance(samples, Samples):
+        raise ConfigError(
+            [f"samples is {type(samples).__name__}: give apply_ tspc.Samples(inputs, tspc.Calibration())"]
+        )
     # Fits to the kernels alone change no parameter of the copy, so it needs none of its own.
     small, done = tensorized(model, plan, samples, on_layer, shares_tensors=samples is None)
     ties, names = partners_of(model), [layer.name for layer in done.tensorized]
@@ -97,8 +102,8 @@ def _tensorized(
     warn_of_state_hooks(dense)
     warn_of_parameter_hooks(dense)
     check_values(model)
-    named = fits.work.named_parameters(remove_duplicate=False)
-    wide = {id(x) for name, x in named if name in plan.kept}  # by identity, as layers may get other names for them
+    before = fits.work.named_parameters(remove_duplicate=False)
+    kept_ids = {id(x) for name, x in before if name in plan.kept}  # a layer may get another name for its bias
     if samples is not None:
         samples.tally.total += passes(model, samples)
         tables = [layer for layer in plan.tensorized if layer.is_table]
@@ -106,15 +111,15 @@ def _tensorized(
         survey = samples.survey(model, [layer.name for layer in layers], [layer.name for layer in tables])
         fits.to_counts(tables, samples, survey)
         fits.to_moments(layers, samples, survey)
-        left = [layer for layer in plan.tensorized if layer.name not in fits.done and not layer.is_table]
-        fits.to_sketches(left, samples, survey)
+        wide = [layer for layer in plan.tensorized if layer.name not in fits.done and not layer.is_table]
+        fits.to_sketches(wide, samples, survey)
     # Without samples, or never called: the kernel alone is used.
     fits.to_kernels([layer for layer in plan.tensorized if layer.name not in fits.done])
     if samples is not None:
         recalibrate_(fits.work, model, samples)
     if any(layer.is_on_grids for layer in plan.layers):
-        named = fits.work.named_parameters(remove_duplicate=False)
-        narrow_beside_(fits.work, {*kept, *(name for name, x in named if id(x) in wide)})
+        after = fits.work.named_parameters(remove_duplicate=False)
+        narrow_beside_(fits.work, {*kept, *(name for name, x in after if id(x) in kept_ids)})
     mend_save_pretrained_(fits.work)
     return fits.work, replace(plan, layers=tuple(fits.done.get(layer.name, layer) for layer in plan.layers))
 

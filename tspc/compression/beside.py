@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tspc.calibration.recalibration import BatchNorm
 from tspc.decompositions import double
 from tspc.errors import WeightsError
-from tspc.layers.dense import kind_of
+from tspc.layers.dense import kernel_of, kind_of
 from tspc.layers.forms import tensorized_layers
 from tspc.layers.norms import is_exact
 from tspc.quantization.grids import VECTOR_BYTES
@@ -53,8 +53,11 @@ def narrow_beside_(model: nn.Module, kept: Collection[str] = ()) -> None:
             for own, value in zip((norm.weight, norm.bias, norm.running_mean, norm.running_var), narrow, strict=True):
                 cast(Tensor, own).copy_(value)
             cast(Tensor, norm.num_batches_tracked).zero_()
+    biases = {id(layer.bias): layer for layer in tensorized_layers(model).values() if layer.grids}
     for parameter in model.parameters():
-        if _is_float32(parameter) and id(parameter) not in left_alone and _fits(parameter):
+        if not _is_float32(parameter) or id(parameter) in left_alone:
+            continue
+        if _fits(parameter) or (id(parameter) in biases and _bias_fits(biases[id(parameter)])):
             parameter.copy_(_rounded(parameter))
 
 
@@ -76,7 +79,19 @@ def _left_alone(model: nn.Module) -> set[int]:
 def has_narrow_bias(layer: nn.Module) -> bool:
     """Whether float16 can hold the bias of a convolution or dense layer, if it has one."""
     bias = getattr(layer, "bias", None)
-    return not isinstance(bias, Tensor) or bias.element_size() == VECTOR_BYTES or (_is_float32(bias) and _fits(bias))
+    if not isinstance(bias, Tensor) or bias.element_size() == VECTOR_BYTES:
+        return True
+    return _is_float32(bias) and (_fits(bias) or _bias_fits(layer))
+
+
+def _bias_fits(layer: nn.Module) -> bool:
+    """Whether rounding the bias to float16 changes the outputs for inputs of about 1 little.
+
+    For very small numbers its steps are large. Compensation gives such numbers to a bias of zeros.
+    """
+    bias = cast(Tensor, layer.bias)
+    rows = kernel_of(layer).detach().flatten(1).norm(dim=1)
+    return bias.is_meta or rows.is_meta or _fits(bias, float(rows.amax()))
 
 
 def is_narrow_whole(layer: nn.Module) -> bool:
@@ -267,12 +282,12 @@ def _is_narrow(x: Tensor) -> bool:
     return _is_float32(x) and not x.is_meta and torch.equal(_rounded(x), x)
 
 
-def _fits(x: Tensor) -> bool:
-    """Whether rounding to float16 changes a tensor little; without values it is supposed to."""
+def _fits(x: Tensor, size: float = 0.0) -> bool:
+    """Whether rounding to float16 changes a tensor little, beside its largest entry or this size; on meta it may."""
     x = x.detach()
-    if x.is_meta:
+    if x.is_meta or not x.numel():
         return True
-    return bool(((_rounded(x) - x).abs() <= LOST * x.abs().amax()).all()) if x.numel() else True
+    return bool(((_rounded(x) - x).abs() <= LOST * x.abs().amax().clamp_min(size)).all())
 
 
 def _rounded(x: Tensor) -> Tensor:

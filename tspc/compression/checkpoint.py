@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tspc.compression.beside import with_narrow, without_narrow
@@ -38,7 +39,7 @@ from tspc.models.safe_files import TensorFile, read_tensors, write_tensors
 from tspc.models.weights import check_state, load_state
 from tspc.quantization.grids import FULL
 from tspc.store.files import write_atomically
-from tspc.store.state import packed, take_kinds_, unpacked_extra
+from tspc.store.state import packed, take_kinds_, tied_names, unpacked_extra, with_all_names
 from tspc.system.modes import own_modes
 
 
@@ -156,9 +157,10 @@ def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], p
     """Loads the state of the file into the network, which has the compressed layers already; all or nothing."""
     try:
         _check_bases(header["layers"], model, state)
-        state = without_narrow(state, model, header)
+        state = with_all_names(model, without_narrow(state, model, header))
         extra = unpacked_extra(header, state)
         check_state(model, state | extra, str(path))
+        _check_ties(model, state)
         take_kinds_(model, state, header)
     except WeightsError as error:
         raise WeightsError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
@@ -166,6 +168,16 @@ def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], p
         load_state(model, state | extra, str(path))
     except RuntimeError as error:  # from the network's own set_extra_state, or its hooks
         raise WeightsError(f"{path}: the network does not take its state: {error}") from error
+
+
+def _check_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises WeightsError if a parameter that several layers of the network share has several values in the file."""
+    for name, first in tied_names(model).items():
+        if name in state and first in state and not torch.equal(state[name], state[first]):
+            raise WeightsError(
+                f"{shortened(first)} and {shortened(name)} are one parameter in the network given, but differ in the "
+                "file; pass the architecture that was compressed"
+            )
 
 
 def _check_bases(layers: Iterable[str], model: nn.Module, state: Mapping[str, Tensor]) -> None:

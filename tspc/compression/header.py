@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from tspc import decompositions
@@ -90,12 +91,13 @@ def _checked(text: str, elements: int) -> dict[str, Any]:
                 place < len(methods), f"layers.{name}.method", place, f"a place in the list of {len(methods)} methods"
             )
             layer["method"] = methods[place]
-    left, tied = elements, {factor.rpartition(".")[::2] for factor in header.get("tied", {})}
-    sharing = {place for place, kind in tied if kind != "bias"}
+    left, tied = elements, (factor.rpartition(".") for factor in header.get("tied", {}))
+    # The factors of a layer, or of its links, may be those of another one.
+    links = {place for place, _, kind in tied if kind != "bias"}
+    sharing = {part for place in links for part in accumulate(place.split("."), "{}.{}".format)}
     for name, layer in header["layers"].items():
         size = _layer_size(f"layers.{name}", layer, elements)
-        # The factors of a layer, or of its links, may be those of another one.
-        left -= 0 if any(f"{place}.".startswith(f"{name}.") for place in sharing) and size <= elements else size
+        left -= 0 if name in sharing and size <= elements else size
     if left < 0:
         raise _DamageError("the ranks stand for more numbers than the file holds")
     if header.get("network") is not None:

@@ -34,10 +34,11 @@ def state_bytes(model: nn.Module) -> int:
     total, apart, tied = 0, set[str](), tied_names(model).keys()
     for layer_name, layer in on_grids(model).items():
         names = factor_names(layer_name, layer)
-        apart |= {*_scales(layer_name, layer), *names}
+        apart |= set(names)
         total += 0 if tied & set(names) else _layer_bytes(layer)
     if apart:
         total -= state_saved(model)
+        apart |= _all_scales(model)
     apart |= tied  # a shared parameter counts once
     return total + sum(t.numel() * t.element_size() for name, t in tensor_state(model).items() if name not in apart)
 
@@ -48,7 +49,8 @@ def with_integers(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     Layers that share their factors have one vector together, under the name of the first of them. Raises WeightsError
     for factors with NaN or infinite entries, which no integer can be.
     """
-    found, tied = dict(tensors), tied_names(model).keys()
+    scales, tied = _all_scales(model), tied_names(model).keys()
+    found = {name: value for name, value in tensors.items() if name not in scales}
     for layer_name, layer in on_grids(model).items():
         parts, names = [], factor_names(layer_name, layer)
         for name, factor, grid in zip(names, layer.factor_tensors(), layer.grids, strict=True):
@@ -57,8 +59,6 @@ def with_integers(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
                 raise WeightsError(f"{name} holds NaN or infinite values, which {layer.bits} bits cannot be")
             parts.append(grid.scales.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8))
             parts.append(packed(grid.integers(factor.detach()), layer.bits))
-        for name in _scales(layer_name, layer):
-            found.pop(name, None)
         if not tied & set(names):
             found[f"{layer_name}.{ENTRY}"] = torch.cat(parts)
     return found
@@ -72,12 +72,12 @@ def without_integers(
 ) -> dict[str, Tensor]:
     """The inverse of `with_integers`: factors with values on the grids, and their scales, as in the `layers`' state.
 
-    `header` has the number format of each layer's factors, and `tied` the first name of each factor that several layers
-    share. Raises WeightsError for an entry that is missing or damaged.
+    `header` describes the layers, and `tied` has the first name of each factor with several names. Raises WeightsError
+    for an entry that is missing or damaged, and for layers that share factors in two forms.
     """
     found, tied = dict(tensors), tied or {}
-    scales_by_factor: dict[str, Tensor] = {}
-    """By the name of the factor's parameter."""
+    owners: dict[str, tuple[str, str]] = {}
+    """For each factor its layer, and the name of its scales."""
     narrow = [(x, layer) for x, layer in layers.items() if isinstance(layer, TensorizedLayer) and layer.bits != FULL]
     for layer_name, layer in narrow:
         names = factor_names(layer_name, layer)
@@ -96,16 +96,23 @@ def without_integers(
                 raise WeightsError(_damaged(layer_name))
             wide = integers.to(torch.promote_types(dtype, torch.float32)).reshape(factor.shape)
             values.append(Grid(layer.bits, scales).values(wide, dtype))
-            found[scales_name] = scales_by_factor[name] = scales.view(torch.int32)
+            found[scales_name] = scales.view(torch.int32)
+            owners[name] = layer_name, scales_name
         found |= {name: x.contiguous() for name, x in zip(names, layer.as_parameters(values), strict=True)}
     for layer_name, layer in narrow:
         names = factor_names(layer_name, layer)
         for name, scales_name in zip(names, _scales(layer_name, layer), strict=True):
             if name in tied:
-                if tied[name] not in scales_by_factor:
+                owner, first_scales = owners.get(tied[name], ("", ""))
+                if not owner or _form(header[owner]) != _form(header[layer_name]):
                     raise WeightsError(_damaged(layer_name))
-                found |= {name: found[tied[name]], scales_name: scales_by_factor[tied[name]]}
+                found |= {name: found[tied[name]], scales_name: found[first_scales]}
     return found
+
+
+def _form(layer: Mapping[str, Any]) -> list[Any]:
+    """What layers that share their factors have in common."""
+    return [layer.get(key) for key in ("method", "shape", "rank", "bits", "dtype")]
 
 
 def _layer_bytes(layer: TensorizedLayer) -> int:
@@ -132,6 +139,12 @@ def factor_names(layer_name: str, layer: TensorizedLayer) -> list[str]:
     """The names of the factors' parameters in the network's state."""
     names = {id(parameter): name for name, parameter in layer.named_parameters()}
     return [f"{layer_name}.{names[id(parameter)]}" for parameter in layer.factor_parameters()]
+
+
+def _all_scales(model: nn.Module) -> set[str]:
+    """The names of all scales in the network's state; a layer may have several names."""
+    own = {id(layer.get_buffer(scales_of(i))) for layer in on_grids(model).values() for i in range(len(layer.grids))}
+    return {name for name, value in model.state_dict(keep_vars=True).items() if id(value) in own}
 
 
 def _scales(layer_name: str, layer: TensorizedLayer) -> list[str]:

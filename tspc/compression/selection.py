@@ -28,7 +28,7 @@ FilterFn = Callable[[str, nn.Module], bool]
 
 
 FIRST = "first convolution"
-DEPTHWISE, SHARED, FOLLOWS = "depthwise convolution", "its weight is shared with ", ", and changes with it"
+DEPTHWISE, SHARED, FOLLOWS = "depthwise convolution", "its weight is shared with ", "; both change together"
 EXCLUDED, NOT_INCLUDED, FILTERED = "excluded", "not included", "left out by filter_fn"
 SHORT_ROWS = f"rows of fewer than {LONG_ROW} numbers"
 """Why a table of embeddings takes no part in any budget."""
@@ -65,7 +65,7 @@ def select(
         modules = {n: m for n, m in everything.items() if widths.offers_dense or n not in tables - ranked}
         shapes = {name: kernel_shape(module) for name, module in modules.items()}
     shared, followers = _shared_weights(model), set[str]()
-    ties = _ties(model, tables if widths.offers_dense else ranked, selection)
+    ties = _ties(model, tables if widths.offers_dense else ranked, selection, filter_fn)
     first = next((n for n, m in modules.items() if isinstance(m, _ConvNd)), None)
     parts = parts_of(model)  # the final classifier is none of them
     last = next((name for name in reversed(modules) if name not in tables and name not in parts), None)
@@ -121,14 +121,21 @@ def _ranked(tables: set[str], selection: Selection, ranks_tables: bool | None) -
     return tables if ranks_tables else set()
 
 
-def _ties(model: nn.Module, tables: set[str], selection: Selection) -> dict[str, tuple[str, ...]]:
-    """Those of the tables that change together with the layers that share their weight, and these layers."""
-    return {
-        name: partners
-        for name, partners in partners_of(model).items()
-        if name in tables and not any(why_dense(model.get_submodule(partner)) for partner in partners)
-        if not any(matches([partner], selection.exclude) for partner in partners)
-    }
+def _ties(
+    model: nn.Module, tables: set[str], selection: Selection, filter_fn: FilterFn | None
+) -> dict[str, tuple[str, ...]]:
+    """Those of the tables that change together with the layers that share their weight, and these layers.
+
+    A table that is included includes them.
+    """
+
+    def can_change(name: str) -> bool:
+        layer = model.get_submodule(name)
+        is_left_out = matches([name], selection.exclude) or (filter_fn is not None and not filter_fn(name, layer))
+        return not is_left_out and why_dense(layer) is None
+
+    ties = ((name, partners) for name, partners in partners_of(model).items() if name in tables)
+    return {name: partners for name, partners in ties if all(map(can_change, partners))}
 
 
 def parameters_beside(model: nn.Module) -> dict[str, tuple[str, str]]:

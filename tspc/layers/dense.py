@@ -6,8 +6,8 @@ A kernel has four axes, (T, S of one group, H, W), or two for a dense layer, (T,
 - a transposed convolution is an ordinary one over its input with zeros in between, with the taps in reverse order. Its
   kernel is the one of this ordinary convolution, but keeps the order of the taps, so that it is a view of the weight.
 
-A table of embeddings (`nn.Embedding`) counts as a kernel with a row for each token. It has no decompositions; only its
-entries can have fewer bits.
+A table of embeddings (`nn.Embedding`) counts as a kernel with a row for each token. It can have a low rank and few
+bits, and no other decomposition.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ def with_partners(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str
     """
     partners = partners_of(model) if any(is_table(model.get_submodule(name)) for name in layers) else {}
     found = dict(layers)
-    for name, table in layers.items():
-        for partner in partners.get(name, ()) if isinstance(table, TensorizedLayer) else ():
-            table, dense = cast(TensorizedLayer, table), cast(DenseLayer, model.get_submodule(partner))
+    for name, layer in layers.items():
+        for partner in partners.get(name, ()) if isinstance(layer, TensorizedLayer) else ():
+            table, dense = cast(TensorizedLayer, layer), cast(DenseLayer, model.get_submodule(partner))
             made = untrained(dense, table.decomposition, table.rank, bits=table.bits)
             tie_(made, dense, table)
             found[partner] = made.train(dense.training)

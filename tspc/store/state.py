@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     own = model.state_dict(keep_vars=True)
     named = {name: firsts.setdefault(id(x), name) for name, x in own.items() if isinstance(x, nn.Parameter)}
     return {name: first for name, first in named.items() if name != first}
+
+
+def with_all_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state, in which each parameter and buffer that is there under one of its names is there under all."""
+    found = dict(state)
+    values = {id(own): state[name] for name, own in model.state_dict(keep_vars=True).items() if name in state}
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name not in found and id(own) in values:
+            found[name] = values[id(own)]
+    return found
 
 
 def packed(model: nn.Module, once: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
