@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tspc
-from tspc.compression.header import FORMAT
+from tspc.compression.header import FORMAT_OF_BASES
 from tspc.compression.integers import state_bytes
 from tspc.decompositions.interpolative import LARGEST, ZERO, Interpolative, basis_of
 from tspc.decompositions.laws import kernel, relative
@@ -129,7 +129,7 @@ def test_files(bits, tmp_path):
     tspc.save(model, path)
     loaded = tspc.load(path, network()).eval()
     assert torch.equal(loaded(IMAGES), model(IMAGES))
-    assert json.loads(read_tensors(path, tensors=False).header or "")["format"] == FORMAT
+    assert json.loads(read_tensors(path, tensors=False).header or "")["format"] == FORMAT_OF_BASES
     saved = sum(t.numel() * t.element_size() for t in read_tensors(path, tensors=True).tensors.values())
     assert saved == state_bytes(model)
     assert saved == tspc.plan(network(), "id", 0.5, calibration=IMAGES, bits=bits).network_bytes

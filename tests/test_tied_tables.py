@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import tspc
 from tests.test_embeddings_low_rank import IDS, SETTINGS, Speaker, count, speaker
+from tspc.compression.header import FORMAT, FORMAT_OF_BASES, FORMAT_OF_PARTS
 from tspc.compression.integers import state_bytes
 from tspc.compression.rounding import put_on_grids_, take_off_grids_
 from tspc.errors import ConfigError, WeightsError
@@ -120,6 +122,14 @@ def test_training_and_rounding_again_keep_the_tie():
         put_on_grids_(result, speaker(True), widths)
         assert are_tied(result)
         assert (result(IDS) - trained).norm() < 0.02 * trained.norm()
+
+
+def test_only_a_file_with_shared_integers_has_the_last_format(tmp_path):
+    formats = []
+    for network in (small(method="dense", bits=8), small(rate=0.6, rate_scope="network"), small(method="id", rate=0.6)):
+        tspc.save(network, tmp_path / "small.safetensors")
+        formats.append(json.loads(read_tensors(tmp_path / "small.safetensors").header or "")["format"])
+    assert formats == [FORMAT, FORMAT_OF_PARTS, FORMAT_OF_BASES]
 
 
 @pytest.mark.parametrize("options", [{"exclude": ["head"]}, {"filter_fn": lambda name, layer: name != "head"}])

@@ -31,12 +31,9 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def with_all_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state, in which each parameter and buffer that is there under one of its names is there under all."""
-    found = dict(state)
-    values = {id(own): state[name] for name, own in model.state_dict(keep_vars=True).items() if name in state}
-    for name, own in model.state_dict(keep_vars=True).items():
-        if name not in found and id(own) in values:
-            found[name] = values[id(own)]
-    return found
+    own = {name: x for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
+    values = {id(x): state[name] for name, x in own.items() if name in state}
+    return {name: values[id(x)] for name, x in own.items() if id(x) in values} | dict(state)
 
 
 def packed(model: nn.Module, once: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
