@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from tests.text_tasks import install, write
 from tspc.data import ModelInputs
 from tspc.errors import ConfigError
+from tspc.pages.report import write_report
 from tspc.phases.agreement import Apart
 from tspc.training import METRICS, Task
 
@@ -55,8 +57,12 @@ def test_a_task_goes_through_all_phases(cli, tmp_path, module, task):
         record = found["phases"][phase]["accuracy"]
         value = record.get("top1", record.get("value"))
         assert value > values["top1"] if task == "text_classification" else 0 < value < values[label], phase
-    identity = json.loads(next((tmp_path / "outputs" / task).rglob("seed0/run.json")).read_text())
-    assert identity["dataset"]["task"]["name"] == task
+    run = next((tmp_path / "outputs" / task).rglob("seed0/run.json"))
+    assert json.loads(run.read_text())["dataset"]["task"]["name"] == task
+    if task == "regression":
+        page = write_report(run.parent).read_text()
+        assert re.search("for [0-9]+ inputs", page)
+        assert not re.findall("(?:[0-9]|test|calibration) images", page)
     code, out, err = cli(*command)
     assert (code, err) == (0, "")
     assert out.count("done before: ") == 3

@@ -142,6 +142,7 @@ def _group(rows: list[Row], folder: Path, prefix: str) -> dict[str, Any]:
         "grids": [grid for grid in grids if grid is not None],
         "differences": differences_of(rows),
         "judged": judged_by(rows),
+        "inputs": rows[0].inputs,
         "has_latency": any(row.latency is not None for row in rows),
         "has_rate": any(row.final is not None for row in rows),
     }

@@ -82,6 +82,11 @@ class Run:
     def network(self) -> str:
         return self.identity["network"]["name"]
 
+    @property
+    def inputs(self) -> str:
+        """What the network takes, in the words of a page."""
+        return "inputs" if "task" in self.identity["dataset"] else "images"
+
     @cached_property
     def _found(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], list[str]]:
         """Phases, spectra, and problems of files that cannot be read; a page shows what can be read."""

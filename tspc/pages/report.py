@@ -49,7 +49,7 @@ def _content(run: Run) -> dict[str, Any]:
     assert run.result is not None
     return {
         "title": f"{run.network} on {run.dataset}: {asked_of(run.method, run.goal, run.bits)}",
-        "sentence": sentence(run.result),
+        "sentence": sentence(run.result, run.inputs),
         "metric": run.scale,
         "contract": (run.result.get("contract") or {"goals": []})["goals"],
         "cards": _cards(run),
@@ -64,8 +64,8 @@ def _content(run: Run) -> dict[str, Any]:
     }
 
 
-def sentence(result: dict[str, Any]) -> str:
-    """The gain in size and the loss of accuracy, in one sentence."""
+def sentence(result: dict[str, Any], inputs: str) -> str:
+    """The gain in size and the loss of accuracy, in one sentence; `inputs` says what the network takes."""
     unit = "parameters" if bits_of(result) == str(FULL) else "bytes"
     before, after = result[unit]["before"], result[unit]["after"]
     size = f"{result['network']} became {_times(before, after)} smaller: {after:,} of {before:,} {unit} are left"
@@ -82,7 +82,7 @@ def sentence(result: dict[str, Any]) -> str:
     text = f"{size}, and it {verb} {scale.title} ({values})."
     noise = 100 * math.hypot(_deviation(reference), _deviation(final)) if scale.is_proportion else 0.0
     if 0 < abs(change) < noise:
-        text += f" Over {final['images']:,} test images, a change so small is within chance."
+        text += f" Over {final['images']:,} test {inputs}, a change so small is within chance."
     return text
 
 
@@ -105,7 +105,7 @@ def _times(before: float, after: float) -> str:
 
 
 def _deviation(accuracy: dict[str, Any]) -> float:
-    """The standard error of a share of right answers, from the number of images."""
+    """The standard error of a share of right answers, from the number of inputs."""
     share = value_in(accuracy)
     return math.sqrt(share * (1 - share) / accuracy["images"])
 
@@ -117,7 +117,7 @@ def _cards(run: Run) -> list[dict[str, str]]:
     reference, final = result["reference"]["accuracy"], result["accuracy"]
     name = run.scale.heading
     if reference and final:
-        cards.append(_card(name, shown(reference), shown(final), _note(reference, final)))
+        cards.append(_card(name, shown(reference), shown(final), _note(reference, final, run.inputs)))
     else:
         cards.append({"name": name, "missing": "not measured: no data was given"})
     sizes = result["parameters"]
@@ -133,9 +133,9 @@ def _cards(run: Run) -> list[dict[str, str]]:
     return cards
 
 
-def _note(reference: dict[str, Any], final: dict[str, Any]) -> str:
+def _note(reference: dict[str, Any], final: dict[str, Any], inputs: str) -> str:
     """The change in points, and how much of it may be chance."""
-    scale, count = scale_in(final), f"{final['images']:,} images"
+    scale, count = scale_in(final), f"{final['images']:,} {inputs}"
     change = _change(reference, final)
     if scale.is_proportion:
         return f"{change} points; ± {100 * _deviation(final):.2f} for {count}"

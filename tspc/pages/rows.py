@@ -37,8 +37,8 @@ _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
 class Row:
     """One run.
 
-    Accuracies are values of the metric with this `scale`. `judged` is the number of test images for each phase, and
-    `latency` is in ms.
+    Accuracies are values of the metric with this `scale`. `judged` is the number of test inputs for each phase, which
+    `inputs` names, and `latency` is in ms.
 
     `bits` is the width that was asked for. With `is_whole` nothing is decomposed: the run shows what rounding alone
     gives. `unit` says what the rate counts, parameters or bytes; `reached` is the rate reached, and `left` the share of
@@ -69,6 +69,7 @@ class Row:
     before: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     judged: dict[str, int] = field(default_factory=dict)
+    inputs: str = "images"
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
     scale: Scale = SCALES[TOP1]
 
@@ -118,6 +119,7 @@ def row_of(run: Run, page: Path) -> Row:
         "seed": run.identity.get("seed"),
         "error": run.error,
         "scale": run.scale,
+        "inputs": run.inputs,
     }
     result = run.result
     if result is None:
@@ -166,11 +168,11 @@ def differences_of(rows: list[Row]) -> dict[str, list[str]]:
 
 
 def judged_by(rows: list[Row]) -> dict[int, list[str]]:
-    """The phases by the number of test images that judged them; empty if the number is the same for all."""
+    """The phases by the number of test inputs that judged them; empty if the number is the same for all."""
     found: dict[int, list[str]] = {}
     for phase in NETWORK_PHASES:
-        for images in sorted({row.judged[phase] for row in rows if phase in row.judged}):
-            found.setdefault(images, []).append(phase)
+        for count in sorted({row.judged[phase] for row in rows if phase in row.judged}):
+            found.setdefault(count, []).append(phase)
     return found if len(found) > 1 else {}
 
 

@@ -141,6 +141,7 @@ def _layers(plan: Plan) -> Drawing:
     top.stairs([layer.size(unit) for layer in layers], edges, fill=True, color=SERIES[0], label="after")
     top.set_ylabel(unit)
     top.yaxis.set_major_formatter(_thousands() if unit == "parameters" else _of_bytes())
+    top.margins(y=0.2)  # room for the legend, also above the first layer
     top.legend(loc="upper left", ncols=2)
     top.set_xlim(-0.5, len(layers) - 0.5)
     if has_errors:
