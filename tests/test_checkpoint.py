@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 
@@ -56,6 +57,25 @@ def test_the_same_network_gives_the_same_bytes_every_time(tmp_path):
     assert len(files) == 1
     found = read_tensors(tmp_path / "a.safetensors")
     assert (found.header, set(found.names)) == ('{"format": 1}', set(state))
+
+
+def test_an_older_file_with_a_tied_weight_twice_loads_also_with_nan(tmp_path):
+    def network() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model[1].weight = model[0].weight
+        return model
+
+    model, path = network(), tmp_path / "model.safetensors"
+    with torch.no_grad():
+        model[0].weight[2, 3] = float("nan")
+    tspc.save(model, path)
+    file = read_tensors(path)
+    header = json.loads(file.header or "")
+    tensors = dict(file.tensors)
+    for name, first in header.pop("tied").items():
+        tensors[name] = tensors[first].clone()
+    write_tensors(path, tensors, json.dumps(header))
+    torch.testing.assert_close(tspc.load(path, network())[1].weight, model[0].weight, equal_nan=True)
 
 
 def test_tied_weights_are_saved(tmp_path):

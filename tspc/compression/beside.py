@@ -81,7 +81,7 @@ def has_narrow_bias(layer: nn.Module) -> bool:
     bias = getattr(layer, "bias", None)
     if not isinstance(bias, Tensor) or bias.element_size() == VECTOR_BYTES:
         return True
-    return _is_float32(bias) and (_fits(bias) or _bias_fits(layer))
+    return _is_float32(bias) and (_fits(bias) or (kind_of(layer) is not None and _bias_fits(layer)))
 
 
 def _bias_fits(layer: nn.Module) -> bool:
@@ -89,9 +89,10 @@ def _bias_fits(layer: nn.Module) -> bool:
 
     For very small numbers its steps are large. Compensation gives such numbers to a bias of zeros.
     """
-    bias = cast(Tensor, layer.bias)
-    rows = kernel_of(layer).detach().flatten(1).norm(dim=1)
-    return bias.is_meta or rows.is_meta or _fits(bias, float(rows.amax()))
+    bias, weight = (cast(Tensor, x) for x in (layer.bias, layer.weight))
+    if not weight.is_floating_point() or weight.layout != torch.strided or weight.is_meta:
+        return weight.is_meta
+    return _fits(bias, float(kernel_of(layer).detach().flatten(1).norm(dim=1).amax()))
 
 
 def is_narrow_whole(layer: nn.Module) -> bool:

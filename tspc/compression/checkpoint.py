@@ -173,11 +173,16 @@ def _fill_(model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], p
 def _check_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raises WeightsError if a parameter that several layers of the network share has several values in the file."""
     for name, first in tied_names(model).items():
-        if name in state and first in state and not torch.equal(state[name], state[first]):
+        if name in state and first in state and not _are_same(state[name], state[first]):
             raise WeightsError(
                 f"{shortened(first)} and {shortened(name)} are one parameter in the network given, but differ in the "
                 "file; pass the architecture that was compressed"
             )
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    same = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+    return one is other or (one.dtype == other.dtype and torch.allclose(one, other, **same))
 
 
 def _check_bases(layers: Iterable[str], model: nn.Module, state: Mapping[str, Tensor]) -> None:
