@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -65,6 +65,12 @@ class Inputs:
         for hook in hooks:
             hook.remove()
 
+    def take(self, other: Inputs) -> None:
+        """Adds what other layers see."""
+        self.squares |= other.squares
+        self.sizes |= other.sizes
+        self.counts |= other.counts
+
     def _add(self, name: str, x: Tensor, mask: Tensor | None) -> None:
         rows = x[mask] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, -2)
         if name not in self.squares:
@@ -103,9 +109,11 @@ def decomposed(
 
 
 def of_bytes(
-    model: nn.Module, layers: Collection[str], share: float, method: str, inputs: Inputs
+    model: nn.Module, layers: Collection[str], share: float, method: str, inputs: Inputs, widths: Sequence[int] = BITS
 ) -> Iterator[tuple[str, nn.Module]]:
     """Networks of at most `share` of the float32 bytes, each with what it is: its bits, and the rate of its layers.
+
+    `widths` are the bits that are tried for factors, and for tables.
 
     For `method` "rounding" the layers are not decomposed, and each row has a scale; only the most bits that fit are
     tried. Otherwise they get the rate that the bits leave; there is no network where that is 1 or more.
@@ -116,7 +124,7 @@ def of_bytes(
     whole = sum(value.numel() for value in model.parameters())
     fixed = SCALE * (whole - inside - looked_up + sum(len(table.weight) for table in tables.values()))
     widest = 0
-    for bits, table_bits in itertools.product(BITS, BITS):  # from many to few
+    for bits, table_bits in itertools.product(*(BITS if method == "rounding" else widths,) * 2):  # from many to few
         left = 32 * share * whole - fixed - table_bits * looked_up
         if method == "rounding":
             if bits * inside + SCALE * sum(map(len, weights)) > left or table_bits <= widest:

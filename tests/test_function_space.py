@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tspc.decompositions import METHODS, SVD, Decomposition, Metric, function_space
+from tspc.decompositions.dense import Dense
 from tspc.decompositions.function_space import refine, spectra
 
 SHAPES = [(12, 10, 3, 3), (8, 6, 3, 1), (14, 12, 1, 1), (20, 15)]
@@ -188,3 +189,34 @@ def test_the_scale_of_a_kernel_does_not_matter(name):
         for s in (1.0, 1e-6)
     ]
     assert errors[1] == pytest.approx(errors[0], rel=1e-2)
+
+
+def test_the_kernel_itself_is_exact_in_any_norm() -> None:
+    kernel = normal(30, 20).float()
+    metric = Metric(covariance(20, "singular").float(), torch.rand(30))
+    assert torch.equal(Dense().decompose(kernel, (), metric).tensors[0], kernel)
+
+
+def test_a_subspace_of_weighted_outputs() -> None:
+    """The weights of the outputs are a diagonal or its matrix; in a subspace both give the same norm."""
+    axes = METHODS["tt"]().axes((40, 6))
+    weights, basis = torch.rand(40, dtype=torch.float64) + 0.1, torch.linalg.qr(normal(40, 5)).Q
+    inputs = covariance(6, "full")
+    plain = Metric(inputs, weights.diag())
+    roots = Metric(inputs, weights).roots(axes)
+    found, wanted = (roots.whitened(metric, {"t": basis}).outputs for metric in (Metric(inputs, weights), plain))
+    assert found is not None
+    assert wanted is not None
+    torch.testing.assert_close(found, wanted)
+
+
+def test_many_outputs_need_no_square_matrix() -> None:
+    """200,000 tokens: their matrix would take 160 GB."""
+    shape = 200_000, 8, 3, 1
+    kernel = normal(*shape).float()
+    metric = Metric(covariance(24, "full").float(), torch.rand(shape[0])).sketch()
+    for name, rank in {"tk": (4, 4), "cp": (4,), "svd": (4,)}.items():
+        method = METHODS[name]().for_shape(shape)
+        factors = method.decompose(kernel, rank, metric)
+        lost = metric.squared((kernel - method.reconstruct(factors)).flatten(1))
+        assert lost < metric.squared(kernel.flatten(1))

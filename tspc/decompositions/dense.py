@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from tspc.decompositions.base import Decomposition
-from tspc.decompositions.kernels import Axes, Rank, Shape, kernel_dims
+from tspc.decompositions.kernels import Axes, Factors, Rank, Shape, kernel_dims
+from tspc.decompositions.metric import Metric
 from tspc.errors import DecompositionError
 
 
@@ -44,6 +45,10 @@ class Dense(Decomposition):
 
     def fit(self, weight: Tensor, rank: Rank) -> Sequence[Tensor]:
         return (weight.clone(),)
+
+    def decompose(self, weight: Tensor, rank: Rank, metric: Metric | None = None) -> Factors:
+        """The kernel itself, which has no error in any norm."""
+        return super().decompose(weight, rank)
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return ()

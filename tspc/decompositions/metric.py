@@ -177,14 +177,11 @@ class Roots:
             root = moved.get(mode, basis.new_ones(len(basis)))
             wide = basis.to(root)
             moved[mode] = root @ wide if root.ndim == 2 else root[:, None] * wide
-        outer = metric.outputs
-        if outer is not None and outer.ndim == 1 and any(mode in bases for mode in self._outputs):
-            outer = outer.diag()
         if isinstance(metric.inputs, Rows):
             inner = self._of_rows(metric.inputs, moved)
         else:
             inner = self._on_matrix(metric.inputs, self._inputs, moved)
-        return Metric(inner, None if outer is None else self._on_matrix(outer, self._outputs, moved))
+        return Metric(inner, None if metric.outputs is None else self._of_outputs(metric.outputs, moved))
 
     def whiten(self, weight: Tensor) -> Tensor:
         flat = multiplied(weight.flatten(1), (self._outputs, self._inputs), self._sizes, self._root)
@@ -208,6 +205,15 @@ class Roots:
             matrix = moved[mode].to(rows)
             shift = torch.kron(shift, matrix.mT @ matrix)
         return rows.mT @ rows + inputs.damping * shift
+
+    def _of_outputs(self, outputs: Tensor, moved: Mapping[str, Tensor]) -> Tensor:
+        """The weights of the outputs, with their modes multiplied by matrices."""
+        wide = [moved[mode] for mode in self._outputs if mode in moved and moved[mode].ndim == 2]
+        if outputs.ndim == 2 or not wide:
+            return self._on_matrix(outputs, self._outputs, moved)
+        # A subspace of many outputs, such as the tokens of a table: their whole matrix would be too large.
+        (basis,) = (matrix.to(outputs) for matrix in wide)
+        return basis.mT @ (outputs[:, None] * basis)
 
     def _on_matrix(self, matrix: Tensor, modes: tuple[str, ...], moved: Mapping[str, Tensor]) -> Tensor:
         if matrix.ndim == 1:  # a diagonal: both sides at once
