@@ -27,9 +27,9 @@ from tspc.training.confidence import Drop
 STEP, AHEAD = 0.88, 1.5
 """The ratio of sizes that follow each other, and how many steps before the size sought the sequence begins."""
 MAIN = 0.8
-"""The share of the level for the sequence; the rest is for one of larger networks, in case its first one fails."""
-LARGER = 8.0, 4.0, 2.0, 1.5, 1.2
-"""How much larger they are."""
+"""The share of the level for the sequence; the rest is for others of larger networks, in case its first one fails."""
+LARGER = (1.8, 1.25), (8.0, 4.0, 2.5)
+"""How much larger they are. The second of these sequences is for the case that the first network of the first fails."""
 FIRST_LOOK = 0.25, 0.2
 """A test looks first at this share of the inputs, and spends this share of its level on it."""
 HOPELESS = 1.5
@@ -186,11 +186,12 @@ class Search:
         """The last network that passes."""
         self.tried = {known: replace(one, drop=None) for known, one in self.tried.items()}
         start, main = self._through_a_known_size(share / STEP**AHEAD), MAIN
-        if self._least_p(self.inputs) > (1 - MAIN) / 2 * self.limit.level:
+        rest = (1 - MAIN) / len(LARGER)
+        if self._least_p(self.inputs) > rest / 2 * self.limit.level:
             start, main = 2 * start, 1.0  # there is nothing to divide
         best = self._last_of(self._sequence(start), main)
-        if best is None and main < 1.0:
-            best = self._last_of((min(times * start, 1.0) for times in LARGER), 1 - MAIN)
+        for sequence in LARGER if main < 1.0 else ():
+            best = best or self._last_of((min(times * start, 1.0) for times in sequence), rest)
         if best is None:
             tested = [one for one in self.tried.values() if one.passed is not None]
             raise InfeasibleDropError([self._refusal(max(tested, key=lambda one: one.share))])
