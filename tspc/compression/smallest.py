@@ -240,12 +240,12 @@ class Search:
         return bool(one.passed)
 
     def _refusal(self, one: Tried) -> str:
-        assert one.drop is not None
-        bound = math.ceil(100 * one.drop.bound(one.level)) / 100
+        drop = self.judge.drop(one.network, self.pilot, self.pilot + self.inputs)
+        bound = math.ceil(100 * drop.bound(one.level)) / 100
         return (
             f"max_drop={self.limit.drop:g} cannot be shown with confidence {1 - self.limit.level:g} on "
-            f"{one.drop.inputs:,} held-out inputs: the network at {one.share:.3g} of the bytes loses "
-            f"{one.drop.value:.2f} points, at most {bound:g}; give max_drop={bound:g}, or more inputs"
+            f"{drop.inputs:,} held-out inputs: the network at {one.share:.3g} of the bytes loses "
+            f"{drop.value:.2f} points, at most {bound:g}; give max_drop={bound:g}, or more inputs"
         )
 
     # Networks by size.

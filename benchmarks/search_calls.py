@@ -1,0 +1,73 @@
+"""Whole calls of the command: `max_drop=…` beside a size alone. ResNet-32, CIFAR-10 (JPEG), phase 0.
+
+    python -m benchmarks.search_calls --data CIFAR --weights resnet32.pt [--methods svd,auto --limits 0.5,1,2,5]
+
+Every call is a process of its own, with an empty output directory. It starts Python, reads the data, judges the
+reference and the result on the 10,000 test images, and writes its files. Without --seconds wall the seconds are those
+of the processor, so that other work on the machine does not count. Every call is kept in --out, and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import kept, machine, table
+
+SIZE = "0.1"
+"""Of the call that has a size."""
+
+
+def call(options: argparse.Namespace, method: str, goal: str) -> dict[str, Any]:
+    """The seconds of a call, and what it made."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = ["dataset=imagefolder", "dataset.name=cifar10_jpeg", "model=resnet32", "phase=[decompose]"]
+        given += [f"data_dir={Path(options.data).resolve()}", f"pretrained={Path(options.weights).resolve()}"]
+        given += [f"method={method}", goal, f"output_dir={folder}", f"seed={options.seed}"]
+        before, started = _processor(), time.monotonic()
+        threads = {"OMP_NUM_THREADS": str(options.threads)}
+        subprocess.run([sys.executable, "-m", "tspc", *given], check=True, env=os.environ | threads)
+        found = {"wall": time.monotonic() - started, "processor": _processor() - before}
+        (result,) = Path(folder).rglob("result.json")
+        return found | {"result": json.loads(result.read_text())}
+
+
+def _processor() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", required=True, help="CIFAR-10 with train/ and test/")
+    arguments.add_argument("--weights", required=True, help="the reference ResNet-32's weights")
+    arguments.add_argument("--methods", default="svd,auto")
+    arguments.add_argument("--limits", default="0.5,1,2,5")
+    arguments.add_argument("--seconds", choices=("processor", "wall"), default="processor")
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--out", default="outputs/search_calls")
+    options = arguments.parse_args()
+    rows = []
+    for method in options.methods.split(","):
+        goals = [f"size={SIZE}", *(f"max_drop={limit}" for limit in options.limits.split(",") if limit)]
+        for goal in goals:
+            make = lambda: call(options, method, goal)  # noqa: B023, E731
+            found = kept(Path(options.out), f"{method}-{goal}-{options.threads}", make)
+            seconds = found[options.seconds]
+            first = seconds if goal == goals[0] else first  # noqa: F821
+            rows.append([f"`{method}`", f"`{goal}`", f"{seconds:.0f}", f"{seconds / first:.2f}"])
+    print(f"\n{machine(options.seed)} {options.threads} threads; seconds: {options.seconds}.\n")
+    print(table(["method", "goal", "seconds of the call", "of the call with a size"], rows))
+
+
+if __name__ == "__main__":
+    main()
