@@ -6,6 +6,7 @@ All of them have the same seed of hashes; where that may matter, a test starts a
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -129,6 +130,7 @@ def main() -> None:
     for module in (*used_later, "tests.small", "tspc.cli", "tspc.run.pipeline"):
         importlib.import_module(module)
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays, and the new processes share its memory
     request, code = serve(), 0
     if request is not None:
         try:
