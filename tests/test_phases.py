@@ -20,7 +20,7 @@ from tspc.phases.refit import adapted_layers, refit_
 from tspc.training import Progress, evaluate
 from tspc.traversal.hooks import outputs_of
 
-DISTILLATION = Distillation(10, 25, 2e-3, images=200, held_out=0, evaluations=5)
+DISTILLATION = Distillation(4, 25, 2e-3, images=200, held_out=0, evaluations=5)
 
 
 def distance(model, reference, images):
