@@ -93,7 +93,9 @@ def test_a_speech_recogniser(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_your_own_task(tmp_path, monkeypatch, cli):
     (code,) = blocks("own_task.md")
-    (tmp_path / "mytask.py").write_text(code)
+    few, count = re.subn(r"range\((\d+)00\)", r"range(\g<1>0)", code)
+    assert count == 2
+    (tmp_path / "mytask.py").write_text(few)
     monkeypatch.syspath_prepend(str(tmp_path))
     command = re.search(r"^    tspc (.*?)\n\n", (DOCS / "own_task.md").read_text(), re.DOTALL | re.MULTILINE)
     assert command is not None
