@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from tests.forking import Forks
-from tests.quick import make_decompositions_quick, make_hydra_quick, make_onnx_quick
+from tests.quick import make_hydra_quick, make_onnx_quick
 
 SHARED = os.environ.get("TSPC_TEST_DATA")
 """A folder with data/ and weights/ for the tests on real weights; `.ci/run` sets it where there is one."""
@@ -198,5 +198,4 @@ def quick_packages() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         make_hydra_quick(patch)
         make_onnx_quick(patch)
-        make_decompositions_quick(patch)
         yield

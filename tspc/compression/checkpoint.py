@@ -21,7 +21,7 @@ from tspc.compression.header import (
     checked_header,
     method_of,
 )
-from tspc.compression.integers import factor_names, on_grids, with_integers, without_integers
+from tspc.compression.integers import is_repeated, on_grids, with_integers, without_integers
 from tspc.compression.pretrained import mend_save_pretrained_
 from tspc.errors import WeightsError, shortened
 from tspc.layers.chains import paths_of
@@ -83,8 +83,8 @@ def save(
 
 def _format(model: nn.Module, beside: dict[str, Any]) -> int:
     """The oldest format whose readers understand the file."""
-    shared = beside.get("tied", {}).keys()
-    if any(shared & set(factor_names(name, layer)) for name, layer in on_grids(model).items()):
+    tied = beside.get("tied", {})
+    if any(is_repeated(name, layer, tied) for name, layer in on_grids(model).items()):
         return FORMAT
     if any(layer.decomposition.has_basis for layer in tensorized_layers(model).values()):
         return FORMAT_OF_BASES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -33,9 +33,9 @@ def state_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, as a file holds them."""
     total, apart, tied = 0, set[str](), tied_names(model).keys()
     for layer_name, layer in on_grids(model).items():
-        names = factor_names(layer_name, layer)
+        names = _factor_names(layer_name, layer)
         apart |= set(names)
-        total += 0 if tied & set(names) else _layer_bytes(layer)
+        total += 0 if is_repeated(layer_name, layer, tied) else _layer_bytes(layer)
     if apart:
         total -= state_saved(model)
         apart |= _all_scales(model)
@@ -52,14 +52,14 @@ def with_integers(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     scales, tied = _all_scales(model), tied_names(model).keys()
     found = {name: value for name, value in tensors.items() if name not in scales}
     for layer_name, layer in on_grids(model).items():
-        parts, names = [], factor_names(layer_name, layer)
+        parts, names = [], _factor_names(layer_name, layer)
         for name, factor, grid in zip(names, layer.factor_tensors(), layer.grids, strict=True):
             found.pop(name, None)
             if not bool(factor.isfinite().all()):
                 raise WeightsError(f"{name} holds NaN or infinite values, which {layer.bits} bits cannot be")
             parts.append(grid.scales.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8))
             parts.append(packed(grid.integers(factor.detach()), layer.bits))
-        if not tied & set(names):
+        if not is_repeated(layer_name, layer, tied):
             found[f"{layer_name}.{ENTRY}"] = torch.cat(parts)
     return found
 
@@ -80,8 +80,8 @@ def without_integers(
     """For each factor its layer, and the name of its scales."""
     narrow = [(x, layer) for x, layer in layers.items() if isinstance(layer, TensorizedLayer) and layer.bits != FULL]
     for layer_name, layer in narrow:
-        names = factor_names(layer_name, layer)
-        if tied.keys() & set(names):
+        names = _factor_names(layer_name, layer)
+        if is_repeated(layer_name, layer, tied):
             continue
         dtype = FORMATS.get(str(header[layer_name].get("dtype", "float32")))
         data = found.pop(f"{layer_name}.{ENTRY}", None)
@@ -100,7 +100,7 @@ def without_integers(
             owners[name] = layer_name, scales_name
         found |= {name: x.contiguous() for name, x in zip(names, layer.as_parameters(values), strict=True)}
     for layer_name, layer in narrow:
-        names = factor_names(layer_name, layer)
+        names = _factor_names(layer_name, layer)
         for name, scales_name in zip(names, _scales(layer_name, layer), strict=True):
             if name in tied:
                 owner, first_scales = owners.get(tied[name], ("", ""))
@@ -135,10 +135,15 @@ def _split(data: Tensor, shape: tuple[int, ...], bits: int) -> tuple[Tensor, Ten
     return scales, unpacked(data[start:end], bits, entries), data[end:]
 
 
-def factor_names(layer_name: str, layer: TensorizedLayer) -> list[str]:
+def _factor_names(layer_name: str, layer: TensorizedLayer) -> list[str]:
     """The names of the factors' parameters in the network's state."""
     names = {id(parameter): name for name, parameter in layer.named_parameters()}
     return [f"{layer_name}.{names[id(parameter)]}" for parameter in layer.factor_parameters()]
+
+
+def is_repeated(layer_name: str, layer: TensorizedLayer, tied: Container[str]) -> bool:
+    """Whether the layer's factors are those of another one, under `tied` names: a file holds them once."""
+    return any(name in tied for name in _factor_names(layer_name, layer))
 
 
 def _all_scales(model: nn.Module) -> set[str]:
