@@ -130,7 +130,7 @@ def main() -> None:
     for found in cells:
         tops = [f"{found[phase]['top1'][0]:.2f} / {found[phase]['top1'][1]:.0f}" for phase in phases]
         seconds = f"{sum(found[phase]['seconds'] for phase in phases):.0f}"
-        rows.append([found["goal"], f"{found['share']:.3f}", *tops, seconds])
+        rows.append([found["goal"], f"{found['share']:.3f}" if "share" in found else "", *tops, seconds])
     print(table(["goal", "share of the bytes", *(f"{phase}: seen / unseen %" for phase in phases), "seconds"], rows))
 
 

@@ -58,12 +58,13 @@ def main() -> None:
     options = arguments.parse_args()
     rows = []
     for method in options.methods.split(","):
+        first = 0.0
         goals = [f"size={SIZE}", *(f"max_drop={limit}" for limit in options.limits.split(",") if limit)]
         for goal in goals:
             make = lambda: call(options, method, goal)  # noqa: B023, E731
-            found = kept(Path(options.out), f"{method}-{goal}-{options.threads}", make)
+            found = kept(Path(options.out), f"{method}-{goal}-threads{options.threads}-seed{options.seed}", make)
             seconds = found[options.seconds]
-            first = seconds if goal == goals[0] else first  # noqa: F821
+            first = first or seconds
             rows.append([f"`{method}`", f"`{goal}`", f"{seconds:.0f}", f"{seconds / first:.2f}"])
     print(f"\n{machine(options.seed)} {options.threads} threads; seconds: {options.seconds}.\n")
     print(table(["method", "goal", "seconds of the call", "of the call with a size"], rows))

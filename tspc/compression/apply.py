@@ -11,6 +11,7 @@ from torch import nn
 
 from tspc.calibration.recalibration import passes, recalibrate_
 from tspc.calibration.samples import Samples
+from tspc.calibration.tables import heads_of
 from tspc.compression.beside import narrow_beside_
 from tspc.compression.fits import Fits, OnLayer
 from tspc.compression.plan import LayerPlan, Plan
@@ -108,7 +109,8 @@ def _tensorized(
         samples.tally.total += passes(model, samples)
         tables = [layer for layer in plan.tensorized if layer.is_table]
         layers = [layer for layer in to_fit(model, plan, samples) if not layer.is_table]
-        survey = samples.survey(model, [layer.name for layer in layers], [layer.name for layer in tables])
+        names = [table.name for table in tables]
+        survey = samples.survey(model, [layer.name for layer in layers], [*names, *heads_of(model, names)])
         fits.to_counts(tables, samples, survey)
         fits.to_moments(layers, samples, survey)
         wide = [layer for layer in plan.tensorized if layer.name not in fits.done and not layer.is_table]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tspc.calibration.gathering import moments_of
 from tspc.calibration.samples import Part, Samples, Survey
 from tspc.calibration.sketches import sketches_of
-from tspc.calibration.tables import tables_of
+from tspc.calibration.tables import heads_of, tables_of
 from tspc.calibration.texts import is_encoder
 from tspc.compression.curve_sizes import estimated_ranks, fitted_ranks, is_estimated, is_wide, middle_rank
 from tspc.compression.error_curve import LEAST, ErrorCurve
@@ -64,6 +64,7 @@ def error_curves(
     curves: dict[str, Sequence[ErrorCurve]] = {}
     waiting = [layer for layer in layers if layer.reason is None]
     later = [layer.name for layer in layers if layer.compensates or layer in waiting]
+    later += heads_of(model, [layer.name for layer in waiting if layer.is_table])
     called = [layer.name for layer in waiting if not layer.is_table]
     check_values(model)
     survey = None if samples is None else samples.survey(model, called, later)

@@ -186,11 +186,12 @@ class Search:
         """The last network that passes."""
         self.tried = {known: replace(one, drop=None) for known, one in self.tried.items()}
         start, main = self._through_a_known_size(share / STEP**AHEAD), MAIN
-        rest = (1 - MAIN) / len(LARGER)
+        larger = LARGER if LARGER[0][0] * start < 1 else LARGER[:1]  # no second sequence from the whole network on
+        rest = (1 - MAIN) / len(larger)
         if self._least_p(self.inputs) > rest / 2 * self.limit.level:
             start, main = 2 * start, 1.0  # there is nothing to divide
         best = self._last_of(self._sequence(start), main)
-        for sequence in LARGER if main < 1.0 else ():
+        for sequence in larger if main < 1.0 else ():
             best = best or self._last_of((min(times * start, 1.0) for times in sequence), rest)
         if best is None:
             tested = [one for one in self.tried.values() if one.passed is not None]
@@ -241,7 +242,8 @@ class Search:
 
     def _refusal(self, one: Tried) -> str:
         drop = self.judge.drop(one.network, self.pilot, self.pilot + self.inputs)
-        bound = math.ceil(100 * drop.bound(one.level)) / 100
+        # With the limit that it names, a part of the level may go to a first look.
+        bound = math.ceil(100 * drop.bound((1 - FIRST_LOOK[1]) * one.level)) / 100
         return (
             f"max_drop={self.limit.drop:g} cannot be shown with confidence {1 - self.limit.level:g} on "
             f"{drop.inputs:,} held-out inputs: the network at {one.share:.3g} of the bytes loses "
