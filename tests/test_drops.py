@@ -151,6 +151,21 @@ def test_a_limit_out_of_reach_names_the_nearest_one():
         search_of(Judge(lambda share: 0.05), Limit(2.0, 0.05)).run()
     nearest = float(str(caught.value).split("give max_drop=")[1].split(",")[0])
     assert 5.0 < nearest < 7.0
+    assert search_of(Judge(lambda share: 0.05), Limit(nearest, 0.05)).run().passed
+
+
+def test_no_network_is_tested_twice_where_hardly_anything_may_change():
+    tested = []
+
+    class Counting(Judge):
+        def drop(self, network, start, stop):
+            tested.append((round(network.share, 3), start, stop))
+            return super().drop(network, start, stop)
+
+    with pytest.raises(ConfigError, match="cannot be shown"):
+        search_of(Counting(lambda share: 0.02 / share**2.2, 5000), Limit(1.0, 0.05)).run()
+    whole = [stop for share, start, stop in tested if share == 1.0 and start > 0]
+    assert len(whole) <= 3  # two looks, and one for the advice
 
 
 def test_a_size_beside_it_is_kept_or_refused():

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 import tspc
 from tspc.calibration.samples import Calibration, Samples
-from tspc.calibration.tables import tables_of
+from tspc.calibration.tables import in_sum, tables_of
+from tspc.compression.curves import error_curves
 from tspc.compression.integers import state_bytes
-from tspc.decompositions import TensorTrain
+from tspc.compression.outline import outline
+from tspc.compression.settings import PlanSettings
+from tspc.decompositions import Metric, TensorTrain
 from tspc.deploy.folding import plain
 from tspc.errors import WeightsError
 from tspc.layers.forms import LowRankTable, tensorized_layers
@@ -184,3 +187,34 @@ def test_a_language_model_of_transformers_generates_and_stays_tied(tmp_path):
     assert torch.equal(loaded(IDS).logits, result(IDS).logits)
     words = loaded.generate(IDS[:2, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(words, result.generate(IDS[:2, :4], max_new_tokens=4, do_sample=False, pad_token_id=0))
+
+
+def test_a_shared_table_weighs_what_both_of_its_uses_lose():
+    """The squares of weights add up. The output layer alone also knows how its outputs vary together, so it has less."""
+
+    def weights(tied: bool) -> dict[str, float]:
+        model = speaker(tied)
+        with torch.no_grad():
+            model.head.weight.copy_(model.words.weight)
+        asked = PlanSettings.of("svd", size="0.3")
+        layers = outline(model, asked).layers
+        with Samples(IDS, SETTINGS) as samples:
+            curves = error_curves(model, layers, asked.method, samples, widths=asked.widths)
+        return {name: found[0].weight for name, found in curves.items()}
+
+    apart, together = weights(False), weights(True)
+    both = apart["words"] ** 2 + apart["head"] ** 2
+    assert 0.8 * both < together["words"] ** 2 < 3 * both
+    assert apart["head"] > 3 * apart["words"]
+
+
+def test_two_norms_as_one():
+    generator = torch.Generator().manual_seed(0)
+    kernel, rows = torch.randn(30, 6, generator=generator), torch.randn(50, 6, generator=generator)
+    one = Metric(torch.eye(6), torch.full((30,), 1 / 30))
+    other = Metric(rows.T @ rows, torch.rand(30, generator=generator))
+    found = in_sum(one, other, kernel)
+    assert found.squared(kernel) == pytest.approx(one.squared(kernel) + other.squared(kernel), rel=1e-5)
+    for seed in range(5):
+        error = torch.randn(30, 6, generator=torch.Generator().manual_seed(seed))
+        assert found.squared(error) == pytest.approx(one.squared(error) + other.squared(error), rel=0.3)

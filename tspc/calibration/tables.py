@@ -49,7 +49,7 @@ def tables_of(
                 metric = _mean(metric, Metric(inputs, metric.outputs), kernel)
             else:
                 outputs = (weights if weights.ndim == 1 else weights.diagonal()).to(kernel)
-                metric = _sum(metric, Metric(inputs, outputs), kernel)
+                metric = in_sum(metric, Metric(inputs, outputs), kernel)
         yield name, Sketch(kernel, metric)
 
 
@@ -69,7 +69,7 @@ def _mean(one: Metric, other: Metric, kernel: Tensor) -> Metric:
     return Metric((of_rows + of_heads * (sizes[0] / sizes[1])) / 2, one.outputs)
 
 
-def _sum(one: Metric, other: Metric, kernel: Tensor) -> Metric:
+def in_sum(one: Metric, other: Metric, kernel: Tensor) -> Metric:
     """A norm whose square is about the sum of both squares, and that for the kernel itself. Outputs are diagonals."""
     sizes = one.squared(kernel), other.squared(kernel)
     if min(sizes) <= 0:
