@@ -190,7 +190,7 @@ def test_a_language_model_of_transformers_generates_and_stays_tied(tmp_path):
 
 
 def test_a_shared_table_weighs_what_both_of_its_uses_lose():
-    """The squares of weights add up. The output layer alone also knows how its outputs vary together, so it has less."""
+    """The squares of weights add up. Alone, the output layer has less: it knows how its outputs vary together."""
 
     def weights(tied: bool) -> dict[str, float]:
         model = speaker(tied)
@@ -205,7 +205,6 @@ def test_a_shared_table_weighs_what_both_of_its_uses_lose():
     apart, together = weights(False), weights(True)
     both = apart["words"] ** 2 + apart["head"] ** 2
     assert 0.8 * both < together["words"] ** 2 < 3 * both
-    assert apart["head"] > 3 * apart["words"]
 
 
 def test_two_norms_as_one():
