@@ -113,3 +113,12 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, task, forks)
     run = Path("outputs") / task / network / "svd-0.4/seed0"
     forks.load(f"transformers.models.{network}.modeling_{network}")
     survives(tmp_path, command, run, int(os.environ.get("TSPC_TEST_KILLED", "1")), forks)
+
+
+def test_a_network_with_few_positions_names_the_length_that_it_takes(cli, tmp_path):
+    write(tmp_path / "texts", "language_modelling")
+    command = ("task=language_modelling", *NETWORKS["language_modelling"], "data_dir=texts", *QUICK)
+    code, _, err = cli(*command, "dataset.length=65")
+    assert code == 1
+    assert "it takes 64 tokens at most: set dataset.length=64" in err
+    assert "Traceback" not in err

@@ -182,7 +182,7 @@ def _announce(planning: Planning, config: Config, display: Display) -> None:
     elif settings.target_error is not None:
         goal = f"{dense:,} {sketch.unit} to an output error of {settings.target_error:g}"
     elif settings.decomposes:
-        goal = f"at most {sketch.budget(sketch.rate):,} of {dense:,} {sketch.unit}"
+        goal = f"at most {sketch.budget(sketch.rate):,} of their {dense:,} {sketch.unit}"
     else:
         goal = f"whole kernels in {settings.bits} bits"
     display.line(f"plan       {settings.method.name}, {len(chosen)} of {len(sketch.layers)} layers: {goal}")

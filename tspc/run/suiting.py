@@ -48,13 +48,25 @@ def _answer(model: nn.Module, inputs: Given, spec: NetworkSpec) -> Tensor:
             output = called(model, inputs)
         except Exception as error:  # the network may be the user's own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ConfigError([f"{spec.name} cannot take the data set's inputs, {_shown(inputs)}: {reason}"]) from error
+            told = (
+                f"{spec.name} cannot take the data set's inputs, {_shown(inputs)}: {reason}{_of_length(model, inputs)}"
+            )
+            raise ConfigError([told]) from error
     answer = answer_of(output)
     if answer is None or not answer.ndim:
         raise ConfigError(
             [f"{spec.name} answers with {type(output).__name__}, in which there is no tensor to learn from"]
         )
     return answer
+
+
+def _of_length(model: nn.Module, inputs: Given) -> str:
+    """What to do if a network of transformers has fewer positions than the inputs have tokens."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    is_text = isinstance(inputs, ModelInputs) and inputs.first.ndim == 2 and not inputs.first.is_floating_point()
+    if not isinstance(most, int) or not is_text or inputs.first.shape[1] <= most:
+        return ""
+    return f"; it takes {most} tokens at most: set dataset.length={most}"
 
 
 def _check_order(model: nn.Module, inputs: Given, answer: Tensor, spec: NetworkSpec) -> None:
