@@ -64,8 +64,8 @@ def _of_length(model: nn.Module, inputs: Given) -> str:
     """What to do if a network of transformers has fewer positions than the inputs have tokens."""
     configs = [getattr(module, "config", None) for module in model.modules()]
     most = next((n for n in (getattr(each, "max_position_embeddings", None) for each in configs) if n), None)
-    is_text = isinstance(inputs, ModelInputs) and inputs.first.ndim == 2 and not inputs.first.is_floating_point()
-    if not isinstance(most, int) or not is_text or inputs.first.shape[1] <= most:
+    tokens = inputs.first if isinstance(inputs, ModelInputs) else None
+    if not isinstance(most, int) or tokens is None or tokens.ndim != 2 or tokens.shape[1] <= most:
         return ""
     return f"; it takes {most} tokens at most: set dataset.length={most}"
 
