@@ -113,18 +113,17 @@ def of_bytes(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Networks of at most `share` of the float32 bytes, each with what it is: its bits, and the rate of its layers.
 
-    `widths` are the bits that are tried for factors, and for tables.
-
     For `method` "rounding" the layers are not decomposed, and each row has a scale; only the most bits that fit are
-    tried. Otherwise they get the rate that the bits leave; there is no network where that is 1 or more.
+    tried. Otherwise factors and tables have one of the `widths` each, and the layers get the rate that these leave;
+    there is no network where that is 1 or more.
     """
     weights = [cast(Tensor, model.get_submodule(name).weight) for name in layers]
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     inside, looked_up = (sum(x.numel() for x in some) for some in (weights, [x.weight for x in tables.values()]))
     whole = sum(value.numel() for value in model.parameters())
     fixed = SCALE * (whole - inside - looked_up + sum(len(table.weight) for table in tables.values()))
-    widest = 0
-    for bits, table_bits in itertools.product(*(BITS if method == "rounding" else widths,) * 2):  # from many to few
+    widest, widths = 0, BITS if method == "rounding" else widths
+    for bits, table_bits in itertools.product(widths, widths):  # from many to few
         left = 32 * share * whole - fixed - table_bits * looked_up
         if method == "rounding":
             if bits * inside + SCALE * sum(map(len, weights)) > left or table_bits <= widest:

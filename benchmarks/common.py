@@ -67,17 +67,22 @@ def kept_rows(
         yield name, goal, kept(out, file, lambda make=make, bench=bench: make(bench))
 
 
-def cifar_config(options: argparse.Namespace, *overrides: str) -> Config:
-    """The settings of a run from the pretrained ResNet-32."""
-    given = [
+def cifar_overrides(options: argparse.Namespace, folder: str | Path) -> list[str]:
+    """What the command is given for runs from the pretrained ResNet-32, in this output directory."""
+    return [
         "dataset=imagefolder",
         "dataset.name=cifar10_jpeg",
         "model=resnet32",
         f"data_dir={options.data}",
         f"pretrained={options.weights}",
         f"seed={options.seed}",
-        f"output_dir={options.out}",
+        f"output_dir={folder}",
     ]
+
+
+def cifar_config(options: argparse.Namespace, *overrides: str) -> Config:
+    """The settings of a run from the pretrained ResNet-32."""
+    given = cifar_overrides(options, options.out)
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         return read_config(compose("config", [*given, *overrides]))
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import cifar_reference, kept, machine, table
+from benchmarks.common import cifar_reference, kept, machine, parser, table
 from tspc.calibration import Calibration
 from tspc.calibration.samples import Samples
 from tspc.compression.apply import tensorized
@@ -155,16 +155,13 @@ def _split(batches: Any) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", required=True, help="CIFAR-10 with train/ and test/")
-    arguments.add_argument("--weights", required=True, help="the reference ResNet-32's weights")
+    arguments = parser(__doc__)
+    arguments.set_defaults(out="outputs/max_drop")
     arguments.add_argument("--method", default="auto")
     arguments.add_argument("--limits", default="0.5,1,2,5")
     arguments.add_argument("--confidence", type=float, default=0.95)
     arguments.add_argument("--repetitions", default="0-19", help="the first and the last")
     arguments.add_argument("--held-out", choices=("training", "fresh"), default="training")
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--out", default="outputs/max_drop")
     options = arguments.parse_args()
     bench = Bench(options)
     first, last = map(int, options.repetitions.split("-"))

@@ -10,34 +10,30 @@ of the processor, so that other work on the machine does not count. Every call i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import kept, machine, table
+from benchmarks.common import cifar_overrides, kept, machine, parser, table
 
 SIZE = "0.1"
 """Of the call that has a size."""
 
 
 def call(options: argparse.Namespace, method: str, goal: str) -> dict[str, Any]:
-    """The seconds of a call, and what it made."""
+    """The seconds of a call."""
     with tempfile.TemporaryDirectory() as folder:
-        given = ["dataset=imagefolder", "dataset.name=cifar10_jpeg", "model=resnet32", "phase=[decompose]"]
-        given += [f"data_dir={Path(options.data).resolve()}", f"pretrained={Path(options.weights).resolve()}"]
-        given += [f"method={method}", goal, f"output_dir={folder}", f"seed={options.seed}"]
-        before, started = _processor(), time.monotonic()
+        given = [*cifar_overrides(options, folder), "phase=[decompose]", f"method={method}", goal]
         threads = {"OMP_NUM_THREADS": str(options.threads)}
+        before, started = _processor(), time.monotonic()
         subprocess.run([sys.executable, "-m", "tspc", *given], check=True, env=os.environ | threads)
-        found = {"wall": time.monotonic() - started, "processor": _processor() - before}
-        (result,) = Path(folder).rglob("result.json")
-        return found | {"result": json.loads(result.read_text())}
+        return {"wall": time.monotonic() - started, "processor": _processor() - before}
 
 
 def _processor() -> float:
@@ -46,23 +42,20 @@ def _processor() -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", required=True, help="CIFAR-10 with train/ and test/")
-    arguments.add_argument("--weights", required=True, help="the reference ResNet-32's weights")
+    arguments = parser(__doc__)
+    arguments.set_defaults(out="outputs/search_calls")
     arguments.add_argument("--methods", default="svd,auto")
     arguments.add_argument("--limits", default="0.5,1,2,5")
     arguments.add_argument("--seconds", choices=("processor", "wall"), default="processor")
     arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--out", default="outputs/search_calls")
     options = arguments.parse_args()
     rows = []
     for method in options.methods.split(","):
         first = 0.0
         goals = [f"size={SIZE}", *(f"max_drop={limit}" for limit in options.limits.split(",") if limit)]
         for goal in goals:
-            make = lambda: call(options, method, goal)  # noqa: B023, E731
-            found = kept(Path(options.out), f"{method}-{goal}-threads{options.threads}-seed{options.seed}", make)
+            name = f"{method}-{goal}-threads{options.threads}-seed{options.seed}"
+            found = kept(Path(options.out), name, partial(call, options, method, goal))
             seconds = found[options.seconds]
             first = first or seconds
             rows.append([f"`{method}`", f"`{goal}`", f"{seconds:.0f}", f"{seconds / first:.2f}"])

@@ -245,12 +245,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Callab
         for method in METHODS:
             yield f"{method}-{rate}", NAMES[method], f"rate {rate}", lambda b, m=method, r=rate: b.baseline(m, float(r))
         for key, own in ours:
-            yield (
-                f"{key}-{rate}",
-                NAMES[key],
-                f"rate {rate}",
-                lambda b, m=own, r=rate: b.ours(m, float(r)),
-            )
+            yield f"{key}-{rate}", NAMES[key], f"rate {rate}", lambda b, m=own, r=rate: b.ours(m, float(r))
     for size in filter(None, options.sizes.split(",")):
         for method in ("rounding", *METHODS):
             key, make = f"{method}-size-{size}", lambda b, m=method, s=size: b.baseline_of_bytes(m, float(s))

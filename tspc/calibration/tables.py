@@ -44,11 +44,11 @@ def tables_of(
         weights = torch.ones_like(kernel[0]) if weights is None else weights.to(kernel)
         metric = Metric(weights.diag() if weights.ndim == 1 else weights, frequencies / frequencies.sum())
         for head in (head for head, table in heads.items() if table == name and head in moments_of_heads):
-            inputs, weights = moments_of_heads[head].to(kernel), survey.weights(head)
-            if weights is None:
+            inputs, outputs = moments_of_heads[head].to(kernel), survey.weights(head)
+            if outputs is None:
                 metric = _mean(metric, Metric(inputs, metric.outputs), kernel)
             else:
-                outputs = (weights if weights.ndim == 1 else weights.diagonal()).to(kernel)
+                outputs = (outputs if outputs.ndim == 1 else outputs.diagonal()).to(kernel)
                 metric = in_sum(metric, Metric(inputs, outputs), kernel)
         yield name, Sketch(kernel, metric)
 

@@ -181,7 +181,8 @@ class Roots:
             inner = self._of_rows(metric.inputs, moved)
         else:
             inner = self._on_matrix(metric.inputs, self._inputs, moved)
-        return Metric(inner, None if metric.outputs is None else self._of_outputs(metric.outputs, moved))
+        outer = metric.outputs
+        return Metric(inner, None if outer is None else self._on_matrix(outer, self._outputs, moved))
 
     def whiten(self, weight: Tensor) -> Tensor:
         flat = multiplied(weight.flatten(1), (self._outputs, self._inputs), self._sizes, self._root)
@@ -206,20 +207,15 @@ class Roots:
             shift = torch.kron(shift, matrix.mT @ matrix)
         return rows.mT @ rows + inputs.damping * shift
 
-    def _of_outputs(self, outputs: Tensor, moved: Mapping[str, Tensor]) -> Tensor:
-        """The weights of the outputs, with their modes multiplied by matrices."""
-        wide = [moved[mode] for mode in self._outputs if mode in moved and moved[mode].ndim == 2]
-        if outputs.ndim == 2 or not wide:
-            return self._on_matrix(outputs, self._outputs, moved)
-        # A subspace of many outputs, such as the tokens of a table: their whole matrix would be too large.
-        (basis,) = (matrix.to(outputs) for matrix in wide)
-        return basis.mT @ (outputs[:, None] * basis)
-
     def _on_matrix(self, matrix: Tensor, modes: tuple[str, ...], moved: Mapping[str, Tensor]) -> Tensor:
-        if matrix.ndim == 1:  # a diagonal: both sides at once
-            squares = {mode: moved[mode].square() for mode in modes if mode in moved}
-            return multiplied(matrix, (modes,), self._sizes, squares)
-        return multiplied(matrix, (modes, modes), self._sizes, moved)
+        if matrix.ndim == 2:
+            return multiplied(matrix, (modes, modes), self._sizes, moved)
+        bases = [moved[mode].to(matrix) for mode in modes if mode in moved and moved[mode].ndim == 2]
+        if bases:  # of many outputs, such as the tokens of a table: their whole matrix would be too large
+            (basis,) = bases
+            return basis.mT @ (matrix[:, None] * basis)
+        squares = {mode: moved[mode].square() for mode in modes if mode in moved}  # a diagonal: both sides at once
+        return multiplied(matrix, (modes,), self._sizes, squares)
 
 
 def _marginals(matrix: Tensor | Rows, modes: Mapping[str, int]) -> dict[str, Tensor]:
