@@ -190,6 +190,22 @@ def test_a_misspelt_key_in_a_file_is_found(cli, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("finetune.epochs=5", "phase.finetune.epochs"),
+        ("phases.finetune.epochs=5", "phase.finetune.epochs"),
+        ("samples=64", "calibration.samples"),
+        ("images=64", "phase.distill.images or contract.images"),
+        ("rate.x=1", "rate"),
+    ],
+)
+def test_a_key_without_its_group_is_found(cli, argument, meant):
+    code, _, err = cli(argument)
+    assert code == 1
+    assert f"tspc: {argument.split('=')[0]} is not a setting; did you mean {meant}? known here: dataset, model," in err
+
+
 def test_weights_that_do_not_fit(cli, tmp_path):
     torch.save(tspc.models.NetworkSpec("builtin", "resnet8", 7, 1).build().state_dict(), tmp_path / "seven.pt")
     code, _, err = cli("pretrained=seven.pt")

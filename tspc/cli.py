@@ -11,6 +11,7 @@ import shlex
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -230,10 +231,20 @@ def _unknown_key(key: str) -> str:
             node = hydra.compose("config")
     if parent.startswith("phase.") and parent.split(".")[1] not in node.phase:
         return f"{key} has no effect: the phases asked for are {', '.join(node.phase)}; leave it out"
-    for part in filter(None, parent.split(".")):
-        node = node.get(part) or {}
     if name in ("kwargs", "options") or parent.endswith(("kwargs", "options")):
         return f"{key} has no such entry yet; a new one is added with +, as in +model.kwargs.NAME=VALUE"
-    near = difflib.get_close_matches(name, list(node), n=1)
-    hint = f"did you mean {parent}{dot}{near[0]}? " if near else ""
-    return f"{key} is not a setting; {hint}known here: {', '.join(node) or 'nothing'}"
+    ends = f".{key.removeprefix('phases.')}"
+    hint = " or ".join(path for path in _paths(node) if path.endswith(ends))
+    while parent and not isinstance(OmegaConf.select(node, parent), DictConfig):
+        parent, dot, name = parent.rpartition(".")
+    known = list(OmegaConf.select(node, parent) if parent else node)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = hint or (f"{parent}{dot}{near[0]}" if near else "")
+    return f"{key} is not a setting; {f'did you mean {hint}? ' if hint else ''}known here: {', '.join(known)}"
+
+
+def _paths(node: DictConfig, start: str = "") -> Iterator[str]:
+    """The full names of all settings."""
+    for name in map(str, node):
+        below = node._get_node(name)
+        yield from _paths(below, f"{start}{name}.") if isinstance(below, DictConfig) else [f"{start}{name}"]
