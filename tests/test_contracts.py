@@ -87,6 +87,23 @@ def test_after_a_training_other_images_judge_and_later_runs_learn(cli, tmp_path)
     assert len(json.loads(known.read_text())) == 2
 
 
+@pytest.mark.parametrize(
+    ("limit", "dense_now", "now", "blames_the_machine"),
+    [
+        ("latency=8ms", 0.012, 0.0095, True),
+        ("latency=8ms", 0.0104, 0.0095, False),
+        ("latency=8ms", 0.012, 0.0079, False),
+        ("speedup=1.25", 0.012, 0.0119, False),
+    ],
+)
+def test_a_machine_that_became_slower_is_named(limit, dense_now, now, blames_the_machine):
+    promise = {"limit": limit, "runtime": "eager", "batch": 1, "threads": 1, "dense_seconds": 0.01, "seconds": 0.0078}
+    dense, small = ({"median": seconds, "p95": seconds} for seconds in (dense_now, now))
+    goal = contract._of_time(promise, {"dense": dense, "compressed": small, "kept": now <= 0.0084})
+    said = "the dense network takes 20 % more than at the promise, so the machine is slower now"
+    assert (said in goal.measured) == blames_the_machine
+
+
 def test_what_training_gave_back():
     settings = PlanSettings.of("svd", max_drop=1.0)
     known = judging.Judging(settings, None, True, [(10.0, 5.0), (1.0, 0.1), (0.0, 1.0)])
