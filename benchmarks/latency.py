@@ -60,7 +60,7 @@ def run(name: str, runtime: str, fraction: float, options: argparse.Namespace) -
     model, curves = network(name, options.method, options.seed)
     x = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(options.seed))
     terms: dict[str, Any] = {"runtime": runtime, "threads": options.threads, "seconds": options.seconds}
-    start = PlanSettings.of(options.method, **terms)
+    start = PlanSettings.of(options.method, speedup=1 / fraction, **terms)
     dense = Stopwatch(model, x, place_of(start, model), options.seconds).dense_seconds
     result = attempt(model, curves, x, fraction, dense, terms, options)
     if "nearest" in result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,15 @@ def test_batch_norms_are_left_in_eval_mode(batch_norm):
     small = compress(resnet(), "tt", 0.3, calibration=images(), settings=Calibration(batch_norm=batch_norm))
     assert not any(module.training for module in small.modules())
     assert all(torch.isfinite(value).all() for value in small.state_dict().values())
+
+
+def test_where_nothing_is_tensorized_nothing_changes():
+    model = resnet()
+    with Samples(images(40), Calibration(batch_size=8)) as samples:
+        made = plan(model, "svd", 0.3, calibration=samples)
+        dense = replace(made, layers=tuple(replace(layer, method=None, rank=None) for layer in made.layers))
+        small, _ = tensorized(model, dense, samples)
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_a_single_image_and_a_dead_channel():

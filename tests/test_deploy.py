@@ -108,6 +108,13 @@ def test_the_network_is_left_as_it_was(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_half_precision_may_differ_by_its_roundings(tmp_path):
+    model = network().half()
+    assert export(model, tmp_path / "half.pt2", IMAGES.half()).relative < 2e-3
+    with pytest.raises(ExportError, match="above the tolerance of 1e-12; a larger tolerance allows that"):
+        export(network(), tmp_path / "net.onnx", IMAGES, tolerance=1e-12)
+
+
 class Two(nn.Module):
     """Two inputs, a tuple of answers."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.small import CPU, context_of
-from tspc.errors import ConfigError, TspcError
+from tspc.errors import ConfigError, DataError, TspcError
 from tspc.phases.agreement import keep_better_
 from tspc.phases.finetune import Finetuning, finetune
 from tspc.run.config import read_config
@@ -164,6 +164,16 @@ def test_what_a_function_returns_is_checked(returned, told):
 
     with pytest.raises(ConfigError, match=rf"metric=tests.*wrong {told}.*returns a number, higher is better"):
         score(wrong)
+
+
+@pytest.mark.parametrize("name", ["top1", "top5", "perplexity"])
+def test_targets_that_are_no_numbers_of_classes_are_refused(name):
+    one_hot = [(inputs, torch.eye(6)[labels]) for inputs, labels in batches()]
+    with pytest.raises(DataError, match=rf"metric={name} needs .*shape \(3,\); they have shape \(3, 6\), .*argmax"):
+        measure(METRICS[name], SMALL, one_hot, CPU, REFERENCE)
+    pairs = [(inputs, labels.unsqueeze(1)) for inputs, labels in batches()]
+    with pytest.raises(DataError, match=r"they have shape \(3, 1\), torch.int64$"):
+        measure(METRICS[name], SMALL, pairs, CPU, REFERENCE)
 
 
 def test_a_function_that_fails_or_is_missing_is_told():

@@ -214,6 +214,8 @@ IDLE = {
     "phase.finetune.temperature=2 phase.finetune.distillation=0": "phase.finetune.distillation=0",
     "phase.finetune.label_smoothing=0.1 phase.finetune.distillation=1": "phase.finetune.distillation=1",
     "calibration.damping=0.1 calibration.samples=0": "calibration.samples=0",
+    "contract.images=500 rate=0.1": "max_drop=null",
+    "contract.batch=4 max_drop=1": "latency=null and speedup=null",
     "+dataset.resize=64": "images that are all kept in memory",
     "+dataset.in_memory=false": "dataset digits",
 }

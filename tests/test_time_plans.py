@@ -17,6 +17,7 @@ from tspc.compression.planning import plan
 from tspc.compression.settings import PlanSettings
 from tspc.errors import ConfigError, InfeasibleTimeError, UntimedError
 from tspc.layers.chains import CHAIN, REBUILT
+from tspc.run import contract
 
 REST, FACTOR = 0.5, 1.4
 """The fake network: seconds beside its layers, as a share of theirs, and how much longer layers take inside it."""
@@ -219,3 +220,20 @@ def test_networks_are_timed_in_turns_in_the_runtimes():
 def test_wrong_limits_are_told(options, message):
     with pytest.raises(ConfigError, match=message):
         planned(**options)
+
+
+@pytest.mark.parametrize(
+    ("limit", "dense_now", "now", "blames_the_machine"),
+    [
+        ("latency=8ms", 0.012, 0.0095, True),
+        ("latency=8ms", 0.0104, 0.0095, False),
+        ("latency=8ms", 0.012, 0.0079, False),
+        ("speedup=1.25", 0.012, 0.0119, False),
+    ],
+)
+def test_a_machine_that_became_slower_is_named(limit, dense_now, now, blames_the_machine):
+    promise = {"limit": limit, "runtime": "eager", "batch": 1, "threads": 1, "dense_seconds": 0.01, "seconds": 0.0078}
+    dense, small = ({"median": seconds, "p95": seconds} for seconds in (dense_now, now))
+    goal = contract._of_time(promise, {"dense": dense, "compressed": small, "kept": now <= 0.0084})
+    said = "the dense network takes 20 % more than at the promise, so the machine is slower now"
+    assert (said in goal.measured) == blames_the_machine

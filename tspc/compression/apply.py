@@ -130,8 +130,8 @@ def _tensorized(
 def to_fit(model: nn.Module, plan: Plan, samples: Samples | None) -> list[LayerPlan]:
     """The layers that get another kernel: the tensorized ones, and dense ones that correct the errors before them.
 
-    The kernel of the latter must be their own parameter.
+    The kernel of the latter must be their own parameter. If nothing is tensorized there are no errors to correct.
     """
-    corrects = samples is not None and samples.settings.compensate
+    corrects = samples is not None and samples.settings.compensate and plan.tensorized
     dense = [layer for layer in plan.layers if corrects and layer.method is None and layer.compensates]
     return [*plan.tensorized, *(layer for layer in dense if why_dense(model.get_submodule(layer.name)) is None)]

@@ -75,6 +75,8 @@ def compress(
         return smallest(model, asked, held_out=held_out, metric=metric, on_layer=on_layer, **shared).network
     if held_out is not None:
         raise ConfigError(["held_out has an effect only with max_drop; leave it out"])
+    if metric != "top1":
+        raise ConfigError([f"metric={metric_of(metric).name} has an effect only with max_drop; leave it out"])
     require_sizes(model)
     small = copied(model)
     originals = unpack_(small)
@@ -142,8 +144,10 @@ def smallest(
     require_sizes(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     judge = HeldOut(model, judged, *reader_of(held_out, device, model, judged.needs_labels), device)
-    judge.check(asked.max_drop, pilot_of(judge.count))
     sketch = outline(model, asked, filter_fn)
+    limit = limit_of(asked, sketch)
+    limit.check(judge.count, judge.has_counts)
+    judge.check(asked.max_drop, pilot_of(judge.count))
     with kept(calibration, settings, model) as samples:
         curves = error_curves(model, sketch.layers, asked.method, samples, widths=asked.widths, on_layer=on_layer)
         example = shown_by(model, samples, example)
@@ -153,7 +157,7 @@ def smallest(
         make = lambda plan: tensorized(model, plan, samples)  # noqa: E731
         untimed = replace(sketch, settings=replace(asked, latency=None, speedup=None))
         expected = lambda share: planned(model, at_share(untimed, share), curves, example).output_error  # noqa: E731
-        search = Search(plan_at, make, judge, limit_of(asked, sketch), sketch.smallest_rate, say, expected)
+        search = Search(plan_at, make, judge, limit, sketch.smallest_rate, say, expected)
         found = fastest.run(search, plan_in)
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in found.network.named_modules():
@@ -162,7 +166,7 @@ def smallest(
 
 
 def at_share(sketch: Outline, share: float) -> Outline:
-    """The outline for a size as a share of the float32 bytes, in the place of a limit on the drop."""
+    """The outline for a size as a share of the network's bytes, in the place of a limit on the drop."""
     settings = replace(sketch.settings, rate=None, target_error=None, max_drop=None, size=f"{share:.10g}")
     return replace(sketch, settings=settings)
 

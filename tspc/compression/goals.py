@@ -53,6 +53,14 @@ class Terms:
         }
         return out_of_range(self, where, allowed)
 
+    @staticmethod
+    def idle(goals: Mapping[str, Any], times_paths: bool) -> dict[str, str]:
+        """The terms that have no effect with these goals, each with the reason; paths may be timed without a goal."""
+        found = {} if goals.get(DROP) is not None else dict.fromkeys(("confidence", "images"), f"{DROP}=null")
+        if not times_paths and all(goals.get(key) is None for key in TIMES):
+            found |= dict.fromkeys(("batch", "threads", "seconds"), " and ".join(f"{key}=null" for key in TIMES))
+        return found
+
     def of(self, goals: Mapping[str, Any]) -> dict[str, Any]:
         """The terms that have an effect on these goals, as plain data."""
         used = ("confidence", "images") if goals.get(DROP) is not None else ()

@@ -25,7 +25,7 @@ MARGIN = 0.2
 class Limit:
     """The largest drop in points, the level (one minus the confidence), and the number of inputs that test, if given.
 
-    The network may have at most `share` of the float32 bytes. With `is_trained` it will be trained further, so nothing
+    The network may have at most `share` of its bytes before. With `is_trained` it will be trained further, so nothing
     is tested now. `given_back` tells the drop after this training from the drop before it.
     """
 

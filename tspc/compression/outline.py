@@ -155,7 +155,10 @@ def outline(model: nn.Module, settings: PlanSettings, filter_fn: FilterFn | None
     selected = select(model, settings.selection, filter_fn, settings.widths, settings.ranks_tables)
     layers = tuple(_smaller(layer, settings) for layer in selected)
     if all(layer.reason is not None for layer in layers):
-        why = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no Conv2d or Linear"
+        why = (
+            "; ".join(f"{layer.name or 'the network itself'}: {layer.reason}" for layer in layers)
+            or "it has no Conv2d or Linear"
+        )
         raise ConfigError([f"the network has no layer to tensorize ({why})"])
     modules = dict(model.named_modules())
     kept = _kept(model, layers, settings)

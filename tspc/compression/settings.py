@@ -82,7 +82,7 @@ class PlanSettings:
     - `target_error`, in the place of the rate, in (0, 1]: the plan has the smallest rate at which the root mean square
       of the layers' output errors is expected to be at most this.
     - `size`, in the place of the rate: the largest size of the whole network, as "500kB", "2MB" or "100000B", or as a
-      share of its float32 numbers, in (0, 1]. Scales, biases and norms count, too.
+      share of the bytes of its numbers before, in (0, 1]. Scales, biases and norms count, too.
     - `max_drop`: the smallest network, in bytes, that loses at most this many points of the metric on held-out images.
       It is found by `tspc.compress`; a plan alone cannot know it.
     - `latency`: the longest time of a batch in the `runtime`, as "8ms" or "500us"; or `speedup`, how many times as fast
@@ -95,7 +95,7 @@ class PlanSettings:
       too: to the same width, or with "auto" to 8 bits where a rule keeps them dense. The first convolution and the last
       layer then share the budget, as whole kernels. So do tables of embeddings, if the budget counts bytes; they are
       rounded like dense layers.
-    - `rate_unit`: what the rate counts: "parameters", or "bytes", compared with float32.
+    - `rate_unit`: what the rate counts: "parameters", or "bytes".
     - `allocation`: "global" spends the budget where it lowers the error most, and may keep layers dense; "uniform"
       gives every layer the same rate. If a layer's share is too small for the smallest rank, the layer takes this rank,
       and the other layers get less.
@@ -161,6 +161,9 @@ class PlanSettings:
             given[group] = dataclasses.replace(options.get(group, getattr(start, group)), **chosen)
         made = dataclasses.replace(start, **given)
         problems += made.problems("") + made.terms.problems("")
+        idle = made.terms.idle(vars(made), made.objective == "latency")
+        given_idle = [key for key in idle if key in options]
+        problems += [f"{key}={shown(options[key])} has no effect with {idle[key]}; leave it out" for key in given_idle]
         if problems:
             raise ConfigError(problems)
         return made

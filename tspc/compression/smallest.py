@@ -65,7 +65,7 @@ class Judge(Protocol):
 
 @dataclass
 class Tried:
-    """A network that was made, at a size as a share of the float32 bytes, and what it loses.
+    """A network that was made, at a size as a share of the bytes before, and what it loses.
 
     `expected` is the root mean square of the layers' expected errors. `passed` is None if nothing was tested.
     """

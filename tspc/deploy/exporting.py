@@ -40,6 +40,8 @@ ENDINGS = {INT8: "int8.onnx"} | {name: name for name in FORMATS}
 """The formats and the endings of their files; longer endings first."""
 RUNTIMES_OF = {"onnx": "ONNX Runtime", INT8: "ONNX Runtime", "pt2": "torch.export", "safetensors": None}
 """What a file is run with; None if it needs a network that loads it."""
+ROUNDINGS = 4
+"""The answers of a file may differ by so many roundings of the network's number format."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def export(
     the tolerance. `calibration` are batches of inputs that show the ranges of its activations; by default `inputs`.
 
     Raises ExportError if the network cannot take the inputs or be traced, if the file cannot be run, or if its answers
-    differ by more than `tolerance`, relative to the network's largest answer. An older file of this name is then kept.
+    differ by more than `tolerance`, relative to the network's largest answer; in bfloat16 or float16 by more than four
+    roundings, if that is more. An older file of this name is then kept.
     Raises ConfigError if packages are missing. Of several processes only the first one keeps its file.
     """
     path = Path(path)
@@ -119,7 +122,10 @@ class Exporter:
         tolerance: float,
         calibration: Sequence[Call] | None = None,
     ) -> None:
-        self.model, self.tolerance, self.signature = on_cpu(model), tolerance, Signature.of(model, inputs)
+        self.model, self.signature = on_cpu(model), Signature.of(model, inputs)
+        self.precision = _precision(self.model)
+        number = torch.finfo(getattr(torch, self.precision))
+        self.tolerance = max(tolerance, ROUNDINGS * number.eps if number.bits < 32 else 0.0)
         given = tuple(x.cpu() for x in self.signature.tensors(inputs))
         self.inputs = long_enough(self.model, given, self.signature)
         self.calibration = [self.inputs] if calibration is None else list(map(self.signature.tensors, calibration))
@@ -144,7 +150,7 @@ class Exporter:
         def write(temporary: Path) -> None:
             tolerance = math.inf if format == INT8 else self.tolerance
             difference, relative = self._checked(getattr(self, f"_write_{format}")(temporary), path, tolerance)
-            size, precision = temporary.stat().st_size, INT8 if format == INT8 else _precision(self.model)
+            size, precision = temporary.stat().st_size, INT8 if format == INT8 else self.precision
             tried, how = len(self.inputs[0]), self._int8 if format == INT8 else None
             found.append(
                 Exported(format, path.name, size, difference, relative, tried, RUNTIMES_OF[format], precision, how)
@@ -209,7 +215,8 @@ class Exporter:
             try:
                 given = answer(inputs)
             except Exception as error:  # a runtime's own family
-                raise ExportError(f"{refused}: it cannot be run: {first_line(error)}") from error
+                hint = "" if self.precision == "float32" else f"; the network is in {self.precision}: try float32"
+                raise ExportError(f"{refused}: it cannot be run: {first_line(error)}{hint}") from error
             shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, given)]
             if shapes[0] != shapes[1]:
                 raise ExportError(f"{refused}: it answers with shapes {shapes[1]}, the network {shapes[0]}")
@@ -222,7 +229,7 @@ class Exporter:
         if not relative <= tolerance:
             raise ExportError(
                 f"{refused}: its answers differ from the network's by {difference:.3g}, {relative:.3g} "
-                f"of the largest, above the tolerance of {tolerance:g}"
+                f"of the largest, above the tolerance of {tolerance:g}; a larger tolerance allows that"
             )
         return difference, relative
 

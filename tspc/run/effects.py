@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from tspc.compression.goals import Terms
 from tspc.data import KINDS_IN_FOLDERS
 from tspc.phases.table import NETWORK_PHASES
 from tspc.system.bounds import shown
@@ -34,6 +35,9 @@ def _idle(raw: dict[str, Any]) -> Iterable[tuple[str, str]]:
             yield f"{recipe}.epochs", f"{recipe}.steps={shown(_at(raw, f'{recipe}.steps'))}"
         if recipe != "phase.distill" and _at(raw, f"{recipe}.held_out") in (0, None):
             yield f"{recipe}.evaluations", f"{recipe}.held_out=0"
+    # The plan phase times layers in a runtime that is named, without a goal.
+    times_paths = _at(raw, "objective") == "latency" or _at(raw, "phase.plan") is not None
+    yield from ((f"contract.{key}", reason) for key, reason in Terms.idle(raw, times_paths).items())
     yield from _idle_of_finetuning(raw)
     yield from _idle_of_task(raw)
     if _at(raw, "dataset.kind") not in KINDS_IN_FOLDERS:

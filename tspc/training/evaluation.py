@@ -91,7 +91,7 @@ def measure(
     (`Metric.share_of`). The modes of the networks are restored. `num_classes` is what the targets know of.
 
     Raises ConfigError if the metric lacks a reference, if the answers do not suit it, or if a user's function fails or
-    returns something else than numbers; TspcError if the result is not finite.
+    returns something else than numbers; DataError if the targets do not; TspcError if the result is not finite.
     """
     with evaluating(model), nullcontext() if reference is None else evaluating(reference):
         if metric.function is not None:

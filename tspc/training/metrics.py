@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from tspc.errors import ConfigError, shortened
+from tspc.errors import ConfigError, DataError, shortened
 from tspc.store.scores import SCALES, Scale, record_of, scale_of
 from tspc.system.imports import named
 from tspc.system.processes import ALONE, Share
@@ -92,6 +92,16 @@ class Again:
         yield from self._read()
 
 
+def _classes(name: str, answer: Tensor, targets: Tensor) -> Tensor:
+    """The targets, if they are numbers of classes for answers (N, C, …). Raises DataError for anything else."""
+    due = (len(answer), *answer.shape[2:])
+    if tuple(targets.shape) == due:
+        return targets
+    remedy = "; one-hot targets become numbers by argmax(1)" if targets.shape == answer.shape else ""
+    found = f"they have shape {tuple(targets.shape)}, {targets.dtype}"
+    raise DataError(f"metric={name} needs the number of a class for each target, shape {due}; {found}{remedy}")
+
+
 def right_among(answer: Tensor, labels: Tensor, most: int) -> Tensor:
     """1 for each input whose label is among the `most` largest of the answers (N, C), else 0."""
     # One choice for both numbers of a network, so that equal answers are told apart in the same way.
@@ -112,7 +122,7 @@ def _cosine(answer: Tensor, targets: Tensor, wanted: Tensor | None) -> Tensor:
 
 def _cross_entropy(answer: Tensor, targets: Tensor, wanted: Tensor | None) -> Tensor:
     """The mean over the positions of an input; positions with the target -100 do not count."""
-    losses = F.cross_entropy(answer.float(), targets, reduction="none")
+    losses = F.cross_entropy(answer.float(), _classes("perplexity", answer, targets), reduction="none")
     counted = (targets != -100).float()
     return _rows(losses).sum(1) / _rows(counted).sum(1).clamp(min=1)
 
@@ -138,13 +148,13 @@ def _built_in(name: str, each: Each, needs_reference: bool = False) -> Metric:
     return Metric(**vars(SCALES[name]), each=each, needs_reference=needs_reference, needs_labels=not needs_reference)
 
 
-TOP1 = _built_in("top1", lambda answer, targets, _: right_among(answer, targets, 1))
+TOP1 = _built_in("top1", lambda answer, targets, _: right_among(answer, _classes("top1", answer, targets), 1))
 AGREEMENT = _built_in("agreement", _agreement, needs_reference=True)
 METRICS = {
     metric.name: metric
     for metric in (
         TOP1,
-        _built_in("top5", lambda answer, targets, _: right_among(answer, targets, 5)),
+        _built_in("top5", lambda answer, targets, _: right_among(answer, _classes("top5", answer, targets), 5)),
         AGREEMENT,
         _built_in("cosine", _cosine, needs_reference=True),
         _built_in("perplexity", _cross_entropy),
