@@ -12,8 +12,9 @@ from torch import nn
 
 from tspc.deploy.exporting import INT8
 from tspc.deploy.int8 import Int8, write_int8
-from tspc.deploy.programs import on_cpu, onnx_program, traced
+from tspc.deploy.programs import on_cpu, traced
 from tspc.deploy.signature import Call, Inputs, Signature
+from tspc.deploy.stored_integers import write_onnx
 from tspc.errors import ExportError
 
 
@@ -63,8 +64,9 @@ class Graphs:
     def _plain(self, side: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
-            program = traced(on_cpu(self.networks[side]), self._inputs, self.signature)
-            onnx_program(program, self._inputs, self.signature).save(str(path), external_data=False)
+            network = on_cpu(self.networks[side])
+            program = traced(network, self._inputs, self.signature)
+            write_onnx(network, program, self._inputs, self.signature, path)
             return path.read_bytes()
 
     @torch.no_grad()
