@@ -74,7 +74,7 @@ def _store_integers_(graph: Any, known: list[Rows]) -> None:
 
     for name, value in list(graph.initializers.items()) if known else ():
         constant = value.const_value
-        if constant is None or constant.dtype != ir.DataType.FLOAT or constant.size < LEAST:
+        if constant is None or constant.dtype != ir.DataType.FLOAT or constant.size < LEAST or value.is_graph_output():
             continue
         values = torch.from_numpy(constant.numpy().copy())
         ways = (values, values.T) if values.ndim == 2 else (values,)
