@@ -197,7 +197,7 @@ def test_verify_says_kept_or_broken(monkeypatch):
 
 def test_networks_are_timed_in_turns_in_the_runtimes():
     model = Net().eval()
-    made = planned(rate=0.3, allocation="uniform")
+    made = plan(model, "svd", rate=0.3, allocation="uniform")
     for runtime in ("eager", "onnx"):
         watch = Stopwatch(model, images(1), Place(runtime, 2), 0.01)
         assert watch.inputs[0].shape[0] == 2
