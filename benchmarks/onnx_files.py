@@ -24,7 +24,8 @@ from benchmarks.common import calibration_images, cifar_reference, machine, pars
 from tspc.compression.integers import state_bytes
 from tspc.data import Data
 from tspc.deploy.exporting import Exporter
-from tspc.deploy.programs import onnx_program, onnx_session, run_session
+from tspc.deploy.onnx_programs import onnx_program
+from tspc.deploy.programs import onnx_session, run_session
 from tspc.deploy.runtimes import Answering
 from tspc.deploy.timing import turns
 from tspc.training import accuracy

@@ -253,6 +253,7 @@ def test_terms_without_their_goal_are_refused(options, reason):
     with pytest.raises(ConfigError, match=f"{first}={value} has no effect with {reason}; leave it out"):
         PlanSettings.of("svd", **options)
     assert PlanSettings.of("svd", objective="latency", batch=4).terms.batch == 4
+    assert PlanSettings.of("svd", 0.5, threads=None, confidence=0.95).rate == 0.5, "defaults that are passed on"
 
 
 @pytest.mark.slow

@@ -174,6 +174,13 @@ def test_targets_that_are_no_numbers_of_classes_are_refused(name):
     pairs = [(inputs, labels.unsqueeze(1)) for inputs, labels in batches()]
     with pytest.raises(DataError, match=r"they have shape \(3, 1\), torch.int64$"):
         measure(METRICS[name], SMALL, pairs, CPU, REFERENCE)
+    if name == "perplexity":
+        for labels, told in (
+            (LABELS.float(), r"they are torch.float32$"),
+            (LABELS + 1, "a target is 6, .* 6 classes"),
+        ):
+            with pytest.raises(DataError, match=told):
+                measure(METRICS[name], SMALL, batches(labels), CPU, REFERENCE)
 
 
 def test_a_function_that_fails_or_is_missing_is_told():

@@ -14,6 +14,7 @@ from torch import nn
 import tspc
 from tspc.compression.integers import state_bytes
 from tspc.deploy.exporting import Exporter
+from tspc.deploy.onnx_programs import onnx_program
 from tspc.layers.forms import tensorized_layers
 
 IMAGES = torch.randn(3, 4, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -67,6 +68,29 @@ def test_a_file_is_as_small_as_the_network(tmp_path, build, inputs, bits):
     graph = dense.bytes - 4 * sum(p.numel() for p in model.parameters())
     assert done.bytes <= state_bytes(small) + 2 * graph + 12_000  # with the nodes that compute the numbers
     assert sum(kinds(tmp_path / "small.onnx")["FLOAT"]) < 0.1 * sum(kinds(tmp_path / "dense.onnx")["FLOAT"])
+
+
+@pytest.mark.parametrize("method", ["svd", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_permuted_kernels_and_other_number_formats(tmp_path, method, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.ConvTranspose2d(4, 24, 3, bias=False), nn.BatchNorm2d(24), nn.ReLU()),
+        *(nn.ConvTranspose2d(24, 40, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 30)),
+    )
+    model = model.eval().to(dtype)
+    small = tspc.compress(model, method, bits="4", **({"rate": 0.5} if method == "svd" else {"size": 0.99})).eval()
+    sides = {}
+    for name, network in (("dense", model), ("small", small)):
+        exporter = Exporter(network, IMAGES.to(dtype), 1e-4)
+        made = onnx_program(exporter.program, exporter.inputs, exporter.signature, exporter.model)
+        made.save(str(tmp_path / f"{name}.onnx"), external_data=False)
+        sides[name] = kinds(tmp_path / f"{name}.onnx")
+        if dtype == torch.float32:  # which the runtime knows
+            assert exporter.write(tmp_path / "tried.onnx", "onnx").relative < 1e-5
+    onnx.checker.check_model(str(tmp_path / "small.onnx"), full_check=True)
+    left = {kind: sum(counts) for kind, counts in sides["small"].items() if kind in ("FLOAT", "FLOAT16", "DOUBLE")}
+    assert sum(left.values()) < 0.2 * sum(map(sum, sides["dense"].values()))
 
 
 def test_a_runtime_computes_the_numbers_once(tmp_path):

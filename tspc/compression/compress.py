@@ -75,7 +75,7 @@ def compress(
         return smallest(model, asked, held_out=held_out, metric=metric, on_layer=on_layer, **shared).network
     if held_out is not None:
         raise ConfigError(["held_out has an effect only with max_drop; leave it out"])
-    if metric != "top1":
+    if metric_of(metric).name != "top1":
         raise ConfigError([f"metric={metric_of(metric).name} has an effect only with max_drop; leave it out"])
     require_sizes(model)
     small = copied(model)

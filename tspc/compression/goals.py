@@ -101,7 +101,7 @@ def wrong_goals(settings: Any) -> list[str]:
     if settings.size is not None and bytes_or_share(settings.size) is None:
         found.append(
             f"size={settings.size}: expected a number with a unit, as in 500kB, 2MB or 100000B, or a share of "
-            "the float32 network above 0 and at most 1"
+            "the network's bytes above 0 and at most 1"
         )
     if settings.latency is not None and seconds_of(settings.latency) is None:
         found.append(f"latency={settings.latency}: expected a time with a unit, as in 8ms, 500us or 0.1s")

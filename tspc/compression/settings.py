@@ -162,7 +162,7 @@ class PlanSettings:
         made = dataclasses.replace(start, **given)
         problems += made.problems("") + made.terms.problems("")
         idle = made.terms.idle(vars(made), made.objective == "latency")
-        given_idle = [key for key in idle if key in options]
+        given_idle = [key for key in idle if key in options and options[key] != getattr(USUAL_TERMS, key)]
         problems += [f"{key}={shown(options[key])} has no effect with {idle[key]}; leave it out" for key in given_idle]
         if problems:
             raise ConfigError(problems)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tspc.deploy.int8 import Int8, write_int8
+from tspc.deploy.onnx_programs import write_onnx
 from tspc.deploy.programs import first_line, flat, has_free_lengths, long_enough, on_cpu, take, traced
 from tspc.deploy.runtimes import Answer, opened
 from tspc.deploy.signature import Call, Inputs, Signature
-from tspc.deploy.stored_integers import write_onnx
 from tspc.errors import ExportError, TspcWarning
 from tspc.layers.forms import tensorized_layers
 from tspc.models.weights import load_state

@@ -12,9 +12,9 @@ from torch import nn
 
 from tspc.deploy.exporting import INT8
 from tspc.deploy.int8 import Int8, write_int8
+from tspc.deploy.onnx_programs import write_onnx
 from tspc.deploy.programs import on_cpu, traced
 from tspc.deploy.signature import Call, Inputs, Signature
-from tspc.deploy.stored_integers import write_onnx
 from tspc.errors import ExportError
 
 

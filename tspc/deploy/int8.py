@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from tspc.deploy.programs import Inputs, first_line, onnx_session, quiet, run_session
-from tspc.deploy.stored_integers import rows_on_grids, signed_scales
 from tspc.errors import ExportError
+from tspc.layers.forms import tensorized_layers
 
 OPERATORS = (
     *(
@@ -48,6 +48,8 @@ LOST = 0.01
 """Share of images with another class than in float32, above which the first and the last layer stay in float32."""
 FAR = 0.05
 """The same for answers that are no classes: the relative error."""
+SAME = 1e-4
+"""Largest difference of a weight from a grid, relative to its row. Half a step of 8 bits is forty times as much."""
 
 
 @dataclass(frozen=True)
@@ -239,16 +241,39 @@ def _overrides(graph: Any, model: nn.Module) -> dict[str, list[dict[str, Any]]]:
     """For each weight on a grid of the network the scale of each channel, as the quantizer takes it."""
     from onnx import numpy_helper
 
-    known = [grid for grid in rows_on_grids(model) if grid.bits <= 8]
+    known = _rows_on_grids(model)
     found: dict[str, list[dict[str, Any]]] = {}
     for node, weight in _weighted(graph):
         axis = _axis(node, weight)
         rows = torch.from_numpy(numpy_helper.to_array(weight).copy()).movedim(axis, 0).flatten(1).double()
-        options = (signed_scales(rows, grid) for grid in known if grid.integers.shape == rows.shape)
+        options = (_scales_of(rows, *each) for each in known if each[0].shape == rows.shape)
         scales = next((option for option in options if option is not None), None)
         if scales is not None:
             found[weight.name] = [
-                {"axis": axis, "scale": np.float32(abs(scale) or 1.0), "zero_point": np.int8(0)}
-                for scale in scales.tolist()
+                {"axis": axis, "scale": np.float32(scale), "zero_point": np.int8(0)} for scale in scales.tolist()
             ]
     return found
+
+
+def _rows_on_grids(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The factors on grids of at most 8 bits: values (rows × entries of a row) and the scale of each row."""
+    found = []
+    for layer in tensorized_layers(model).values():
+        for factor, grid in zip(layer.factor_tensors(), layer.grids, strict=False):  # none with 32 bits
+            if grid.bits <= 8:
+                values = grid.rounded(factor.detach()).cpu().flatten(1).double()
+                found.append((values, grid.scales.detach().cpu().double().expand(len(values))))
+    return found
+
+
+def _scales_of(rows: Tensor, values: Tensor, scales: Tensor) -> Tensor | None:
+    """The scales of `rows` if each is a multiple of a row of `values`, which has these scales; else None.
+
+    A batch norm that was folded into the weight has multiplied its rows.
+    """
+    sizes = values.square().sum(1)
+    shares = torch.where(sizes > 0, (rows * values).sum(1) / sizes.clamp_min(1e-300), 1.0)
+    far = (rows - shares[:, None] * values).abs().amax(1)
+    if not bool((far <= SAME * rows.abs().amax(1)).all()):
+        return None
+    return torch.where(shares == 0, 1.0, shares.abs()) * scales

@@ -6,7 +6,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,12 @@ from tspc.layers.forms import tensorized_layers
 from tspc.traversal.copying import copied
 from tspc.traversal.hooks import hooked
 
-PROTOBUF_LIMIT = 2**31 - 2**24
-"""The largest number of bytes of weights in an ONNX file, with some room for the graph."""
-
 PACKED = (
     "a layer gets a PackedSequence, whose sizes are values of the inputs and unknown in a graph; "
     "give the layer padded tensors, and leave padded positions out of its outputs by a mask"
 )
-PROJECTION = "weight_hr_l"
-"""How the names of an LSTM's projections begin."""
-
 EXPORTERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 """The loggers of the libraries that write files."""
-
-FOLDED = 1024
-"""The largest number of bytes of a computed constant in an ONNX file."""
 
 
 def as_inputs(inputs: Tensor | Inputs) -> Inputs:
@@ -167,70 +158,6 @@ def _takes_fewer(model: nn.Module, inputs: Inputs, signature: Signature) -> bool
 def _as_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A value for each argument of `forward`. `*inputs` is one argument, a tuple, and `**named` one, a dict."""
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-
-
-def onnx_program(program: ExportedProgram, inputs: Inputs, signature: Signature | None = None) -> Any:
-    """`program` as ONNX operators. Its inputs have the names of the network's arguments, or `input`, `input1`, ….
-
-    Where the network answers with a dict, the outputs have its keys.
-
-    Raises ExportError if it has an operator that ONNX lacks, or too many weights.
-    """
-    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
-    if size > PROTOBUF_LIMIT:
-        raise ExportError(f"{size:,} bytes of weights are more than one ONNX file can hold; export to pt2 instead")
-    if any(name.rpartition(".")[2].startswith(PROJECTION) for name in program.state_dict):
-        raise ExportError("ONNX has no LSTM with projections (proj_size); export to pt2 instead")
-    from onnxscript import optimizer
-
-    signature = signature or Signature(len(inputs))
-    args, kwargs = signature.arguments(inputs)
-    shapes = tuple(signature.shapes(inputs, has_free_lengths(program, signature, inputs)))
-    try:
-        with quiet(*EXPORTERS):
-            made: Any = torch.onnx.export(
-                program,
-                args,
-                kwargs=kwargs or None,
-                verbose=False,
-                input_names=signature.input_names,
-                dynamic_shapes=shapes,
-                optimize=False,
-            )
-            # Kernels stay factors in the file; a runtime contracts them once, when it loads it.
-            optimizer.optimize_ir(made.model, output_size_limit=FOLDED)
-    except Exception as error:  # torch.onnx's own family, onnxscript's, onnx-ir's
-        raise ExportError(f"the network cannot be written as ONNX: {first_line(error)}") from error
-    for node in made.model.graph.all_nodes():
-        node.metadata_props.clear()  # stack traces, with paths of this machine
-    _name_outputs_(made.model.graph, output_names(program))
-    return made
-
-
-def output_names(program: ExportedProgram) -> list[str]:
-    """For each tensor in a network's answer its key in a dict, with numbers if there are several; "" without keys."""
-    nodes = program.graph_signature.user_outputs
-    form = program.call_spec.out_spec
-    assert form is not None
-    given = [torch.tensor(place) if isinstance(node, str) else None for place, node in enumerate(nodes)]
-    answer = pytree.tree_unflatten(given, form)
-    if not isinstance(answer, Mapping):
-        return ["" for _ in flat(answer)]
-    found = {str(name): len(flat(value)) for name, value in answer.items()}
-    return [name if count == 1 else f"{name}_{i}" for name, count in found.items() for i in range(count)]
-
-
-def _name_outputs_(graph: Any, names: list[str]) -> None:
-    """Gives the outputs of an ONNX graph these names, unless something else in it has one of them."""
-    nodes = list(graph.all_nodes())
-    taken = {value.name for value in (*graph.inputs, *(value for node in nodes for value in node.outputs))}
-    taken |= set(graph.initializers)
-    outputs = list(graph.outputs)
-    is_own = len(set(map(id, outputs))) == len(names) and not set(map(id, outputs)) & set(map(id, graph.inputs))
-    for output, name in zip(outputs, names, strict=True) if is_own else ():
-        if name and name not in taken:
-            output.name = name
-            taken.add(name)
 
 
 def onnx_session(

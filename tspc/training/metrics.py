@@ -95,11 +95,24 @@ class Again:
 def _classes(name: str, answer: Tensor, targets: Tensor) -> Tensor:
     """The targets, if they are numbers of classes for answers (N, C, …). Raises DataError for anything else."""
     due = (len(answer), *answer.shape[2:])
-    if tuple(targets.shape) == due:
-        return targets
-    remedy = "; one-hot targets become numbers by argmax(1)" if targets.shape == answer.shape else ""
-    found = f"they have shape {tuple(targets.shape)}, {targets.dtype}"
-    raise DataError(f"metric={name} needs the number of a class for each target, shape {due}; {found}{remedy}")
+    if tuple(targets.shape) != due:
+        remedy = "; one-hot targets become numbers by argmax(1)" if targets.shape == answer.shape else ""
+        found = f"they have shape {tuple(targets.shape)}, {targets.dtype}"
+        raise DataError(f"metric={name} needs the number of a class for each target, shape {due}; {found}{remedy}")
+    return targets
+
+
+def _known_classes(answer: Tensor, targets: Tensor) -> Tensor:
+    """The same for perplexity, whose targets must be whole numbers of classes that are there; -100 does not count."""
+    targets = _classes("perplexity", answer, targets)
+    if targets.is_floating_point():
+        raise DataError(f"metric=perplexity needs whole numbers of classes as targets; they are {targets.dtype}")
+    wrong = targets[(targets != -100) & ((targets < 0) | (targets >= answer.shape[1]))]
+    if len(wrong):
+        raise DataError(
+            f"metric=perplexity: a target is {int(wrong[0])}, and the answers have {answer.shape[1]} classes"
+        )
+    return targets
 
 
 def right_among(answer: Tensor, labels: Tensor, most: int) -> Tensor:
@@ -122,7 +135,7 @@ def _cosine(answer: Tensor, targets: Tensor, wanted: Tensor | None) -> Tensor:
 
 def _cross_entropy(answer: Tensor, targets: Tensor, wanted: Tensor | None) -> Tensor:
     """The mean over the positions of an input; positions with the target -100 do not count."""
-    losses = F.cross_entropy(answer.float(), _classes("perplexity", answer, targets), reduction="none")
+    losses = F.cross_entropy(answer.float(), _known_classes(answer, targets), reduction="none")
     counted = (targets != -100).float()
     return _rows(losses).sum(1) / _rows(counted).sum(1).clamp(min=1)
 
