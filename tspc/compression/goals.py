@@ -56,7 +56,8 @@ class Terms:
     @staticmethod
     def idle(goals: Mapping[str, Any], times_paths: bool) -> dict[str, str]:
         """The terms that have no effect with these goals, each with the reason; paths may be timed without a goal."""
-        found = {} if goals.get(DROP) is not None else dict.fromkeys(("confidence", "images"), f"{DROP}=null")
+        is_judged = goals.get(DROP) is not None
+        found: dict[str, str] = {} if is_judged else dict.fromkeys(("confidence", "images"), f"{DROP}=null")
         if not times_paths and all(goals.get(key) is None for key in TIMES):
             found |= dict.fromkeys(("batch", "threads", "seconds"), " and ".join(f"{key}=null" for key in TIMES))
         return found
