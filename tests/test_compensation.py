@@ -148,9 +148,9 @@ def test_an_activation_in_place_is_not_skipped():
 def test_a_network_with_one_output_is_not_lost():
     model, x = chain(False), images(48)
     with Samples(x, Calibration(batch_size=16)) as samples:
-        made = plan(model, "svd", target_error=0.1, calibration=samples, keep_first=False)
+        made = plan(model, "svd", target_error=0.3, calibration=samples, keep_first=False)
         small, done = tensorized(model, made, samples)
-    assert made.rate > 0.1
+    assert 0.1 < made.rate < 1
     assert done.output_error is not None
     assert done.output_error > 0
     assert output_distance(model, small, images(16, seed=1)) < 0.5
