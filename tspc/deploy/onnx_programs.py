@@ -66,8 +66,10 @@ def onnx_program(
             optimizer.optimize_ir(made.model, output_size_limit=FOLDED, should_fold=fold)
     except Exception as error:  # torch.onnx's own family, onnxscript's, onnx-ir's
         raise ExportError(f"the network cannot be written as ONNX: {first_line(error)}") from error
-    for node in made.model.graph.all_nodes():
-        node.metadata_props.clear()  # stack traces, with paths of this machine
+    graph = made.model.graph
+    outputs = (value for node in graph.all_nodes() for value in node.outputs)
+    for part in (graph, *graph.all_nodes(), *graph.inputs, *graph.initializers.values(), *outputs):
+        part.metadata_props.clear()  # stack traces, with paths of this machine, and the tracer's notes
     _name_outputs_(made.model.graph, output_names(program))
     return made
 

@@ -31,7 +31,7 @@ def store_integers_(graph: Any, network: nn.Module) -> set[Any]:
     """
     import onnx_ir as ir
 
-    known, stored = _by_content(network), set[Any]()
+    known, stored, numbers = _by_content(network), set[Any](), _Numbers(graph)
     for name, value in list(graph.initializers.items()) if known else ():
         constant = value.const_value
         if constant is None or constant.size < LEAST or value.is_graph_output():
@@ -39,7 +39,7 @@ def store_integers_(graph: Any, network: nn.Module) -> set[Any]:
         found = known.get(_print(constant.numpy()))
         if found is None:
             continue
-        nodes = list(_Numbers(graph, name).made(*found, tuple(constant.shape.numpy()), constant.dtype))
+        nodes = list(numbers.made(name, *found, tuple(constant.shape.numpy()), constant.dtype))
         graph.insert_before(graph[0], nodes)
         made = nodes[-1].outputs[0]
         made.shape, made.type = value.shape, value.type
@@ -66,35 +66,35 @@ def _print(values: np.ndarray) -> str:
 
 
 class _Numbers:
-    """Makes the nodes that compute one constant of a graph from integers."""
+    """Makes the nodes that compute constants of a graph from integers."""
 
-    def __init__(self, graph: Any, name: str) -> None:
-        self._graph, self._name = graph, name
+    def __init__(self, graph: Any) -> None:
+        self._graph, self._shared = graph, dict[tuple[str, str], Any]()
 
-    def made(self, factor: Tensor, grid: Grid, shape: tuple[int, ...], dtype: Any) -> Iterator[Any]:
-        """Nodes; the last one gives the constant in its shape and number format."""
+    def made(self, name: str, factor: Tensor, grid: Grid, shape: tuple[int, ...], dtype: Any) -> Iterator[Any]:
+        """Nodes; the last one gives the constant of this name, in its shape and number format."""
         import onnx_ir as ir
 
         wide = ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
         whole = grid.integers(factor).cpu().numpy()
         if grid.bits >= 8:
-            integers = [self._constant("integers", whole.astype(f"int{grid.bits}"))]
+            integers = [self._constant(f"{name}.integers", whole.astype(f"int{grid.bits}"))]
         else:
-            nodes = list(self._out_of_words(whole.astype(np.int64), grid))
+            nodes = list(self._out_of_words(f"{name}.integers", whole.astype(np.int64), grid))
             yield from nodes
             integers = nodes[-1].outputs
         yield (numbers := ir.node("Cast", integers, attributes={"to": wide}))
         if grid.bits < 8:  # words hold no sign
-            zero = self._constant("zero", np.array(grid.largest, wide.numpy()))
-            yield (numbers := ir.node("Sub", [numbers.outputs[0], zero]))
+            zero = np.array(grid.largest, wide.numpy())
+            yield (numbers := ir.node("Sub", [numbers.outputs[0], self._shared_constant("zero", zero)]))
         spread = grid.scales.detach().cpu().numpy().astype(wide.numpy()).reshape(-1, *(1 for _ in whole.shape[1:]))
-        yield (last := ir.node("Mul", [numbers.outputs[0], self._constant("scales", spread)]))
+        yield (last := ir.node("Mul", [numbers.outputs[0], self._constant(f"{name}.scales", spread)]))
         if whole.shape != shape:
-            yield (last := ir.node("Reshape", [last.outputs[0], self._constant("shape", np.array(shape))]))
+            yield (last := ir.node("Reshape", [last.outputs[0], self._shared_constant("shape", np.array(shape))]))
         if dtype != wide:
             yield ir.node("Cast", [last.outputs[0]], attributes={"to": dtype})
 
-    def _out_of_words(self, whole: np.ndarray, grid: Grid) -> Iterator[Any]:
+    def _out_of_words(self, name: str, whole: np.ndarray, grid: Grid) -> Iterator[Any]:
         """Nodes that take integers out of words; the last one gives them, each larger by the largest, in 8 bits."""
         import onnx_ir as ir
 
@@ -104,21 +104,30 @@ class _Numbers:
         digits = whole.flatten() + grid.largest
         digits = np.pad(digits, (0, -len(digits) % each)).reshape(-1, each)
         words = (digits * places).sum(1, keepdims=True)
-        stored = self._constant("integers", words.astype(np.uint16 if is_short else np.int32))
+        stored = self._constant(name, words.astype(np.uint16 if is_short else np.int32))
         yield (words := ir.node("Cast", [stored], attributes={"to": ir.DataType.INT32}))
-        yield (higher := ir.node("Div", [words.outputs[0], self._constant("places", places.astype(np.int32))]))
-        yield (lowest := ir.node("Mod", [higher.outputs[0], self._constant("base", np.array(base, np.int32))]))
+        yield (higher := ir.node("Div", [words.outputs[0], self._shared_constant("places", places.astype(np.int32))]))
+        yield (lowest := ir.node("Mod", [higher.outputs[0], self._shared_constant("base", np.array(base, np.int32))]))
         # In 8 bits before anything else: a runtime keeps all steps until it has loaded the file.
         yield (narrow := ir.node("Cast", [lowest.outputs[0]], attributes={"to": ir.DataType.UINT8}))
-        yield (flat := ir.node("Reshape", [narrow.outputs[0], self._constant("flat", np.array([-1]))]))
-        ends = [self._constant(key, np.array([end])) for key, end in (("start", 0), ("end", whole.size))]
-        yield (cut := ir.node("Slice", [flat.outputs[0], *ends]))
-        yield ir.node("Reshape", [cut.outputs[0], self._constant("rows", np.array(whole.shape))])
+        if digits.size > whole.size:
+            flat = self._shared_constant("shape", np.array([-1]))
+            yield (narrow := ir.node("Reshape", [narrow.outputs[0], flat]))
+            ends = [self._shared_constant("end", np.array([end])) for end in (0, whole.size)]
+            yield (narrow := ir.node("Slice", [narrow.outputs[0], *ends]))
+        yield ir.node("Reshape", [narrow.outputs[0], self._shared_constant("shape", np.array(whole.shape))])
 
-    def _constant(self, of: str, values: np.ndarray) -> Any:
+    def _shared_constant(self, of: str, values: np.ndarray) -> Any:
+        """A constant that all factors with the same one share."""
+        key = of, f"{values.dtype} {values.tolist()}"
+        if key not in self._shared:
+            self._shared[key] = self._constant(f"integers.{of}.{len(self._shared)}", values)
+        return self._shared[key]
+
+    def _constant(self, name: str, values: np.ndarray) -> Any:
         import onnx_ir as ir
 
-        tensor = ir.tensor(values, name=f"{self._name}.{of}")
+        tensor = ir.tensor(values, name=name)
         kind, shape = ir.TensorType(tensor.dtype), ir.Shape(values.shape)
         made = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind)
         self._graph.register_initializer(made)
