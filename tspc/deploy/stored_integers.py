@@ -62,7 +62,7 @@ def _by_content(network: nn.Module) -> dict[str, tuple[Tensor, Grid]]:
 
 
 def _print(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+    return f"{values.itemsize} {hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}"
 
 
 class _Numbers:
