@@ -10,7 +10,6 @@ them are the dense network in float32, and its int8 file, for which 256 training
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -21,16 +20,15 @@ from torch import Tensor, nn
 
 import tspc
 from benchmarks.common import calibration_images, cifar_reference, machine, parser, table
+from benchmarks.int8 import BATCH, CPU, in_onnx
 from tspc.compression.integers import state_bytes
 from tspc.data import Data
 from tspc.deploy.exporting import Exporter
 from tspc.deploy.onnx_programs import onnx_program
 from tspc.deploy.programs import onnx_session, run_session
-from tspc.deploy.runtimes import Answering
 from tspc.deploy.timing import turns
 from tspc.training import accuracy
 
-CPU = torch.device("cpu")
 SECONDS, LOADS = 5.0, 11
 
 
@@ -44,10 +42,9 @@ def loading(path: Path) -> float:
     return statistics.median(found)
 
 
-def top1(path: Path, data: Data) -> float:
-    session = onnx_session(path, threads=torch.get_num_threads())
-    network = Answering(lambda inputs: run_session(session, inputs))
-    return 100 * accuracy(network.eval(), data.test_batches(250, CPU), data.num_classes, CPU).top1
+def top1(path: Path, format: str, data: Data) -> float:
+    network = in_onnx(path, format).eval()
+    return 100 * accuracy(network, data.test_batches(BATCH, CPU), data.num_classes, CPU).top1
 
 
 def row(name: str, model: nn.Module, data: Data, images: Tensor, folder: Path) -> list[str]:
@@ -66,12 +63,12 @@ def row(name: str, model: nn.Module, data: Data, images: Tensor, folder: Path) -
         f"{loading(stored):.0f}",
         f"{loading(plain):.0f}",
         f"{after / before:.3f}",
-        f"{top1(stored, data):.2f}",
+        f"{top1(stored, 'onnx', data):.2f}",
     ]
 
 
 def main() -> None:
-    arguments: argparse.ArgumentParser = parser(__doc__)
+    arguments = parser(__doc__)
     arguments.add_argument("--sizes", default="0.25,0.1,0.06")
     arguments.add_argument("--method", default="auto")
     options = arguments.parse_args()
@@ -84,10 +81,8 @@ def main() -> None:
         rows = [row("dense, float32", model, data, images, folder)]
         int8 = folder / "model.int8.onnx"
         tspc.export(model, int8, images[:8], calibration=list(images[:256].split(32)))
-        of_int8 = f"{int8.stat().st_size:,}"
-        rows.append(
-            ["dense, int8 with activations", "", of_int8, "", f"{loading(int8):.0f}", "", "", f"{top1(int8, data):.2f}"]
-        )
+        cells = [f"{int8.stat().st_size:,}", "", f"{loading(int8):.0f}", "", "", f"{top1(int8, 'int8', data):.2f}"]
+        rows.append(["dense, int8 with activations", "", *cells])
         for size in options.sizes.split(","):
             small = tspc.compress(model, options.method, size=size, calibration=images).eval()
             rows.append(row(f"`{options.method}`, `size={size}`", small, data, images, folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ UNIT_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 LONGEST_SECONDS = 3600.0
 DROPS = Bounds(0, 1e6, above=True)
 SPEEDUPS = Bounds(1, 1e3)
+DROP_TERMS, TIME_TERMS = ("confidence", "images"), ("batch", "threads")
+"""The terms of a limit on the drop, and of one on the time, that are part of what is asked for."""
 _NUMBER = r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)"
 
 
@@ -56,17 +58,20 @@ class Terms:
     @staticmethod
     def idle(goals: Mapping[str, Any], times_paths: bool) -> dict[str, str]:
         """The terms that have no effect with these goals, each with the reason; paths may be timed without a goal."""
-        is_judged = goals.get(DROP) is not None
-        found: dict[str, str] = {} if is_judged else dict.fromkeys(("confidence", "images"), f"{DROP}=null")
-        if not times_paths and all(goals.get(key) is None for key in TIMES):
-            found |= dict.fromkeys(("batch", "threads", "seconds"), " and ".join(f"{key}=null" for key in TIMES))
+        found: dict[str, str] = {} if _has(goals, (DROP,)) else dict.fromkeys(DROP_TERMS, f"{DROP}=null")
+        if not times_paths and not _has(goals, TIMES):
+            found |= dict.fromkeys((*TIME_TERMS, "seconds"), " and ".join(f"{key}=null" for key in TIMES))
         return found
 
     def of(self, goals: Mapping[str, Any]) -> dict[str, Any]:
         """The terms that have an effect on these goals, as plain data."""
-        used = ("confidence", "images") if goals.get(DROP) is not None else ()
-        used += ("batch", "threads") if any(goals.get(key) is not None for key in TIMES) else ()
+        used = (DROP_TERMS if _has(goals, (DROP,)) else ()) + (TIME_TERMS if _has(goals, TIMES) else ())
         return {key: getattr(self, key) for key in used}
+
+
+def _has(goals: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    """Whether one of these goals is given."""
+    return any(goals.get(key) is not None for key in keys)
 
 
 def bytes_or_share(size: str) -> float | None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from tspc.deploy.programs import Inputs, first_line, onnx_session, quiet, run_session
+from tspc.deploy.stored_integers import factors_on_grids
 from tspc.errors import ExportError
-from tspc.layers.forms import tensorized_layers
 
 OPERATORS = (
     *(
@@ -258,11 +258,10 @@ def _overrides(graph: Any, model: nn.Module) -> dict[str, list[dict[str, Any]]]:
 def _rows_on_grids(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The factors on grids of at most 8 bits: values (rows × entries of a row) and the scale of each row."""
     found = []
-    for layer in tensorized_layers(model).values():
-        for factor, grid in zip(layer.factor_tensors(), layer.grids, strict=False):  # none with 32 bits
-            if grid.bits <= 8:
-                values = grid.rounded(factor.detach()).cpu().flatten(1).double()
-                found.append((values, grid.scales.detach().cpu().double().expand(len(values))))
+    for factor, grid in factors_on_grids(model):
+        if grid.bits <= 8:
+            values = grid.rounded(factor).cpu().flatten(1).double()
+            found.append((values, grid.scales.detach().cpu().double().expand(len(values))))
     return found
 
 

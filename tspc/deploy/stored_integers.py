@@ -50,14 +50,20 @@ def store_integers_(graph: Any, network: nn.Module) -> set[Any]:
     return stored
 
 
-def _by_content(network: nn.Module) -> dict[str, tuple[Tensor, Grid]]:
-    """The factors on grids, each under a print of its values; layers that share one have it once."""
-    found = {}
+def factors_on_grids(network: nn.Module) -> Iterator[tuple[Tensor, Grid]]:
+    """The factors on grids, each with its grid. Layers that share a factor have it several times."""
     for layer in tensorized_layers(network).values():
         for factor, grid in zip(layer.factor_tensors(), layer.grids, strict=False):  # none with 32 bits
-            values = grid.rounded(factor.detach()).cpu() + 0.0  # no zero has a sign, as none has in the graph
-            bits = values.contiguous().view(torch.int16) if values.dtype == torch.bfloat16 else values
-            found[_print(bits.numpy())] = factor.detach(), grid
+            yield factor.detach(), grid
+
+
+def _by_content(network: nn.Module) -> dict[str, tuple[Tensor, Grid]]:
+    """The factors on grids, each under a print of its values."""
+    found = {}
+    for factor, grid in factors_on_grids(network):
+        values = grid.rounded(factor).cpu() + 0.0  # no zero has a sign, as none has in the graph
+        bits = values.contiguous().view(torch.int16) if values.dtype == torch.bfloat16 else values
+        found[_print(bits.numpy())] = factor, grid
     return found
 
 

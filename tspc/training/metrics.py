@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from tspc.data import IGNORED
 from tspc.errors import ConfigError, DataError, shortened
 from tspc.store.scores import SCALES, Scale, record_of, scale_of
 from tspc.system.imports import named
@@ -107,7 +108,7 @@ def _known_classes(answer: Tensor, targets: Tensor) -> Tensor:
     targets = _classes("perplexity", answer, targets)
     if targets.is_floating_point():
         raise DataError(f"metric=perplexity needs whole numbers of classes as targets; they are {targets.dtype}")
-    wrong = targets[(targets != -100) & ((targets < 0) | (targets >= answer.shape[1]))]
+    wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= answer.shape[1]))]
     if len(wrong):
         raise DataError(
             f"metric=perplexity: a target is {int(wrong[0])}, and the answers have {answer.shape[1]} classes"
@@ -136,7 +137,7 @@ def _cosine(answer: Tensor, targets: Tensor, wanted: Tensor | None) -> Tensor:
 def _cross_entropy(answer: Tensor, targets: Tensor, wanted: Tensor | None) -> Tensor:
     """The mean over the positions of an input; positions with the target -100 do not count."""
     losses = F.cross_entropy(answer.float(), _known_classes(answer, targets), reduction="none")
-    counted = (targets != -100).float()
+    counted = (targets != IGNORED).float()
     return _rows(losses).sum(1) / _rows(counted).sum(1).clamp(min=1)
 
 
